@@ -1,0 +1,1 @@
+"""VQGAN image tokenizers with a loopy quantizer, and autoregressive priors over their tokens."""

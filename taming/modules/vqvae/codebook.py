@@ -1,0 +1,142 @@
+"""A codebook that starts from data, keeps every code in use and can learn by moving averages.
+
+Axis letters: K codes, D channels, M searched vectors.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from taming.modules.vqvae.distributed import rows_of_all_ranks, sum_over_ranks
+from taming.modules.vqvae.nearest import nearest_codes
+
+
+def k_means(vectors: Tensor, centers: Tensor, iterations: int = 10) -> Tensor:
+    """Lloyd's algorithm from given centers; a center that nothing is near to stays where it is.
+
+    Args:
+        vectors: (M, D) float32.
+        centers: (K, D) float32, the start; not changed.
+        iterations: Rounds of assignment and averaging.
+
+    Returns:
+        (K, D) centers.
+    """
+    for _ in range(iterations):
+        found = nearest_codes(vectors, centers).indices
+        counts = torch.bincount(found, minlength=len(centers))[:, None]
+        sums = torch.zeros_like(centers).index_add_(0, found, vectors)
+        centers = torch.where(counts > 0, sums / counts.clamp(min=1), centers)
+    return centers
+
+
+class Codebook(nn.Module):
+    """K vectors, learned by gradient or by exponential moving averages of what is mapped to them.
+
+    The moving-average update is that of van den Oord et al. 2017 (arXiv:1711.00937, appendix A.1)
+    with sums over all ranks. Randomness comes from the number of the step, so a resumed run draws
+    what the uninterrupted one would have, and all ranks draw the same.
+
+    Args:
+        n_e: K, number of codes.
+        e_dim: D, channels of a code.
+        ema_decay: Weight of the old averages in (0, 1); None trains ``weight`` by gradient.
+        revive_below: A code whose running share of use falls under this fraction of the uniform
+            share 1/K is replaced by a vector that is searched now; 0 never revives.
+        usage_decay: Weight of the old value in the running share of use.
+
+    Raises:
+        ValueError: A size, decay or fraction is out of range.
+    """
+
+    def __init__(
+        self,
+        n_e: int,
+        e_dim: int,
+        ema_decay: float | None = None,
+        revive_below: float = 0.05,
+        usage_decay: float = 0.98,
+    ) -> None:
+        super().__init__()
+        if n_e < 1 or e_dim < 1:
+            raise ValueError(f"n_e and e_dim must be at least 1, got n_e={n_e}, e_dim={e_dim}")
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"ema_decay must be in (0, 1), got {ema_decay}")
+        if not 0 <= revive_below < 1:
+            raise ValueError(f"revive_below must be in [0, 1), got {revive_below}")
+        self.ema_decay = ema_decay
+        self.revive_below = revive_below
+        self.usage_decay = usage_decay
+        start = torch.empty(n_e, e_dim).uniform_(-1 / n_e, 1 / n_e)
+        self.weight = nn.Parameter(start, requires_grad=ema_decay is None)
+        self.steps: Tensor
+        self.usage: Tensor
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("usage", torch.full((n_e,), 1 / n_e))
+        if ema_decay is not None:
+            # Starting at one vote each for the present position, no code can be divided by zero.
+            self.counts: Tensor
+            self.sums: Tensor
+            self.register_buffer("counts", torch.ones(n_e))
+            self.register_buffer("sums", start.clone())
+
+    @torch.no_grad()
+    def start_from(self, vectors: Tensor, fresh: bool) -> None:
+        """Place the codes by k-means over the vectors of all ranks.
+
+        Args:
+            vectors: (M, D) float32.
+            fresh: Begin from a random choice of the vectors rather than from the present codes.
+        """
+        # The amount must not depend on the rank; sixteen vectors a code settle its mean.
+        pool = rows_of_all_ranks(self._sample(vectors, 16 * len(self.weight)))
+        centers = self._sample(pool, len(self.weight)) if fresh else self.weight
+        self._place(torch.arange(len(self.weight), device=pool.device), k_means(pool, centers))
+
+    @torch.no_grad()
+    def learn(self, queries: Tensor, found: Tensor) -> None:
+        """Take in one training step: usage, moving averages, revival of dead codes.
+
+        Args:
+            queries: (M, D) float32, vectors that were searched.
+            found: (M,) int64, their nearest codes.
+        """
+        size = len(self.weight)
+        counts = sum_over_ranks(torch.bincount(found, minlength=size).float())
+        self.usage.lerp_(counts / counts.sum(), 1 - self.usage_decay)
+        if self.ema_decay is not None:
+            sums = torch.zeros_like(self.sums).index_add_(0, found, queries)
+            self.counts.lerp_(counts, 1 - self.ema_decay)
+            self.sums.lerp_(sum_over_ranks(sums), 1 - self.ema_decay)
+            self.weight.copy_(self.sums / self.counts.clamp(min=1e-5)[:, None])
+        self._revive(queries)
+        self.steps += 1
+
+    def _revive(self, queries: Tensor) -> None:
+        """Move codes that have fallen out of use onto vectors that are searched now."""
+        dead = (self.usage < self.revive_below / len(self.weight)).nonzero().squeeze(1)
+        if len(dead) > 0:
+            pool = rows_of_all_ranks(self._sample(queries, len(dead)))
+            self._place(dead, self._sample(pool, len(dead)))
+
+    def _place(self, codes: Tensor, vectors: Tensor) -> None:
+        """Put codes (M,) at vectors (M, D), as if each had its fair share of use."""
+        # Through .data: the step's backward pass does not need the old values.
+        self.weight.data[codes] = vectors
+        self.usage[codes] = 1 / len(self.weight)
+        if self.ema_decay is not None:
+            self.counts[codes] = 1.0
+            self.sums[codes] = vectors
+
+    def _sample(self, vectors: Tensor, amount: int) -> Tensor:
+        """Draw rows at random: without repetition where there are enough of them."""
+        generator = torch.Generator().manual_seed(int(self.steps))
+        order = torch.randperm(len(vectors), generator=generator)
+        repeats = -(-amount // len(vectors))
+        return vectors[order.repeat(repeats)[:amount].to(vectors.device)]
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Look codes up: (...,) int64 -> (..., D)."""
+        return F.embedding(indices, self.weight)

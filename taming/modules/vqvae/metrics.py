@@ -1,0 +1,78 @@
+"""What a quantizer did over an epoch, summed over batches and processes.
+
+Axis letters: B images, D channels, h w grid, K codes, T turns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from taming.modules.vqvae.base import LoopTrace, QuantizerOutput
+
+
+class CodebookMetrics(Metric):
+    """Codebook usage and perplexity, lengths and quantization error.
+
+    Args:
+        n_e: K, number of codes.
+        max_loops: T, slots per site.
+    """
+
+    full_state_update = False
+    codes: Tensor
+    lengths: Tensor
+    error: Tensor
+    beyond: Tensor
+    images: Tensor
+
+    def __init__(self, n_e: int, max_loops: int) -> None:
+        super().__init__()
+        self.n_e = n_e
+        self.max_loops = max_loops
+        self.add_state("codes", torch.zeros(n_e, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("lengths", torch.zeros(max_loops + 1, dtype=torch.int64), "sum")
+        self.add_state("error", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("beyond", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, z: Tensor, quantized: QuantizerOutput) -> None:
+        """Add a batch.
+
+        Args:
+            z: (B, D, h, w) latents.
+            quantized: What the quantizer made of them.
+        """
+        slots = quantized.info.indices.reshape(-1, self.max_loops)
+        written = slots[(slots >= 0) & (slots < self.n_e)]
+        self.codes += torch.bincount(written, minlength=self.n_e)
+        lengths = (slots >= 0).sum(dim=1)
+        self.lengths += torch.bincount(lengths, minlength=self.max_loops + 1)
+        self.error += (z.detach().float() - quantized.z_q.detach()).square().mean(1).double().sum()
+        if isinstance(quantized.info.encodings, LoopTrace):
+            self.beyond += (~quantized.info.encodings.within).sum()
+        self.images += len(z)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return scalars over all that was added.
+
+        Returns:
+            usage: Share of the K codes that occur, in [0, 1].
+            perplexity: Exponential of the codes' entropy, in [1, K].
+            mean_length: Slots written per site, in [1, T].
+            slots_per_image: Slots written per image.
+            never_within_threshold: Share of sites that ran into T turns, in [0, 1].
+            quantization_error: Mean square of z - z_q per channel.
+        """
+        share = self.codes.float() / self.codes.sum()
+        sites = self.lengths.sum()
+        slots = (self.lengths * torch.arange(self.max_loops + 1, device=sites.device)).sum()
+        return {
+            "usage": (self.codes > 0).float().mean(),
+            "perplexity": torch.special.entr(share).sum().exp(),
+            "mean_length": slots / sites,
+            "slots_per_image": slots / self.images,
+            "never_within_threshold": self.beyond / sites,
+            "quantization_error": (self.error / sites).float(),
+        }

@@ -1,0 +1,340 @@
+"""Codes <-> token sequences: one sequence per image, sites in raster order.
+
+A grammar says where each token belongs and which tokens may come next, so that a model knows the
+place of the token it predicts and every sample decodes.
+
+Axis letters: B images, h w grid, S = h w sites, T turns, L tokens, K codes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PAD = -1
+
+
+class GrammarState(NamedTuple):
+    """Where sequences stand before a token; all fields int64 of one shape, (B,) or (B, L).
+
+    Attributes:
+        site: Sites finished, which is the number of the token's site in raster order.
+        depth: Tokens already written in this site.
+        left: Codes still to come in this site after its count token; 0 if none is announced.
+    """
+
+    site: Tensor
+    depth: Tensor
+    left: Tensor
+
+
+class TokenSequence(ABC):
+    """A way to write the codes of an image as one sequence of tokens.
+
+    Args:
+        n_e: K, number of codes.
+        max_loops: T, slots per site.
+
+    Attributes:
+        vocab_size: V, number of different tokens.
+        site_tokens: Most tokens that one site can take.
+        restricted: False if every token may come next everywhere.
+    """
+
+    vocab_size: int
+    site_tokens: int
+    restricted: bool = True
+
+    def __init__(self, n_e: int, max_loops: int) -> None:
+        if n_e < 1 or max_loops < 1:
+            raise ValueError(f"n_e and max_loops must be at least 1, got {n_e} and {max_loops}")
+        self.n_e = n_e
+        self.max_loops = max_loops
+
+    def encode(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Write codes as tokens.
+
+        Args:
+            codes: (B, h, w, T) or (B, h, w) int64; slots after a site's end are -1.
+
+        Returns:
+            tokens: (B, L) int64, -1 after each sequence's end; L is the longest length.
+            lengths: (B,) int64.
+        """
+        slots = self._write(codes.reshape(len(codes), -1, self.max_loops)).flatten(1)
+        present = slots >= 0
+        lengths = present.sum(dim=1)
+        # Absent slots all go to one column past the end, which is then cut off.
+        place = torch.where(present, present.cumsum(dim=1) - 1, lengths.max())
+        tokens = slots.new_full((len(codes), int(lengths.max()) + 1), PAD)
+        return tokens.scatter_(1, place, slots)[:, :-1], lengths
+
+    def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Read tokens back into codes; the inverse of `encode`.
+
+        Args:
+            tokens: (B, L) int64, -1 after each sequence's end.
+            grid: (h, w).
+
+        Returns:
+            (B, h, w, T) int64.
+
+        Raises:
+            ValueError: A sequence breaks the grammar or has another number of sites.
+        """
+        outside = (tokens < PAD) | (tokens >= self.vocab_size)
+        _refuse(outside, tokens, f"is outside the vocabulary of {self.vocab_size}")
+        states, sites = self.states(tokens), grid[0] * grid[1]
+        beyond = (tokens >= 0) & (states.site >= sites)
+        _refuse(beyond, tokens, f"follows the last of {sites} sites")
+        codes = self._read(tokens, states, sites)
+        # A sequence is valid if and only if writing what was read gives it again.
+        again, _ = self.encode(codes)
+        given = F.pad(tokens, (0, max(0, again.shape[1] - tokens.shape[1])), value=PAD)
+        again = F.pad(again, (0, given.shape[1] - again.shape[1]), value=PAD)
+        why = f"breaks the grammar of {type(self).__name__} for {sites} sites"
+        _refuse(given != again, given, why)
+        empty = (codes < 0).all(dim=2)
+        if empty.any():
+            row, site = empty.nonzero()[0].tolist()
+            raise ValueError(f"sequence {row}: site {site} of {sites} has no code")
+        return codes.reshape(len(tokens), *grid, self.max_loops)
+
+    def start(self, batch: int, device: torch.device) -> GrammarState:
+        """State (B,) before the first token."""
+        zero = torch.zeros(batch, dtype=torch.int64, device=device)
+        return GrammarState(zero, zero, zero)
+
+    def sites(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Place of each token, known before the token itself.
+
+        Args:
+            tokens: (B, L) int64.
+            grid: (h, w).
+
+        Returns:
+            (B, L, 3) int64: row, column and depth (tokens already written in the site).
+        """
+        return place(self.states(tokens), grid)
+
+    @abstractmethod
+    def states(self, tokens: Tensor) -> GrammarState:
+        """State (B, L) before each token of valid sequences (B, L)."""
+
+    @abstractmethod
+    def advance(self, state: GrammarState, tokens: Tensor) -> GrammarState:
+        """State after one more token (B,) each, which the grammar allowed."""
+
+    @abstractmethod
+    def allowed(self, state: GrammarState) -> Tensor:
+        """Which tokens may come next: (..., V) bool for a state of shape (...)."""
+
+    @abstractmethod
+    def _write(self, codes: Tensor) -> Tensor:
+        """Codes (B, S, T) -> tokens (B, S, slots), -1 where there is none."""
+
+    @abstractmethod
+    def _read(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
+        """Tokens (B, L) and their states -> codes (B, S, T); may be wrong for invalid input."""
+
+
+def _refuse(wrong: Tensor, tokens: Tensor, why: str) -> None:
+    """Raise a ValueError that names the first wrong token (B, L), if there is one."""
+    if wrong.any():
+        row, position = wrong.nonzero()[0].tolist()
+        token = int(tokens[row, position])
+        name = f"token {token}" if token >= 0 else "the end"
+        raise ValueError(f"sequence {row}: {name} at position {position} {why}")
+
+
+def place(state: GrammarState, grid: tuple[int, int]) -> Tensor:
+    """Row, column and depth (..., 3) of the tokens that states of shape (...) wait for."""
+    row = (state.site // grid[1]).clamp(max=grid[0] - 1)
+    return torch.stack([row, state.site % grid[1], state.depth], dim=-1)
+
+
+def _fill(
+    sites: int, slots: int, tokens: Tensor, site: Tensor, slot: Tensor, take: Tensor
+) -> Tensor:
+    """Put the tokens (B, L) for which ``take`` holds into a (B, sites, slots) table of -1."""
+    table = tokens.new_full((len(tokens), sites * slots + 1), PAD)
+    target = torch.where(take, site * slots + slot.clamp(0, slots - 1), sites * slots)
+    return table.scatter_(1, target.clamp(max=sites * slots), tokens)[:, :-1].reshape(
+        len(tokens), sites, slots
+    )
+
+
+def _finished(ends: Tensor) -> Tensor:
+    """Number of sites (B, L) that ended before each position, from flags (B, L)."""
+    ends = ends.long()
+    return ends.cumsum(dim=1) - ends
+
+
+def _last(flags: Tensor) -> Tensor:
+    """Position (B, L) of the last flag before each position; -1 if there is none."""
+    position = torch.arange(flags.shape[1], device=flags.device)
+    seen = torch.where(flags, position, -1).cummax(dim=1).values if flags.numel() else position
+    return F.pad(seen, (1, 0), value=-1)[:, :-1]
+
+
+class RasterSequence(TokenSequence):
+    """One code per site in raster order: the original's sequence, every token allowed anywhere."""
+
+    restricted = False
+
+    def __init__(self, n_e: int) -> None:
+        super().__init__(n_e, max_loops=1)
+        self.vocab_size = n_e
+        self.site_tokens = 1
+
+    def states(self, tokens: Tensor) -> GrammarState:
+        """See `TokenSequence.states`."""
+        site = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return GrammarState(site, torch.zeros_like(site), torch.zeros_like(site))
+
+    def advance(self, state: GrammarState, tokens: Tensor) -> GrammarState:
+        """See `TokenSequence.advance`."""
+        return state._replace(site=state.site + 1)
+
+    def allowed(self, state: GrammarState) -> Tensor:
+        """See `TokenSequence.allowed`."""
+        return torch.ones(
+            *state.site.shape, self.vocab_size, dtype=torch.bool, device=state.site.device
+        )
+
+    def _write(self, codes: Tensor) -> Tensor:
+        return codes
+
+    def _read(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
+        return _fill(sites, 1, tokens, states.site, states.depth, tokens >= 0)
+
+
+class UnarySequence(TokenSequence):
+    """Counts turns one token at a time with the dummy D = K.
+
+    With dummies, a site is its slots: ``D,D,A'``, ended by its code. Without, it is its codes, and
+    D ends a site that is shorter than T: ``A1,A2,D``.
+
+    Args:
+        n_e: K, number of codes.
+        max_loops: T, slots per site.
+        dummies: True for codes of the form ``D,D,A'``, False for ``A1,A2,A3``.
+    """
+
+    def __init__(self, n_e: int, max_loops: int, dummies: bool) -> None:
+        super().__init__(n_e, max_loops)
+        self.dummies = dummies
+        self.vocab_size = n_e + 1
+        self.site_tokens = max_loops
+
+    def _ends(self, tokens: Tensor, depth: Tensor) -> Tensor:
+        """Whether each token, written at a depth, is the last of its site."""
+        is_code = (tokens >= 0) & (tokens < self.n_e)
+        if self.dummies:
+            return is_code
+        return (tokens == self.n_e) | (is_code & (depth == self.max_loops - 1))
+
+    def states(self, tokens: Tensor) -> GrammarState:
+        """See `TokenSequence.states`."""
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        if self.dummies:
+            depth = position - _last(self._ends(tokens, tokens)) - 1
+        else:
+            # Between two D's stand full sites of T codes each, then one shorter site.
+            depth = (position - _last(tokens == self.n_e) - 1) % self.max_loops
+        site = _finished(self._ends(tokens, depth))
+        return GrammarState(site, depth, torch.zeros_like(site))
+
+    def advance(self, state: GrammarState, tokens: Tensor) -> GrammarState:
+        """See `TokenSequence.advance`."""
+        ends = self._ends(tokens, state.depth)
+        depth = torch.where(ends, 0, state.depth + 1)
+        return GrammarState(state.site + ends, depth, state.left)
+
+    def allowed(self, state: GrammarState) -> Tensor:
+        """See `TokenSequence.allowed`."""
+        mask = torch.ones(
+            *state.site.shape, self.vocab_size, dtype=torch.bool, device=state.site.device
+        )
+        mask[..., self.n_e] = state.depth < self.max_loops - 1 if self.dummies else state.depth > 0
+        return mask
+
+    def _write(self, codes: Tensor) -> Tensor:
+        if self.dummies:
+            return codes
+        length = (codes >= 0).sum(dim=-1, keepdim=True)
+        slot = torch.arange(self.max_loops, device=codes.device)
+        return torch.where(slot == length, self.n_e, codes)
+
+    def _read(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
+        take = (tokens >= 0) & (self.dummies | (tokens < self.n_e))
+        return _fill(sites, self.max_loops, tokens, states.site, states.depth, take)
+
+
+class RunLengthSequence(TokenSequence):
+    """Counts turns with one token: ``x2,A'`` for ``D,D,A'``, ``x2,A1,A2,A3`` for three codes.
+
+    Token K + n - 1 is the count xn, n = 1..T-1; a site of one turn writes its code alone.
+
+    Args:
+        n_e: K, number of codes.
+        max_loops: T, slots per site.
+        dummies: True for codes of the form ``D,D,A'``, False for ``A1,A2,A3``.
+    """
+
+    def __init__(self, n_e: int, max_loops: int, dummies: bool) -> None:
+        super().__init__(n_e, max_loops)
+        self.dummies = dummies
+        self.vocab_size = n_e + max_loops - 1
+        self.site_tokens = min(2, max_loops) if dummies else max_loops + (max_loops > 1)
+
+    def _announced(self, tokens: Tensor) -> Tensor:
+        """Codes that follow a count token."""
+        return torch.ones_like(tokens) if self.dummies else tokens - self.n_e + 2
+
+    def states(self, tokens: Tensor) -> GrammarState:
+        """See `TokenSequence.states`."""
+        count = _last(tokens >= self.n_e)
+        written = torch.arange(tokens.shape[1], device=tokens.device) - count - 1
+        announced = self._announced(tokens.gather(1, count.clamp(min=0)))
+        left = torch.where(count >= 0, (announced - written).clamp(min=0), 0)
+        depth = torch.where(left > 0, written + 1, 0)
+        ends = (tokens >= 0) & (tokens < self.n_e) & (left <= 1)
+        return GrammarState(_finished(ends), depth, left)
+
+    def advance(self, state: GrammarState, tokens: Tensor) -> GrammarState:
+        """See `TokenSequence.advance`."""
+        is_count = tokens >= self.n_e
+        left = torch.where(is_count, self._announced(tokens), (state.left - 1).clamp(min=0))
+        depth = torch.where(left > 0, state.depth + 1, 0)
+        return GrammarState(state.site + (left == 0), depth, left)
+
+    def allowed(self, state: GrammarState) -> Tensor:
+        """See `TokenSequence.allowed`."""
+        mask = torch.ones(
+            *state.site.shape, self.vocab_size, dtype=torch.bool, device=state.site.device
+        )
+        mask[..., self.n_e :] = (state.left == 0)[..., None]
+        return mask
+
+    def _write(self, codes: Tensor) -> Tensor:
+        length = (codes >= 0).sum(dim=-1, keepdim=True)
+        count = torch.where(length > 1, self.n_e + length - 2, PAD)
+        body = codes.gather(-1, (length - 1).clamp(min=0)) if self.dummies else codes
+        return torch.cat([count, body], dim=-1)
+
+    def _read(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
+        is_code = (tokens >= 0) & (tokens < self.n_e)
+        if not self.dummies:
+            slot = (states.depth - 1).clamp(min=0)
+            return _fill(sites, self.max_loops, tokens, states.site, slot, is_code)
+        # A code stands in the slot that its count names; dummies fill the slots before it.
+        count = tokens.roll(1, dims=1) - self.n_e + 1
+        slot = torch.where(states.left > 0, count, 0)
+        codes = _fill(sites, self.max_loops, tokens, states.site, slot, is_code)
+        later = codes.flip(-1).cummax(dim=-1).values.flip(-1)
+        return torch.where((codes < 0) & (later >= 0), self.n_e, codes)

@@ -1,0 +1,136 @@
+"""Small helpers that everything else may use: objects from target paths, downloads, lookups."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+def get_obj_from_str(string: str, reload: bool = False) -> Any:
+    """Import the object that a dotted path names.
+
+    Args:
+        string: Path such as ``taming.models.vqgan.VQModel``.
+        reload: Import the module anew, for interactive work.
+
+    Returns:
+        The class, function or value.
+
+    Raises:
+        ValueError: The path has no dot, its module does not import or lacks the name.
+    """
+    module_name, _, name = string.rpartition(".")
+    if not module_name:
+        raise ValueError(f"target {string!r} is no dotted path like 'package.module.Name'")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"target {string!r} does not import: {error}") from error
+    if reload:
+        module = importlib.reload(module)
+    if name not in vars(module):
+        raise ValueError(f"target {string!r}: module {module_name} has no {name!r}")
+    return getattr(module, name)
+
+
+def instantiate_from_config(config: Mapping[str, Any], **kwargs: Any) -> Any:
+    """Build the object that a ``{target: path, params: {...}}`` block describes.
+
+    Args:
+        config: Mapping with ``target`` and, optionally, ``params`` (keyword arguments).
+        **kwargs: Further keyword arguments, which win over ``params``.
+
+    Returns:
+        What the target returns.
+
+    Raises:
+        ValueError: There is no ``target``, or it does not import.
+    """
+    if "target" not in config:
+        raise ValueError(f"expected a block with a 'target', got the keys {sorted(config)}")
+    return get_obj_from_str(config["target"])(**{**(config.get("params") or {}), **kwargs})
+
+
+def md5_hash(path: str | os.PathLike[str]) -> str:
+    """Return the hexadecimal MD5 digest of a file."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def download(url: str, local_path: str | os.PathLike[str], chunk_size: int = 1 << 16) -> None:
+    """Fetch a file with a progress bar; the target appears only once it is whole.
+
+    Args:
+        url: Where to read (``https:``, ``file:``, ...).
+        local_path: Where to write; missing folders are made.
+        chunk_size: Bytes per read.
+
+    Raises:
+        ConnectionError: The address cannot be reached; the message names the file to fetch by hand.
+    """
+    target = Path(local_path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        response = urllib.request.urlopen(url, timeout=30)
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise ConnectionError(
+            f"cannot download {url} ({error}); without a network, fetch it elsewhere "
+            f"and put it at {target}"
+        ) from error
+    # Written beside the target and renamed, so that parallel processes never see half a file.
+    with response, tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as part:
+        total = int(response.headers.get("Content-Length") or 0)
+        with tqdm(total=total or None, unit="B", unit_scale=True, desc=target.name) as progress:
+            while chunk := response.read(chunk_size):
+                part.write(chunk)
+                progress.update(len(chunk))
+    os.replace(part.name, target)
+
+
+class KeyNotFoundError(KeyError):
+    """A path-style lookup met a key that is not there."""
+
+
+def retrieve(container: Any, key: str, splitval: str = "/", default: Any = None) -> Any:
+    """Look a nested value up by a path such as ``model/params/ch``.
+
+    Args:
+        container: Nested mappings and sequences.
+        key: Keys or positions joined by ``splitval``.
+        splitval: What separates them.
+        default: Returned for a missing key; None raises instead.
+
+    Returns:
+        The value found.
+
+    Raises:
+        KeyNotFoundError: A part of the path is missing and there is no default.
+    """
+    value = container
+    for part in key.split(splitval):
+        try:
+            value = value[part] if isinstance(value, Mapping) else value[int(part)]
+        except (KeyError, IndexError, TypeError, ValueError):
+            if default is not None:
+                return default
+            raise KeyNotFoundError(f"{part!r} of {key!r} not found") from None
+    return value
+
+
+class NonFiniteError(RuntimeError):
+    """A latent or loss is not finite: training stops and the last good checkpoint is kept."""

@@ -1,0 +1,22 @@
+"""Fixtures shared by all tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, in whatever order tests run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with the original's recorded outputs and example data; skips where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"reference data not found: {SHARED} does not exist")
+    return SHARED

@@ -1,0 +1,242 @@
+"""Laws of the quantizers, and equality with the original's recorded outputs."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from taming.modules.vqvae.quantize import LoopyVectorQuantizer, VectorQuantizer2
+from taming.util import NonFiniteError, instantiate_from_config
+
+K, D, T = 16, 4, 5
+TRANSFORMS = {
+    "residual": None,
+    "attract": {"target": "taming.modules.vqvae.transforms.Attract", "params": {"step": 0.4}},
+    "attract-depth": {
+        "target": "taming.modules.vqvae.transforms.Attract",
+        "params": {"step": 0.4, "depth_embedding": (T, D)},
+    },
+}
+every_transform = pytest.mark.parametrize("transform", list(TRANSFORMS))
+
+
+def loopy(transform: str = "residual", threshold: float = 0.8, **kwargs) -> LoopyVectorQuantizer:
+    """A small quantizer in eval mode with a random codebook (and scales, and depth vectors)."""
+    quantizer = LoopyVectorQuantizer(
+        K, D, 0.25, threshold, T, TRANSFORMS[transform], start_batches=0, **kwargs
+    ).eval()
+    with torch.no_grad():
+        quantizer.embedding.weight.normal_()
+        for name, tensor in quantizer.transform.state_dict().items():
+            tensor.uniform_(0.4, 0.8) if name == "scales" else tensor.normal_()
+    return quantizer
+
+
+@pytest.mark.parametrize("name", ["vq2_legacy", "vq2_fixed", "vq2_sane", "vq2_remap"])
+def test_vector_quantizer_2_equals_the_original(name: str, shared, tmp_path) -> None:
+    with safe_open(shared / f"upstream/golden/{name}.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if "remap" in config["params"]:
+        config["params"]["remap"] = str(tmp_path / "used.npy")
+        np.save(tmp_path / "used.npy", np.arange(0, 64, 2))
+    quantizer = instantiate_from_config(config)
+    quantizer.load_state_dict(
+        {key[6:]: value for key, value in tensors.items() if key.startswith("param/")}, strict=True
+    )
+    quant, loss, (_, _, indices) = quantizer(tensors["io/z"])
+    assert torch.equal(indices, tensors["io/indices"])
+    torch.testing.assert_close(quant, tensors["io/quant"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, tensors["io/loss"], rtol=1e-5, atol=0)
+    if "io/entry" in tensors:
+        entry = quantizer.get_codebook_entry(indices, (2, 5, 7, 16))
+        torch.testing.assert_close(entry, tensors["io/entry"])
+
+
+@pytest.mark.parametrize("unknown", ["random", "extra", 1])
+def test_remap_is_inverted_on_used_codes(unknown, tmp_path) -> None:
+    np.save(tmp_path / "used.npy", np.array([7, 2, 11]))
+    quantizer = VectorQuantizer2(K, D, 0.25, str(tmp_path / "used.npy"), unknown_index=unknown)
+    codes = torch.tensor([[2, 7], [11, 5]])
+    new = quantizer.remap_to_used(codes)
+    assert new[0].tolist() == [1, 0] and new[1, 0] == 2 and new[1, 1] < quantizer.re_embed
+    kept = new.clone()
+    assert quantizer.unmap_to_all(new)[0].tolist() == [2, 7]
+    assert torch.equal(new, kept)
+
+
+@every_transform
+def test_infinite_threshold_is_vector_quantizer_2(transform: str) -> None:
+    quantizer = loopy("attract" if transform == "attract-depth" else transform, math.inf)
+    plain = VectorQuantizer2(K, D, 0.25, legacy=False)
+    with torch.no_grad():
+        plain.embedding.weight.copy_(quantizer.embedding.weight)
+    z = torch.randn(2, D, 3, 4)
+    loopy_out, plain_out = quantizer(z), plain(z)
+    assert torch.equal(loopy_out.info.indices[..., 0].flatten(), plain_out.info.indices)
+    assert (loopy_out.info.indices[..., 1:] == -1).all()
+    assert torch.equal(loopy_out.z_q, plain_out.z_q)
+    torch.testing.assert_close(loopy_out.loss, plain_out.loss)
+
+
+def test_zero_threshold_is_fixed_depth_residual_quantization() -> None:
+    rvq = pytest.importorskip("vector_quantize_pytorch").ResidualVQ
+    quantizer = loopy(threshold=0.0)
+    quantizer.transform.scales.fill_(1.0)
+    peer = rvq(dim=D, codebook_size=K, num_quantizers=T, shared_codebook=True).eval()
+    with torch.no_grad():
+        for layer in peer.layers:
+            layer._codebook.embed.copy_(quantizer.embedding.weight[None])
+            layer._codebook.initted.fill_(True)
+    z = torch.randn(30, D)
+    z_q, codes, _ = peer(z[None])
+    out = quantizer(z)
+    assert torch.equal(out.info.indices, codes[0])
+    torch.testing.assert_close(out.z_q, z_q[0])
+
+
+@every_transform
+@pytest.mark.parametrize("shape", [(3, D, 4, 5), (17, D)])
+def test_codes_decode_exactly_and_the_input_stays(transform: str, shape: tuple) -> None:
+    quantizer, z = loopy(transform), torch.randn(shape)
+    kept = z.clone()
+    out = quantizer(z)
+    assert torch.equal(z, kept)
+    assert torch.equal(quantizer.get_codebook_entry(out.info.indices), out.z_q)
+    assert out.info.indices.shape == (*z.shape[:1], *z.shape[2:], T)
+    assert out.info.indices.dtype == torch.int64
+    lengths = (out.info.indices >= 0).sum(-1)
+    assert torch.equal(lengths, out.info.encodings.lengths)
+    assert lengths.unique().numel() > 1
+
+
+@every_transform
+def test_gradient_goes_straight_through(transform: str) -> None:
+    quantizer, z = loopy(transform), torch.randn(2, D, 3, 3, requires_grad=True)
+    weight = torch.randn(2, D, 3, 3)
+    (quantizer(z).z_q * weight).sum().backward()
+    assert torch.equal(z.grad, weight)
+
+
+@every_transform
+def test_an_image_is_quantized_as_if_it_were_alone(transform: str) -> None:
+    quantizer, z = loopy(transform), torch.randn(4, D, 3, 3)
+    whole = quantizer(z).info.indices
+    assert torch.equal(whole, torch.cat([quantizer(image[None]).info.indices for image in z]))
+    thresholds = torch.tensor([0.0, 0.5, 1.0, math.inf])
+    each = quantizer(z, thresholds).info.indices
+    assert torch.equal(each[3:], quantizer(z[3:], thresholds[3]).info.indices)
+    assert ((each >= 0).sum((1, 2, 3)).diff() <= 0).all()
+
+
+def test_sites_that_ran_into_the_last_turn_are_told() -> None:
+    quantizer = loopy(threshold=0.3)
+    z = torch.randn(2, D, 6, 6) * 3
+    trace = quantizer(z).info.encodings
+    assert (trace.lengths[~trace.within] == T).all()
+    assert torch.equal(trace.within, trace.distances <= 0.3)
+    assert 0 < trace.within.sum() < trace.within.numel()
+
+
+@pytest.mark.parametrize("codes", [[-1] * T, [K] * T, [0, -1, 0, -1, -1], [K + 1, -1, -1, -1, -1]])
+@every_transform
+def test_codes_the_loop_never_writes_are_refused(transform: str, codes: list) -> None:
+    with pytest.raises(ValueError, match="no sequence of the form"):
+        loopy(transform).get_codebook_entry(torch.tensor([codes]))
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@every_transform
+def test_training_fits_clusters_and_uses_every_code(transform: str, ema_decay) -> None:
+    centers = torch.randn(4, D) * 5
+    quantizer = LoopyVectorQuantizer(
+        K, D, 0.25, 1.0, T, TRANSFORMS[transform], ema_decay=ema_decay, start_batches=2
+    ).train()
+    optimizer = torch.optim.Adam(quantizer.parameters(), 1e-2)
+    for _ in range(60):
+        z = centers[torch.randint(4, (64,))] + 0.1 * torch.randn(64, D)
+        out = quantizer(z)
+        optimizer.zero_grad()
+        if out.loss.requires_grad:
+            out.loss.backward()
+            optimizer.step()
+    out = quantizer.eval()(centers)
+    assert (out.z_q - centers).norm(dim=1).max() < 0.5
+    assert (quantizer.embedding.usage > 0).all()
+
+
+def test_dead_codes_are_revived_from_what_is_searched() -> None:
+    quantizer = LoopyVectorQuantizer(K, D, 0.25, math.inf, 2, start_batches=0).train()
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(100 + torch.randn(K, D))
+    z = torch.randn(256, D)
+    for _ in range(400):
+        quantizer(z)
+    assert quantizer.eval()(z).info.indices[:, 0].unique().numel() >= 0.9 * K
+
+
+def test_target_length_steers_the_threshold_and_is_kept() -> None:
+    quantizer = LoopyVectorQuantizer(K, D, max_loops=T, target_length=2.5).train()
+    for _ in range(200):
+        out = quantizer(torch.randn(200, D))
+    assert abs(out.info.encodings.lengths.float().mean() - 2.5) < 0.3
+    other = LoopyVectorQuantizer(K, D, max_loops=T, target_length=2.5)
+    other.load_state_dict(quantizer.state_dict())
+    assert torch.equal(other.threshold, quantizer.threshold)
+
+
+def test_training_is_repeatable_from_its_state() -> None:
+    batches = [torch.randn(64, D) for _ in range(6)]
+
+    def run(stop: int | None) -> LoopyVectorQuantizer:
+        torch.manual_seed(1)
+        quantizer = LoopyVectorQuantizer(K, D, 0.25, 0.5, T, ema_decay=0.9, revive_below=0.5)
+        for step, batch in enumerate(batches):
+            if step == stop:
+                state = quantizer.state_dict()
+                torch.manual_seed(99)
+                quantizer = LoopyVectorQuantizer(
+                    K, D, 0.25, 0.5, T, ema_decay=0.9, revive_below=0.5
+                )
+                quantizer.load_state_dict(state)
+            quantizer(batch)
+        return quantizer
+
+    for key, value in run(None).state_dict().items():
+        assert torch.equal(value, run(3).state_dict()[key]), key
+
+
+def test_bfloat16_latents_give_float32_codes() -> None:
+    quantizer, z = loopy(), torch.randn(2, D, 3, 3, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = quantizer(z)
+    assert out.z_q.dtype == torch.float32
+    assert torch.equal(out.info.indices, quantizer(z.float()).info.indices)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"n_e": 0}, "n_e and e_dim must be at least 1"),
+        ({"max_loops": 0}, "max_loops must be at least 1, got 0"),
+        ({"threshold": -1.0}, "threshold must be a distance of at least 0, got -1.0"),
+        ({"threshold": float("nan")}, "threshold must be"),
+        ({"threshold": None}, "exactly one of threshold and target_length"),
+        ({"threshold": None, "target_length": 9}, r"target_length must be in \[1, 4\], got 9"),
+        ({"ema_decay": 1.0}, "ema_decay must be in"),
+        ({"revive_below": -1.0}, "revive_below must be in"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoopyVectorQuantizer(**{"n_e": K, "e_dim": D, "threshold": 1.0, **kwargs})
+
+
+def test_latents_of_the_wrong_shape_or_value_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected latents \(B, 4, h, w\).*got \(2, 3, 4, 4\)"):
+        loopy()(torch.randn(2, 3, 4, 4))
+    with pytest.raises(NonFiniteError, match="not finite"):
+        loopy()(torch.full((2, D, 2, 2), float("nan")))
