@@ -1,0 +1,131 @@
+"""Data sets over lists of picture files.
+
+An item is a dictionary with ``image``, (H, W, 3) float32 in [-1, 1], and ``file_path_``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset
+
+from taming.data.preprocessing import SquareCrop, decode_image, to_unit_range
+
+logger = logging.getLogger(__name__)
+
+
+class ConcatDatasetWithIndex(ConcatDataset[Any]):
+    """Concatenated data sets whose items are pairs: (item, number of the data set it is from)."""
+
+    def __getitem__(self, idx: int) -> tuple[Any, int]:
+        idx = range(len(self))[idx]
+        return super().__getitem__(idx), bisect_right(self.cumulative_sizes, idx)
+
+
+class PicturePaths(Dataset[dict[str, Any]], ABC):
+    """Reads, rescales and crops the pictures of a list of files; subclasses say how to read one.
+
+    Args:
+        paths: The files.
+        size: Side of the square crops in pixels; None leaves pictures whole.
+        random_crop: Cut anywhere instead of from the middle.
+        labels: Name -> one value per file; added to the items.
+        random_flip: Mirror every other picture.
+        random_scale: [lo, hi]: draw the short side between lo * size and hi * size before the cut.
+        allow_upscale: Enlarge pictures smaller than the crop instead of refusing them.
+        antialias: Rescale with antialiasing; off, results are as in the original.
+        on_error: For a picture that cannot be read or is too small: "raise" a ValueError that
+            names it, or "skip" it with a warning and take the next one instead.
+
+    Attributes:
+        skipped: Positions of the files skipped so far (in this process).
+
+    Raises:
+        ValueError: An option is out of range, or a label has not one value per file.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        size: int | None = None,
+        random_crop: bool = False,
+        labels: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        random_flip: bool = False,
+        random_scale: Sequence[float] | None = None,
+        allow_upscale: bool = True,
+        antialias: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        self.crop = SquareCrop(size, random_crop, random_flip, random_scale, allow_upscale)
+        self.antialias = antialias
+        self.on_error = on_error
+        self.labels = {**(labels or {}), "file_path_": [os.fspath(path) for path in paths]}
+        self.skipped: set[int] = set()
+        for name, values in self.labels.items():
+            if len(values) != len(paths):
+                raise ValueError(f"label {name!r} has {len(values)} values for {len(paths)} files")
+
+    @abstractmethod
+    def read(self, path: str) -> Tensor:
+        """Read a file into (3, H, W) uint8.
+
+        Raises:
+            ValueError: The file cannot be read.
+        """
+
+    def __len__(self) -> int:
+        return len(self.labels["file_path_"])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start = range(len(self))[index]
+        for position in (*range(start, len(self)), *range(start)):
+            if position in self.skipped:
+                continue
+            try:
+                return self._item(position)
+            except ValueError as error:
+                if self.on_error == "raise":
+                    raise
+                self.skipped.add(position)
+                logger.warning("skipped, %d so far: %s", len(self.skipped), error)
+        raise ValueError(f"none of the {len(self)} pictures can be used")
+
+    def _item(self, position: int) -> dict[str, Any]:
+        path = self.labels["file_path_"][position]
+        try:
+            picture = self.read(path)
+            view = self.crop.draw(*picture.shape[-2:])
+        except ValueError as error:
+            raise ValueError(f"image {path}: {error}") from error
+        image = to_unit_range(view.apply(picture, antialias=self.antialias))
+        return {"image": image, **{name: values[position] for name, values in self.labels.items()}}
+
+
+class ImagePaths(PicturePaths):
+    """A list of image files. See :class:`PicturePaths`."""
+
+    def read(self, path: str) -> Tensor:
+        """Decode an image file into (3, H, W) uint8."""
+        return decode_image(path)
+
+
+class NumpyPaths(PicturePaths):
+    """A list of ``.npy`` files, each a uint8 array (1, 3, H, W). See :class:`PicturePaths`."""
+
+    def read(self, path: str) -> Tensor:
+        """Load an array into (3, H, W) uint8."""
+        array = np.load(path)
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[:2] != (1, 3):
+            raise ValueError(f"expected uint8 (1, 3, H, W), found {array.dtype} {array.shape}")
+        return torch.from_numpy(array[0])

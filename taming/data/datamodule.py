@@ -1,0 +1,117 @@
+"""Data sets from a configuration, served by Lightning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from taming.util import instantiate_from_config
+
+
+class Indexable(Protocol):
+    """Anything with a length and numbered items."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class WrappedDataset(Dataset[Any]):
+    """Makes a data set of anything that has a length and numbered items."""
+
+    def __init__(self, dataset: Indexable) -> None:
+        self.data = dataset
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, idx: int) -> Any:
+        return self.data[idx]
+
+
+class DataModuleFromConfig(pl.LightningDataModule):
+    """Data loaders over the data sets that ``{target, params}`` blocks describe.
+
+    Args:
+        batch_size: Items per batch and process.
+        train: Block of the training set; its items are shuffled.
+        validation: Block of the validation set.
+        test: Block of the test set.
+        wrap: Wrap the data sets in :class:`WrappedDataset`.
+        num_workers: Loader processes; by default two per item of a batch, at most one per CPU.
+
+    Attributes:
+        datasets: Split name -> data set, for the splits given, once ``setup`` ran.
+
+    Raises:
+        ValueError: ``batch_size`` or ``num_workers`` is out of range, or there is no split.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        train: Mapping[str, Any] | None = None,
+        validation: Mapping[str, Any] | None = None,
+        test: Mapping[str, Any] | None = None,
+        wrap: bool = False,
+        num_workers: int | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"num_workers must be 0 or more, got {num_workers}")
+        splits = {"train": train, "validation": validation, "test": test}
+        self.dataset_configs = {name: c for name, c in splits.items() if c is not None}
+        if not self.dataset_configs:
+            raise ValueError(f"data needs at least one of the blocks {', '.join(splits)}")
+        self.batch_size = batch_size
+        self.wrap = wrap
+        default_workers = min(2 * batch_size, os.cpu_count() or 1)
+        self.num_workers = default_workers if num_workers is None else num_workers
+        self.datasets: dict[str, Any] = {}
+        # Lightning leaves out the loops whose methods are not defined; empty ones would run.
+        if validation is not None:
+            self.val_dataloader = partial(self._loader, "validation")
+        if test is not None:
+            self.test_dataloader = partial(self._loader, "test")
+
+    def prepare_data(self) -> None:
+        """Build the data sets on one process per node, so that the others find downloads done."""
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build all data sets, the first time only.
+
+        Raises:
+            ValueError: A data set has no items.
+        """
+        if self.datasets:
+            return
+        datasets = {name: instantiate_from_config(c) for name, c in self.dataset_configs.items()}
+        for name, dataset in datasets.items():
+            if len(dataset) == 0:
+                target = self.dataset_configs[name]["target"]
+                raise ValueError(f"the {name} data set {target} is empty")
+        self.datasets = {k: WrappedDataset(d) if self.wrap else d for k, d in datasets.items()}
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return shuffled batches of the training set."""
+        if "train" not in self.datasets:
+            raise ValueError("training needs a data.params.train block with target and params")
+        return self._loader("train", shuffle=True)
+
+    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
+        return DataLoader(
+            self.datasets[split],
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

@@ -1,0 +1,164 @@
+"""The embedded default: the colour photographs that ship inside the scikit-image package.
+
+No network is needed. Whole photographs are held out for validation. ``color.png``, the other
+colour picture there, is a synthetic colour wheel and is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from itertools import zip_longest
+from math import ceil
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from taming.data.preprocessing import (
+    SquareCrop,
+    View,
+    decode_image,
+    scale_short_side,
+    to_unit_range,
+)
+
+# The two motorcycle pictures are a stereo pair, one scene, and must stay on the same side.
+TRAIN_PHOTOS = (
+    "astronaut.png",
+    "motorcycle_left.png",
+    "rocket.jpg",
+    "ihc.png",
+    "hubble_deep_field.jpg",
+    "motorcycle_right.png",
+    "retina.jpg",
+)
+VALIDATION_PHOTOS = ("chelsea.png", "coffee.png")
+
+
+def load_photos(names: Sequence[str], size: int) -> list[Tensor]:
+    """Decode photographs of the scikit-image package into (3, H, W) uint8 each.
+
+    Args:
+        names: Their file names.
+        size: Crop that each of them must be large enough for, in pixels.
+
+    Raises:
+        FileNotFoundError: The installed scikit-image does not ship one of them.
+        ValueError: One of them is smaller than ``size``.
+    """
+    photos = []
+    for name in names:
+        path = files("skimage") / "data" / name
+        if not path.is_file():
+            raise FileNotFoundError(f"the installed scikit-image lacks the photograph {path}")
+        with path.open("rb") as file:
+            photos.append(decode_image(file))
+        side = min(photos[-1].shape[-2:])
+        if not 1 <= size <= side:
+            raise ValueError(f"size must be 1 to {side}, the short side of {name}, got {size}")
+    return photos
+
+
+class PhotosTrain(Dataset[dict[str, Any]]):
+    """Random crops of the training photographs, drawn from torch's global generator.
+
+    An item has ``image``, (size, size, 3) float32 in [-1, 1], and ``file_path_``, the name.
+
+    Args:
+        size: Side of the square crops in pixels.
+        length: Number of items; item i shows photograph i modulo their number.
+        scale: (lo, hi): the photograph's short side is drawn between lo * size and hi * size, never
+            above its own resolution.
+        flip: Mirror every other crop.
+    """
+
+    def __init__(
+        self,
+        size: int = 128,
+        length: int = 1024,
+        scale: Sequence[float] = (1.0, 3.0),
+        flip: bool = True,
+    ) -> None:
+        self.photos = load_photos(TRAIN_PHOTOS, size)
+        self.length = length
+        self.crop = SquareCrop(
+            size, random_crop=True, random_flip=flip, random_scale=scale, allow_upscale=False
+        )
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = range(self.length)[index] % len(self.photos)
+        photo = self.photos[number]
+        view = self.crop.draw(*photo.shape[-2:])
+        image = to_unit_range(view.apply(photo, antialias=True))
+        return {"image": image, "file_path_": TRAIN_PHOTOS[number]}
+
+
+def tile(height: int, width: int, size: int, scale: float) -> list[View]:
+    """Cover a photograph with a grid of evenly spaced square views.
+
+    Args:
+        height: Rows of the photograph.
+        width: Its columns.
+        size: Side of the views in pixels.
+        scale: The short side becomes scale * size, at most its own length.
+
+    Returns:
+        The views, row by row; neighbours overlap as little as covering everything allows.
+    """
+    scaled = scale_short_side(height, width, min(scale * size, height, width))
+    tops, lefts = (_spread(side, size) for side in scaled)
+    return [View(scaled, top, left, size, size) for top in tops for left in lefts]
+
+
+def _spread(side: int, size: int) -> list[int]:
+    count = ceil(side / size)
+    return [round(i * (side - size) / max(count - 1, 1)) for i in range(count)]
+
+
+class PhotosValidation(Dataset[dict[str, Any]]):
+    """A fixed grid of crops of the held-out photographs, coarse views first.
+
+    Items are as in :class:`PhotosTrain`; neighbouring items show different photographs.
+
+    Args:
+        size: Side of the square crops in pixels.
+        length: Number of items; None takes the whole grid (18 crops of 128 pixels).
+        scales: The grid is laid over each photograph rescaled to a short side of scale * size.
+
+    Raises:
+        ValueError: The photographs are smaller than ``size``, or the grid than ``length``.
+    """
+
+    def __init__(
+        self, size: int = 128, length: int | None = None, scales: Sequence[float] = (1.0, 2.0)
+    ) -> None:
+        self.photos = load_photos(VALIDATION_PHOTOS, size)
+        if not all(scale >= 1 for scale in scales):
+            raise ValueError(f"scales must be at least 1, got {list(scales)}")
+        views = self._grid(size, scales)
+        if length is not None and length > len(views):
+            raise ValueError(
+                f"length is {length}, but the held-out photographs have only {len(views)} crops of "
+                f"{size} pixels at the scales {list(scales)}; lower it or add a scale"
+            )
+        self.views = views[:length]
+
+    def _grid(self, size: int, scales: Sequence[float]) -> list[tuple[int, View]]:
+        per_photo = []
+        for number, photo in enumerate(self.photos):
+            height, width = photo.shape[-2:]
+            tiles = [(number, v) for scale in scales for v in tile(height, width, size, scale)]
+            per_photo.append(dict.fromkeys(tiles))  # Scales above the resolution coincide.
+        return [item for group in zip_longest(*per_photo) for item in group if item is not None]
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, view = self.views[index]
+        image = to_unit_range(view.apply(self.photos[number], antialias=True))
+        return {"image": image, "file_path_": VALIDATION_PHOTOS[number]}

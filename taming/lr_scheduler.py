@@ -1,0 +1,46 @@
+"""Schedules of one number over training steps."""
+
+from __future__ import annotations
+
+import math
+
+
+class LambdaWarmUpCosineScheduler:
+    """Linear warm-up, then half a cosine down, then constant; a factor for ``LambdaLR``.
+
+    Args:
+        warm_up_steps: Steps of the linear rise from ``lr_start`` to ``lr_max``.
+        lr_min: Value at ``max_decay_steps`` and after.
+        lr_max: Value at the end of the rise.
+        lr_start: Value at step 0.
+        max_decay_steps: Step at which the cosine reaches ``lr_min``.
+        verbosity_interval: Kept for the original's configs; loggers report the value.
+    """
+
+    def __init__(
+        self,
+        warm_up_steps: int,
+        lr_min: float,
+        lr_max: float,
+        lr_start: float,
+        max_decay_steps: int,
+        verbosity_interval: int = 0,
+    ) -> None:
+        self.warm_up_steps = warm_up_steps
+        self.lr_min = lr_min
+        self.lr_max = lr_max
+        self.lr_start = lr_start
+        self.max_decay_steps = max_decay_steps
+        self.verbosity_interval = verbosity_interval
+
+    def schedule(self, n: int) -> float:
+        """Return the value at step n."""
+        if n < self.warm_up_steps:
+            return self.lr_start + (self.lr_max - self.lr_start) * n / self.warm_up_steps
+        progress = (n - self.warm_up_steps) / max(self.max_decay_steps - self.warm_up_steps, 1)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return self.lr_min + (self.lr_max - self.lr_min) * cosine
+
+    def __call__(self, n: int) -> float:
+        """Return the value at step n."""
+        return self.schedule(n)
