@@ -51,6 +51,14 @@ def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
     return z_q + (z - z.detach())
 
 
+def channels_second(z_q: Tensor) -> Tensor:
+    """(B, h, w, D) -> (B, D, h, w).
+
+    Contiguous: the decoder's GroupNorm loses two digits on channels-last memory on the CPU.
+    """
+    return rearrange(z_q, "b h w d -> b d h w").contiguous()
+
+
 def code_perplexity(codes: Tensor, n_e: int) -> Tensor:
     """Exponential of the entropy (nats) of the codes of a batch; a scalar in [1, K]."""
     share = torch.bincount(codes.flatten(), minlength=n_e).float() / codes.numel()

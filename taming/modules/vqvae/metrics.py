@@ -55,7 +55,7 @@ class CodebookMetrics(Metric):
         self.images += len(z)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return scalars over all that was added.
+        """Summarize all that was added.
 
         Returns:
             usage: Share of the K codes that occur, in [0, 1].
@@ -64,6 +64,7 @@ class CodebookMetrics(Metric):
             slots_per_image: Slots written per image.
             never_within_threshold: Share of sites that ran into T turns, in [0, 1].
             quantization_error: Mean square of z - z_q per channel.
+            codes, lengths: (K,) and (T + 1,) int64, how often each occurs.
         """
         share = self.codes.float() / self.codes.sum()
         sites = self.lengths.sum()
@@ -75,4 +76,6 @@ class CodebookMetrics(Metric):
             "slots_per_image": slots / self.images,
             "never_within_threshold": self.beyond / sites,
             "quantization_error": (self.error / sites).float(),
+            "codes": self.codes,
+            "lengths": self.lengths,
         }

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from taming.modules.vqvae.base import (
@@ -22,6 +21,7 @@ from taming.modules.vqvae.base import (
     Quantizer,
     QuantizerInfo,
     QuantizerOutput,
+    channels_second,
     code_perplexity,
     straight_through,
     vq_loss,
@@ -93,7 +93,7 @@ class VectorQuantizer2(Quantizer):
             self.beta,
             self.legacy,
         )
-        z_q = rearrange(entries.detach(), "(b h w) d -> b d h w", b=len(z), h=z.shape[2])
+        z_q = channels_second(entries.detach().view(len(z), *z.shape[2:], self.e_dim))
         if self.remap is not None:
             indices = self.remap_to_used(indices)[:, None]
         if self.sane_index_shape:
@@ -131,7 +131,7 @@ class VectorQuantizer2(Quantizer):
             indices.reshape(-1) if self.remap is None else self.unmap_to_all(indices.reshape(-1))
         )
         z_q = self.embedding(codes)
-        return z_q if shape is None else rearrange(z_q.view(shape), "b h w d -> b d h w")
+        return z_q if shape is None else channels_second(z_q.view(shape))
 
 
 class LoopyVectorQuantizer(Quantizer):
@@ -226,7 +226,8 @@ class LoopyVectorQuantizer(Quantizer):
             LoopTrace(*(self._grid(field, z) for field in trace)),
             self._grid(path.codes, z),
         )
-        return QuantizerOutput(self._channels_second(self._grid(z_q, z)), loss, info)
+        z_q = self._grid(z_q, z)
+        return QuantizerOutput(z_q if z.ndim == 2 else channels_second(z_q), loss, info)
 
     def get_codebook_entry(
         self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
@@ -247,7 +248,8 @@ class LoopyVectorQuantizer(Quantizer):
         self._check(codes)
         z_q = self.transform.decode(codes, self.embedding.weight)
         grid = indices.shape[:-1] if shape is None else shape[:3]
-        return self._channels_second(z_q.reshape(*grid, self.e_dim))
+        z_q = z_q.reshape(*grid, self.e_dim)
+        return z_q if len(grid) == 1 else channels_second(z_q)
 
     def _check(self, codes: Tensor) -> None:
         """Refuse codes (N, T) with a site that has no code or goes on after its end."""
@@ -318,8 +320,3 @@ class LoopyVectorQuantizer(Quantizer):
     def _grid(rows: Tensor, z: Tensor) -> Tensor:
         """Give rows (N, ...) the grid of z: (B, h, w, ...), or leave them for z (N, D)."""
         return rows if z.ndim == 2 else rows.reshape(len(z), *z.shape[2:], *rows.shape[1:])
-
-    @staticmethod
-    def _channels_second(z_q: Tensor) -> Tensor:
-        """(B, h, w, D) -> (B, D, h, w); (N, D) stays."""
-        return z_q if z_q.ndim == 2 else rearrange(z_q, "b h w d -> b d h w")

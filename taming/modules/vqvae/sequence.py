@@ -117,9 +117,9 @@ class TokenSequence(ABC):
             grid: (h, w).
 
         Returns:
-            (B, L, 3) int64: row, column and depth (tokens already written in the site).
+            (B, L, 3) int64: row, column and depth (tokens already written in the site); 0 for -1.
         """
-        return place(self.states(tokens), grid)
+        return place(self.states(tokens), grid) * (tokens >= 0)[..., None]
 
     @abstractmethod
     def states(self, tokens: Tensor) -> GrammarState:

@@ -1,22 +1,10 @@
 """The transformer equals the original and does not depend on how its input is split."""
 
-import json
-
 import pytest
 import torch
-from safetensors import safe_open
+from golden import load_golden
 
 from taming.modules.transformer.mingpt import GPT
-from taming.util import instantiate_from_config
-
-
-def load_golden(path):
-    """Config, parameters and recorded inputs and outputs of a file."""
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        config = json.loads(file.metadata()["config"])
-    parameters = {k[6:]: v for k, v in tensors.items() if k.startswith("param/")}
-    return config, parameters, {k[3:]: v for k, v in tensors.items() if k.startswith("io/")}
 
 
 def gpt(**kwargs) -> GPT:
@@ -28,11 +16,9 @@ def gpt(**kwargs) -> GPT:
 
 
 def test_equals_the_original_with_unmasked_tokens(shared) -> None:
-    config, parameters, io = load_golden(shared / "upstream/golden/gpt_unmasked.safetensors")
-    model = instantiate_from_config(config).eval()
-    model.load_state_dict(parameters, strict=True)
-    logits, loss = model(io["idx"])
-    torch.testing.assert_close(logits, io["logits"], rtol=1e-5, atol=1e-5)
+    golden = load_golden(shared, "gpt_unmasked")
+    logits, loss = golden.build()(golden.io["idx"])
+    torch.testing.assert_close(logits, golden.io["logits"], rtol=1e-5, atol=1e-5)
     assert loss is None
 
 

@@ -1,15 +1,14 @@
 """Laws of the quantizers, and equality with the original's recorded outputs."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from golden import load_golden
 
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer, VectorQuantizer2
-from taming.util import NonFiniteError, instantiate_from_config
+from taming.util import NonFiniteError
 
 K, D, T = 16, 4, 5
 TRANSFORMS = {
@@ -37,23 +36,18 @@ def loopy(transform: str = "residual", threshold: float = 0.8, **kwargs) -> Loop
 
 @pytest.mark.parametrize("name", ["vq2_legacy", "vq2_fixed", "vq2_sane", "vq2_remap"])
 def test_vector_quantizer_2_equals_the_original(name: str, shared, tmp_path) -> None:
-    with safe_open(shared / f"upstream/golden/{name}.safetensors", "pt") as file:
-        config = json.loads(file.metadata()["config"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    if "remap" in config["params"]:
-        config["params"]["remap"] = str(tmp_path / "used.npy")
+    golden = load_golden(shared, name)
+    if "remap" in golden.config["params"]:
+        golden.config["params"]["remap"] = str(tmp_path / "used.npy")
         np.save(tmp_path / "used.npy", np.arange(0, 64, 2))
-    quantizer = instantiate_from_config(config)
-    quantizer.load_state_dict(
-        {key[6:]: value for key, value in tensors.items() if key.startswith("param/")}, strict=True
-    )
-    quant, loss, (_, _, indices) = quantizer(tensors["io/z"])
-    assert torch.equal(indices, tensors["io/indices"])
-    torch.testing.assert_close(quant, tensors["io/quant"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(loss, tensors["io/loss"], rtol=1e-5, atol=0)
-    if "io/entry" in tensors:
+    quantizer = golden.build()
+    quant, loss, (_, _, indices) = quantizer(golden.io["z"])
+    assert torch.equal(indices, golden.io["indices"])
+    torch.testing.assert_close(quant, golden.io["quant"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, golden.io["loss"], rtol=1e-5, atol=0)
+    if "entry" in golden.io:
         entry = quantizer.get_codebook_entry(indices, (2, 5, 7, 16))
-        torch.testing.assert_close(entry, tensors["io/entry"])
+        torch.testing.assert_close(entry, golden.io["entry"])
 
 
 @pytest.mark.parametrize("unknown", ["random", "extra", 1])

@@ -1,0 +1,109 @@
+"""Building blocks of the convolutional encoder and decoder, from DDPM (arXiv:2006.11239).
+
+Axis letters: B batch, C channels, H W feature map.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+NORM_GROUPS = 32
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return the normalisation used throughout: 32 groups, eps 1e-6."""
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+
+
+class Downsample(nn.Module):
+    """Halve height and width.
+
+    Args:
+        channels: C of input and output.
+        with_conv: Learn a strided 3x3 convolution, padded right and below only; otherwise average.
+    """
+
+    def __init__(self, channels: int, with_conv: bool = True) -> None:
+        super().__init__()
+        self.with_conv = with_conv
+        if with_conv:
+            self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H / 2, W / 2)."""
+        if self.with_conv:
+            return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return F.avg_pool2d(x, 2)
+
+
+class Upsample(nn.Module):
+    """Double height and width by repeating pixels.
+
+    Args:
+        channels: C of input and output.
+        with_conv: Follow with a 3x3 convolution.
+    """
+
+    def __init__(self, channels: int, with_conv: bool = True) -> None:
+        super().__init__()
+        self.with_conv = with_conv
+        if with_conv:
+            self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, 2 H, 2 W)."""
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x) if self.with_conv else x
+
+
+class ResnetBlock(nn.Module):
+    """Two rounds of norm, SiLU and 3x3 convolution, added to the input.
+
+    Args:
+        in_channels: C of the input.
+        out_channels: C of the output; a 1x1 convolution adapts the shortcut where they differ.
+        dropout: Probability of zeroing an activation before the second convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        self.adapts = in_channels != out_channels
+        if self.adapts:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return (self.nin_shortcut(x) if self.adapts else x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions, added to the input.
+
+    Args:
+        channels: C of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, kernel_size=1)
+        self.k = nn.Conv2d(channels, channels, kernel_size=1)
+        self.v = nn.Conv2d(channels, channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        h = self.norm(x)
+        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return x + self.proj_out(h)

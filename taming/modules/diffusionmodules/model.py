@@ -1,0 +1,279 @@
+"""Convolutional encoder and decoder of the VQGAN (Esser et al. 2021, arXiv:2012.09841).
+
+The architecture is the U-Net of DDPM (Ho et al. 2020, arXiv:2006.11239) without its time embedding
+and skip connections, cut in half: residual blocks at each resolution, attention at some of them.
+Names of submodules are those of taming-transformers, so that its checkpoints load.
+
+Axis letters: B batch, C channels, H W image or feature map, h w latent grid.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import pairwise, zip_longest
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from taming.modules.diffusionmodules.blocks import (
+    NORM_GROUPS,
+    AttnBlock,
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    group_norm,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class StagePlan(NamedTuple):
+    """What stands at one resolution.
+
+    Attributes:
+        in_channels: C of the input.
+        out_channels: C after the first block.
+        num_blocks: How many residual blocks.
+        attention: Whether attention follows each of them.
+        dropout: Passed on to the blocks.
+    """
+
+    in_channels: int
+    out_channels: int
+    num_blocks: int
+    attention: bool
+    dropout: float
+
+
+class Stage(nn.Module):
+    """Residual blocks at one resolution, each followed by attention where the plan says so."""
+
+    def __init__(self, plan: StagePlan) -> None:
+        super().__init__()
+        widths = [plan.in_channels] + [plan.out_channels] * plan.num_blocks
+        self.block = nn.ModuleList(
+            ResnetBlock(before, after, plan.dropout) for before, after in pairwise(widths)
+        )
+        self.attn = nn.ModuleList(
+            AttnBlock(plan.out_channels) for _ in range(plan.num_blocks * plan.attention)
+        )
+
+    def run_blocks(self, h: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, H, W)."""
+        for block, attn in zip_longest(self.block, self.attn, fillvalue=nn.Identity()):
+            h = attn(block(h))
+        return h
+
+
+class DownStage(Stage):
+    """A stage of the encoder: blocks, then a module that halves the map (or the identity)."""
+
+    def __init__(self, plan: StagePlan, downsample: nn.Module) -> None:
+        super().__init__(plan)
+        self.downsample = downsample
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, H / 2, W / 2); the last keeps H, W."""
+        return self.downsample(self.run_blocks(h))
+
+
+class UpStage(Stage):
+    """A stage of the decoder: blocks, then a module that doubles the map (or the identity)."""
+
+    def __init__(self, plan: StagePlan, upsample: nn.Module) -> None:
+        super().__init__(plan)
+        self.upsample = upsample
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, 2 H, 2 W); the last keeps H, W."""
+        return self.upsample(self.run_blocks(h))
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution, where attention is always affordable."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, dropout)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels, dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map (B, C, h, w) to the same shape."""
+        return self.block_2(self.attn_1(self.block_1(h)))
+
+
+def level_widths(ch: int, ch_mult: Sequence[int]) -> list[int]:
+    """Return the channels of each level, highest resolution first.
+
+    Raises:
+        ValueError: There is no level, or a width does not divide into the groups of the norm.
+    """
+    widths = [ch * factor for factor in ch_mult]
+    if not widths or any(width < 1 or width % NORM_GROUPS for width in [ch, *widths]):
+        raise ValueError(
+            f"ch={ch} and ch times each entry of ch_mult={list(ch_mult)} must be positive "
+            f"multiples of {NORM_GROUPS} (the groups of GroupNorm)"
+        )
+    return widths
+
+
+def warn_of_unreached(attn_resolutions: Sequence[int], reached: Sequence[int]) -> None:
+    """Log which attention resolutions no level has, since their attention is silently absent."""
+    if missed := sorted(set(attn_resolutions) - set(reached)):
+        logger.warning(
+            "attn_resolutions %s add no attention: the levels have the resolutions %s",
+            missed,
+            list(reached),
+        )
+
+
+class Encoder(nn.Module):
+    """Image to latent grid, 2 ** (len(ch_mult) - 1) times smaller in each direction.
+
+    Encoder and Decoder take the same arguments, so that one ``ddconfig`` builds both.
+
+    Args:
+        ch: Channels at the first convolution; a multiple of 32.
+        out_ch: Channels of the decoder's output; not used here.
+        ch_mult: Channels of each level as multiples of ``ch``, highest resolution first.
+        num_res_blocks: Residual blocks per level.
+        attn_resolutions: Levels with attention, named by their height when the image has
+            ``resolution``; a value that no level has is logged.
+        dropout: Probability of zeroing an activation inside the blocks.
+        resamp_with_conv: Learn the down- and upsampling.
+        in_channels: Channels of the image.
+        resolution: Height of the images that ``attn_resolutions`` refers to; images of other sizes
+            are accepted.
+        z_channels: Channels of the latent grid.
+        double_z: Give twice as many (mean and log variance of a variational model). True as in
+            taming-transformers; a VQ model wants False.
+        give_pre_end: Of the decoder only; not used here.
+
+    Raises:
+        ValueError: A width is no multiple of 32.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        double_z: bool = True,
+        give_pre_end: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = level_widths(ch, ch_mult)
+        self.factor = 2 ** (len(widths) - 1)
+        resolutions = [resolution // 2**i for i in range(len(widths))]
+        warn_of_unreached(attn_resolutions, resolutions)
+
+        self.conv_in = nn.Conv2d(in_channels, ch, kernel_size=3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (before, after) in enumerate(pairwise([ch, *widths])):
+            attention = resolutions[i] in attn_resolutions
+            plan = StagePlan(before, after, num_res_blocks, attention, dropout)
+            last = i == len(widths) - 1
+            self.down.append(
+                DownStage(plan, nn.Identity() if last else Downsample(after, resamp_with_conv))
+            )
+        self.mid = Middle(widths[-1], dropout)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(
+            widths[-1], 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode images.
+
+        Args:
+            x: (B, in_channels, H, W), H and W multiples of ``factor``.
+
+        Returns:
+            (B, z_channels, H / factor, W / factor), or twice the channels with ``double_z``.
+
+        Raises:
+            ValueError: H or W is no multiple of ``factor``.
+        """
+        height, width = x.shape[-2:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(
+                f"image is {height} x {width} pixels, but this encoder halves it "
+                f"{len(self.down) - 1} times: both must be multiples of {self.factor}"
+            )
+        h = self.conv_in(x)
+        for stage in self.down:
+            h = stage(h)
+        h = self.mid(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Latent grid to image: the encoder's mirror, with one more block per level.
+
+    Takes the arguments of `Encoder`; ``in_channels`` and ``double_z`` play no part.
+
+    Args:
+        give_pre_end: Return the features before the last normalisation and convolution.
+
+    Raises:
+        ValueError: A width is no multiple of 32.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        double_z: bool = True,
+        give_pre_end: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = level_widths(ch, ch_mult)
+        self.give_pre_end = give_pre_end
+
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], kernel_size=3, padding=1)
+        self.mid = Middle(widths[-1], dropout)
+        self.up = nn.ModuleList()
+        for i, (after, before) in enumerate(pairwise([*widths, widths[-1]])):
+            attention = resolution // 2**i in attn_resolutions
+            plan = StagePlan(before, after, num_res_blocks + 1, attention, dropout)
+            self.up.append(
+                UpStage(plan, nn.Identity() if i == 0 else Upsample(after, resamp_with_conv))
+            )
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], out_ch, kernel_size=3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Decode latents.
+
+        Args:
+            z: (B, z_channels, h, w).
+
+        Returns:
+            (B, out_ch, factor h, factor w), unbounded; with ``give_pre_end`` the features before.
+        """
+        h = self.mid(self.conv_in(z))
+        for stage in reversed(self.up):
+            h = stage(h)
+        if self.give_pre_end:
+            return h
+        return self.conv_out(F.silu(self.norm_out(h)))

@@ -1,0 +1,230 @@
+"""LPIPS, a distance between images that agrees with people (Zhang et al. 2018, arXiv:1801.03924).
+
+Axis letters: B batch, C channels, H W image, h w feature map.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from itertools import pairwise
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import VGG16_Weights
+
+from taming.util import download, md5_hash
+
+logger = logging.getLogger(__name__)
+
+HEADS_URL = "https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1"
+HEADS_MD5 = "d507d7349b931f0638a25a48a722f98a"
+
+# Widths of VGG16's convolutions; each group but the first starts by halving the image.
+VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Load a state dict that the user named.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weights of LPIPS at {path}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def fetch_heads() -> Path:
+    """Return the path of the linear heads in torch's cache, downloaded and checked.
+
+    Raises:
+        ConnectionError: They are not there and cannot be downloaded.
+        ValueError: What was downloaded is another file.
+    """
+    path = Path(torch.hub.get_dir(), "taming", "vgg.pth")
+    if not path.is_file() or md5_hash(path) != HEADS_MD5:
+        try:
+            download(HEADS_URL, path)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{error}, or name its place in the environment variable TAMING_LPIPS; the pip "
+                "package lpips holds the same file as lpips/weights/v0.1/vgg.pth"
+            ) from error
+        if (found := md5_hash(path)) != HEADS_MD5:
+            raise ValueError(f"{path} from {HEADS_URL} has md5 {found}, expected {HEADS_MD5}")
+    return path
+
+
+def fetch_vgg16() -> dict[str, Tensor]:
+    """Return torchvision's VGG16 weights (ImageNet), downloaded to torch's cache and checked.
+
+    Raises:
+        ConnectionError: They are not there and cannot be downloaded.
+    """
+    weights = VGG16_Weights.IMAGENET1K_V1
+    try:
+        return dict(weights.get_state_dict(progress=True, check_hash=True, map_location="cpu"))
+    except URLError as error:
+        place = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+        raise ConnectionError(
+            f"cannot download {weights.url} ({error}); without a network, fetch it elsewhere and "
+            f"put it at {place}, or name its place in the environment variable TAMING_VGG16"
+        ) from error
+
+
+class ScalingLayer(nn.Module):
+    """Map values in [-1, 1] to the range on which VGG was trained."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[None, :, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, 3, H, W) to the same shape."""
+        return (x - self.shift) / self.scale
+
+
+class VGG16(nn.Module):
+    """The convolutions of VGG16 (arXiv:1409.1556) in five slices; layers keep their numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        number, before = 0, 3
+        for i, widths in enumerate(VGG_WIDTHS, start=1):
+            layers = nn.Sequential()
+            if i > 1:
+                layers.add_module(str(number), nn.MaxPool2d(2))
+                number += 1
+            for channels_in, channels_out in pairwise((before, *widths)):
+                layers.add_module(str(number), nn.Conv2d(channels_in, channels_out, 3, padding=1))
+                layers.add_module(str(number + 1), nn.ReLU(inplace=True))
+                number += 2
+            before = widths[-1]
+            self.add_module(f"slice{i}", layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map (B, 3, H, W) to the features (B, C, h, w) after each slice, largest first."""
+        features = []
+        for layers in self.children():
+            x = layers(x)
+            features.append(x)
+        return features
+
+
+class Head(nn.Module):
+    """Weighted sum over channels.
+
+    Args:
+        channels: C.
+        use_dropout: Number the weight as in a head with dropout before it; nothing is dropped.
+    """
+
+    def __init__(self, channels: int, use_dropout: bool) -> None:
+        super().__init__()
+        convolution = nn.Conv2d(channels, 1, kernel_size=1, bias=False)
+        self.model = nn.Sequential(*[nn.Identity()] * use_dropout, convolution)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to (B, 1, h, w)."""
+        return self.model(x)
+
+
+def normalize(x: Tensor, eps: float = 1e-10) -> Tensor:
+    """Scale (B, C, h, w) to length 1 over C.
+
+    eps stands under the root: where all channels are 0 (flat regions after ReLU) the gradient of
+    a bare norm is not a number.
+    """
+    return x * (x.square().sum(dim=1, keepdim=True) + eps).rsqrt()
+
+
+class LPIPS(nn.Module):
+    """Perceptual distance of two images; frozen, and the same in training and evaluation mode.
+
+    Args:
+        use_dropout: Name the weights of the heads as the original with dropout does; activations
+            are never dropped.
+        pretrained: Load weights, downloading them if need be; False leaves them random, for a
+            checkpoint to fill.
+        weights: Path of the linear heads (``vgg.pth``); by default that in the environment variable
+            TAMING_LPIPS, else a download.
+        vgg_weights: Path of torchvision's VGG16 weights; by default that in the environment
+            variable TAMING_VGG16, else a download.
+
+    Raises:
+        ConnectionError: A download fails; says what to fetch, from where, and where to put it.
+        FileNotFoundError: A path that was given does not exist.
+        ValueError: A file holds other weights.
+    """
+
+    def __init__(
+        self,
+        use_dropout: bool = True,
+        pretrained: bool = True,
+        weights: str | None = None,
+        vgg_weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.scaling_layer = ScalingLayer()
+        self.net = VGG16()
+        self.lin0, self.lin1, self.lin2, self.lin3, self.lin4 = (
+            Head(widths[-1], use_dropout) for widths in VGG_WIDTHS
+        )
+        if pretrained:
+            self.load_heads(weights or os.environ.get("TAMING_LPIPS"))
+            self.load_vgg16(vgg_weights or os.environ.get("TAMING_VGG16"))
+        self.requires_grad_(False)
+
+    @property
+    def heads(self) -> list[Head]:
+        """The heads of the five slices in order."""
+        return [self.lin0, self.lin1, self.lin2, self.lin3, self.lin4]
+
+    def load_heads(self, path: str | None) -> None:
+        """Load the linear heads from a file, or from the download if ``path`` is None."""
+        path = path or str(fetch_heads())
+        state = load_file(path)
+        for i, head in enumerate(self.heads):
+            if (name := f"lin{i}.model.1.weight") not in state:
+                raise ValueError(f"{path} holds no linear heads of LPIPS: {name} is missing")
+            head.load_state_dict(dict(zip(head.state_dict(), [state[name]], strict=True)))
+        logger.info("loaded the linear heads of LPIPS from %s", path)
+
+    def load_vgg16(self, path: str | None) -> None:
+        """Load VGG16 from a file, or from the download if ``path`` is None."""
+        state = load_file(path) if path else fetch_vgg16()
+        names = {name: "features." + name.partition(".")[2] for name in self.net.state_dict()}
+        if missing := sorted(set(names.values()) - set(state)):
+            raise ValueError(f"{path} holds no VGG16 of torchvision: {missing[0]} is missing")
+        self.net.load_state_dict({name: state[source] for name, source in names.items()})
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Compare images.
+
+        Args:
+            x: (B, C, H, W) in [-1, 1], C 3, or 1 for grey.
+            y: The same shape.
+
+        Returns:
+            (B, 1, 1, 1) distances, at least 0.
+
+        Raises:
+            ValueError: C is neither 1 nor 3.
+        """
+        if x.shape[1] not in (1, 3):
+            raise ValueError(f"LPIPS compares images of 1 or 3 channels, got {x.shape[1]}")
+        x_features, y_features = (
+            self.net(self.scaling_layer(images.expand(-1, 3, -1, -1))) for images in (x, y)
+        )
+        distances = [
+            head((normalize(a) - normalize(b)).square()).mean(dim=(2, 3), keepdim=True)
+            for head, a, b in zip(self.heads, x_features, y_features, strict=True)
+        ]
+        return torch.stack(distances).sum(dim=0)

@@ -1,0 +1,261 @@
+"""The VQGAN's loss: pixels, perception and an adversary (Esser et al. 2021, arXiv:2012.09841).
+
+Axis letters: B batch, C channels, H W image, h w grid of the discriminator's patches.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
+from taming.modules.losses.base import DISCRIMINATOR, GENERATOR, AutoencoderLoss
+from taming.modules.losses.lpips import LPIPS
+from taming.modules.vqvae.distributed import sum_over_ranks
+
+
+def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
+    """Return ``value`` before the step ``threshold`` and ``weight`` from it on."""
+    return weight if global_step >= threshold else value
+
+
+def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Return the hinge loss of a discriminator: 0 where real > 1 and fake < -1."""
+    return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
+
+
+def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Return the cross entropy of a discriminator (half the sum over real and fake), in nats."""
+    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
+
+
+DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
+
+
+def adaptive_weight(
+    nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor, max_weight: float
+) -> Tensor:
+    """Weigh the adversary so that it pulls as hard as the reconstruction (equation 7).
+
+    |d nll / d last_layer| / (|d g / d last_layer| + 1e-4), with gradients of the whole batch, that
+    is averaged over all ranks, so that the ranks agree. A step whose gradients overflow has weight
+    0, rather than a limit that nothing but the overflow chose.
+
+    Args:
+        nll_loss: Scalar, reconstruction loss.
+        g_loss: Scalar, adversarial loss of the generator.
+        last_layer: The weight that both are differentiated by.
+        max_weight: Upper bound of the result.
+
+    Returns:
+        Scalar float32 in [0, max_weight], without gradient.
+    """
+    gradients = torch.stack(
+        [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (nll_loss, g_loss)]
+    ).float()
+    ranks = sum_over_ranks(gradients.new_ones(()))
+    nll_norm, g_norm = (sum_over_ranks(gradients) / ranks).flatten(1).norm(dim=1)
+    return (nll_norm / (g_norm + 1e-4)).nan_to_num(nan=0.0, posinf=0.0).clamp(max=max_weight)
+
+
+class DummyLoss(AutoencoderLoss):
+    """Stands where a model that is only used, never trained, has no need of a loss."""
+
+    discriminator = None
+
+    def forward(
+        self,
+        codebook_loss: Tensor,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        optimizer_idx: int,
+        global_step: int,
+        last_layer: Tensor | None = None,
+        cond: Tensor | None = None,
+        split: str = "train",
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Refuse: there is nothing to train on.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "DummyLoss has no value to train on: set lossconfig.target to a loss such as "
+            "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
+        )
+
+
+class VQLPIPSWithDiscriminator(AutoencoderLoss):
+    """Absolute and perceptual difference, codebook loss, and a patch discriminator.
+
+    Args:
+        disc_start: Generator step from which the discriminator trains and counts.
+        codebook_weight: Factor of the codebook loss.
+        pixelloss_weight: Factor of the absolute difference.
+        disc_num_layers: See `NLayerDiscriminator`.
+        disc_in_channels: C of the images, plus C' of the condition if ``disc_conditional``.
+        disc_factor: Factor of both adversarial losses; 0 turns the adversary off.
+        disc_weight: Further factor of the generator's, times the adaptive weight.
+        perceptual_weight: Factor of LPIPS; at 0 its network is not even built.
+        use_actnorm: See `NLayerDiscriminator`.
+        disc_conditional: The discriminator also sees ``cond``.
+        disc_ndf: See `NLayerDiscriminator`.
+        disc_loss: "hinge" or "vanilla".
+        disc_ramp_steps: Generator steps after ``disc_start`` over which the generator's adversarial
+            term grows linearly from 0; the discriminator trains at once, so it is warm by then.
+        max_d_weight: Upper bound of the adaptive weight.
+        perceptual_pretrained: Fetch the weights of LPIPS; False if a checkpoint brings them.
+
+    Raises:
+        ValueError: ``disc_loss`` is unknown, or a number of steps or a weight is negative.
+    """
+
+    discriminator: NLayerDiscriminator
+
+    def __init__(
+        self,
+        disc_start: int,
+        codebook_weight: float = 1.0,
+        pixelloss_weight: float = 1.0,
+        disc_num_layers: int = 3,
+        disc_in_channels: int = 3,
+        disc_factor: float = 1.0,
+        disc_weight: float = 1.0,
+        perceptual_weight: float = 1.0,
+        use_actnorm: bool = False,
+        disc_conditional: bool = False,
+        disc_ndf: int = 64,
+        disc_loss: str = "hinge",
+        disc_ramp_steps: int = 0,
+        max_d_weight: float = 1e4,
+        perceptual_pretrained: bool = True,
+    ) -> None:
+        super().__init__()
+        if disc_loss not in DISCRIMINATOR_LOSSES:
+            raise ValueError(f"disc_loss must be 'hinge' or 'vanilla', got {disc_loss!r}")
+        if min(disc_start, disc_ramp_steps, max_d_weight, perceptual_weight) < 0:
+            raise ValueError(
+                "disc_start, disc_ramp_steps, max_d_weight and perceptual_weight must not be "
+                f"negative, got {(disc_start, disc_ramp_steps, max_d_weight, perceptual_weight)}"
+            )
+        self.disc_start, self.disc_ramp_steps = disc_start, disc_ramp_steps
+        self.disc_factor, self.disc_weight = disc_factor, disc_weight
+        self.codebook_weight, self.pixel_weight = codebook_weight, pixelloss_weight
+        self.perceptual_weight, self.max_d_weight = perceptual_weight, max_d_weight
+        self.disc_conditional = disc_conditional
+        self.disc_loss = DISCRIMINATOR_LOSSES[disc_loss]
+        self.perceptual_loss = (
+            LPIPS(pretrained=perceptual_pretrained) if perceptual_weight else None
+        )
+        self.discriminator = NLayerDiscriminator(
+            disc_in_channels, disc_ndf, disc_num_layers, use_actnorm
+        ).apply(weights_init)
+
+    def forward(
+        self,
+        codebook_loss: Tensor,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        optimizer_idx: int,
+        global_step: int,
+        last_layer: Tensor | None = None,
+        cond: Tensor | None = None,
+        split: str = "train",
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of the autoencoder (0) or the discriminator (1).
+
+        See `AutoencoderLoss.forward`. ``last_layer`` is needed where the autoencoder trains.
+
+        Raises:
+            ValueError: ``optimizer_idx`` is neither, ``cond`` is missing or unexpected, or
+                ``last_layer`` is missing.
+        """
+        images, fakes = inputs.float(), reconstructions.float()
+        cond = None if cond is None else cond.float()
+        with torch.autocast(fakes.device.type, enabled=False):
+            if optimizer_idx == GENERATOR:
+                loss, log = self.generator_loss(
+                    codebook_loss.float().mean(), images, fakes, global_step, last_layer, cond
+                )
+            elif optimizer_idx == DISCRIMINATOR:
+                loss, log = self.discriminator_loss(images, fakes, global_step, cond)
+            else:
+                raise ValueError(f"optimizer_idx must be 0 or 1, got {optimizer_idx}")
+        return loss, {f"{split}/{name}": value.detach() for name, value in log.items()}
+
+    def generator_loss(
+        self,
+        quant_loss: Tensor,
+        images: Tensor,
+        fakes: Tensor,
+        global_step: int,
+        last_layer: Tensor | None,
+        cond: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute what the autoencoder minimises; arguments as in `forward`, all float32."""
+        rec_loss, p_loss = self.reconstruction_loss(images, fakes)
+        g_loss = -self.judge(fakes, cond).mean()
+        d_weight = self.weigh_adversary(rec_loss, g_loss, last_layer)
+        factor = self.generator_factor(global_step)
+        loss = rec_loss + self.codebook_weight * quant_loss
+        if factor:
+            loss = loss + d_weight * factor * g_loss
+        return loss, {
+            "total_loss": loss,
+            "quant_loss": quant_loss,
+            "nll_loss": rec_loss,
+            "rec_loss": rec_loss,
+            "p_loss": p_loss,
+            "d_weight": d_weight,
+            "disc_factor": loss.new_tensor(factor),
+            "g_loss": g_loss,
+        }
+
+    def discriminator_loss(
+        self, images: Tensor, fakes: Tensor, global_step: int, cond: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute what the discriminator minimises; arguments as in `forward`, all float32."""
+        logits_real = self.judge(images.detach(), cond)
+        logits_fake = self.judge(fakes.detach(), cond)
+        factor = adopt_weight(self.disc_factor, global_step, threshold=self.disc_start)
+        loss = factor * self.disc_loss(logits_real, logits_fake)
+        return loss, {
+            "disc_loss": loss,
+            "logits_real": logits_real.mean(),
+            "logits_fake": logits_fake.mean(),
+        }
+
+    def reconstruction_loss(self, images: Tensor, fakes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted mean difference and, by itself, the mean LPIPS in it; scalars."""
+        rec_loss = self.pixel_weight * (images - fakes).abs().mean()
+        if self.perceptual_loss is None:
+            return rec_loss, rec_loss.new_zeros(())
+        p_loss = self.perceptual_loss(images, fakes).mean()
+        return rec_loss + self.perceptual_weight * p_loss, p_loss
+
+    def judge(self, images: Tensor, cond: Tensor | None) -> Tensor:
+        """Map images (B, C, H, W), and the condition if there is one, to logits (B, 1, h, w)."""
+        if self.disc_conditional != (cond is not None):
+            raise ValueError(
+                f"disc_conditional is {self.disc_conditional}, but a condition is "
+                f"{'missing' if cond is None else 'given'}"
+            )
+        return self.discriminator(images if cond is None else torch.cat((images, cond), dim=1))
+
+    def weigh_adversary(self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor | None) -> Tensor:
+        """Return the adversary's weight; 0 where nothing is differentiated, as in validation."""
+        if not nll_loss.requires_grad:
+            return nll_loss.new_zeros(())
+        if last_layer is None:
+            raise ValueError("training needs last_layer, the weight of the decoder's last layer")
+        if not last_layer.requires_grad:
+            return nll_loss.new_zeros(())
+        return self.disc_weight * adaptive_weight(nll_loss, g_loss, last_layer, self.max_d_weight)
+
+    def generator_factor(self, global_step: int) -> float:
+        """Return the factor of the adversarial term: 0, then the ramp, then ``disc_factor``."""
+        factor = adopt_weight(self.disc_factor, global_step, threshold=self.disc_start)
+        if factor and self.disc_ramp_steps:
+            factor *= min(1.0, (global_step - self.disc_start) / self.disc_ramp_steps)
+        return factor

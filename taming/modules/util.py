@@ -1,0 +1,153 @@
+"""Small modules: data-initialised normalisation, non-image conditions, and checks of a network.
+
+Axis letters: B batch, C channels, H W feature map.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taming.modules.vqvae.distributed import rows_of_all_ranks
+
+
+def count_params(module: nn.Module) -> int:
+    """Return the number of parameters, trainable or not."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+class NonFiniteFoundError(Exception):
+    """Carries the name of a module out of the forward pass that found it."""
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors in an output of nested tuples, lists and mappings."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from _tensors(part)
+    elif isinstance(output, Mapping):
+        yield from _tensors(list(output.values()))
+
+
+@torch.no_grad()
+def first_non_finite(module: nn.Module, *inputs: Any) -> str | None:
+    """Run a module again and name the first submodule that gives a NaN or an infinity.
+
+    Submodules are taken in the order in which they finish, so the innermost is named before those
+    around it. The run ends at the first find.
+
+    Args:
+        module: What to look into, in the training or evaluation modes it is in.
+        *inputs: Arguments of its ``forward``.
+
+    Returns:
+        Dotted name of the submodule, the class name if only ``module`` itself gives such values,
+        or None if every output is finite.
+    """
+
+    def check(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if not all(tensor.isfinite().all() for tensor in _tensors(output)):
+            raise NonFiniteFoundError(name)
+
+    hooks = [
+        submodule.register_forward_hook(partial(check, name or type(module).__name__))
+        for name, submodule in module.named_modules()
+    ]
+    try:
+        module(*inputs)
+    except NonFiniteFoundError as found:
+        return str(found)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return None
+
+
+class ActNorm(nn.Module):
+    """Shift and scale per channel, started so that the first batch comes out with mean 0, std 1.
+
+    From Glow (Kingma and Dhariwal 2018, arXiv:1807.03039, section 3.1). The first batch is that of
+    all ranks, so that they start alike.
+
+    Args:
+        num_features: C.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(1, num_features, 1, 1))
+        self.scale = nn.Parameter(torch.ones(1, num_features, 1, 1))
+        self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set shift and scale from a batch (B, C, H, W)."""
+        x = rows_of_all_ranks(x.detach())
+        self.loc.copy_(-x.mean(dim=(0, 2, 3), keepdim=True))
+        self.scale.copy_(1 / (x.std(dim=(0, 2, 3), keepdim=True) + 1e-6))
+        self.initialized.fill_(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        if self.training and not self.initialized:
+            self.initialize(x)
+        return self.scale * (x + self.loc)
+
+
+# What a quantizing first stage returns: (quantized, loss, (perplexity, encodings, indices)).
+Quantized = tuple[Tensor, None, tuple[None, None, Tensor]]
+
+
+class AbstractEncoder(nn.Module, ABC):
+    """Turns a condition that is no image into tokens."""
+
+    @abstractmethod
+    def encode(self, c: Tensor) -> Tensor | Quantized:
+        """Map a batch of conditions to tokens (B, L), in the form of a first stage's ``encode``."""
+
+
+class Labelator(AbstractEncoder):
+    """A class label as a sequence of one token.
+
+    Args:
+        n_classes: Number of classes.
+        quantize_interface: Return what a quantizing first stage returns; else the tokens alone.
+    """
+
+    def __init__(self, n_classes: int, quantize_interface: bool = True) -> None:
+        super().__init__()
+        self.n_classes = n_classes
+        self.quantize_interface = quantize_interface
+
+    def encode(self, c: Tensor) -> Tensor | Quantized:
+        """Map labels (B,) in [0, n_classes) to tokens (B, 1) int64."""
+        tokens = c[:, None].long()
+        return (tokens, None, (None, None, tokens)) if self.quantize_interface else tokens
+
+
+class SOSProvider(AbstractEncoder):
+    """A start token in place of a condition, for unconditional models.
+
+    Args:
+        sos_token: The token.
+        quantize_interface: Return what a quantizing first stage returns; else the tokens alone.
+    """
+
+    def __init__(self, sos_token: int, quantize_interface: bool = True) -> None:
+        super().__init__()
+        self.sos_token = sos_token
+        self.quantize_interface = quantize_interface
+
+    def encode(self, c: Tensor) -> Tensor | Quantized:
+        """Map any batch (B, ...) to tokens (B, 1) int64, all the start token."""
+        tokens = torch.full((c.shape[0], 1), self.sos_token, device=c.device)
+        return (tokens, None, (None, None, tokens)) if self.quantize_interface else tokens

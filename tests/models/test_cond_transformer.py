@@ -1,0 +1,218 @@
+"""The prior equals the original, ignores padding, and samples what decodes."""
+
+import math
+
+import pytest
+import torch
+from golden import load_golden
+from tiny import DDCONFIG, GPT, LOOPY, PLAIN, images, trainer
+
+from taming.models.cond_transformer import Net2NetTransformer
+
+TRANSFORMS = {
+    "residual": {},
+    "attract": {
+        "transform_config": {
+            "target": "taming.modules.vqvae.transforms.Attract",
+            "params": {"step": 0.5},
+        }
+    },
+    "plain": None,
+}
+every_tokenizer = pytest.mark.parametrize("kind", list(TRANSFORMS))
+
+
+def tokenizer_config(kind: str) -> dict:
+    params = {"ddconfig": DDCONFIG, "lossconfig": PLAIN, "n_embed": 16, "embed_dim": 4}
+    if TRANSFORMS[kind] is not None:
+        loopy = {**LOOPY["params"], "start_batches": 0, "threshold": 0.3, **TRANSFORMS[kind]}
+        params["quantizer_config"] = {**LOOPY, "params": loopy}
+    return {"target": "taming.models.vqgan.VQModel", "params": params}
+
+
+def prior(kind: str = "residual", gpt: dict | None = None, **kwargs) -> Net2NetTransformer:
+    """A small prior whose tokenizer spreads latents over its codes."""
+    sites = {"site_shape": (8, 8, 4)} if kind != "plain" else {}
+    config = {**GPT, "params": {**GPT["params"], **sites, **(gpt or {})}}
+    built = Net2NetTransformer(
+        config,
+        tokenizer_config(kind),
+        **{"cond_stage_config": "__is_unconditional__", **kwargs},
+    )
+    with torch.no_grad():
+        quantize = built.first_stage_model.quantize
+        quantize.embedding.weight.copy_(torch.randn(16, 4) * 0.5)
+    return built
+
+
+@pytest.mark.parametrize("name", ["net2net_class", "net2net_uncond"])
+def test_equals_the_original(name: str, shared) -> None:
+    golden = load_golden(shared, name)
+    model, io = golden.build(), golden.io
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    with torch.no_grad():
+        c = io.get("c", io["x"])
+        c = c[:, 0] if name == "net2net_class" else c
+        logits, target = model(io["x"], c)
+        assert torch.equal(target, io["target"])
+        torch.testing.assert_close(logits, io["logits"], **close)
+        if name == "net2net_class":
+            quant, z_indices = model.encode_to_z(io["x"])
+            _, c_indices = model.encode_to_c(c)
+            assert torch.equal(z_indices, io["z_indices"])
+            assert torch.equal(c_indices, io["c_indices"])
+            decoded = model.decode_to_img(z_indices, quant.shape)
+            torch.testing.assert_close(decoded, io["decoded"], **close)
+            greedy = model.sample(z_indices[:, :250], c_indices, steps=6)
+            assert torch.equal(greedy, io["greedy"])
+            greedy = model.sample(z_indices[:, :0], c_indices, steps=6)
+            assert torch.equal(greedy, io["greedy_with_past"])
+            logits, _ = model.transformer(z_indices[:, :20], embeddings=io["embeddings"])
+            torch.testing.assert_close(logits, io["logits_with_embeddings"], **close)
+
+
+@every_tokenizer
+def test_tokens_decode_to_the_reconstruction(kind: str) -> None:
+    model, x = prior(kind).eval(), torch.rand(3, 3, 16, 16)
+    quant, tokens = model.encode_to_z(x)
+    expected = model.first_stage_model.decode(quant)
+    torch.testing.assert_close(model.decode_to_img(tokens, quant.shape), expected)
+
+
+@every_tokenizer
+def test_an_order_of_sites_is_undone(kind: str) -> None:
+    order = {
+        "target": "taming.modules.transformer.permuter.SpiralIn",
+        "params": {"H": 8, "W": 8},
+    }
+    model, x = prior(kind, permuter_config=order).eval(), torch.rand(3, 3, 16, 16)
+    quant, tokens = model.encode_to_z(x)
+    expected = model.first_stage_model.decode(quant)
+    torch.testing.assert_close(model.decode_to_img(tokens, quant.shape), expected)
+
+
+@every_tokenizer
+def test_an_image_has_the_same_likelihood_alone_and_in_a_batch(kind: str) -> None:
+    model, x = prior(kind).eval(), torch.rand(4, 3, 16, 16)
+    x[1] = 0.5  # a flat image has a shorter sequence than its neighbours
+
+    def nll(images: torch.Tensor) -> torch.Tensor:
+        logits, target = model(images, images)
+        picked = logits.log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
+        return -picked.masked_fill(target < 0, 0).sum(dim=1)
+
+    with torch.no_grad():
+        alone = torch.cat([nll(image[None]) for image in x])
+        torch.testing.assert_close(nll(x), alone, rtol=1e-4, atol=1e-4)
+    if kind != "plain":
+        lengths = (model.encode_to_z(x)[1] >= 0).sum(1)
+        assert lengths.unique().numel() > 1
+
+
+@every_tokenizer
+def test_training_lowers_the_loss_and_leaves_the_tokenizer(kind: str, tmp_path) -> None:
+    model = prior(kind, pkeep=0.9)
+    frozen = {k: v.clone() for k, v in model.first_stage_model.state_dict().items()}
+    model.learning_rate = 3e-3
+    fit = trainer(tmp_path, max_epochs=8)
+    fit.fit(model.train(), images(8, 4), images(4, 4))
+    for name, value in model.first_stage_model.state_dict().items():
+        assert torch.equal(value, frozen[name]), name
+    assert not model.first_stage_model.training
+    uniform = math.log(model.sequence.vocab_size)
+    assert fit.callback_metrics["val/loss"] < uniform
+    bits = fit.callback_metrics["val/bits_per_token"]
+    torch.testing.assert_close(bits, fit.callback_metrics["val/loss"] / math.log(2))
+
+
+@every_tokenizer
+def test_every_sample_and_completion_decodes(kind: str) -> None:
+    model = prior(kind).eval()
+    pictures = model.log_images(next(iter(images(3, 3))))
+    names = {"inputs", "reconstructions", "samples_half", "samples_nopix", "samples_det"}
+    assert set(pictures) == names
+    assert all(picture.shape == (3, 3, 16, 16) for picture in pictures.values())
+
+
+def test_completion_keeps_the_known_half() -> None:
+    model, x = prior().eval(), torch.rand(2, 3, 16, 16)
+    quant, tokens = model.encode_to_z(x)
+    _, condition = model.encode_to_c(x)
+    half = model.first_sites(tokens, 32)
+    done = model.sample(half, condition, sample=True, grid=(8, 8))
+    codes = model.sequence.decode(done, (8, 8))
+    assert torch.equal(codes[:, :4], model.sequence.decode(tokens, (8, 8))[:, :4])
+
+
+def test_a_class_is_its_condition(tmp_path) -> None:
+    labels = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}}
+    model = prior(cond_stage_config=labels, cond_stage_key="class_label")
+    model.learning_rate = 1e-3
+    trainer(tmp_path, max_epochs=2).fit(model, images(8, 4), images(4, 4))
+    model.eval()
+    drawn = [
+        model.sample(torch.zeros(1, 0).long(), torch.tensor([[label]]), grid=(8, 8))
+        for label in (1, 7)
+    ]
+    assert all(model.sequence.decode(tokens, (8, 8)).shape == (1, 8, 8, 3) for tokens in drawn)
+    x = next(iter(images(4, 4)))["image"].permute(0, 3, 1, 2)
+    one, other = (model(x, torch.full((4,), label))[0] for label in (1, 7))
+    assert not torch.allclose(one, other)
+
+
+def test_only_matrices_of_linear_layers_decay() -> None:
+    model = prior()
+    decay, rest = model.configure_optimizers().param_groups
+    assert decay["weight_decay"] == 0.01 and rest["weight_decay"] == 0.0
+    assert all(p.ndim == 2 for p in decay["params"])
+    total = sum(p.numel() for p in decay["params"] + rest["params"])
+    assert total == sum(p.numel() for p in model.transformer.parameters())
+    assert model.transformer.tok_emb.weight.data_ptr() in {p.data_ptr() for p in rest["params"]}
+
+
+def test_a_schedule_scales_the_learning_rate(tmp_path) -> None:
+    schedule = {
+        "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler",
+        "params": {
+            "warm_up_steps": 4,
+            "lr_min": 0.1,
+            "lr_max": 1.0,
+            "lr_start": 0.0,
+            "max_decay_steps": 20,
+        },
+    }
+    model = prior(scheduler_config=schedule)
+    model.learning_rate = 1e-3
+    fit = trainer(tmp_path)
+    fit.fit(model, images(4, 2), images(2))
+    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 * 2 / 4)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"gpt": {"vocab_size": 16}}, "vocab_size 16 is too small: UnarySequence .* writes 17"),
+        ({"gpt": {"site_shape": (8, 8, 2)}}, "has 2 depths, but a site takes up to 3 tokens"),
+        (
+            {
+                "sequence_config": {
+                    "target": "taming.modules.vqvae.sequence.UnarySequence",
+                    "params": {"n_e": 16, "max_loops": 5, "dummies": False},
+                }
+            },
+            "max_loops=5, but the tokenizer has n_e=16, max_loops=3",
+        ),
+        ({"cond_stage_config": "first_stage"}, "expected a block with a 'target'"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prior(**kwargs)
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    model = prior(gpt={"site_shape": (4, 8, 4)}).eval()
+    with pytest.raises(ValueError, match=r"8x8 sites does not fit .* \(4, 8, 4\)"):
+        model(*[torch.rand(1, 3, 16, 16)] * 2)
+    with pytest.raises(ValueError, match="needs the grid"):
+        model.sample(torch.zeros(1, 0).long(), torch.zeros(1, 1).long(), steps=4)

@@ -1,0 +1,149 @@
+"""The tokenizer equals the original, and training keeps its promises."""
+
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from golden import load_golden
+from tiny import DDCONFIG, GAN, LOOPY, PLAIN, images, trainer
+
+from taming.models.vqgan import VQModel
+from taming.util import NonFiniteError
+
+
+def model(lossconfig=GAN, quantizer_config=LOOPY, **kwargs) -> VQModel:
+    return VQModel(DDCONFIG, lossconfig, 16, 4, quantizer_config=quantizer_config, **kwargs)
+
+
+def test_equals_the_original(shared) -> None:
+    golden = load_golden(shared, "vqmodel")
+    original, io = golden.build(), golden.io
+    with torch.no_grad():
+        quant, loss, (_, _, indices) = original.encode(io["x"])
+        rec, diff = original(io["x"])
+    assert torch.equal(indices, io["indices"])
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(original.encode_to_prequant(io["x"]), io["h"], **close)
+    torch.testing.assert_close(quant, io["quant"], **close)
+    torch.testing.assert_close(rec, io["rec"], **close)
+    torch.testing.assert_close(loss, io["loss"], rtol=1e-5, atol=0)
+    assert torch.equal(loss, diff)
+    assert set(original.state_dict()) == set(golden.parameters)
+
+
+def test_codes_decode_to_the_reconstruction() -> None:
+    for quantizer in (None, LOOPY):
+        tokenizer = model(quantizer_config=quantizer).eval()
+        x = torch.rand(2, 3, 16, 16)
+        with torch.no_grad():
+            quant, _, (_, _, indices) = tokenizer.encode(x)
+            again = tokenizer.decode_code(indices.reshape(2, 8, 8, -1))
+            torch.testing.assert_close(again, tokenizer.decode(quant), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("lossconfig", [GAN, PLAIN], ids=["gan", "plain"])
+@pytest.mark.parametrize("quantizer", [None, LOOPY], ids=["plain-vq", "loopy"])
+def test_global_step_counts_generator_steps(tmp_path, lossconfig, quantizer, precision) -> None:
+    tokenizer, fit = model(lossconfig, quantizer), trainer(tmp_path, precision=precision)
+    before = {name: value.clone() for name, value in tokenizer.named_parameters()}
+    fit.fit(tokenizer, images(10), images(2))
+    assert fit.global_step == tokenizer.global_step == 5
+    unchanged = {n for n, value in tokenizer.named_parameters() if torch.equal(value, before[n])}
+    # While no logit leaves the hinge's margin, the last bias gets +1 and -1, which is nothing.
+    assert unchanged <= {"loss.discriminator.main.5.bias"}
+    assert math.isfinite(fit.callback_metrics["val/rec_loss"])
+    assert fit.callback_metrics["val/usage"] > 0
+
+
+def test_max_steps_are_generator_steps(tmp_path) -> None:
+    fit = trainer(tmp_path, max_steps=3, max_epochs=-1)
+    fit.fit(model(), images(20), images(2))
+    assert fit.global_step == 3 and fit.fit_loop.total_batch_idx == 2
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path) -> None:
+    state = model(PLAIN, None).state_dict()
+    weights = []
+    for batch_size, accumulate in ((4, 1), (2, 2)):
+        tokenizer = model(PLAIN, None)
+        tokenizer.load_state_dict(state)
+        tokenizer.learning_rate = 1e-2
+        tokenizer.accumulate_grad_batches = accumulate
+        fit = trainer(tmp_path)
+        fit.fit(tokenizer, images(8, batch_size), images(2))
+        assert fit.global_step == 2
+        weights.append(tokenizer.encoder.conv_in.weight)
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
+def test_a_rest_of_batches_is_not_lost(tmp_path) -> None:
+    tokenizer, fit = model(PLAIN, None), trainer(tmp_path)
+    tokenizer.accumulate_grad_batches = 3
+    fit.fit(tokenizer, images(8), images(2))
+    assert fit.global_step == 2
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_of_both_optimizers_are_clipped(tmp_path, algorithm: str) -> None:
+    seen = []
+
+    def watch(optimizer, *_) -> None:
+        grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        total = torch.cat(grads)
+        seen.append(float(total.norm() if algorithm == "norm" else total.abs().max()))
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer, module) -> None:
+            for optimizer in trainer.optimizers:
+                optimizer.register_step_post_hook(watch)
+
+    tokenizer = model()
+    tokenizer.gradient_clip_val, tokenizer.gradient_clip_algorithm = 1e-3, algorithm
+    trainer(tmp_path, callbacks=[Watch()]).fit(tokenizer, images(8), images(2))
+    assert len(seen) == 8 and 0 < max(seen) <= 1.01e-3
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path) -> None:
+    torch.manual_seed(5)
+    whole = model()
+    start = {name: value.clone() for name, value in whole.state_dict().items()}
+    trainer(tmp_path, max_epochs=3).fit(whole, images(6), images(2))
+
+    first, second = model(), model()
+    first.load_state_dict(start)
+    stopped = trainer(tmp_path, max_epochs=2)
+    stopped.fit(first, images(6), images(2))
+    stopped.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = trainer(tmp_path, max_epochs=3)
+    resumed.fit(second, images(6), images(2), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert resumed.global_step == 9
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_what_is_not_finite_stops_training_and_is_named(tmp_path) -> None:
+    tokenizer = model()
+    with torch.no_grad():
+        tokenizer.encoder.mid.block_1.conv1.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="encoder.mid.block_1.conv1"):
+        trainer(tmp_path).fit(tokenizer, images(4), images(2))
+    tokenizer = model()
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.bias.fill_(float("inf"))
+    with pytest.raises(NonFiniteError, match="train/.*not finite at step 0.*decoder.conv_out"):
+        trainer(tmp_path).fit(tokenizer, images(4), images(2))
+
+
+def test_pictures_show_inputs_reconstructions_and_depths() -> None:
+    pictures = model().eval().log_images({"image": torch.rand(2, 16, 16, 3)})
+    assert {name: tuple(p.shape) for name, p in pictures.items()} == dict.fromkeys(
+        ("inputs", "reconstructions", "depths"), (2, 3, 16, 16)
+    )
+    assert pictures["depths"].min() >= -1 and pictures["depths"].max() <= 1
+
+
+def test_sizes_that_disagree_are_refused() -> None:
+    with pytest.raises(ValueError, match="n_embed 99 and embed_dim 4 do not agree"):
+        VQModel(DDCONFIG, GAN, 99, 4, quantizer_config=LOOPY)

@@ -1,0 +1,148 @@
+"""LPIPS: agreement with the reference package, where its weights come from, and its gradients."""
+
+import hashlib
+import urllib.error
+from pathlib import Path
+
+import lpips as reference_package
+import pytest
+import torch
+
+from taming.modules.losses import lpips
+from taming.modules.losses.lpips import LPIPS
+
+HEADS = Path(reference_package.__file__).parent / "weights/v0.1/vgg.pth"
+
+
+@pytest.fixture(scope="module")
+def vgg_path(tmp_path_factory):
+    """A file in the format of torchvision's VGG16, random, scaled to keep features alive."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, value in lpips.VGG16().state_dict().items():
+        noise = torch.randn(value.shape, generator=generator)
+        fan_in = value[0].numel() if value.ndim > 1 else 1e4
+        weights["features." + name.partition(".")[2]] = noise * (2 / fan_in) ** 0.5
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    torch.save({**weights, "classifier.0.bias": torch.zeros(1)}, path)
+    return str(path)
+
+
+@pytest.fixture
+def loss(vgg_path):
+    return LPIPS(weights=str(HEADS), vgg_weights=vgg_path)
+
+
+def images(*shape):
+    return torch.rand(2, *shape) * 2 - 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision.models")
+def test_agrees_with_the_reference_package(loss):
+    reference = reference_package.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    reference.net.load_state_dict(loss.net.state_dict())
+    for mine, theirs in zip(loss.heads, reference.lins, strict=True):
+        assert torch.equal(mine.model[-1].weight, theirs.model[-1].weight)
+    x, y = images(2, 3, 40, 48)
+    torch.testing.assert_close(loss(x, y), reference(x, y), rtol=1e-5, atol=1e-6)
+
+
+def test_is_the_same_in_both_modes_frozen_and_zero_on_equal_images(loss):
+    x, y = images(1, 3, 32, 32)
+    assert torch.equal(loss.train()(x, y), loss.eval()(x, y))
+    assert not any(parameter.requires_grad for parameter in loss.parameters())
+    assert loss(x, x).item() == 0
+
+
+def test_features_that_are_all_zero_give_finite_gradients(loss):
+    with torch.no_grad():
+        for name, parameter in loss.net.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    black = (loss.scaling_layer.shift * torch.ones(1, 3, 32, 32)).requires_grad_()
+    assert not loss.net(loss.scaling_layer(black))[0].any()
+    loss(black, images(1, 3, 32, 32)[0]).sum().backward()
+    assert torch.isfinite(black.grad).all()
+
+
+def test_grey_images_count_as_three_equal_channels(loss):
+    x, y = images(1, 1, 32, 32)
+    expected = loss(x.repeat(1, 3, 1, 1), y.repeat(1, 3, 1, 1))
+    torch.testing.assert_close(loss(x, y), expected)
+    with pytest.raises(ValueError, match="got 4"):
+        loss(*images(1, 4, 32, 32))
+
+
+def test_use_dropout_only_names_the_weights(vgg_path, loss):
+    other = LPIPS(use_dropout=False, weights=str(HEADS), vgg_weights=vgg_path)
+    assert "lin0.model.1.weight" in loss.state_dict()
+    assert "lin0.model.0.weight" in other.state_dict()
+    x, y = images(1, 3, 32, 32)
+    assert torch.equal(loss(x, y), other(x, y))
+
+
+def test_environment_names_the_files(monkeypatch, vgg_path, loss):
+    monkeypatch.setenv("TAMING_LPIPS", str(HEADS))
+    monkeypatch.setenv("TAMING_VGG16", vgg_path)
+    found = LPIPS().state_dict()
+    assert all(torch.equal(found[key], value) for key, value in loss.state_dict().items())
+
+
+def test_without_pretraining_nothing_is_fetched(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("fetched")
+
+    for name in ("download", "load_file", "fetch_vgg16"):
+        monkeypatch.setattr(lpips, name, fail)
+    assert set(LPIPS(pretrained=False).state_dict()) >= {"lin4.model.1.weight"}
+
+
+def test_heads_are_downloaded_once_and_checked(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(lpips, "HEADS_URL", HEADS.as_uri())
+    path = lpips.fetch_heads()
+    assert path.read_bytes() == HEADS.read_bytes()
+    monkeypatch.setattr(lpips, "HEADS_URL", "file:///does/not/exist")
+    assert lpips.fetch_heads() == path
+    path.write_bytes(b"half a file")
+    with pytest.raises(ConnectionError, match="TAMING_LPIPS") as caught:
+        lpips.fetch_heads()
+    assert str(path) in str(caught.value)
+    wrong = tmp_path / "wrong.pth"
+    wrong.write_bytes(b"another file")
+    monkeypatch.setattr(lpips, "HEADS_URL", wrong.as_uri())
+    with pytest.raises(ValueError, match=hashlib.md5(b"another file").hexdigest()):
+        lpips.fetch_heads()
+
+
+def test_unreachable_vgg_says_what_to_fetch_and_where_to_put_it(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("torch.hub.urlopen", refuse)
+    with pytest.raises(ConnectionError, match="TAMING_VGG16") as caught:
+        lpips.fetch_vgg16()
+    assert str(tmp_path / "checkpoints" / "vgg16-397923af.pth") in str(caught.value)
+    assert "https://download.pytorch.org/models/vgg16-397923af.pth" in str(caught.value)
+
+
+def test_files_that_are_missing_or_others_are_named(tmp_path, vgg_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+        LPIPS(weights="nowhere.pth")
+    with pytest.raises(ValueError, match="lin0.model.1.weight is missing"):
+        LPIPS(weights=vgg_path)
+    with pytest.raises(ValueError, match="features.0.bias is missing"):
+        LPIPS(weights=str(HEADS), vgg_weights=str(HEADS))
+
+
+def test_vgg_is_that_of_torchvision():
+    from torchvision.models import vgg16
+
+    with torch.device("meta"):
+        expected = vgg16(weights=None).features.state_dict()
+        found = lpips.VGG16().state_dict()
+    assert {k.partition(".")[2]: v.shape for k, v in found.items()} == {
+        k: v.shape for k, v in expected.items()
+    }

@@ -1,0 +1,87 @@
+"""Small modules: conditions as tokens, ActNorm, and the search for non-finite values."""
+
+import pytest
+import torch
+from torch import nn
+
+from taming.modules.util import (
+    ActNorm,
+    Labelator,
+    SOSProvider,
+    count_params,
+    first_non_finite,
+)
+
+
+def test_labelator_gives_one_token_per_label():
+    labels = torch.tensor([3, 0, 7])
+    quant, loss, (perplexity, encodings, indices) = Labelator(n_classes=10).encode(labels)
+    assert torch.equal(indices, torch.tensor([[3], [0], [7]]))
+    assert torch.equal(quant, indices)
+    assert loss is perplexity is encodings is None
+    assert torch.equal(Labelator(10, quantize_interface=False).encode(labels), indices)
+
+
+def test_sos_provider_gives_the_start_token_whatever_the_batch():
+    batch = torch.randn(2, 3, 4, 4)
+    _, _, (_, _, indices) = SOSProvider(sos_token=5).encode(batch)
+    assert torch.equal(indices, torch.tensor([[5], [5]]))
+    assert torch.equal(SOSProvider(5, quantize_interface=False).encode(batch), indices)
+
+
+def test_count_params_counts_frozen_ones_too():
+    assert count_params(nn.Linear(3, 2).requires_grad_(False)) == 8
+
+
+def test_actnorm_normalises_its_first_batch_and_then_stays():
+    norm, x = ActNorm(3), 5 * torch.randn(4, 3, 6, 6) + 2
+    torch.testing.assert_close(norm.eval()(x), x)
+    y = norm.train()(x)
+    torch.testing.assert_close(y.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(y.std(dim=(0, 2, 3)), torch.ones(3))
+    before = {k: v.clone() for k, v in norm.state_dict().items()}
+    norm(torch.randn(4, 3, 6, 6))
+    assert all(torch.equal(before[k], v) for k, v in norm.state_dict().items())
+    assert before["initialized"].dtype == torch.uint8
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
+
+    def forward(self, x):
+        y = self.body(x)
+        return {"y": (y, [1 / (x - x)])} if self.training else {"y": (y, [x])}
+
+
+def test_first_non_finite_names_the_innermost_module():
+    module, x = Outer().eval(), torch.randn(3, 2)
+    assert first_non_finite(module, x) is None
+    with torch.no_grad():
+        module.body[1][1].weight.fill_(torch.inf)
+    assert first_non_finite(module, x) == "body.1.1"
+    with torch.no_grad():
+        module.body[0].bias[0] = torch.nan
+    assert first_non_finite(module, x) == "body.0"
+
+
+def test_first_non_finite_names_the_class_where_no_submodule_is_to_blame():
+    assert first_non_finite(Outer().train(), torch.randn(3, 2)) == "Outer"
+
+
+def test_first_non_finite_ends_before_later_modules_fail_and_leaves_no_hook():
+    class Checked(nn.Module):
+        def forward(self, x):
+            if not x.isfinite().all():
+                raise ValueError("non-finite latents")
+            return x
+
+    linear = nn.Linear(2, 2)
+    module = nn.Sequential(linear, Checked())
+    with torch.no_grad():
+        linear.weight.fill_(torch.nan)
+    assert first_non_finite(module, torch.randn(1, 2)) == "0"
+    with pytest.raises(ValueError, match="non-finite latents"):
+        module(torch.randn(1, 2))
+    assert not linear._forward_hooks
