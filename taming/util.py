@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import logging
 import os
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -40,7 +39,7 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
         raise ValueError(f"target {string!r} does not import: {error}") from error
     if reload:
         module = importlib.reload(module)
-    if name not in vars(module):
+    if name not in vars(module) and "__getattr__" not in vars(module):  # main makes some lazily
         raise ValueError(f"target {string!r}: module {module_name} has no {name!r}")
     return getattr(module, name)
 
@@ -85,21 +84,26 @@ def download(url: str, local_path: str | os.PathLike[str], chunk_size: int = 1 <
     """
     target = Path(local_path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside the target and renamed, so that parallel processes never see half a file.
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        response = urllib.request.urlopen(url, timeout=30)
-    except (urllib.error.URLError, TimeoutError) as error:
+        with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
+            total = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=total or None, unit="B", unit_scale=True, desc=target.name) as progress:
+                while chunk := response.read(chunk_size):
+                    file.write(chunk)
+                    progress.update(len(chunk))
+            # A connection that breaks looks like the end of the file.
+            if file.tell() < total:
+                raise ConnectionError(f"got {file.tell()} of {total} bytes")
+        os.replace(part, target)
+    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
         raise ConnectionError(
             f"cannot download {url} ({error}); without a network, fetch it elsewhere "
             f"and put it at {target}"
         ) from error
-    # Written beside the target and renamed, so that parallel processes never see half a file.
-    with response, tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as part:
-        total = int(response.headers.get("Content-Length") or 0)
-        with tqdm(total=total or None, unit="B", unit_scale=True, desc=target.name) as progress:
-            while chunk := response.read(chunk_size):
-                part.write(chunk)
-                progress.update(len(chunk))
-    os.replace(part.name, target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class KeyNotFoundError(KeyError):

@@ -200,9 +200,14 @@ class VQModel(pl.LightningModule):
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"{error} at step {self.global_step}; the first module whose output is not finite "
-                f"is {first_non_finite(self, x)}"
+                f"is {self._culprit(x)}"
             ) from error
         return z, quantized, self.decode(quantized.z_q)
+
+    def _culprit(self, x: Tensor) -> str | None:
+        """Name the first module whose output is not finite; in eval mode, which learns nothing."""
+        self.eval()
+        return first_non_finite(self, x)
 
     def _loss(
         self, quantized: QuantizerOutput, x: Tensor, x_rec: Tensor, optimizer_idx: int, split: str
@@ -221,7 +226,7 @@ class VQModel(pl.LightningModule):
         if wrong:
             raise NonFiniteError(
                 f"{', '.join(wrong)} not finite at step {self.global_step}; the first module whose "
-                f"output is not finite is {first_non_finite(self, x) or 'the loss'}"
+                f"output is not finite is {self._culprit(x) or 'the loss'}"
             )
         return loss, logs
 

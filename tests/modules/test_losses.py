@@ -148,6 +148,20 @@ def test_adaptive_weight_is_capped_and_finite_at_zero_and_overflowing_gradients(
     assert weight(float("nan"), 1.0) == 0.0
 
 
+def test_adaptive_weight_is_that_of_the_batch_of_all_ranks(monkeypatch):
+    scene, loss = Scene(batch=4), build(disc_weight=0.8).eval()
+    expected = scene.generator(loss)[1]["train/d_weight"]
+    images, features = scene.images, scene.features
+    gradients = []
+    for half in (slice(0, 2), slice(2, 4)):
+        scene.images, scene.features = images[half], features[half]
+        monkeypatch.setattr(vqperceptual, "sum_over_ranks", lambda t: gradients.append(t) or t)
+        scene.generator(loss)
+    total = {t.shape: t + other for t, other in zip(gradients[:2], gradients[2:], strict=True)}
+    monkeypatch.setattr(vqperceptual, "sum_over_ranks", lambda t: total[t.shape])
+    torch.testing.assert_close(scene.generator(loss)[1]["train/d_weight"], expected)
+
+
 def test_perfect_reconstruction_has_finite_gradients():
     scene = Scene()
     scene.images = scene.reconstruct().detach()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from taming.modules import util
 from taming.modules.util import (
     ActNorm,
     Labelator,
@@ -43,6 +44,17 @@ def test_actnorm_normalises_its_first_batch_and_then_stays():
     norm(torch.randn(4, 3, 6, 6))
     assert all(torch.equal(before[k], v) for k, v in norm.state_dict().items())
     assert before["initialized"].dtype == torch.uint8
+
+
+def test_actnorm_starts_from_the_batch_of_all_ranks(monkeypatch):
+    x, other = torch.randn(2, 4, 3, 6, 6)
+    monkeypatch.setattr(util, "rows_of_all_ranks", lambda rows: torch.cat([rows, other]))
+    norm = ActNorm(3)
+    norm(x)
+    monkeypatch.undo()
+    alone = ActNorm(3)
+    alone(torch.cat([x, other]))
+    torch.testing.assert_close(norm.state_dict(), alone.state_dict())
 
 
 class Outer(nn.Module):

@@ -243,7 +243,9 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
             )
         return self.discriminator(images if cond is None else torch.cat((images, cond), dim=1))
 
-    def weigh_adversary(self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor | None) -> Tensor:
+    def weigh_adversary(
+        self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor | None
+    ) -> Tensor:
         """Return the adversary's weight; 0 where nothing is differentiated, as in validation."""
         if not nll_loss.requires_grad:
             return nll_loss.new_zeros(())
