@@ -24,10 +24,11 @@ class ToyData(Dataset):
 
 
 class ToyDataModule(pl.LightningDataModule):
-    def __init__(self, batch_size: int = 2, size: int = 8) -> None:
+    def __init__(self, batch_size: int = 2, size: int = 8, validate: bool = True) -> None:
         super().__init__()
         self.batch_size = batch_size
         self.size = size
+        self.validate = validate
 
     def setup(self, stage: str) -> None:
         self.data = ToyData(self.size)
@@ -35,8 +36,8 @@ class ToyDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.data, self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.data, self.batch_size)
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        return DataLoader(self.data, self.batch_size) if self.validate else []
 
     def test_dataloader(self) -> DataLoader:
         return DataLoader(self.data, self.batch_size)

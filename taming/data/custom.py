@@ -141,6 +141,23 @@ def find_images(
     return paths
 
 
+def find_files(paths: Sequence[str]) -> list[Path]:
+    """List the image files that paths of files and folders name.
+
+    Raises:
+        FileNotFoundError: One of them does not exist, or a folder has no image.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += [path / name for name in find_images(path)]
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"there is no image or folder {path}")
+    return files
+
+
 def _walk(root: str | os.PathLike[str], recursive: bool) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root, followlinks=True):
         if not recursive:

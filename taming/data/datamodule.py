@@ -107,11 +107,12 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return self._loader("train", shuffle=True)
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
+        # Workers are started anew each epoch: their random states follow from the main process's,
+        # which a checkpoint keeps, so a resumed run sees the same crops.
         return DataLoader(
             self.datasets[split],
             batch_size=self.batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

@@ -100,6 +100,7 @@ class VQModel(pl.LightningModule):
             self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
         if ckpt_path is not None:
             load_weights(self, ckpt_path, ignore_keys)
+        self.loss.fetch_weights()
 
         turns = self.quantize.sequence.max_loops
         self.train_codebook = CodebookMetrics(n_embed, turns)
@@ -276,6 +277,8 @@ class VQModel(pl.LightningModule):
         self._log_codebook(self.val_codebook, "val")
 
     def _log_codebook(self, metrics: CodebookMetrics, split: str) -> None:
+        if not metrics.update_called:  # a run resumed at the very end of an epoch
+            return
         values = {k: v for k, v in metrics.compute().items() if v.ndim == 0}
         self.log_dict({f"{split}/{key}": v for key, v in values.items()}, sync_dist=True)
         metrics.reset()

@@ -30,7 +30,7 @@ def vgg_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loss(vgg_path):
-    return LPIPS(weights=str(HEADS), vgg_weights=vgg_path)
+    return LPIPS(weights=str(HEADS), vgg_weights=vgg_path).fetch_weights()
 
 
 def images(*shape):
@@ -74,7 +74,7 @@ def test_grey_images_count_as_three_equal_channels(loss):
 
 
 def test_use_dropout_only_names_the_weights(vgg_path, loss):
-    other = LPIPS(use_dropout=False, weights=str(HEADS), vgg_weights=vgg_path)
+    other = LPIPS(use_dropout=False, weights=str(HEADS), vgg_weights=vgg_path).fetch_weights()
     assert "lin0.model.1.weight" in loss.state_dict()
     assert "lin0.model.0.weight" in other.state_dict()
     x, y = images(1, 3, 32, 32)
@@ -84,7 +84,7 @@ def test_use_dropout_only_names_the_weights(vgg_path, loss):
 def test_environment_names_the_files(monkeypatch, vgg_path, loss):
     monkeypatch.setenv("TAMING_LPIPS", str(HEADS))
     monkeypatch.setenv("TAMING_VGG16", vgg_path)
-    found = LPIPS().state_dict()
+    found = LPIPS().fetch_weights().state_dict()
     assert all(torch.equal(found[key], value) for key, value in loss.state_dict().items())
 
 
@@ -94,7 +94,20 @@ def test_without_pretraining_nothing_is_fetched(monkeypatch):
 
     for name in ("download", "load_file", "fetch_vgg16"):
         monkeypatch.setattr(lpips, name, fail)
-    assert set(LPIPS(pretrained=False).state_dict()) >= {"lin4.model.1.weight"}
+    assert set(LPIPS(pretrained=False).fetch_weights().state_dict()) >= {"lin4.model.1.weight"}
+
+
+def test_a_checkpoint_that_brings_the_weights_spares_the_download(monkeypatch, loss):
+    def fail(*args, **kwargs):
+        raise AssertionError("nothing should be fetched")
+
+    for name in ("download", "load_file", "fetch_vgg16"):
+        monkeypatch.setattr(lpips, name, fail)
+    other = LPIPS()
+    other.load_state_dict(loss.state_dict())
+    other.fetch_weights()
+    x, y = images(1, 3, 32, 32)
+    assert torch.equal(loss(x, y), other(x, y))
 
 
 def test_heads_are_downloaded_once_and_checked(monkeypatch, tmp_path):
@@ -130,11 +143,11 @@ def test_unreachable_vgg_says_what_to_fetch_and_where_to_put_it(monkeypatch, tmp
 
 def test_files_that_are_missing_or_others_are_named(tmp_path, vgg_path):
     with pytest.raises(FileNotFoundError, match="nowhere.pth"):
-        LPIPS(weights="nowhere.pth")
+        LPIPS(weights="nowhere.pth").fetch_weights()
     with pytest.raises(ValueError, match="lin0.model.1.weight is missing"):
-        LPIPS(weights=vgg_path)
+        LPIPS(weights=vgg_path).fetch_weights()
     with pytest.raises(ValueError, match="features.0.bias is missing"):
-        LPIPS(weights=str(HEADS), vgg_weights=str(HEADS))
+        LPIPS(weights=str(HEADS), vgg_weights=str(HEADS)).fetch_weights()
 
 
 def test_vgg_is_that_of_torchvision():

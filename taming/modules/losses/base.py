@@ -22,6 +22,9 @@ class AutoencoderLoss(nn.Module, ABC):
 
     discriminator: nn.Module | None
 
+    def fetch_weights(self) -> None:
+        """Load pretrained weights that no checkpoint has brought; by default there are none."""
+
     @abstractmethod
     def forward(
         self,

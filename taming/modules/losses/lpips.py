@@ -9,6 +9,7 @@ import logging
 import os
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -151,17 +152,12 @@ class LPIPS(nn.Module):
     Args:
         use_dropout: Name the weights of the heads as the original with dropout does; activations
             are never dropped.
-        pretrained: Load weights, downloading them if need be; False leaves them random, for a
-            checkpoint to fill.
+        pretrained: Whether `fetch_weights` loads weights, downloading them if need be; until then,
+            or until a checkpoint brings them, they are random.
         weights: Path of the linear heads (``vgg.pth``); by default that in the environment variable
             TAMING_LPIPS, else a download.
         vgg_weights: Path of torchvision's VGG16 weights; by default that in the environment
             variable TAMING_VGG16, else a download.
-
-    Raises:
-        ConnectionError: A download fails; says what to fetch, from where, and where to put it.
-        FileNotFoundError: A path that was given does not exist.
-        ValueError: A file holds other weights.
     """
 
     def __init__(
@@ -177,10 +173,31 @@ class LPIPS(nn.Module):
         self.lin0, self.lin1, self.lin2, self.lin3, self.lin4 = (
             Head(widths[-1], use_dropout) for widths in VGG_WIDTHS
         )
-        if pretrained:
-            self.load_heads(weights or os.environ.get("TAMING_LPIPS"))
-            self.load_vgg16(vgg_weights or os.environ.get("TAMING_VGG16"))
+        self.weights = weights or os.environ.get("TAMING_LPIPS")
+        self.vgg_weights = vgg_weights or os.environ.get("TAMING_VGG16")
+        self.needs_weights = pretrained
         self.requires_grad_(False)
+
+    def fetch_weights(self) -> LPIPS:
+        """Load the pretrained weights, unless a checkpoint has brought them; returns itself.
+
+        Raises:
+            ConnectionError: A download fails; says what to fetch, from where, and where to put it.
+            FileNotFoundError: A path that was given does not exist.
+            ValueError: A file holds other weights.
+        """
+        if self.needs_weights and not self.scaling_layer.shift.is_meta:
+            self.load_heads(self.weights)
+            self.load_vgg16(self.vgg_weights)
+            self.needs_weights = False
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        brought = {prefix + "lin4.model.1.weight", prefix + "lin4.model.0.weight"}
+        self.needs_weights &= brought.isdisjoint(state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def heads(self) -> list[Head]:

@@ -152,6 +152,11 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
             disc_in_channels, disc_ndf, disc_num_layers, use_actnorm
         ).apply(weights_init)
 
+    def fetch_weights(self) -> None:
+        """Load the weights of LPIPS, unless a checkpoint has brought them."""
+        if self.perceptual_loss is not None:
+            self.perceptual_loss.fetch_weights()
+
     def forward(
         self,
         codebook_loss: Tensor,

@@ -1,0 +1,75 @@
+"""The main job from end to end on photographs that ship with scikit-image.
+
+Trains a loopy VQGAN, then a transformer over its tokens, then measures, reconstructs, samples and
+completes, each with the program that a user would call. Every command is shown.
+
+python scripts/demo.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+from taming.data.photos import VALIDATION_PHOTOS
+from taming.script import run
+
+logger = logging.getLogger("taming.demo")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def call(*command: str | Path) -> None:
+    """Show and run a program of this repository with this Python.
+
+    Raises:
+        SystemExit: The program failed; it has said why.
+    """
+    words = [str(word) for word in command]
+    logger.info("\n$ python %s", shlex.join(words))
+    code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
+    if code:
+        sys.exit(code)
+
+
+def train(config: str, *arguments: str) -> Path:
+    """Train a model of ``configs/demo`` and return its run folder, relative to the repository."""
+    name = f"demo_{config}"
+    call("main.py", "--base", f"configs/demo/{config}.yaml", "-t", "-n", name, *arguments)
+    return max((ROOT / "logs").glob(f"*_{name}")).relative_to(ROOT)
+
+
+def main() -> None:
+    """Run all steps and say where the results are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("-o", "--outdir", default="results/demo", help="folder of the results")
+    parser.add_argument("overrides", nargs="*", help="passed to both trainings, as lightning.x=y")
+    options = parser.parse_args()
+    start, out = time.monotonic(), Path(options.outdir)
+    photos = [str(files("skimage") / "data" / name) for name in VALIDATION_PHOTOS]
+
+    tokenizer = train("loopy_vqgan", *options.overrides)
+    first_stage = f"model.params.first_stage_config.params.run={tokenizer}"
+    prior = train("loopy_transformer", first_stage, *options.overrides)
+
+    call("scripts/evaluate.py", "-r", tokenizer, "-o", out / "tokenizer.json")
+    call("scripts/evaluate.py", "-r", prior, "-o", out / "prior.json")
+    where = ("-o", out / "reconstructions")
+    call("scripts/reconstruct.py", "-r", tokenizer, *photos, "--size", "256", *where)
+    call("scripts/sample.py", "-r", prior, "-n", "16", "--top_p", "0.95", "-o", out / "samples")
+    more = ("-n", "4", "--top_p", "0.95", "-o", out / "completions")
+    call("scripts/sample.py", "-r", prior, "--complete", *photos, *more)
+    call("scripts/report.py", out)
+    minutes = (time.monotonic() - start) / 60
+    logger.info("%.1f minutes", minutes)
+
+
+if __name__ == "__main__":
+    run(main)

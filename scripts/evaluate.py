@@ -1,0 +1,84 @@
+"""Measure a trained tokenizer or prior on the validation set of its run.
+
+python scripts/evaluate.py -r logs/<run> -o results/evaluation.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from tqdm import tqdm
+
+from taming.experiment import data_from_run, model_from_run
+from taming.models.vqgan import VQModel
+from taming.script import choose_device, run
+from taming.trainer import quiet_lightning
+
+logger = logging.getLogger("taming.evaluate")
+
+
+class KeepHistograms(pl.Callback):
+    """Keeps the model's counts of codes and lengths before an epoch's end clears them."""
+
+    def __init__(self) -> None:
+        self.histograms: dict[str, list[int]] = {}
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the counts of a tokenizer."""
+        if isinstance(pl_module, VQModel):
+            counts = pl_module.codebook_histograms()
+            self.histograms = {name: values.tolist() for name, values in counts.items()}
+
+
+@torch.no_grad()
+def tokens_per_image(model: VQModel, data: pl.LightningDataModule) -> list[int]:
+    """Length of each validation image's sequence in the tokenizer's own notation."""
+    lengths = []
+    for batch in tqdm(data.val_dataloader(), desc="sequences"):
+        x = model.get_input(batch, model.image_key).to(model.device)
+        quantized = model.encode(x)
+        codes = quantized.info.indices.reshape(len(x), *quantized.z_q.shape[2:], -1)
+        lengths += model.quantize.sequence.encode(codes)[1].tolist()
+    return lengths
+
+
+def main() -> None:
+    """Print the validation metrics and write them, with the histograms, as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("-r", "--resume", required=True, help="run, or one of its checkpoints")
+    parser.add_argument("-o", "--output", default="results/evaluation.json", type=Path)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    options = parser.parse_args()
+
+    device = choose_device(options.device)
+    quiet_lightning()
+    model, data = model_from_run(options.resume), data_from_run(options.resume)
+    keep = KeepHistograms()
+    trainer = pl.Trainer(
+        accelerator="cpu" if device.type == "cpu" else "gpu",
+        devices=1 if device.index is None else [device.index],
+        logger=False,
+        callbacks=[keep],
+        enable_model_summary=False,
+    )
+    metrics: dict[str, Any] = dict(trainer.validate(model, data, verbose=False)[0])
+    for name, value in sorted(metrics.items()):
+        logger.info("%-30s %.4f", name, value)
+    metrics["histograms"] = keep.histograms
+    if isinstance(model, VQModel):
+        metrics["tokens_per_image"] = tokens_per_image(model.to(device).eval(), data)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(metrics, indent=2))
+    logger.info("written to %s", options.output)
+
+
+if __name__ == "__main__":
+    run(main)

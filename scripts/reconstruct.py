@@ -1,0 +1,129 @@
+"""Encode and decode images with a trained tokenizer.
+
+python scripts/reconstruct.py -r logs/<run> picture.jpg folder/ -o results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from taming.data.custom import find_files
+from taming.data.preprocessing import View, decode_image, scale_short_side, to_unit_range
+from taming.experiment import model_from_run
+from taming.models.vqgan import VQModel
+from taming.modules.vqvae.base import LoopTrace
+from taming.modules.vqvae.heatmap import depth_heat_map
+from taming.pictures import save_picture, side_by_side
+from taming.script import choose_device, run
+
+logger = logging.getLogger("taming.reconstruct")
+
+
+def load_image(path: Path, size: int | None, site: int) -> Tensor:
+    """Read an image, scale its short side, and cut its sides to whole sites.
+
+    Args:
+        path: An image file.
+        size: Length of the short side in pixels; None keeps it.
+        site: Side of a site in pixels.
+
+    Returns:
+        (1, 3, H, W) float32 in [-1, 1].
+
+    Raises:
+        ValueError: The file is no image, or smaller than a site.
+    """
+    try:
+        picture = decode_image(path)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    height, width = picture.shape[1:]
+    scaled = (height, width) if size is None else scale_short_side(height, width, size)
+    rows, columns = (side // site * site for side in scaled)
+    if not rows or not columns:
+        raise ValueError(f"{path}: {scaled[1]}x{scaled[0]} is smaller than a site of {site} pixels")
+    view = View(scaled, (scaled[0] - rows) // 2, (scaled[1] - columns) // 2, rows, columns)
+    return torch.from_numpy(to_unit_range(view.apply(picture, antialias=True))).permute(2, 0, 1)[
+        None
+    ]
+
+
+@torch.no_grad()
+def reconstruct(model: VQModel, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Encode and decode one image.
+
+    Args:
+        model: The tokenizer, in eval mode.
+        x: (1, 3, H, W) in [-1, 1].
+
+    Returns:
+        Pictures (3, H, W) by name, and numbers by name.
+    """
+    quantized = model.encode(x)
+    x_rec = model.decode(quantized.z_q).clamp(-1, 1)
+    h, w = quantized.z_q.shape[2:]
+    sequence = model.quantize.sequence
+    tokens, _ = sequence.encode(quantized.info.indices.reshape(1, h, w, -1))
+    pictures = {"input": x[0], "reconstruction": x_rec[0]}
+    numbers = {
+        "size": [x.shape[3], x.shape[2]],
+        "sites": h * w,
+        "tokens": tokens.shape[1],
+        "bits": tokens.shape[1] * math.log2(sequence.vocab_size),
+        "psnr": -10 * math.log10(float((x - x_rec).square().mean()) / 4),
+    }
+    if isinstance(trace := quantized.info.encodings, LoopTrace):
+        size = (x.shape[2], x.shape[3])
+        pictures["depth"] = depth_heat_map(trace.lengths, sequence.max_loops, size)[0]
+        numbers["turns_per_site"] = float(trace.lengths.float().mean())
+        numbers["turns"] = torch.bincount(
+            trace.lengths.flatten(), minlength=sequence.max_loops + 1
+        ).tolist()[1:]
+    return pictures, numbers
+
+
+def main() -> None:
+    """Write ``<name>.png``, ``<name>_depth.png`` and ``<name>_compare.png`` for each image."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("images", nargs="+", help="image files or folders of them")
+    parser.add_argument(
+        "-r", "--resume", required=True, help="run of the tokenizer, or a checkpoint"
+    )
+    parser.add_argument("-o", "--outdir", default="results/reconstructions", type=Path)
+    parser.add_argument("-s", "--size", type=int, help="length of the short side in pixels")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    options = parser.parse_args()
+
+    paths = find_files(options.images)
+    device = choose_device(options.device)
+    model = model_from_run(options.resume)
+    if not isinstance(model, VQModel):
+        raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a tokenizer")
+    model = model.to(device)
+    report = {}
+    for path in tqdm(paths, desc="reconstruct"):
+        x = load_image(path, options.size, model.encoder.factor).to(device)
+        pictures, numbers = reconstruct(model, x)
+        save_picture(pictures["reconstruction"], options.outdir / f"{path.stem}.png")
+        if "depth" in pictures:
+            save_picture(pictures["depth"], options.outdir / f"{path.stem}_depth.png")
+        compared = side_by_side(*pictures.values())
+        save_picture(compared, options.outdir / f"{path.stem}_compare.png")
+        report[str(path)] = numbers
+    (options.outdir / "reconstructions.json").write_text(json.dumps(report, indent=2))
+    logger.info("%d reconstructions in %s", len(paths), options.outdir)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,262 @@
+"""What a run shows of itself: its configurations, pictures and codebook histograms.
+
+Axes: B batch, H W image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor, nn
+
+from taming.pictures import tile, to_picture
+
+
+class SetupCallback(Callback):
+    """Makes the run's folders and saves the configurations when training begins.
+
+    Args:
+        now: Time that names the files.
+        logdir: Folder of the run.
+        ckptdir: Folder of its checkpoints.
+        cfgdir: Folder of its configurations.
+        config: The ``model`` and ``data`` blocks, saved as ``<now>-project.yaml``.
+        lightning_config: The ``lightning`` block, saved as ``<now>-lightning.yaml``.
+    """
+
+    def __init__(
+        self,
+        now: str,
+        logdir: str | Path,
+        ckptdir: str | Path,
+        cfgdir: str | Path,
+        config: Mapping[str, Any],
+        lightning_config: Mapping[str, Any],
+    ) -> None:
+        self.now = now
+        self.folders = [Path(logdir), Path(ckptdir), Path(cfgdir)]
+        self.cfgdir = Path(cfgdir)
+        self.config = config
+        self.lightning_config = lightning_config
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the folders and files, on the first process only."""
+        if not trainer.is_global_zero:
+            return
+        for folder in self.folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(
+            OmegaConf.create(dict(self.config)), self.cfgdir / f"{self.now}-project.yaml"
+        )
+        OmegaConf.save(
+            OmegaConf.create({"lightning": dict(self.lightning_config)}),
+            self.cfgdir / f"{self.now}-lightning.yaml",
+        )
+
+
+@runtime_checkable
+class LogsImages(Protocol):
+    """A model that can show what it does with a batch."""
+
+    def log_images(self, batch: Any, split: str) -> dict[str, Tensor]:
+        """Return named pictures (B,3,H,W), float, in [-1,1]."""
+        ...
+
+
+class ImageLogger(Callback):
+    """Writes grids of pictures to ``images/{train,val}``, TensorBoard and Weights & Biases.
+
+    The model's :meth:`LogsImages.log_images` makes them; models without it are left alone. The
+    training goes on exactly as without pictures: modes of all submodules and random states are put
+    back.
+
+    Args:
+        batch_frequency: Steps (optimizer steps of the generator) between pictures.
+        max_images: Pictures per grid; 0 turns the callback off.
+        clamp: Whether to clamp values beyond [-1,1] rather than scale the grid to fit.
+        increase_log_steps: Whether to log at steps 1, 2, 4, 8, ... up to ``batch_frequency`` too.
+        logdir: Folder of the run; None writes no files.
+    """
+
+    def __init__(
+        self,
+        batch_frequency: int = 750,
+        max_images: int = 4,
+        clamp: bool = True,
+        increase_log_steps: bool = True,
+        logdir: str | Path | None = None,
+    ) -> None:
+        if batch_frequency < 1:
+            raise ValueError(f"batch_frequency must be at least 1, got {batch_frequency}")
+        self.batch_frequency = batch_frequency
+        self.max_images = max_images
+        self.clamp = clamp
+        self.increase_log_steps = increase_log_steps
+        self.logdir = None if logdir is None else Path(logdir)
+        self._logged_step = {"train": 0, "val": 0}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A resumed run has logged what was due before."""
+        self._logged_step = {"train": trainer.global_step, "val": trainer.global_step}
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Log the batch if pictures are due."""
+        self._log_if_due(trainer, pl_module, batch, batch_idx, "train")
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Log the first batch of a validation if pictures are due."""
+        if batch_idx == 0 and not trainer.sanity_checking:
+            self._log_if_due(trainer, pl_module, batch, batch_idx, "val")
+
+    def _milestone(self, step: int) -> int:
+        """Last step, up to this one, at which pictures are due."""
+        if step >= self.batch_frequency:
+            return step // self.batch_frequency * self.batch_frequency
+        return 1 << (step.bit_length() - 1) if step > 0 and self.increase_log_steps else 0
+
+    def _log_if_due(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        split: str,
+    ) -> None:
+        step = trainer.global_step
+        due = self._milestone(step) > self._milestone(self._logged_step[split])
+        if not due or self.max_images < 1 or not isinstance(pl_module, LogsImages):
+            return
+        self._logged_step[split] = step
+        images = _render(trainer, pl_module, batch, split)
+        if not trainer.is_global_zero:
+            return
+        for name, pictures in images.items():
+            pictures = pictures[: self.max_images].float()
+            if not self.clamp:
+                pictures = pictures / pictures.abs().max().clamp(min=1)
+            picture = to_picture(tile(pictures, columns=4))
+            self._write(picture, trainer, f"{split}/{name}", batch_idx)
+
+    def _write(self, picture: Image.Image, trainer: pl.Trainer, name: str, batch_idx: int) -> None:
+        step, epoch = trainer.global_step, trainer.current_epoch
+        if self.logdir is not None:
+            file = f"{name}_gs-{step:06}_e-{epoch:06}_b-{batch_idx:06}.png"
+            path = self.logdir / "images" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+        for destination in trainer.loggers:
+            if isinstance(destination, TensorBoardLogger):
+                destination.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            elif isinstance(destination, WandbLogger):
+                destination.log_image(name, [picture], step=step)
+
+
+@torch.no_grad()
+def _render(
+    trainer: pl.Trainer, pl_module: LogsImages, batch: Any, split: str
+) -> dict[str, Tensor]:
+    """Ask the model for pictures, in evaluation mode and with all state put back after.
+
+    All processes take part, so that a model may use collective operations.
+    """
+    assert isinstance(pl_module, nn.Module)
+    modes = [(module, module.training) for module in pl_module.modules()]
+    pl_module.eval()
+    with isolate_rng(), trainer.precision_plugin.forward_context():
+        images = pl_module.log_images(batch, split=split)
+    for module, mode in modes:
+        module.training = mode
+    return images
+
+
+@runtime_checkable
+class HasCodebook(Protocol):
+    """A model that counts how its codebook is used over an epoch."""
+
+    def codebook_histograms(self) -> dict[str, Tensor]:
+        """Return counts (bins,) by ``split/name``: bin i holds how often i occurred."""
+        ...
+
+
+class CodebookTelemetry(Callback):
+    """Sends the histograms of codes and sequence lengths to TensorBoard and Weights & Biases.
+
+    Args:
+        max_bins: Neighbouring bins are added up until there are no more than this.
+    """
+
+    def __init__(self, max_bins: int = 256) -> None:
+        if max_bins < 1:
+            raise ValueError(f"max_bins must be at least 1, got {max_bins}")
+        self.max_bins = max_bins
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what the validation counted."""
+        if not trainer.sanity_checking:
+            self._log(trainer, pl_module, "val")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what the training counted."""
+        self._log(trainer, pl_module, "train")
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        if not isinstance(pl_module, HasCodebook):
+            return
+        for name, counts in pl_module.codebook_histograms().items():
+            if not name.startswith(f"{split}/"):
+                continue
+            width = -(-len(counts) // self.max_bins)
+            padded = nn.functional.pad(counts.double().cpu(), (0, -len(counts) % width))
+            bins = padded.view(-1, width).sum(1).numpy()
+            edges = np.arange(len(bins) + 1) * width - 0.5
+            for destination in trainer.loggers:
+                _add_histogram(destination, name, bins, edges, trainer.global_step)
+
+
+def _add_histogram(
+    destination: Logger, name: str, bins: np.ndarray, edges: np.ndarray, step: int
+) -> None:
+    """Write counts (bins,) between edges (bins + 1,) to a logger that draws histograms."""
+    if isinstance(destination, TensorBoardLogger):
+        centres = (edges[:-1] + edges[1:]) / 2
+        destination.experiment.add_histogram_raw(
+            name,
+            min=float(edges[0]),
+            max=float(edges[-1]),
+            num=int(bins.sum()),
+            sum=float((bins * centres).sum()),
+            sum_squares=float((bins * centres**2).sum()),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=bins.tolist(),
+            global_step=step,
+        )
+    elif isinstance(destination, WandbLogger):
+        import wandb  # optional
+
+        histogram = wandb.Histogram(np_histogram=(bins.tolist(), edges.tolist()))
+        destination.log_metrics({name: histogram}, step=step)  # type: ignore[dict-item]

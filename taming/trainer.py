@@ -1,0 +1,258 @@
+"""Builds the Trainer of a run: devices, strategy, learning rate.
+
+Everything may be given in the ``lightning`` block of a configuration; the rest is chosen here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from taming.config import ConfigError
+from taming.experiment import PreparationError, RunDir
+from taming.observers import build_callbacks, build_checkpoints, build_loggers
+
+logger = logging.getLogger(__name__)
+
+# Messages of Lightning about things that are as they should be.
+_KNOWN_WARNINGS = (
+    r".*does not have many workers",
+    r"Total length of `list` across ranks is zero",
+    r"The dirpath has changed from",
+    r"You're resuming from a checkpoint that ended before the epoch ended",  # fit() says it
+    r"`ModelCheckpoint\(monitor=.*could not find the monitored key",
+    r".*number of training batches .* is smaller than the logging interval",
+    r".*Checkpoint directory .* exists and is not empty",
+    r".*Using ModelCheckpoint with manual optimization and every_n_train_steps",
+    r".*Found .* in eval mode at the start of training",
+    r".*isinstance\(treespec, LeafSpec\).* is deprecated",
+)
+
+
+@runtime_checkable
+class ManualOptimization(Protocol):
+    """A model that accumulates and clips gradients itself, since Lightning then refuses to."""
+
+    accumulate_grad_batches: int
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: str
+
+
+def trainer_arguments(lightning: Mapping[str, Any], run: RunDir) -> dict[str, Any]:
+    """Complete the ``lightning.trainer`` block, before data and model are built.
+
+    Raises:
+        ValueError: More GPUs are asked for than are visible.
+    """
+    arguments = {"default_root_dir": run.path, **(lightning.get("trainer") or {})}
+    if not {"max_epochs", "max_steps", "max_time"} & set(arguments):
+        arguments["max_epochs"] = 1000  # Lightning's default, without its warning
+    return arguments | choose_strategy(arguments)
+
+
+def build_trainer(
+    arguments: Mapping[str, Any],
+    lightning: Mapping[str, Any],
+    project: Mapping[str, Any],
+    model: pl.LightningModule,
+    run: RunDir,
+    wandb_project: str | None = None,
+) -> pl.Trainer:
+    """Build the Trainer of a run.
+
+    Args:
+        arguments: See :func:`trainer_arguments`.
+        lightning: Checked ``lightning`` block.
+        project: The ``model`` and ``data`` blocks, to be saved with the run.
+        model: The model; takes over accumulation and clipping if it optimizes manually.
+        run: Where the run writes.
+        wandb_project: Weights & Biases project to log to as well.
+
+    Raises:
+        ValueError: The Trainer refuses an argument, or wandb is asked for and not installed.
+    """
+    now = run.start_time()
+    arguments = dict(arguments)
+    if not model.automatic_optimization:
+        arguments = hand_over_optimization(arguments, model)
+    loggers = []
+    if arguments.pop("logger", True) is not False:
+        loggers = build_loggers(lightning.get("logger"), run, now, wandb_project)
+    callbacks = build_callbacks(lightning, project, run, now)
+    if not loggers:  # Lightning's monitor takes it for a mistake that there is nobody to tell
+        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
+    if arguments.get("enable_checkpointing", True) and not arguments.get("fast_dev_run"):
+        callbacks += build_checkpoints(lightning, model, run)
+    # Lightning would otherwise add a checkpoint of its own.
+    arguments["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in callbacks)
+    try:
+        return pl.Trainer(**arguments, logger=loggers, callbacks=callbacks)
+    except MisconfigurationException as error:
+        raise ValueError(f"lightning.trainer: {error}") from error
+
+
+def choose_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose how several processes train together.
+
+    Frozen stages and a GAN's two optimizers leave parameters without gradient, which plain DDP
+    does not survive, so DDP always looks for unused parameters. On CPUs it talks through gloo.
+
+    Args:
+        arguments: Trainer arguments.
+
+    Returns:
+        Trainer arguments to replace; empty if they are right as they are.
+
+    Raises:
+        ValueError: More GPUs are asked for than are visible.
+    """
+    devices = _count_devices(arguments.get("accelerator", "auto"), arguments.get("devices", "auto"))
+    strategy = arguments.get("strategy", "auto")
+    several = devices * arguments.get("num_nodes", 1) > 1
+    if strategy == "ddp" or (strategy == "auto" and several):
+        logger.info("strategy %s: DDP that allows parameters without gradient", strategy)
+        return {"strategy": "ddp_find_unused_parameters_true"}
+    return {}
+
+
+def _count_devices(accelerator: str, devices: Any) -> int:
+    if isinstance(devices, str) and "," in devices:
+        devices = [int(number) for number in devices.split(",") if number.strip()]
+    elif isinstance(devices, str) and devices != "auto":
+        devices = int(devices)
+    visible = torch.cuda.device_count() or int(torch.backends.mps.is_available())
+    wants_gpu = accelerator in ("gpu", "cuda") or (
+        accelerator == "auto" and isinstance(devices, list)
+    )
+    if wants_gpu:
+        highest = max(devices) + 1 if isinstance(devices, list) else devices
+        if visible == 0 or (isinstance(highest, int) and highest > visible):
+            instead = f"--gpus with numbers below {visible}" if visible else "--accelerator cpu"
+            raise ValueError(
+                f"GPU devices {devices} are asked for, but {visible} GPUs are visible here; "
+                f"pass {instead}, or leave the choice to Lightning by passing neither"
+            )
+    if isinstance(devices, list):
+        return len(devices)
+    if isinstance(devices, int) and devices > 0:
+        return devices
+    return visible if wants_gpu or (accelerator == "auto" and visible) else 1
+
+
+def hand_over_optimization(
+    arguments: Mapping[str, Any], model: pl.LightningModule
+) -> dict[str, Any]:
+    """Give accumulation and clipping to a model that optimizes manually.
+
+    Returns:
+        The Trainer arguments that are left.
+
+    Raises:
+        ValueError: The model cannot take them.
+    """
+    names = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+    given = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    if given and not isinstance(model, ManualOptimization):
+        raise ValueError(
+            f"{type(model).__name__} optimizes manually and has no {', '.join(names)}, "
+            f"so leave out {', '.join(given)}"
+        )
+    for name, value in given.items():
+        setattr(model, name, value)
+    return {name: value for name, value in arguments.items() if name not in names}
+
+
+def learning_rate_scale(
+    arguments: Mapping[str, Any], data: Mapping[str, Any], world_size: int
+) -> int:
+    """Return the number of images per optimizer step: accumulate x devices and nodes x batch size.
+
+    Args:
+        arguments: Trainer arguments.
+        data: The ``data`` block.
+        world_size: Number of training processes.
+
+    Raises:
+        ConfigError: The batch size is not known.
+    """
+    accumulate = arguments.get("accumulate_grad_batches") or 1
+    batch_size = (data.get("params") or {}).get("batch_size")
+    if batch_size is None:
+        raise ConfigError("data.params.batch_size is needed; or pass --scale_lr false")
+    scale = accumulate * world_size * batch_size
+    logger.info(
+        "learning rate = %s x base: %s (accumulate) x %s (devices) x %s (batch size)",
+        *(scale, accumulate, world_size, batch_size),
+    )
+    return scale
+
+
+def fit(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    data: pl.LightningDataModule,
+    checkpoint: Path | str | None,
+) -> None:
+    """Train, from a checkpoint if there is one.
+
+    Raises:
+        PreparationError: Something was wrong before the data could be read.
+    """
+    if checkpoint is not None:
+        logger.info(
+            "resuming from %s: optimizers keep the learning rates stored there; if it was saved "
+            "within an epoch, that epoch's remaining batches are drawn anew",
+            checkpoint,
+        )
+    try:
+        trainer.fit(model, datamodule=data, **_resume_arguments(trainer, checkpoint))
+    except (ValueError, OSError, RuntimeError, UnpicklingError, MisconfigurationException) as error:
+        if trainer.val_dataloaders is not None or trainer.train_dataloader is not None:
+            raise
+        raise PreparationError(str(error)) from error
+
+
+def test(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    data: pl.LightningDataModule,
+    checkpoint: Path | str | None,
+) -> None:
+    """Test the model, if it defines how; data without a test set are passed over."""
+    if is_overridden("test_step", model) and is_overridden("test_dataloader", data):
+        trainer.test(model, datamodule=data, **_resume_arguments(trainer, checkpoint))
+
+
+def _resume_arguments(trainer: pl.Trainer, checkpoint: Path | str | None) -> dict[str, Any]:
+    """Return the arguments by which the Trainer continues from a checkpoint.
+
+    Where Lightning can (2.6 and later), only plain tensors and values are read from the file, so
+    that a downloaded checkpoint cannot run code.
+    """
+    if checkpoint is None:
+        return {}
+    safe = "weights_only" in inspect.signature(trainer.fit).parameters
+    return {"ckpt_path": str(checkpoint), **({"weights_only": True} if safe else {})}
+
+
+def quiet_lightning() -> None:
+    """Hide Lightning's advertisements and its warnings about things that are as they should be."""
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_no_tip)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless" not in record.getMessage()

@@ -1,0 +1,101 @@
+"""Every flag of the original and of the current Trainer means what it says."""
+
+import inspect
+
+import lightning.pytorch as pl
+import pytest
+
+from taming.cli import parse_arguments
+
+
+def test_defaults_are_the_originals():
+    options = parse_arguments([])
+    assert (options.seed, options.train, options.no_test, options.scale_lr) == (
+        23,
+        False,
+        False,
+        True,
+    )
+    assert (options.base, options.name, options.resume, options.postfix) == ([], "", "", "")
+    assert options.trainer == {} and options.dotlist == []
+
+
+def test_the_originals_command_line():
+    options = parse_arguments(
+        ["--base", "a.yaml", "b.yaml", "-t", "True", "--gpus", "0,", "-n", "run", "-f", "_x"]
+        + ["-p", "proj", "-d", "-s", "3", "--no-test", "model.params.n_embed=64"]
+        + ["--max_epochs", "7"]
+    )
+    assert options.base == ["a.yaml", "b.yaml"]
+    assert (options.name, options.postfix, options.project, options.seed) == (
+        "run",
+        "_x",
+        "proj",
+        3,
+    )
+    assert options.train and options.debug and options.no_test
+    assert options.trainer == {"gpus": "0,", "max_epochs": 7}
+    assert options.dotlist == ["model.params.n_embed=64"]
+
+
+def test_several_base_flags_add_up():
+    assert parse_arguments(["-b", "a", "b", "-t", "-b", "c"]).base == ["a", "b", "c"]
+
+
+def test_overrides_may_stand_anywhere():
+    argv = ["-t", "a.b=1", "--fast_dev_run", "data={target: main.X, params: {k: v=1}}", "-b", "c"]
+    options = parse_arguments(argv)
+    assert options.dotlist == [argv[1], argv[3]]
+    assert options.train is True and options.trainer == {"fast_dev_run": True}
+
+
+@pytest.mark.parametrize("name", set(inspect.signature(pl.Trainer).parameters))
+def test_every_trainer_argument_is_a_flag(name):
+    if name in ("callbacks", "plugins"):  # objects, which YAML describes
+        return
+    assert parse_arguments([f"--{name}", "7"]).trainer == {name: 7}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("100", 100), ("1e-4", 1e-4), ("0,1", "0,1"), ("-1", -1), ("false", False), ("null", None)]
+    + [("bf16-mixed", "bf16-mixed"), ("[0,1]", [0, 1]), ("00:01:00:00", "00:01:00:00")],
+)
+def test_values_are_yaml(text, value):
+    assert parse_arguments(["--devices", text]).trainer == {"devices": value}
+
+
+@pytest.mark.parametrize("text", ["true", "Yes", "1", "t"])
+def test_switches(text):
+    assert parse_arguments(["-t", text]).train is True
+    assert parse_arguments(["--scale_lr", "false"]).scale_lr is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--max_step", "3"], "unknown flag --max_step; did you mean '--max_steps'?"),
+        (["--gpu", "0,"], "unknown flag --gpu; did you mean '--gpus'?"),
+        (["-t", "maybe"], "expected true or false, got 'maybe'"),
+        (["-b", "a.yaml", "-t", "true", "stray"], "unexpected argument 'stray'"),
+        (["-n", "x", "-r", "logs/y"], "give one"),
+        (["-s", "x"], "invalid int value"),
+    ],
+)
+def test_mistakes_end_with_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse_arguments(argv)
+    captured = capsys.readouterr()
+    assert raised.value.code == 2 and captured.out == ""
+    assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_help_lists_every_flag_and_hides_old_ones(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    for flag in ("-b", "-n", "-r", "-t", "--no-test", "-p", "-d", "-s", "-f", "--wandb", "--gpus"):
+        assert f" {flag}" in text
+    for name in set(inspect.signature(pl.Trainer).parameters) - {"callbacks", "plugins"}:
+        assert f"--{name}" in text
+    assert "--distributed_backend" not in text

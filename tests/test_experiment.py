@@ -1,0 +1,182 @@
+"""A run's folder is found again, and so is the model that it left."""
+
+import re
+
+import pytest
+import torch
+import toys
+from omegaconf import OmegaConf
+
+from taming.config import ConfigError, load_config
+from taming.experiment import (
+    DEFAULT_CALLBACKS,
+    RunDir,
+    callback_blocks,
+    check_experiment,
+    merge_block,
+    model_from_run,
+    run_name,
+)
+
+PROJECT = {
+    "model": {"base_learning_rate": 0.1, "target": "toys.ToyModel", "params": {"width": 5}},
+    "data": {"target": "toys.ToyDataModule"},
+}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run with a saved configuration and a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    run = RunDir(tmp_path / "logs" / "run")
+    run.configs.mkdir(parents=True)
+    run.checkpoints.mkdir()
+    OmegaConf.save(OmegaConf.create(PROJECT), run.configs / "2024-project.yaml")
+    torch.save({"state_dict": toys.ToyModel(width=5).state_dict()}, run.last_checkpoint)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "postfix", "expected"),
+    [
+        ("", ["configs/vq.yaml", "b.yaml"], "", "vq"),
+        ("mine", ["configs/vq.yaml"], "_x", "mine_x"),
+        ("", [], "", "run"),
+    ],
+)
+def test_names(name, base, postfix, expected):
+    assert run_name(name, base, postfix) == expected
+
+
+def test_new_runs_do_not_meet(tmp_path):
+    first = RunDir.new("a", tmp_path)
+    first.path.mkdir()
+    second = RunDir.new("a", tmp_path)
+    assert first.path != second.path
+    for run in (first, second):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_a", run.path.name)
+
+
+def test_relaunched_processes_share_their_parents_run(tmp_path, monkeypatch):
+    parent = RunDir.new("a", tmp_path)
+    parent.path.mkdir()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert RunDir.new("a", tmp_path) == parent
+
+
+def test_resume_finds_run_and_checkpoint(run):
+    other = run.checkpoints / "epoch=000001.ckpt"
+    other.touch()
+    assert RunDir.resume(run.path) == (run, run.last_checkpoint)
+    assert RunDir.resume(other) == (run, other)
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("nowhere", FileNotFoundError, "nowhere: it does not exist"),
+        ("logs", ValueError, "logs is no run"),
+        ("logs/run/configs/2024-project.yaml", None, None),
+        ("logs/empty", FileNotFoundError, "there is no logs/empty/checkpoints/last.ckpt"),
+    ],
+)
+def test_what_is_no_run_is_refused(run, path, error, message):
+    empty = RunDir(run.path.parent / "empty")
+    empty.configs.mkdir(parents=True)
+    (empty.configs / "a.yaml").touch()
+    if error is None:
+        assert RunDir.resume(path)[0].path == run.path
+        return
+    with pytest.raises(error, match=message):
+        RunDir.resume(path)
+
+
+def test_model_from_run_has_the_runs_weights(run):
+    expected = torch.load(run.last_checkpoint, weights_only=True)["state_dict"]
+    for path in (run.path, run.last_checkpoint):
+        model = model_from_run(path, monitor="val/x")
+        assert not model.training and model.monitor == "val/x"
+        torch.testing.assert_close(model.state_dict(), expected)
+
+
+def test_model_from_run_takes_the_newest_configuration(run):
+    newer = {"model": {**PROJECT["model"], "params": {"width": 5, "monitor": "newer"}}}
+    OmegaConf.save(OmegaConf.create(newer), run.configs / "2025-project.yaml")
+    assert model_from_run(run.path).monitor == "newer"
+
+
+def test_merge_block():
+    default = {"target": "a", "params": {"x": 1, "y": 2}}
+    assert merge_block(default, None) == default
+    assert merge_block(default, {"params": {"y": 3}}) == {"target": "a", "params": {"x": 1, "y": 3}}
+    assert merge_block(default, {"target": "b"}) == {"target": "b"}
+
+
+def test_callbacks_are_merged_replaced_and_removed():
+    blocks = callback_blocks(
+        {
+            "callbacks": {
+                "image_logger": {"params": {"max_images": 2}},
+                "rng_state": None,
+                "mine": {"target": "toys.X"},
+            }
+        }
+    )
+    assert blocks["image_logger"]["target"] == DEFAULT_CALLBACKS["image_logger"]["target"]
+    assert blocks["image_logger"]["params"]["max_images"] == 2
+    assert set(blocks) == {*DEFAULT_CALLBACKS, "mine"} - {"rng_state"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "lightning.trainer.max_steps=3",
+        "lightning.trainer.gpus=2",
+        "lightning.logger.target=lightning.pytorch.loggers.WandbLogger",
+        "lightning.logger.params.sub_dir=x",
+        "lightning.modelcheckpoint.params.every_n_train_steps=5",
+        "lightning.callbacks.image_logger.params.batch_frequency=3",
+        "lightning.callbacks.image_logger=null",
+        "lightning.callbacks.mine={target: lightning.pytorch.callbacks.Timer}",
+        "lightning=null",
+    ],
+)
+def test_right_experiments_pass(run, change):
+    check_experiment(load_config(run.saved_configs, [change]), train=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("modle.x=1", "command line: unknown key modle; did you mean 'model'"),
+        ("model.base_learning_rate=null", "base_learning_rate must be a number, got None"),
+        ("lightning.trainer.max_step=3", "lightning.trainer.max_step; did you mean 'max_steps'"),
+        ("lightning.callbak.x=3", "lightning.callbak; did you mean 'callbacks'"),
+        ("lightning.callbacks.rng_state.param=3", "rng_state.param; did you mean 'params'"),
+        ("lightning.callbacks.mine.params.x=3", "lightning.callbacks.mine has no target"),
+        (
+            "lightning.callbacks.image_logger.params.max_image=3",
+            "taming.callbacks.ImageLogger takes no 'max_image'; did you mean 'max_images'",
+        ),
+        ("lightning.modelcheckpoint.params.save_topk=3", "did you mean 'save_top_k'"),
+        (
+            "lightning.logger={target: lightning.pytorch.loggers.CSVLogger, params: {nam: x}}",
+            "lightning.logger.params.nam: lightning.pytorch.loggers.CSVLogger takes no 'nam'",
+        ),
+        ("lightning.trainer.resume_from_checkpoint=no.ckpt", "there is no checkpoint no.ckpt"),
+    ],
+)
+def test_wrong_experiments_are_named(run, change, message):
+    with pytest.raises(ConfigError) as raised:
+        check_experiment(load_config(run.saved_configs, [change]), train=True)
+    assert message in str(raised.value)
+
+
+def test_both_blocks_are_needed(run):
+    with pytest.raises(ConfigError, match="there is no 'model' block"):
+        check_experiment(load_config([]), train=False)
+
+
+def test_rate_is_not_needed_to_test(run):
+    config = load_config(run.saved_configs, ["model.base_learning_rate=null"])
+    check_experiment(config, train=False)

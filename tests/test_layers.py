@@ -1,0 +1,114 @@
+"""Imports point one way: the table of the architecture, read off the source."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TAMING = ROOT / "taming"
+
+# First part of a module's path below taming -> those that it may import.
+ALLOWED = {
+    "util": set(),
+    "legacy": set(),
+    "source": set(),
+    "lr_scheduler": set(),
+    "signature": {"source"},
+    "config": {"util", "legacy", "signature", "source"},
+    "checkpoint": {"util"},
+    "modules": {"modules", "util"},
+    "models": {"models", "modules", "config", "checkpoint", "util", "lr_scheduler"},
+    "data": {"data", "config", "util"},
+    "pictures": set(),
+    "callbacks": {"config", "pictures", "util"},
+    "resume": {"config", "util"},
+    "experiment": {"config", "signature", "util"},
+    "observers": {"config", "signature", "experiment", "util"},
+    "trainer": {"config", "experiment", "observers", "util"},
+    "script": {"config", "experiment", "util"},
+    "cli": {"config", "legacy", "signature", "source", "util"},
+}
+PROGRAM_FILES = [ROOT / "main.py", *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
+PROGRAMS = {"scripts", "benchmarks", "tests", *(file.stem for file in PROGRAM_FILES)}
+
+
+def _name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(file: Path, known: set[str]) -> Iterator[str]:
+    """Yield every module that a file imports, wherever in the file."""
+    name = _name(file)
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1]
+            origin = ".".join([*(base if node.level else []), *filter(None, [node.module])])
+            for alias in node.names:
+                member = f"{origin}.{alias.name}"
+                yield member if member in known else origin
+
+
+FILES = sorted(TAMING.rglob("*.py"))
+KNOWN = {_name(file) for file in FILES}
+IMPORTS = {_name(file): set(_imports(file, KNOWN)) for file in FILES}
+
+
+@pytest.mark.parametrize("module", sorted(KNOWN))
+def test_imports_follow_the_table(module):
+    if module == "taming":
+        assert not {name for name in IMPORTS[module] if name.startswith("taming")}
+        return
+    layer = module.split(".")[1]
+    assert layer in ALLOWED, f"{module} is in no layer of the table"
+    inside = {name.split(".")[1] for name in IMPORTS[module] if name.startswith("taming.")}
+    assert inside <= ALLOWED[layer]
+
+
+@pytest.mark.parametrize("file", sorted([*FILES, *PROGRAM_FILES]), ids=_name)
+def test_nobody_imports_a_program(file):
+    assert not {name.split(".")[0] for name in _imports(file, KNOWN)} & PROGRAMS
+
+
+@pytest.mark.parametrize("module", sorted(m for m in KNOWN if m.startswith("taming.modules")))
+def test_modules_know_neither_lightning_nor_omegaconf(module):
+    outside = {name.split(".")[0] for name in IMPORTS[module]}
+    assert not outside & {"lightning", "pytorch_lightning", "omegaconf"}
+
+
+def test_no_circles():
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"circle: {' -> '.join([*path, module])}"
+        if module in done:
+            return
+        for imported in sorted(IMPORTS[module] & KNOWN):
+            visit(imported, (*path, module))
+        done.add(module)
+
+    for module in sorted(KNOWN):
+        visit(module, ())
+
+
+def test_every_folder_is_a_package():
+    folders = {file.parent for file in FILES}
+    assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
+
+
+@pytest.mark.parametrize("name", ["config", "cli", "experiment"])
+def test_checking_needs_neither_torch_nor_lightning(name):
+    """What runs before the configuration is checked imports nothing slow, even indirectly."""
+    reached, todo = set(), [f"taming.{name}"]
+    while todo:
+        module = todo.pop()
+        if module not in reached:
+            reached.add(module)
+            todo += IMPORTS[module] & KNOWN
+    outside = {imported.split(".")[0] for module in reached for imported in IMPORTS[module]}
+    assert not outside & {"torch", "torchvision", "lightning", "numpy", "PIL"}

@@ -1,0 +1,220 @@
+"""The program from end to end, on toys."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import main as program
+from taming.config import get_obj_from_str
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CONFIG = """
+model:
+  base_learning_rate: 0.01
+  target: toys.ToyModel
+  params: {monitor: val/loss}
+data:
+  target: main.DataModuleFromConfig
+  params:
+    batch_size: 2
+    num_workers: 0
+    train: {target: toys.ToyData}
+    validation: {target: toys.ToyData}
+lightning:
+  callbacks: {image_logger: {params: {batch_frequency: 4}}}
+  trainer: {max_epochs: 1, enable_model_summary: false, log_every_n_steps: 1}
+"""
+CPU = ["--accelerator", "cpu", "--progress_bar_refresh_rate", "0"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with a configuration ``toy.yaml``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(logging.getLogger("taming"), "handlers", [])
+    (tmp_path / "toy.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def start(*argv, **environment):
+    """Run main.py in a process of its own."""
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *argv],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def only_run(root="logs"):
+    (run,) = Path(root).glob("*T*")
+    return run
+
+
+def last(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def fails(argv, capsys):
+    """Return the error message that the program ends with."""
+    with pytest.raises(SystemExit) as raised:
+        program.main(argv)
+    assert raised.value.code == 2
+    return capsys.readouterr().err.rpartition("error: ")[2]
+
+
+def test_a_run_leaves_what_it_promises(folder):
+    program.main(["-b", "toy.yaml", "-t", "-f", "_x", *CPU, "model.params.width=3"])
+    run = only_run()
+    assert run.name.endswith("_toy_x")
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"last.ckpt", "epoch=000000.ckpt"}
+    project, lightning = (OmegaConf.load(p) for p in sorted((run / "configs").iterdir())[::-1])
+    assert project.model.params == {"monitor": "val/loss", "width": 3}
+    assert lightning.lightning.trainer.accelerator == "cpu"
+    assert lightning.lightning.trainer.enable_progress_bar is False
+    assert (run / "images/train/inputs_gs-000004_e-000000_b-000003.png").is_file()
+    assert (run / "images/val/inputs_gs-000004_e-000000_b-000000.png").is_file()
+    (metrics,) = run.glob("csv/*/metrics.csv")
+    assert "val/loss" in metrics.read_text() and list(run.glob("tensorboard/events*"))
+    assert last(run)["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.02)
+
+
+def test_resume_continues_and_keeps_the_best_three(folder):
+    program.main(["-b", "toy.yaml", "-t", "-n", "a", *CPU])
+    run = only_run()
+    program.main(["-r", str(run), "-t", "--max_epochs", "3"])
+    program.main(["-r", str(run / "checkpoints/last.ckpt"), "-t", "--max_epochs", "5"])
+    assert only_run() == run and last(run)["global_step"] == 20
+    assert len(list(run.glob("checkpoints/epoch=*"))) == 3
+    assert len(list(run.glob("configs/*-project.yaml"))) == 3
+
+
+def test_resume_from_checkpoint_in_a_new_run(folder):
+    program.main(["-b", "toy.yaml", "-t", "-n", "a", *CPU])
+    old = only_run()
+    argv = ["-b", "toy.yaml", "-t", "-n", "b", *CPU, "--max_epochs", "2"]
+    program.main([*argv, "--resume_from_checkpoint", str(old / "checkpoints/last.ckpt")])
+    (new,) = Path("logs").glob("*_b")
+    assert last(new)["global_step"] == 8 and last(old)["global_step"] == 4
+    (old / "checkpoints/last.ckpt").unlink()
+    program.main(["-r", str(new), "-t", "--max_epochs", "3"])
+    assert last(new)["global_step"] == 12
+
+
+def test_stops_at_max_steps_with_a_checkpoint(folder):
+    program.main(["-b", "toy.yaml", "-t", *CPU, "--max_steps", "3", "--max_epochs", "-1"])
+    run = only_run()
+    assert last(run)["global_step"] == 3
+    program.main(["-r", str(run), "-t", "--max_steps", "9"])
+    assert last(run)["global_step"] == 9
+
+
+def test_a_checkpoint_that_does_not_fit_is_a_mistake(folder, capsys):
+    program.main(["-b", "toy.yaml", "-t", *CPU])
+    assert "net.0.weight" in fails(["-r", str(only_run()), "-t", "model.params.width=9"], capsys)
+
+
+def test_learning_rate_as_it_is(folder):
+    program.main(["-b", "toy.yaml", "-t", *CPU, "--scale_lr", "false"])
+    rate = last(only_run())["optimizer_states"][0]["param_groups"][0]["lr"]
+    assert rate == pytest.approx(0.01)
+
+
+def test_tests_only_what_can_be_tested(folder, capsys):
+    tested = "model.target=toys.ToyTestedModel"
+    program.main(["-b", "toy.yaml", *CPU, tested])
+    assert "test/loss" not in capsys.readouterr().out
+    with_set = [tested, "data.params.test.target=toys.ToyData"]
+    program.main(["-b", "toy.yaml", *CPU, *with_set])
+    assert "test/loss" in capsys.readouterr().out
+    program.main(["-b", "toy.yaml", "--no-test", *CPU, *with_set])
+    assert "test/loss" not in capsys.readouterr().out
+    assert not list(Path("logs").glob("*/configs"))
+
+
+def test_wandb_gets_the_pictures_offline(folder):
+    pytest.importorskip("wandb")
+    result = start("-b", "toy.yaml", "-t", "--wandb", *CPU, WANDB_MODE="offline")
+    assert result.returncode == 0, result.stderr
+    assert list(only_run().glob("wandb/offline-run-*/files/media/images/train/inputs_*.png"))
+
+
+def test_two_processes_share_one_run(folder):
+    argv = ["-b", "toy.yaml", "-t", "data.params.batch_size=1"]
+    result = start(*argv, *CPU, "--devices", "2", "--strategy", "ddp")
+    assert result.returncode == 0, result.stderr
+    run = only_run()
+    assert last(run)["global_step"] == 4
+    assert last(run)["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.02)
+    assert len(list(run.glob("configs/*.yaml"))) == 2
+
+
+def test_a_mistake_is_reported_before_torch_is_imported(folder):
+    code = (
+        "import sys; import main\n"
+        "try: main.main(['-b', 'toy.yaml', '-t', 'model.params.widht=3'])\n"
+        "except SystemExit as error: assert error.code == 2\n"
+        "assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)"
+    )
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == (
+        "error: command line: unknown key model.params.widht: toys.ToyModel takes no 'widht'; "
+        "did you mean 'width'?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["-b", "none.yaml"], "there is no configuration file none.yaml"),
+        (["-r", "."], "is no run"),
+        (["-r", "logs/none"], "does not exist"),
+        (["-b", "toy.yaml", "--gpus", "97,98"], "GPUs are visible here"),
+        (["-b", "toy.yaml", "data.params.batch_size=0"], "batch_size must be at least 1, got 0"),
+        (["-b", "toy.yaml", *CPU, "data.params.train.params.size=0"], "size must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(folder, capsys, argv, message):
+    error = fails([*argv, "-t"], capsys)
+    assert message in error and error.count("\n") == 1
+    assert os.listdir() == ["toy.yaml"]
+
+
+def test_an_error_in_training_is_raised(folder):
+    with pytest.raises(OSError, match="toy"):
+        program.main(["-b", "toy.yaml", "-t", *CPU, "model.params.fail_at=2"])
+    assert last(only_run())["global_step"] == 2
+
+
+def test_debug_opens_a_debugger_and_keeps_the_run_apart(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr("pdb.post_mortem", seen.append)
+    with pytest.raises(OSError):
+        program.main(["-b", "toy.yaml", "-t", "-d", *CPU, "model.params.fail_at=2"])
+    assert len(seen) == 1 and only_run("logs/debug_runs").is_dir()
+
+
+@pytest.mark.parametrize("name", program.__all__)
+def test_what_configurations_name_is_there(name):
+    assert get_obj_from_str(f"main.{name}") is getattr(program, name)
+
+
+def test_everything_else_is_not():
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = program.nothing

@@ -1,0 +1,120 @@
+"""An interrupted run goes on as if nothing had happened."""
+
+import os
+import random
+import signal
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import toys
+
+from taming.resume import LastCheckpoint, RngState
+
+
+def fit(folder, epochs, model=None, ckpt_path=None, extra=(), data=None):
+    """Train a toy in a folder; returns it with the batches it saw."""
+    model = model or toys.ToyModel()
+    model.learning_rate = 0.1
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[RngState(), LastCheckpoint(folder, every_n_train_steps=3), *extra],
+    )
+    data = data or toys.ToyDataModule()
+    trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=bool(ckpt_path) or None)
+    return model
+
+
+def saved_step(folder):
+    return torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list`")
+@pytest.mark.parametrize("validation", [True, False])
+def test_resumed_equals_uninterrupted(tmp_path, validation):
+    data = toys.ToyDataModule(validate=validation)
+    pl.seed_everything(3)
+    whole = fit(tmp_path / "whole", 4, data=data)
+    pl.seed_everything(3)
+    first = fit(tmp_path / "parts", 2, data=data)
+    pl.seed_everything(99)
+    second = fit(tmp_path / "parts", 4, ckpt_path=tmp_path / "parts" / "last.ckpt", data=data)
+    assert first.seen + second.seen == whole.seen
+    torch.testing.assert_close(second.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_rng_state_survives_safe_loading(tmp_path):
+    torch.save(RngState().state_dict(), tmp_path / "rng")
+    expected = torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()
+    np.random.normal(), torch.rand(1), random.gauss(0, 1)
+    RngState().load_state_dict(torch.load(tmp_path / "rng", weights_only=True))
+    assert (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()) == expected
+
+
+def test_saves_within_an_epoch_and_at_its_end(tmp_path):
+    steps = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            steps.append(saved_step(tmp_path) if (tmp_path / "last.ckpt").exists() else 0)
+
+    fit(tmp_path, 2, extra=[Watch()])  # 4 steps an epoch
+    assert steps == [0, 0, 0, 3, 4, 4, 4, 7]
+    assert saved_step(tmp_path) == 8
+
+
+def test_saves_on_an_exception(tmp_path):
+    with pytest.raises(OSError):
+        fit(tmp_path, 2, toys.ToyModel(fail_at=2))
+    assert saved_step(tmp_path) == 2
+
+
+def test_saves_on_an_interrupt(tmp_path):
+    class Interrupt(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        fit(tmp_path, 2, extra=[Interrupt()])
+    assert saved_step(tmp_path) == 2
+
+
+def test_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(RuntimeError, match="not finite"):
+        fit(tmp_path, 2, toys.ToyModel(fail_at=5, non_finite=True))
+    assert saved_step(tmp_path) == 4
+
+
+def test_an_error_before_training_leaves_the_checkpoint_alone(tmp_path):
+    fit(tmp_path, 1)
+    data = toys.ToyDataModule(size=0)
+    with pytest.raises(ValueError):
+        fit(tmp_path, 2, data=data, ckpt_path=tmp_path / "last.ckpt")
+    assert saved_step(tmp_path) == 4
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
+def test_saves_at_the_end_of_the_batch_that_a_signal_met(tmp_path):
+    before = signal.getsignal(signal.SIGUSR1)
+
+    class Signal(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                assert not (tmp_path / "last.ckpt").exists()
+            if trainer.global_step == 2:
+                assert saved_step(tmp_path) == 2
+
+    fit(tmp_path, 1, extra=[Signal()])
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_frequency_is_checked(tmp_path):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        LastCheckpoint(tmp_path, every_n_train_steps=0)

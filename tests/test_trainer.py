@@ -1,0 +1,169 @@
+"""The Trainer gets what the configuration says, and good defaults for the rest."""
+
+import lightning.pytorch as pl
+import pytest
+import toys
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+
+from taming import trainer as building
+from taming.callbacks import ImageLogger, SetupCallback
+from taming.config import ConfigError
+from taming.experiment import RunDir
+from taming.observers import build_callbacks, build_checkpoints, build_loggers
+from taming.resume import LastCheckpoint
+
+PROJECT = {"model": {"target": "toys.ToyModel"}, "data": {"target": "toys.ToyDataModule"}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir(tmp_path / "2024-01-01T00-00-00_a b")
+
+
+def build(run, model=None, **lightning):
+    arguments = building.trainer_arguments(lightning, run)
+    return building.build_trainer(arguments, lightning, PROJECT, model or toys.ToyModel(), run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "strategy"),
+    [
+        ({"accelerator": "cpu", "devices": 2}, "ddp_find_unused_parameters_true"),
+        ({"accelerator": "cpu", "strategy": "ddp"}, "ddp_find_unused_parameters_true"),
+        ({"accelerator": "cpu", "num_nodes": 2}, "ddp_find_unused_parameters_true"),
+        ({"accelerator": "cpu", "devices": "2"}, "ddp_find_unused_parameters_true"),
+        ({"accelerator": "cpu"}, None),
+        ({"accelerator": "cpu", "devices": 2, "strategy": "fsdp"}, None),
+        ({"accelerator": "gpu", "devices": "0,1"}, "ddp_find_unused_parameters_true"),
+        ({"devices": -1}, "ddp_find_unused_parameters_true"),
+        ({"accelerator": "gpu", "devices": [2]}, None),
+    ],
+)
+def test_strategy(monkeypatch, arguments, strategy):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert building.choose_strategy(arguments).get("strategy") == strategy
+
+
+@pytest.mark.parametrize(
+    ("devices", "visible", "message"),
+    [
+        ([0, 1], 0, "0 GPUs are visible here; pass --accelerator cpu"),
+        (-1, 0, "0 GPUs are visible here; pass --accelerator cpu"),
+        ([0, 2], 2, "2 GPUs are visible here; pass --gpus with numbers below 2"),
+        (3, 2, "2 GPUs are visible here"),
+    ],
+)
+def test_missing_gpus(monkeypatch, devices, visible, message):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
+    with pytest.raises(ValueError, match=message):
+        building.choose_strategy({"accelerator": "gpu", "devices": devices})
+
+
+def test_numbered_devices_are_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ValueError, match="0 GPUs are visible here"):
+        building.choose_strategy({"devices": "0,1"})
+
+
+@pytest.mark.parametrize(
+    ("trainer", "limits"),
+    [({}, (1000, -1)), ({"max_steps": 5}, (None, 5)), ({"max_epochs": 2, "max_steps": 5}, (2, 5))],
+)
+def test_length_of_training(run, trainer, limits):
+    trainer = build(run, trainer={"accelerator": "cpu", **trainer})
+    assert (trainer.max_epochs, trainer.max_steps) == limits
+
+
+def test_a_refused_argument_is_a_mistake_of_the_user(run):
+    with pytest.raises(ValueError, match=r"lightning\.trainer"):
+        build(run, trainer={"accelerator": "cpu", "limit_train_batches": 1.5})
+
+
+def test_learning_rate_counts_images_per_step():
+    data = {"params": {"batch_size": 3}}
+    assert building.learning_rate_scale({}, data, 4) == 12
+    assert building.learning_rate_scale({"accumulate_grad_batches": 2}, data, 4) == 24
+    with pytest.raises(ConfigError, match="--scale_lr false"):
+        building.learning_rate_scale({}, {}, 1)
+
+
+def test_manual_optimization_takes_over(run):
+    model = toys.ToyManualModel()
+    given = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "accelerator": "cpu"}
+    trainer = build(run, model, trainer=given)
+    assert (model.accumulate_grad_batches, model.gradient_clip_val) == (2, 0.5)
+    assert model.gradient_clip_algorithm == "norm"
+    assert (trainer.accumulate_grad_batches, trainer.gradient_clip_val) == (1, None)
+    automatic = build(run, trainer=given)
+    assert (automatic.accumulate_grad_batches, automatic.gradient_clip_val) == (2, 0.5)
+
+
+def test_manual_optimization_that_cannot_take_over_is_named():
+    class Bare(pl.LightningModule):
+        automatic_optimization = False
+
+    with pytest.raises(ValueError, match="Bare optimizes manually .* leave out gradient_clip_val"):
+        building.hand_over_optimization({"gradient_clip_val": 1.0}, Bare())
+    assert building.hand_over_optimization({"max_steps": 3}, Bare()) == {"max_steps": 3}
+
+
+def test_default_loggers(run):
+    csv, tensorboard = build_loggers(None, run, "now", None)
+    assert isinstance(csv, CSVLogger) and csv.log_dir == f"{run.path}/csv/now/"
+    assert isinstance(tensorboard, TensorBoardLogger)
+    assert tensorboard.log_dir == f"{run.path}/tensorboard/"
+
+
+def test_configured_loggers_complete_the_defaults(run):
+    block = {"target": "lightning.pytorch.loggers.CSVLogger", "params": {"prefix": "x"}}
+    csv, _ = build_loggers(block, run, "now", None)
+    assert csv._prefix == "x" and csv.log_dir == f"{run.path}/csv/now/"
+    wandb = build_loggers({"target": "lightning.pytorch.loggers.WandbLogger"}, run, "now", None)[2]
+    assert isinstance(wandb, WandbLogger)
+    assert (wandb.name, wandb.version) == ("taming", "2024-01-01T00-00-00_a-b")
+    assert build_loggers(None, run, "now", "mine")[2].name == "mine"
+
+
+def test_wandb_that_is_not_installed_is_named(run, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'loopy-taming\[wandb\]'"):
+        build_loggers(None, run, "now", "mine")
+
+
+def test_no_logger_needs_no_learning_rate_monitor(run):
+    trainer = build(run, trainer={"accelerator": "cpu", "logger": False})
+    assert not trainer.loggers
+    assert not any(isinstance(c, LearningRateMonitor) for c in trainer.callbacks)
+
+
+def test_callbacks_know_the_run(run):
+    blocks = {"callbacks": {"image_logger": {"params": {"max_images": 1}}, "rng_state": None}}
+    callbacks = build_callbacks(blocks, PROJECT, run, "now")
+    setup, images = callbacks[0], callbacks[1]
+    assert isinstance(setup, SetupCallback) and setup.cfgdir == run.configs
+    assert isinstance(images, ImageLogger)
+    assert (images.max_images, images.logdir) == (1, run.path)
+
+
+def test_own_callback_in_place_of_a_default(run):
+    blocks = {"callbacks": {"setup_callback": {"target": "lightning.pytorch.callbacks.Timer"}}}
+    assert isinstance(build_callbacks(blocks, PROJECT, run, "now")[0], pl.callbacks.Timer)
+
+
+def test_checkpoints_follow_the_models_monitor(run):
+    best, last = build_checkpoints({}, toys.ToyModel(monitor="val/loss"), run)
+    assert isinstance(best, ModelCheckpoint) and isinstance(last, LastCheckpoint)
+    assert (best.monitor, best.save_top_k, best.filename) == ("val/loss", 3, "{epoch:06}")
+    assert last.path == run.last_checkpoint
+    (only,) = build_checkpoints({}, toys.ToyModel(), run)
+    assert isinstance(only, LastCheckpoint)
+    block = {"modelcheckpoint": {"params": {"every_n_train_steps": 7, "save_top_k": -1}}}
+    every, _ = build_checkpoints(block, toys.ToyModel(), run)
+    assert every._every_n_train_steps == 7 and every.dirpath == str(run.checkpoints)
+
+
+@pytest.mark.parametrize("arguments", [{"fast_dev_run": True}, {"enable_checkpointing": False}])
+def test_no_checkpoints_where_none_are_wanted(run, arguments):
+    trainer = build(run, trainer={"accelerator": "cpu", **arguments})
+    assert not trainer.checkpoint_callbacks
