@@ -12,8 +12,10 @@ from itertools import zip_longest
 from math import ceil
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import adjust_hue
 
 from taming.data.preprocessing import (
     SquareCrop,
@@ -71,6 +73,10 @@ class PhotosTrain(Dataset[dict[str, Any]]):
         scale: (lo, hi): the photograph's short side is drawn between lo * size and hi * size, never
             above its own resolution.
         flip: Mirror every other crop.
+        hue: Largest turn of the colour circle, 0 to 0.5: seven photographs hold few colours.
+
+    Raises:
+        ValueError: ``hue`` or ``scale`` is out of range.
     """
 
     def __init__(
@@ -79,7 +85,11 @@ class PhotosTrain(Dataset[dict[str, Any]]):
         length: int = 1024,
         scale: Sequence[float] = (1.0, 3.0),
         flip: bool = True,
+        hue: float = 0.0,
     ) -> None:
+        if not 0 <= hue <= 0.5:
+            raise ValueError(f"hue must be in [0, 0.5], got {hue}")
+        self.hue = hue
         self.photos = load_photos(TRAIN_PHOTOS, size)
         self.length = length
         self.crop = SquareCrop(
@@ -93,8 +103,10 @@ class PhotosTrain(Dataset[dict[str, Any]]):
         number = range(self.length)[index] % len(self.photos)
         photo = self.photos[number]
         view = self.crop.draw(*photo.shape[-2:])
-        image = to_unit_range(view.apply(photo, antialias=True))
-        return {"image": image, "file_path_": TRAIN_PHOTOS[number]}
+        crop = view.apply(photo, antialias=True)
+        if self.hue:
+            crop = adjust_hue(crop, float(torch.empty(()).uniform_(-self.hue, self.hue)))
+        return {"image": to_unit_range(crop), "file_path_": TRAIN_PHOTOS[number]}
 
 
 def tile(height: int, width: int, size: int, scale: float) -> list[View]:

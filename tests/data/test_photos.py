@@ -87,3 +87,17 @@ def test_a_validation_set_longer_than_its_grid_is_refused():
 def test_scales_below_one_are_refused(build):
     with pytest.raises(ValueError, match="scale"):
         build((0.5, 2.0))
+
+
+def test_turned_colours_keep_the_brightness_of_grey_and_repeat_by_seed():
+    def draw(hue):
+        torch.manual_seed(4)
+        return PhotosTrain(size=32, hue=hue)[0]["image"]
+
+    turned = draw(0.5)
+    assert np.array_equal(turned, draw(0.5))
+    assert not np.array_equal(turned, draw(0.0))
+    # A turn of the colour circle keeps the largest and the smallest channel of each pixel.
+    np.testing.assert_allclose(turned.max(-1), draw(0.0).max(-1), atol=2 / 127.5)
+    with pytest.raises(ValueError, match=r"hue must be in \[0, 0.5\], got 0.7"):
+        PhotosTrain(size=32, hue=0.7)

@@ -150,6 +150,8 @@ class LoopyVectorQuantizer(Quantizer):
         transform_config: ``{target, params}`` of a `Transform`.
         target_length: Mean turns per latent in [1, T]: instead of a fixed ``threshold``, tau is
             then steered to it while training and kept in the checkpoint.
+        threshold_spread: Factor of at least 1: each image of a training batch draws its tau
+            log-uniformly between tau / spread and tau * spread, so that all depths are trained.
         legacy: See `vq_loss`.
         ema_decay: Learn the codebook by moving averages of this decay; None by gradient.
         start_batches: Number of first training batches from which k-means places the codes.
@@ -170,6 +172,7 @@ class LoopyVectorQuantizer(Quantizer):
         max_loops: int = 4,
         transform_config: Mapping[str, Any] | None = None,
         target_length: float | None = None,
+        threshold_spread: float = 1.0,
         legacy: bool = False,
         ema_decay: float | None = None,
         start_batches: int = 4,
@@ -184,6 +187,8 @@ class LoopyVectorQuantizer(Quantizer):
             raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
         if target_length is not None and not 1 <= target_length <= max_loops:
             raise ValueError(f"target_length must be in [1, {max_loops}], got {target_length}")
+        if threshold_spread < 1:
+            raise ValueError(f"threshold_spread must be at least 1, got {threshold_spread}")
         if transform_config is None:
             residual = "taming.modules.vqvae.transforms.Residual"
             transform_config = {"target": residual, "params": {"max_loops": max_loops}}
@@ -191,6 +196,7 @@ class LoopyVectorQuantizer(Quantizer):
         self.legacy = legacy
         self.max_loops = max_loops
         self.target_length = target_length
+        self.threshold_spread = threshold_spread
         self.start_batches = start_batches
         self.embedding = Codebook(n_e, e_dim, ema_decay, revive_below)
         self.transform: Transform = instantiate_from_config(transform_config)
@@ -203,7 +209,8 @@ class LoopyVectorQuantizer(Quantizer):
 
         Args:
             z: (B, D, h, w) or (N, D); not changed.
-            threshold: tau, a scalar or one per image (B,); None takes the quantizer's own.
+            threshold: tau, a scalar or one per image (B,); None takes the quantizer's own, spread
+                over the images while training.
 
         Returns:
             z_q like z, float32; loss; info with a `LoopTrace` (fields (B, h, w) or (N,)) and
@@ -270,6 +277,9 @@ class LoopyVectorQuantizer(Quantizer):
     def _threshold_per_row(self, threshold: Tensor | None, batch: int, rows: int) -> Tensor:
         """tau (N,) for each latent, from a scalar or one value per image."""
         tau = self.threshold if threshold is None else threshold.float()
+        if threshold is None and self.training and self.threshold_spread > 1:
+            exponent = 2 * torch.rand(batch, device=tau.device) - 1
+            tau = tau * self.threshold_spread**exponent
         return tau.expand(batch).repeat_interleave(rows // batch)
 
     def _loss(self, z: Tensor, path: Path) -> Tensor:

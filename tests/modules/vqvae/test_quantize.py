@@ -182,6 +182,15 @@ def test_target_length_steers_the_threshold_and_is_kept() -> None:
     assert torch.equal(other.threshold, quantizer.threshold)
 
 
+def test_spread_thresholds_train_all_depths_and_leave_evaluation_alone() -> None:
+    plain, spread = loopy(threshold=0.8), loopy(threshold=0.8, threshold_spread=4.0)
+    spread.load_state_dict(plain.state_dict())
+    z = torch.randn(64, D, 2, 2)
+    assert torch.equal(plain(z).info.indices, spread(z).info.indices)
+    per_image = spread.train()(z).info.encodings.lengths.float().mean((1, 2))
+    assert per_image.std() > plain.train()(z).info.encodings.lengths.float().mean((1, 2)).std()
+
+
 def test_training_is_repeatable_from_its_state() -> None:
     batches = [torch.randn(64, D) for _ in range(6)]
 
@@ -221,6 +230,7 @@ def test_bfloat16_latents_give_float32_codes() -> None:
         ({"threshold": None}, "exactly one of threshold and target_length"),
         ({"threshold": None, "target_length": 9}, r"target_length must be in \[1, 4\], got 9"),
         ({"ema_decay": 1.0}, "ema_decay must be in"),
+        ({"threshold_spread": 0.5}, "threshold_spread must be at least 1"),
         ({"revive_below": -1.0}, "revive_below must be in"),
     ],
 )
