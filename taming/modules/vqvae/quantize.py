@@ -200,6 +200,7 @@ class LoopyVectorQuantizer(Quantizer):
         self.start_batches = start_batches
         self.embedding = Codebook(n_e, e_dim, ema_decay, revive_below)
         self.transform: Transform = instantiate_from_config(transform_config)
+        self.transform.check(e_dim, max_loops)
         self.sequence = UnarySequence(n_e, max_loops, dummies=self.transform.dummies)
         self.threshold: Tensor
         self.register_buffer("threshold", torch.tensor(1.0 if threshold is None else threshold))

@@ -73,6 +73,9 @@ class Transform(nn.Module, ABC):
     def decode(self, codes: Tensor, codebook: Tensor) -> Tensor:
         """Turn valid codes (N, T) into the vectors z_q (N, D) that they stand for."""
 
+    def check(self, e_dim: int, max_loops: int) -> None:
+        """Raise a ValueError for sizes D and T that it was not built for; by default any fit."""
+
     def adapt(self, z: Tensor, path: Path, momentum: float) -> None:
         """Update running statistics from a training batch; nothing to do by default.
 
@@ -131,6 +134,14 @@ class Attract(Transform):
             approximations=codebook[found],
         )
 
+    def check(self, e_dim: int, max_loops: int) -> None:
+        """Raise a ValueError if the depth embedding has another shape than (T, D)."""
+        if self.depth is not None and self.depth.shape != (max_loops, e_dim):
+            raise ValueError(
+                f"depth_embedding {tuple(self.depth.shape)} must be (max_loops, e_dim) = "
+                f"{(max_loops, e_dim)}"
+            )
+
     def _turns(self, distance: Tensor, threshold: Tensor, max_loops: int) -> Tensor:
         """Number of dummies (N,) int64 that each latent writes before its code."""
         # Logarithms of zero (a step of 1, a threshold of 0) give the limits that they should; the
@@ -166,6 +177,13 @@ class Residual(Transform):
         super().__init__()
         self.scales: Tensor
         self.register_buffer("scales", torch.ones(max_loops - 1))
+
+    def check(self, e_dim: int, max_loops: int) -> None:
+        """Raise a ValueError if it was built for another number of turns T."""
+        if len(self.scales) != max_loops - 1:
+            raise ValueError(
+                f"Residual has max_loops={len(self.scales) + 1}, but its quantizer {max_loops}"
+            )
 
     def _cumulative(self) -> Tensor:
         """S_t of shape (T,)."""

@@ -231,6 +231,19 @@ def test_bfloat16_latents_give_float32_codes() -> None:
         ({"threshold": None, "target_length": 9}, r"target_length must be in \[1, 4\], got 9"),
         ({"ema_decay": 1.0}, "ema_decay must be in"),
         ({"threshold_spread": 0.5}, "threshold_spread must be at least 1"),
+        (
+            {
+                "transform_config": {
+                    "target": "taming.modules.vqvae.transforms.Residual",
+                    "params": {"max_loops": 3},
+                }
+            },
+            "Residual has max_loops=3, but its quantizer 4",
+        ),
+        (
+            {"max_loops": 2, "transform_config": TRANSFORMS["attract-depth"]},
+            r"depth_embedding \(5, 4\) must be \(max_loops, e_dim\) = \(2, 4\)",
+        ),
         ({"revive_below": -1.0}, "revive_below must be in"),
     ],
 )

@@ -1,0 +1,157 @@
+"""The grammar of token sequences: one sequence per image, sites in raster order.
+
+A grammar says where each token belongs and which tokens may come next, so that a model knows the
+place of the token it predicts and every sample decodes.
+
+Axis letters: B images, h w grid, S = h w sites, T turns, L tokens, K codes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PAD = -1
+
+
+class GrammarState(NamedTuple):
+    """Where sequences stand before a token; all fields int64 of one shape, (B,) or (B, L).
+
+    Attributes:
+        site: Sites finished, which is the number of the token's site in raster order.
+        depth: Tokens already written in this site.
+        left: Codes still to come in this site after its count token; 0 if none is announced.
+    """
+
+    site: Tensor
+    depth: Tensor
+    left: Tensor
+
+
+class TokenSequence(ABC):
+    """A way to write the codes of an image as one sequence of tokens.
+
+    Args:
+        n_e: K, number of codes.
+        max_loops: T, slots per site.
+
+    Attributes:
+        vocab_size: V, number of different tokens.
+        site_tokens: Most tokens that one site can take.
+        restricted: False if every token may come next everywhere.
+    """
+
+    vocab_size: int
+    site_tokens: int
+    restricted: bool = True
+
+    def __init__(self, n_e: int, max_loops: int) -> None:
+        if n_e < 1 or max_loops < 1:
+            raise ValueError(f"n_e and max_loops must be at least 1, got {n_e} and {max_loops}")
+        self.n_e = n_e
+        self.max_loops = max_loops
+
+    def encode(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Write codes as tokens.
+
+        Args:
+            codes: (B, h, w, T) or (B, h, w) int64; slots after a site's end are -1.
+
+        Returns:
+            tokens: (B, L) int64, -1 after each sequence's end; L is the longest length.
+            lengths: (B,) int64.
+        """
+        slots = self._write(codes.reshape(len(codes), -1, self.max_loops)).flatten(1)
+        present = slots >= 0
+        lengths = present.sum(dim=1)
+        # Absent slots all go to one column past the end, which is then cut off.
+        place = torch.where(present, present.cumsum(dim=1) - 1, lengths.max())
+        tokens = slots.new_full((len(codes), int(lengths.max()) + 1), PAD)
+        return tokens.scatter_(1, place, slots)[:, :-1], lengths
+
+    def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Read tokens back into codes; the inverse of `encode`.
+
+        Args:
+            tokens: (B, L) int64, -1 after each sequence's end.
+            grid: (h, w).
+
+        Returns:
+            (B, h, w, T) int64.
+
+        Raises:
+            ValueError: A sequence breaks the grammar or has another number of sites.
+        """
+        outside = (tokens < PAD) | (tokens >= self.vocab_size)
+        _refuse(outside, tokens, f"is outside the vocabulary of {self.vocab_size}")
+        states, sites = self.states(tokens), grid[0] * grid[1]
+        beyond = (tokens >= 0) & (states.site >= sites)
+        _refuse(beyond, tokens, f"follows the last of {sites} sites")
+        codes = self._read(tokens, states, sites)
+        # A sequence is valid if and only if writing what was read gives it again.
+        again, _ = self.encode(codes)
+        given = F.pad(tokens, (0, max(0, again.shape[1] - tokens.shape[1])), value=PAD)
+        again = F.pad(again, (0, given.shape[1] - again.shape[1]), value=PAD)
+        why = f"breaks the grammar of {type(self).__name__} for {sites} sites"
+        _refuse(given != again, given, why)
+        empty = (codes < 0).all(dim=2)
+        if empty.any():
+            row, site = empty.nonzero()[0].tolist()
+            raise ValueError(f"sequence {row}: site {site} of {sites} has no code")
+        return codes.reshape(len(tokens), *grid, self.max_loops)
+
+    def start(self, batch: int, device: torch.device) -> GrammarState:
+        """State (B,) before the first token."""
+        zero = torch.zeros(batch, dtype=torch.int64, device=device)
+        return GrammarState(zero, zero, zero)
+
+    def sites(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Place of each token, known before the token itself.
+
+        Args:
+            tokens: (B, L) int64.
+            grid: (h, w).
+
+        Returns:
+            (B, L, 3) int64: row, column and depth (tokens already written in the site); 0 for -1.
+        """
+        return place(self.states(tokens), grid) * (tokens >= 0)[..., None]
+
+    @abstractmethod
+    def states(self, tokens: Tensor) -> GrammarState:
+        """State (B, L) before each token of valid sequences (B, L)."""
+
+    @abstractmethod
+    def advance(self, state: GrammarState, tokens: Tensor) -> GrammarState:
+        """State after one more token (B,) each, which the grammar allowed."""
+
+    @abstractmethod
+    def allowed(self, state: GrammarState) -> Tensor:
+        """Which tokens may come next: (..., V) bool for a state of shape (...)."""
+
+    @abstractmethod
+    def _write(self, codes: Tensor) -> Tensor:
+        """Codes (B, S, T) -> tokens (B, S, slots), -1 where there is none."""
+
+    @abstractmethod
+    def _read(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
+        """Tokens (B, L) and their states -> codes (B, S, T); may be wrong for invalid input."""
+
+
+def _refuse(wrong: Tensor, tokens: Tensor, why: str) -> None:
+    """Raise a ValueError that names the first wrong token (B, L), if there is one."""
+    if wrong.any():
+        row, position = wrong.nonzero()[0].tolist()
+        token = int(tokens[row, position])
+        name = f"token {token}" if token >= 0 else "the end"
+        raise ValueError(f"sequence {row}: {name} at position {position} {why}")
+
+
+def place(state: GrammarState, grid: tuple[int, int]) -> Tensor:
+    """Row, column and depth (..., 3) of the tokens that states of shape (...) wait for."""
+    row = (state.site // grid[1]).clamp(max=grid[0] - 1)
+    return torch.stack([row, state.site % grid[1], state.depth], dim=-1)

@@ -1,0 +1,35 @@
+"""Pictures show the values they are given."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from taming.modules.vqvae.heatmap import depth_heat_map
+from taming.pictures import save_picture, side_by_side, to_picture
+
+
+def test_values_survive_a_file(tmp_path) -> None:
+    levels = torch.arange(3 * 4 * 5).reshape(3, 4, 5) * 4
+    save_picture(levels / 127.5 - 1, tmp_path / "new" / "a.png")
+    read = np.asarray(Image.open(tmp_path / "new" / "a.png"))
+    assert np.array_equal(read, levels.permute(1, 2, 0).numpy())
+
+
+def test_values_out_of_range_are_clamped() -> None:
+    picture = np.asarray(to_picture(torch.tensor([-9.0, 0.0, 9.0])[:, None, None]))
+    assert picture.tolist() == [[[0, 128, 255]]]
+
+
+def test_pictures_stand_side_by_side() -> None:
+    left, right = -torch.ones(3, 4, 4), torch.zeros(3, 4, 4)
+    both = side_by_side(left, right)
+    assert both.shape == (3, 8, 14)
+    assert torch.equal(both[:, 2:6, 2:6], left) and torch.equal(both[:, 2:6, 8:12], right)
+
+
+def test_deeper_sites_are_brighter() -> None:
+    picture = depth_heat_map(torch.tensor([[[1, 2, 3, 4]]]), 4, (3, 12))
+    assert picture.shape == (1, 3, 3, 12)
+    brightness = picture.mean(dim=(0, 1, 2))[::3]
+    assert (brightness.diff() > 0).all()
+    assert torch.equal(picture[..., 0], picture[..., 2])
