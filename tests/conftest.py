@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import TinyRuns
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -20,3 +21,9 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"reference data not found: {SHARED} does not exist")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> TinyRuns:
+    """Runs of the shipped configurations at tiny sizes, trained when first asked for."""
+    return TinyRuns(tmp_path_factory.mktemp("tiny_runs"))

@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-NORM_GROUPS = 32
 
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Return the normalisation used throughout: 32 groups, eps 1e-6."""
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """Return the normalisation used throughout, with eps 1e-6."""
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class Downsample(nn.Module):
@@ -65,13 +63,16 @@ class ResnetBlock(nn.Module):
         in_channels: C of the input.
         out_channels: C of the output; a 1x1 convolution adapts the shortcut where they differ.
         dropout: Probability of zeroing an activation before the second convolution.
+        groups: Groups of the norms.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, dropout: float = 0.0, groups: int = 32
+    ) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
         self.adapts = in_channels != out_channels
@@ -90,11 +91,12 @@ class AttnBlock(nn.Module):
 
     Args:
         channels: C of input and output.
+        groups: Groups of the norm.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int = 32) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, kernel_size=1)
         self.k = nn.Conv2d(channels, channels, kernel_size=1)
         self.v = nn.Conv2d(channels, channels, kernel_size=1)

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taming.modules.diffusionmodules.blocks import (
-    NORM_GROUPS,
     AttnBlock,
     Downsample,
     ResnetBlock,
@@ -38,6 +37,7 @@ class StagePlan(NamedTuple):
         num_blocks: How many residual blocks.
         attention: Whether attention follows each of them.
         dropout: Passed on to the blocks.
+        groups: Groups of the norms.
     """
 
     in_channels: int
@@ -45,6 +45,7 @@ class StagePlan(NamedTuple):
     num_blocks: int
     attention: bool
     dropout: float
+    groups: int
 
 
 class Stage(nn.Module):
@@ -54,10 +55,12 @@ class Stage(nn.Module):
         super().__init__()
         widths = [plan.in_channels] + [plan.out_channels] * plan.num_blocks
         self.block = nn.ModuleList(
-            ResnetBlock(before, after, plan.dropout) for before, after in pairwise(widths)
+            ResnetBlock(before, after, plan.dropout, plan.groups)
+            for before, after in pairwise(widths)
         )
         self.attn = nn.ModuleList(
-            AttnBlock(plan.out_channels) for _ in range(plan.num_blocks * plan.attention)
+            AttnBlock(plan.out_channels, plan.groups)
+            for _ in range(plan.num_blocks * plan.attention)
         )
 
     def run_blocks(self, h: Tensor) -> Tensor:
@@ -94,28 +97,28 @@ class UpStage(Stage):
 class Middle(nn.Module):
     """Block, attention, block at the lowest resolution, where attention is always affordable."""
 
-    def __init__(self, channels: int, dropout: float) -> None:
+    def __init__(self, channels: int, dropout: float, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, dropout)
+        self.block_1 = ResnetBlock(channels, channels, dropout, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, dropout, groups)
 
     def forward(self, h: Tensor) -> Tensor:
         """Map (B, C, h, w) to the same shape."""
         return self.block_2(self.attn_1(self.block_1(h)))
 
 
-def level_widths(ch: int, ch_mult: Sequence[int]) -> list[int]:
+def level_widths(ch: int, ch_mult: Sequence[int], groups: int) -> list[int]:
     """Return the channels of each level, highest resolution first.
 
     Raises:
         ValueError: There is no level, or a width does not divide into the groups of the norm.
     """
     widths = [ch * factor for factor in ch_mult]
-    if not widths or any(width < 1 or width % NORM_GROUPS for width in [ch, *widths]):
+    if not widths or any(width < 1 or width % groups for width in [ch, *widths]):
         raise ValueError(
             f"ch={ch} and ch times each entry of ch_mult={list(ch_mult)} must be positive "
-            f"multiples of {NORM_GROUPS} (the groups of GroupNorm)"
+            f"multiples of num_groups={groups}"
         )
     return widths
 
@@ -136,7 +139,7 @@ class Encoder(nn.Module):
     Encoder and Decoder take the same arguments, so that one ``ddconfig`` builds both.
 
     Args:
-        ch: Channels at the first convolution; a multiple of 32.
+        ch: Channels at the first convolution; a multiple of ``num_groups``.
         out_ch: Channels of the decoder's output; not used here.
         ch_mult: Channels of each level as multiples of ``ch``, highest resolution first.
         num_res_blocks: Residual blocks per level.
@@ -151,9 +154,11 @@ class Encoder(nn.Module):
         double_z: Give twice as many (mean and log variance of a variational model). True as in
             taming-transformers; a VQ model wants False.
         give_pre_end: Of the decoder only; not used here.
+        num_groups: Groups of the norms. A group of one channel (``ch`` 32) loses its mean, and with
+            it the colour of a flat image: small models want fewer groups.
 
     Raises:
-        ValueError: A width is no multiple of 32.
+        ValueError: A width is no multiple of ``num_groups``.
     """
 
     def __init__(
@@ -171,9 +176,10 @@ class Encoder(nn.Module):
         z_channels: int,
         double_z: bool = True,
         give_pre_end: bool = False,
+        num_groups: int = 32,
     ) -> None:
         super().__init__()
-        widths = level_widths(ch, ch_mult)
+        widths = level_widths(ch, ch_mult, num_groups)
         self.factor = 2 ** (len(widths) - 1)
         resolutions = [resolution // 2**i for i in range(len(widths))]
         warn_of_unreached(attn_resolutions, resolutions)
@@ -182,13 +188,13 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for i, (before, after) in enumerate(pairwise([ch, *widths])):
             attention = resolutions[i] in attn_resolutions
-            plan = StagePlan(before, after, num_res_blocks, attention, dropout)
+            plan = StagePlan(before, after, num_res_blocks, attention, dropout, num_groups)
             last = i == len(widths) - 1
             self.down.append(
                 DownStage(plan, nn.Identity() if last else Downsample(after, resamp_with_conv))
             )
-        self.mid = Middle(widths[-1], dropout)
-        self.norm_out = group_norm(widths[-1])
+        self.mid = Middle(widths[-1], dropout, num_groups)
+        self.norm_out = group_norm(widths[-1], num_groups)
         self.conv_out = nn.Conv2d(
             widths[-1], 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1
         )
@@ -227,7 +233,7 @@ class Decoder(nn.Module):
         give_pre_end: Return the features before the last normalisation and convolution.
 
     Raises:
-        ValueError: A width is no multiple of 32.
+        ValueError: A width is no multiple of ``num_groups``.
     """
 
     def __init__(
@@ -245,21 +251,22 @@ class Decoder(nn.Module):
         z_channels: int,
         double_z: bool = True,
         give_pre_end: bool = False,
+        num_groups: int = 32,
     ) -> None:
         super().__init__()
-        widths = level_widths(ch, ch_mult)
+        widths = level_widths(ch, ch_mult, num_groups)
         self.give_pre_end = give_pre_end
 
         self.conv_in = nn.Conv2d(z_channels, widths[-1], kernel_size=3, padding=1)
-        self.mid = Middle(widths[-1], dropout)
+        self.mid = Middle(widths[-1], dropout, num_groups)
         self.up = nn.ModuleList()
         for i, (after, before) in enumerate(pairwise([*widths, widths[-1]])):
             attention = resolution // 2**i in attn_resolutions
-            plan = StagePlan(before, after, num_res_blocks + 1, attention, dropout)
+            plan = StagePlan(before, after, num_res_blocks + 1, attention, dropout, num_groups)
             self.up.append(
                 UpStage(plan, nn.Identity() if i == 0 else Upsample(after, resamp_with_conv))
             )
-        self.norm_out = group_norm(widths[0])
+        self.norm_out = group_norm(widths[0], num_groups)
         self.conv_out = nn.Conv2d(widths[0], out_ch, kernel_size=3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
