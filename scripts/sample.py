@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from taming.data.base import ImagePaths
 from taming.data.custom import find_files
-from taming.data.preprocessing import SquareCrop, decode_image, to_unit_range
 from taming.experiment import model_from_run
 from taming.models.cond_transformer import Net2NetTransformer
+from taming.modules.util import Labelator
 from taming.pictures import save_picture, tile
 from taming.script import choose_device, run
 
@@ -55,14 +56,39 @@ def parse_options() -> argparse.Namespace:
 def grid_of(model: Net2NetTransformer, wish: str | None) -> tuple[int, int]:
     """Rows and columns of sites, as wished or as the transformer's tables say."""
     shape = model.transformer.config.site_shape
-    if wish is not None:
-        rows, _, columns = wish.partition(",")
-        if not (rows.isdigit() and columns.isdigit()):
-            raise ValueError(f"--grid expects rows,columns such as 16,16, got {wish!r}")
-        return int(rows), int(columns)
-    if shape is None:
-        raise ValueError("this prior does not know its grid: give --grid rows,columns")
-    return shape[0], shape[1]
+    if wish is None:
+        if shape is None:
+            raise ValueError("this prior does not know its grid: give --grid rows,columns")
+        return shape[0], shape[1]
+    sides = wish.split(",")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise ValueError(f"--grid expects rows,columns such as 16,16, got {wish!r}")
+    rows, columns = map(int, sides)
+    if shape is not None and (rows > shape[0] or columns > shape[1]):
+        raise ValueError(f"--grid {wish}: this prior knows at most {shape[0]}x{shape[1]} sites")
+    return rows, columns
+
+
+def labels_of(model: Net2NetTransformer, options: argparse.Namespace) -> list[int]:
+    """The condition of each sample: its class, or the start token of an unconditional prior."""
+    if model.be_unconditional:
+        if options.classes:
+            raise ValueError("--classes: this prior is unconditional")
+        return [model.sos_token] * options.num_samples
+    stage = model.cond_stage_model
+    if not isinstance(stage, Labelator):
+        raise ValueError(f"only classes can be given here, not what a {type(stage).__name__} takes")
+    if not options.classes:
+        raise ValueError("this prior is class-conditional: give --classes, such as 3,7")
+    classes = options.classes.split(",")
+    if not all(label.isdecimal() for label in classes):
+        raise ValueError(f"--classes expects labels such as 3,7, got {options.classes!r}")
+    highest = max(map(int, classes))
+    if highest >= stage.n_classes:
+        raise ValueError(
+            f"--classes: this prior knows the labels 0 to {stage.n_classes - 1}, got {highest}"
+        )
+    return [int(label) for label in classes for _ in range(options.num_samples)]
 
 
 def draw(
@@ -92,14 +118,7 @@ def draw(
 
 def sample(model: Net2NetTransformer, options: argparse.Namespace) -> None:
     """Write new images, one file each, and a grid of all."""
-    if model.be_unconditional:
-        if options.classes:
-            raise ValueError("--classes: this prior is unconditional")
-        labels = [model.sos_token] * options.num_samples
-    else:
-        if not options.classes:
-            raise ValueError("this prior is class-conditional: give --classes, such as 3,7")
-        labels = [int(c) for c in options.classes.split(",") for _ in range(options.num_samples)]
+    labels = labels_of(model, options)
     condition = torch.tensor(labels, device=model.device)[:, None]
     images = []
     for part in tqdm(condition.split(options.batch_size), desc="batches"):
@@ -114,24 +133,23 @@ def complete(model: Net2NetTransformer, options: argparse.Namespace) -> None:
     """Write a row for each image: input, its known part, and completions."""
     if not model.be_unconditional:
         raise ValueError("--complete needs an unconditional prior")
-    grid, stage = grid_of(model, options.grid), model.first_stage_model
+    grid, factor = grid_of(model, options.grid), model.first_stage_model.encoder.factor
     if grid[0] != grid[1]:
         raise ValueError(f"--complete needs a square grid, got {grid[0]}x{grid[1]}")
-    crop = SquareCrop(grid[0] * stage.encoder.factor)
+    images = ImagePaths(find_files(options.complete), grid[0] * factor, antialias=True)
     known_rows = round(options.known * grid[0])
-    for path in tqdm(find_files(options.complete), desc="complete"):
-        picture = decode_image(path)
-        view = crop.draw(picture.shape[1], picture.shape[2])
-        x = torch.from_numpy(to_unit_range(view.apply(picture, antialias=True)))
-        x = x.permute(2, 0, 1)[None].to(model.device)
+    for number in tqdm(range(len(images)), desc="complete"):
+        item = images[number]
+        x = torch.from_numpy(item["image"]).permute(2, 0, 1)[None].to(model.device)
         _, tokens = model.encode_to_z(x)
         known = model.first_sites(tokens, known_rows * grid[1]).repeat(options.num_samples, 1)
         condition = tokens.new_full((options.num_samples, 1), model.sos_token)
-        images = draw(model, known, condition, options)
+        drawn = draw(model, known, condition, options)
         shown = x.clone()
-        shown[:, :, known_rows * stage.encoder.factor :] = 1.0
-        row = torch.cat([x, shown, images])
-        save_picture(tile(row, len(row)), options.outdir / f"{path.stem}_completed.png")
+        shown[:, :, known_rows * factor :] = 1.0
+        row = torch.cat([x, shown, drawn])
+        name = f"{Path(item['file_path_']).stem}_completed.png"
+        save_picture(tile(row, len(row)), options.outdir / name)
 
 
 def main() -> None:

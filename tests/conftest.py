@@ -1,12 +1,20 @@
 """Fixtures shared by all tests."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from tiny_runs import TinyRuns
+
+if TYPE_CHECKING:
+    from tiny_runs import TinyRuns
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# Work this small takes longer when several threads wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -26,4 +34,6 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> TinyRuns:
     """Runs of the shipped configurations at tiny sizes, trained when first asked for."""
+    from tiny_runs import TinyRuns  # imports the whole house, which most tests do not need
+
     return TinyRuns(tmp_path_factory.mktemp("tiny_runs"))

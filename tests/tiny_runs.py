@@ -22,7 +22,8 @@ TOKENIZER_OF = {
     "custom_transformer.yaml": "custom_vqgan.yaml",
 }
 TRAINER = [
-    *("--accelerator", "cpu", "--devices", "1", "--limit_train_batches", "2"),
+    *("--accelerator", "cpu", "--devices", "1"),
+    *("--limit_train_batches", "2", "--limit_val_batches", "1"),
     *("--enable_progress_bar", "false", "--enable_model_summary", "false"),
     "lightning.callbacks.image_logger.params.batch_frequency=1",
     "lightning.callbacks.image_logger.params.max_images=2",
@@ -75,13 +76,10 @@ def overrides(data: Path) -> dict[str, list[str]]:
         f"data.params.train.params.training_images_list_file={data / 'list.txt'}",
         f"data.params.validation.params.test_images_list_file={data / 'list.txt'}",
     ]
-    folder, parquet = (
-        [f"data.params.{split}.params.{item}" for split in ("train", "validation") for item in items]
-        for items in (
-            (f"root={data / 'images'}", "validation_fraction=0.5"),
-            (f"path={data / 'images.parquet'}",),
-        )
-    )
+    splits = ("train", "validation")
+    folder = [f"data.params.{split}.params.root={data / 'images'}" for split in splits]
+    folder += [f"data.params.{split}.params.validation_fraction=0.5" for split in splits]
+    parquet = [f"data.params.{split}.params.path={data / 'images.parquet'}" for split in splits]
     return {
         "cifar10_loopy.yaml": [*tokenizer(16, 3), *LOOPY, *parquet],
         "custom_loopy_vqgan.yaml": [*tokenizer(32, 5), *LOOPY, *GAN, *folder],

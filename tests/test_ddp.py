@@ -1,0 +1,139 @@
+"""Two processes on the CPU train as one would, and agree with each other."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from taming.modules.vqvae.metrics import CodebookMetrics
+from taming.modules.vqvae.quantize import LoopyVectorQuantizer
+
+ROOT = Path(__file__).resolve().parents[1]
+K, D, T, STEPS = 12, 4, 3, 4
+ATTRACT = {"target": "taming.modules.vqvae.transforms.Attract", "params": {"step": 0.4}}
+# Nothing is drawn at random: what two processes do with halves of a batch, one does with all of it.
+EXACT: dict[str, dict[str, Any]] = {
+    "ema": {"ema_decay": 0.8, "threshold": 0.5},
+    "ema_target_length": {"ema_decay": 0.8, "target_length": 1.7},
+    "ema_attract": {"ema_decay": 0.8, "threshold": 0.3, "transform_config": ATTRACT},
+    # The loss is a mean over searches; at a fixed depth, every process has equally many.
+    "gradient": {"threshold": 0.0},
+}
+for _params in EXACT.values():
+    _params |= {"start_batches": 0, "revive_below": 0.0}
+# K-means, revival and thresholds draw at random: the processes still agree.
+RANDOM: dict[str, dict[str, Any]] = {
+    "random_ema": {"ema_decay": 0.8, "target_length": 1.7, "threshold_spread": 2.0},
+    "random_gradient": {"target_length": 1.7, "threshold_spread": 2.0},
+}
+for _params in RANDOM.values():
+    _params |= {"start_batches": 2, "revive_below": 0.9}
+CASES = EXACT | RANDOM
+Result = dict[str, dict[str, Tensor]]
+
+
+def learn(params: dict[str, Any], rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
+    """Train a quantizer on this rank's share of some batches; returns all that it has learned."""
+    generator = torch.Generator().manual_seed(1)
+    quantizer = LoopyVectorQuantizer(K, D, max_loops=T, **params).train()
+    codebook = torch.randn(K, D, generator=generator)
+    quantizer.embedding._place(torch.arange(K), codebook)
+    metrics = CodebookMetrics(K, T)
+    torch.manual_seed(7 + rank)
+    for _ in range(STEPS):
+        z = torch.randn(8, D, 3, 3, generator=generator).chunk(world_size)[rank]
+        output = quantizer(z)
+        metrics.update(z, output)
+        weight = quantizer.embedding.weight
+        if weight.requires_grad:
+            (gradient,) = torch.autograd.grad(output.loss, weight)
+            if world_size > 1:  # as DistributedDataParallel does
+                dist.all_reduce(gradient)
+            weight.data -= 0.5 * gradient / world_size
+    measured = {f"metrics.{name}": value for name, value in metrics.compute().items()}
+    return {**quantizer.state_dict(), **measured}
+
+
+def work(rank: int, folder: Path) -> None:
+    """Learn every case as one of two processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    torch.save({name: learn(params, rank, 2) for name, params in CASES.items()}, folder / f"{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
+    """What each of two processes has learned, by case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, (folder,), nprocs=2)
+    return [torch.load(folder / f"{rank}") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_processes_agree(case: str, ranks: list[Result]) -> None:
+    first, second = (rank[case] for rank in ranks)
+    assert first["embedding.steps"] == STEPS
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_two_processes_are_one(case: str, ranks: list[Result]) -> None:
+    torch.testing.assert_close(ranks[0][case], learn(EXACT[case]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_that_can_be_learned_was(case: str, ranks: list[Result]) -> None:
+    params = {**CASES[case], "start_batches": 0, "revive_below": 0.0}
+    before = LoopyVectorQuantizer(K, D, max_loops=T, **params).state_dict()
+    learned = {name for name, value in before.items() if not value.equal(ranks[0][case][name])}
+    constant = {"threshold"} if "threshold" in params else set()
+    assert learned == set(before) - constant
+
+
+class RanksAgree(pl.Callback):
+    """Raises if parameters or the quantizer's state differ between processes."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert trainer.world_size == 2
+        quantizer = {f"quantize.{k}": v for k, v in pl_module.quantize.state_dict().items()}
+        for name, value in {**dict(pl_module.named_parameters()), **quantizer}.items():
+            values = [torch.empty_like(value) for _ in range(2)]
+            dist.all_gather(values, value.detach().contiguous())
+            if not values[0].equal(values[1]):
+                raise ValueError(f"{name} differs between processes")
+
+
+@pytest.mark.parametrize("ema_decay", ["0.95", "null"])
+def test_main_trains_a_loopy_vqgan(ema_decay: str, tmp_path: Path) -> None:
+    from tiny_runs import CONFIGS, TRAINER, overrides
+
+    result = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "main.py"), "-t"),
+            *("-b", str(CONFIGS / "demo/loopy_vqgan.yaml"), *TRAINER),
+            *overrides(tmp_path)["demo/loopy_vqgan.yaml"],
+            *("--devices", "2", "--strategy", "ddp", "--max_steps", "2"),
+            f"model.params.quantizer_config.params.ema_decay={ema_decay}",
+            "lightning.callbacks.agree.target=test_ddp.RanksAgree",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    (checkpoint,) = tmp_path.glob("logs/*/checkpoints/last.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["global_step"] == 2 and saved["state_dict"]["quantize.embedding.steps"] == 2
+    assert list(tmp_path.glob("logs/*/images/val/depths_*.png"))

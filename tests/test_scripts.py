@@ -1,0 +1,338 @@
+"""What scripts write, for a tokenizer and priors of two steps of training."""
+
+import base64
+import importlib
+import io
+import json
+import math
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import TinyRuns
+
+from taming.models.cond_transformer import Net2NetTransformer
+from taming.script import run
+
+SIDE, TURNS, PIXELS = 4, 5, 16  # of the demo's models at tiny sizes
+GAP = 2  # pixels around every picture of a grid
+
+
+def call(script: str, *argv: Any) -> None:
+    """Run a script of ``scripts/`` as from the command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, argv)])
+        importlib.import_module(f"scripts.{script}").main()
+
+
+def fails(capsys: pytest.CaptureFixture[str], script: str, *argv: Any) -> str:
+    """Return the one line that a script ends with."""
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: call(script, *argv))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.rpartition("error: ")[2]
+    assert error.count("\n") == 1
+    return error
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def tiles(path: Path, count: int) -> list[np.ndarray]:
+    """The pictures (PIXELS, PIXELS, 3) of a grid of one row."""
+    row = pixels(path)
+    assert row.shape == (PIXELS + 2 * GAP, count * (PIXELS + GAP) + GAP, 3)
+    lefts = [GAP + i * (PIXELS + GAP) for i in range(count)]
+    return [row[GAP : GAP + PIXELS, left : left + PIXELS] for left in lefts]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a script writes by default is not left in the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def tokenizer(tiny_runs: TinyRuns) -> Path:
+    return tiny_runs.of("demo/loopy_vqgan.yaml")
+
+
+@pytest.fixture
+def prior(tiny_runs: TinyRuns) -> Path:
+    return tiny_runs.of("demo/loopy_transformer.yaml")
+
+
+@pytest.fixture
+def photo(tiny_runs: TinyRuns) -> Path:
+    return tiny_runs.folder / "data/images/0.png"
+
+
+@pytest.fixture(scope="module")
+def evaluations(
+    tiny_runs: TinyRuns, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """What ``evaluate`` says of the demo's tokenizer and prior."""
+    folder, numbers = tmp_path_factory.mktemp("evaluations"), {}
+    for name, config in (("tokenizer", "loopy_vqgan"), ("prior", "loopy_transformer")):
+        output = folder / "new" / f"{name}.json"
+        call("evaluate", "-r", tiny_runs.of(f"demo/{config}.yaml"), "-o", output)
+        numbers[name] = json.loads(output.read_text())
+    return numbers
+
+
+def test_evaluation_of_a_tokenizer(evaluations: dict[str, dict[str, Any]]) -> None:
+    numbers = evaluations["tokenizer"]
+    images, sites = len(numbers["tokens_per_image"]), len(numbers["tokens_per_image"]) * SIDE**2
+    assert images == 4
+    lengths, codes = (numbers["histograms"][f"val/{name}"] for name in ("lengths", "codes"))
+    assert len(lengths) == TURNS + 1 and lengths[0] == 0 and sum(lengths) == sites
+    slots = sum(turns * count for turns, count in enumerate(lengths))
+    assert len(codes) == 16 and sum(codes) == slots
+    assert numbers["val/mean_length"] == pytest.approx(slots / sites)
+    assert numbers["val/usage"] == pytest.approx(sum(map(bool, codes)) / 16)
+    # D ends every site of fewer turns than the most.
+    ended = sum(count * min(turns + 1, TURNS) for turns, count in enumerate(lengths))
+    assert sum(numbers["tokens_per_image"]) == ended
+    for name in ("val/psnr", "val/perplexity", "val/never_within_threshold", "val/rec_loss"):
+        assert math.isfinite(numbers[name])
+
+
+def test_evaluation_of_a_prior(evaluations: dict[str, dict[str, Any]]) -> None:
+    numbers, lengths = evaluations["prior"], evaluations["tokenizer"]["tokens_per_image"]
+    assert numbers["val/tokens_per_image"] == pytest.approx(sum(lengths) / len(lengths))
+    bits = numbers["val/bits_per_token"] * numbers["val/tokens_per_image"]
+    assert numbers["val/bits_per_image"] == pytest.approx(bits)
+    assert numbers["val/bits_per_token"] == pytest.approx(math.log2(17), rel=0.2)  # untrained
+
+
+@pytest.mark.parametrize(("options", "size"), [((), (48, 40)), (("--size", 21), (24, 20))])
+def test_reconstructions(
+    options: tuple[str, ...], size: tuple[int, int], tokenizer: Path, photo: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    with Image.open(photo) as picture:
+        picture.crop((0, 0, 48, 40)).save(tmp_path / "whole.jpg")
+        (picture.resize((51, 43)) if not options else picture).save(tmp_path / "folder/odd.png")
+    inputs, out = (tmp_path / "whole.jpg", tmp_path / "folder"), tmp_path / "out"
+    call("reconstruct", "-r", tokenizer, *inputs, "-o", out, *options)
+    numbers = json.loads((out / "reconstructions.json").read_text())
+    assert list(numbers) == [str(inputs[0]), str(inputs[1] / "odd.png")]
+    width, height = size
+    for path, values in numbers.items():
+        stem = Path(path).stem
+        for name in (stem, f"{stem}_depth"):
+            assert pixels(out / f"{name}.png").shape == (height, width, 3)
+        compared = pixels(out / f"{stem}_compare.png")
+        assert compared.shape == (height + 2 * GAP, 3 * (width + GAP) + GAP, 3)
+        reconstruction = compared[GAP:-GAP, width + 2 * GAP : 2 * (width + GAP)]
+        assert (reconstruction == pixels(out / f"{stem}.png")).all()
+        turns = values["turns"]
+        assert values["size"] == [width, height]
+        assert values["sites"] == sum(turns) == width * height // 16
+        assert values["tokens"] == sum(min(n + 1, TURNS) * c for n, c in enumerate(turns, 1))
+        assert values["bits"] == pytest.approx(values["tokens"] * math.log2(17))
+        mean = sum(n * count for n, count in enumerate(turns, 1)) / sum(turns)
+        assert values["turns_per_site"] == pytest.approx(mean)
+        assert math.isfinite(values["psnr"])
+
+
+def test_reconstructions_of_a_tokenizer_without_a_loop(
+    tiny_runs: TinyRuns, photo: Path, tmp_path: Path
+) -> None:
+    call("reconstruct", "-r", tiny_runs.of("custom_vqgan.yaml"), photo, "-o", tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"0.png", "0_compare.png", "reconstructions.json"}
+    (values,) = json.loads((tmp_path / "reconstructions.json").read_text()).values()
+    assert values["sites"] == values["tokens"] == 3 * 2 and values["bits"] == 6 * 4
+
+
+def test_samples_follow_from_the_seed(prior: Path, tmp_path: Path) -> None:
+    names = ["000000.png", "000001.png", "000002.png", "grid.png"]
+    pictures = {}
+    for folder, seed in (("first", 5), ("again", 5), ("other", 6)):
+        out = tmp_path / folder
+        call("sample", "-r", prior, "-n", 3, "--batch_size", 2, "-s", seed, "-o", out)
+        assert sorted(path.name for path in out.iterdir()) == names
+        pictures[folder] = [(out / name).read_bytes() for name in names]
+    assert pictures["first"] == pictures["again"] != pictures["other"]
+    single = [pixels(tmp_path / "first" / name) for name in names[:3]]
+    for one, tile in zip(single, tiles(tmp_path / "first/grid.png", 3), strict=True):
+        assert (one == tile).all()
+
+
+def test_samples_of_classes(tiny_runs: TinyRuns, tmp_path: Path) -> None:
+    run = tiny_runs.class_conditional()
+    call("sample", "-r", run, "-n", 2, "--classes", "3,7", "--top_k", 9, "-o", tmp_path)
+    names = sorted(path.name for path in tmp_path.glob("0*.png"))
+    assert names == [f"00000{i}_class{c}.png" for i, c in enumerate((3, 3, 7, 7))]
+    assert len(tiles(tmp_path / "grid.png", 4)) == 4
+
+
+@pytest.mark.parametrize("rows", [0, 2, 4])
+def test_a_completion_keeps_what_is_known(
+    rows: int, prior: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+
+    def encode(self: Net2NetTransformer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen["given"] = encode_to_z(self, x)
+        return seen["given"]
+
+    def decode(self: Net2NetTransformer, index: torch.Tensor, zshape: Any) -> torch.Tensor:
+        seen["codes"] = self.sequence.decode(index, zshape[2:])
+        seen["given codes"] = self.sequence.decode(seen["given"][1], zshape[2:])
+        return decode_to_img(self, index, zshape)
+
+    encode_to_z, decode_to_img = Net2NetTransformer.encode_to_z, Net2NetTransformer.decode_to_img
+    monkeypatch.setattr(Net2NetTransformer, "encode_to_z", encode)
+    monkeypatch.setattr(Net2NetTransformer, "decode_to_img", decode)
+    known = ("--known", rows / SIDE)
+    call("sample", "-r", prior, "--complete", photo, "-n", 3, *known, "-o", tmp_path)
+
+    codes, given = seen["codes"], seen["given codes"]
+    assert codes.shape == (3, SIDE, SIDE, TURNS)
+    assert (codes[:, :rows] == given[:, :rows]).all()
+    if rows < SIDE:
+        assert not (codes[:, rows:] == given[:, rows:]).all()
+    picture, shown, *completed = tiles(tmp_path / "0_completed.png", 2 + 3)
+    limit = rows * PIXELS // SIDE
+    assert (shown[:limit] == picture[:limit]).all() and (shown[limit:] == 255).all()
+    if rows == SIDE:
+        assert all((image == completed[0]).all() for image in completed)
+
+
+class Sources(HTMLParser):
+    """Collects what a page would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_a_report_is_one_file(
+    evaluations: dict[str, dict[str, Any]],
+    tokenizer: Path,
+    prior: Path,
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, numbers in evaluations.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(numbers))
+    call("reconstruct", "-r", tokenizer, photo, "-o", tmp_path / "reconstructions")
+    call("sample", "-r", prior, "-n", 2, "-o", tmp_path / "samples")
+    assert "no *_completed.png" in fails(capsys, "report", tmp_path)
+    where = ("-n", 1, "-o", tmp_path / "completions")
+    call("sample", "-r", prior, "--complete", photo, *where)
+    call("report", tmp_path)
+
+    text = (tmp_path / "report.html").read_text()
+    page = Sources()
+    page.feed(text)
+    assert not page.tags & {"link", "script", "iframe", "object"}
+    assert "://" not in text and "url(" not in text and "@import" not in text
+    shown = []
+    for source in page.sources:
+        head, _, code = source.partition(",")
+        assert head == "data:image/png;base64"
+        with Image.open(io.BytesIO(base64.b64decode(code))) as picture:
+            picture.load()
+            shown.append(picture.size)
+    files = ("reconstructions/0_compare", "samples/grid", "completions/0_completed")
+    sizes = [pixels(tmp_path / f"{file}.png").shape[1::-1] for file in files]
+    assert shown == [sizes[0], (1080, 360), *sizes[1:]]
+    assert f"{evaluations['tokenizer']['val/psnr']:.2f} dB" in text
+    assert f"{evaluations['prior']['val/bits_per_token']:.2f}" in text
+
+
+@pytest.mark.parametrize("script", ["reconstruct", "sample", "evaluate"])
+def test_a_run_must_exist(
+    script: str, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [photo] if script == "reconstruct" else []
+    assert "does not exist" in fails(capsys, script, "-r", tmp_path / "nowhere", *more)
+    assert f"{tmp_path} is no run" in fails(capsys, script, "-r", tmp_path, *more)
+
+
+@pytest.mark.parametrize("script", ["reconstruct", "sample", "evaluate"])
+def test_a_device_must_exist(
+    script: str, tokenizer: Path, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [photo] if script == "reconstruct" else []
+    error = fails(capsys, script, "-r", tokenizer, *more, "--device", "cuda:99")
+    assert "device 'cuda:99' cannot be used here" in error
+
+
+def test_models_are_not_mixed_up(
+    tokenizer: Path, prior: Path, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = fails(capsys, "sample", "-r", tokenizer)
+    assert f"{tokenizer} holds a VQModel, not a prior" in error
+    error = fails(capsys, "reconstruct", "-r", prior, photo)
+    assert f"{prior} holds a Net2NetTransformer, not a tokenizer" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "3"], "--classes: this prior is unconditional"),
+        (["-n", "0"], "--num_samples and --batch_size must be at least 1"),
+        (["--known", "1.5"], "--known must be in [0, 1], got 1.5"),
+        (["--grid", "4x4"], "--grid expects rows,columns such as 16,16, got '4x4'"),
+        (["--grid", "0,4"], "--grid expects rows,columns such as 16,16, got '0,4'"),
+        (["--grid", "4,9"], "--grid 4,9: this prior knows at most 4x4 sites"),
+        (["--temperature", "-1"], "temperature"),
+        (["--top_p", "2"], "top_p"),
+        (["--complete", "nowhere.png"], "there is no image or folder nowhere.png"),
+    ],
+)
+def test_mistakes_about_samples(
+    options: list[str], message: str, prior: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(capsys, "sample", "-r", prior, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "class-conditional: give --classes, such as 3,7"),
+        (["--complete", "x.png"], "--complete needs an unconditional prior"),
+        (["--classes", "cat"], "--classes expects labels such as 3,7, got 'cat'"),
+        (["--classes", "3,10"], "--classes: this prior knows the labels 0 to 9, got 10"),
+    ],
+)
+def test_mistakes_about_classes(
+    options: list[str], message: str, tiny_runs: TinyRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(capsys, "sample", "-r", tiny_runs.class_conditional(), *options)
+
+
+def test_images_that_cannot_be_used_are_named(
+    tokenizer: Path,
+    prior: Path,
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Image.new("RGB", (30, 3)).save("small.png")
+    Image.fromarray(pixels(photo)).save("cut.jpg")
+    Path("cut.jpg").write_bytes(Path("cut.jpg").read_bytes()[:-200])
+    (tmp_path / "empty").mkdir()
+    error = fails(capsys, "reconstruct", "-r", tokenizer, "small.png")
+    assert "small.png: 30x3 is smaller than a site of 4 pixels" in error
+    assert "cut.jpg" in fails(capsys, "reconstruct", "-r", tokenizer, "cut.jpg")
+    assert "cut.jpg" in fails(capsys, "sample", "-r", prior, "--complete", "cut.jpg")
+    assert "in or below empty" in fails(capsys, "reconstruct", "-r", tokenizer, "empty")
+    assert "nowhere" in fails(capsys, "reconstruct", "-r", tokenizer, "nowhere")
