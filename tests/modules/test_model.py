@@ -149,7 +149,7 @@ def test_misspelt_key_is_named(cls):
 @pytest.mark.parametrize("change", [{"ch": 48}, {"ch_mult": []}, {"ch_mult": [1, 0]}])
 def test_widths_out_of_range_are_refused(change):
     for cls in (Encoder, Decoder):
-        with pytest.raises(ValueError, match="multiples of 32"):
+        with pytest.raises(ValueError, match="multiples of num_groups=32"):
             cls(**{**TINY, **change})
 
 
