@@ -111,8 +111,11 @@ def load_weights(
         )
     if missing:
         logger.warning("%s lacks weights of the loss, left as they are: %s", path, missing)
-    if unexpected:
-        logger.warning("%s holds weights that %s does not have: %s", path, name, unexpected)
+    # A tokenizer that is only used has no loss; naming all its weights would bury the rest.
+    if unknown := [key for key in unexpected if not key.startswith("loss.")]:
+        logger.warning("%s holds weights that %s does not have: %s", path, name, unknown)
+    if of_loss := len(unexpected) - len(unknown):
+        logger.info("%s holds %d weights of a loss that %s does not have", path, of_loss, name)
     logger.info("loaded %s from %s", name, path)
 
 
