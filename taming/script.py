@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -27,6 +29,8 @@ def run(program: Callable[[], None]) -> None:
     """Run a program with its log on the console; a user's mistake becomes one line and exit 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("taming").setLevel(logging.INFO)
+    # Configurations name main.*, which stands beside the package, and the user's own modules.
+    sys.path += [os.getcwd(), str(Path(__file__).parents[1])]
     try:
         program()
     except (ValueError, OSError) as error:
