@@ -1,5 +1,9 @@
 """What scripts share: devices by name, and mistakes told in one line."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -28,3 +32,13 @@ def test_a_users_mistake_is_one_line_and_exit_2(mistake, capsys) -> None:
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)
+
+
+def test_programs_find_main_targets_from_any_folder(tmp_path) -> None:
+    root = str(Path(__file__).resolve().parents[1])
+    code = (
+        f"import sys; sys.path.insert(0, {root!r}); from taming.script import run; "
+        f"sys.path.remove({root!r}); run(lambda: __import__('main').DataModuleFromConfig)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()

@@ -99,9 +99,9 @@ class VQModel(pl.LightningModule):
             )
         self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
-        self.colorize: Tensor
-        if colorize_nlabels is not None:
-            self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
+        self.colorize: Tensor | None
+        projection = None if colorize_nlabels is None else torch.randn(3, colorize_nlabels, 1, 1)
+        self.register_buffer("colorize", projection)
         if ckpt_path is not None:
             load_weights(self, ckpt_path, ignore_keys)
         self.loss.fetch_weights()
@@ -317,8 +317,14 @@ class VQModel(pl.LightningModule):
         return pictures
 
     def to_rgb(self, x: Tensor) -> Tensor:
-        """Colour images (B, C, H, W) of other than 3 channels by a fixed random projection."""
+        """Colour images (B, C, H, W) of other than 3 channels by a fixed random projection.
+
+        Raises:
+            ValueError: There is no projection for that many channels.
+        """
         if x.shape[1] == 1:
             return x.expand(-1, 3, -1, -1)
+        if self.colorize is None:
+            raise ValueError(f"set colorize_nlabels={x.shape[1]} to show {x.shape[1]} channels")
         x = F.conv2d(x, self.colorize)
         return 2 * (x - x.min()) / (x.max() - x.min()) - 1

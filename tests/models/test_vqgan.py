@@ -144,6 +144,15 @@ def test_pictures_show_inputs_reconstructions_and_depths() -> None:
     assert pictures["depths"].min() >= -1 and pictures["depths"].max() <= 1
 
 
+def test_other_than_three_channels_are_coloured_if_it_is_said_how_many() -> None:
+    labels = torch.rand(2, 5, 4, 4)
+    picture = model(colorize_nlabels=5).to_rgb(labels)
+    assert picture.shape == (2, 3, 4, 4) and picture.min() == -1 and picture.max() == 1
+    assert "colorize" not in model().state_dict()
+    with pytest.raises(ValueError, match="set colorize_nlabels=5 to show 5 channels"):
+        model().to_rgb(labels)
+
+
 def test_sizes_that_disagree_are_refused() -> None:
     with pytest.raises(ValueError, match="n_embed 99 and embed_dim 4 do not agree"):
         VQModel(DDCONFIG, GAN, 99, 4, quantizer_config=LOOPY)
