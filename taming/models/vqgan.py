@@ -5,7 +5,7 @@ Axis letters: B images, C channels, H W image, D latent channels, h w grid, T tu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from taming.checkpoint import load_weights
@@ -46,6 +47,7 @@ class VQModel(pl.LightningModule):
         legacy: See `VectorQuantizer2`, for the default quantizer.
         betas: Of both Adam optimizers. The original's suit an adversary; without one, or for a
             short run, (0.9, 0.99) learns faster.
+        scheduler_config: ``{target, params}`` of a factor of both learning rates by step.
 
     Attributes:
         learning_rate: Set by the caller before training.
@@ -71,9 +73,13 @@ class VQModel(pl.LightningModule):
         beta: float = 0.25,
         legacy: bool = True,
         betas: tuple[float, float] = (0.5, 0.9),
+        scheduler_config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.betas = betas
+        self.schedule: Callable[[int], float] | None = (
+            None if scheduler_config is None else instantiate_from_config(scheduler_config)
+        )
         self.automatic_optimization = False
         self.learning_rate = 4.5e-6
         self.accumulate_grad_batches = 1
@@ -240,6 +246,11 @@ class VQModel(pl.LightningModule):
         optimizers = self.optimizers()
         return optimizers if isinstance(optimizers, list) else [optimizers]
 
+    def _schedulers(self) -> list[LambdaLR]:
+        """Schedules of the optimizers' learning rates; none without a ``scheduler_config``."""
+        schedulers = self.lr_schedulers() or []
+        return schedulers if isinstance(schedulers, list) else [schedulers]
+
     def _step(self, optimizer: LightningOptimizer, loss: Tensor, batch_idx: int) -> None:
         """Backward pass and, once enough batches are accumulated, a step.
 
@@ -256,19 +267,25 @@ class VQModel(pl.LightningModule):
             inner = optimizer.optimizer
             self.trainer.strategy.optimizer_step(inner, lambda: None, model=self)
         optimizer.zero_grad()
+        for scheduler in self._schedulers():
+            if scheduler.optimizer is optimizer.optimizer:
+                scheduler.step()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip gradients; Lightning calls this after it has undone any loss scaling."""
         if self.gradient_clip_val is not None:
             self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Adam for the generator and, for a GAN, another for the discriminator."""
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:
+        """Adam for the generator and, for a GAN, another for the discriminator; their schedules."""
         parts = (self.encoder, self.decoder, self.quantize, self.quant_conv, self.post_quant_conv)
         groups = [[p for part in parts for p in part.parameters() if p.requires_grad]]
         if self.loss.discriminator is not None:
             groups.append(list(self.loss.discriminator.parameters()))
-        return [torch.optim.Adam(group, self.learning_rate, betas=self.betas) for group in groups]
+        optimizers = [torch.optim.Adam(g, self.learning_rate, betas=self.betas) for g in groups]
+        if self.schedule is None:
+            return optimizers, []
+        return optimizers, [LambdaLR(optimizer, self.schedule) for optimizer in optimizers]
 
     # --- what people look at ---------------------------------------------------------------------
 

@@ -6,10 +6,24 @@ Axis letters: B batch, C channels, H W image.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 GENERATOR, DISCRIMINATOR = 0, 1
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
+def pixel_distance(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Mean distance of two images per value, by name: "l1" (absolute) or "l2" (squared).
+
+    Raises:
+        ValueError: There is no distance of that name.
+    """
+    if name not in DISTANCES:
+        raise ValueError(f"distance must be one of {sorted(DISTANCES)}, got {name!r}")
+    return DISTANCES[name]
 
 
 class AutoencoderLoss(nn.Module, ABC):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from taming.modules.losses.base import AutoencoderLoss
-
-DISTANCES = {"l1": F.l1_loss, "l2": F.mse_loss}
+from taming.modules.losses.base import AutoencoderLoss, pixel_distance
 
 
 class ReconstructionLoss(AutoencoderLoss):
@@ -25,9 +22,7 @@ class ReconstructionLoss(AutoencoderLoss):
 
     def __init__(self, distance: str = "l1", codebook_weight: float = 1.0) -> None:
         super().__init__()
-        if distance not in DISTANCES:
-            raise ValueError(f"distance must be one of {sorted(DISTANCES)}, got {distance!r}")
-        self.distance = distance
+        self.pixel_distance = pixel_distance(distance)
         self.codebook_weight = codebook_weight
 
     def forward(
@@ -42,7 +37,7 @@ class ReconstructionLoss(AutoencoderLoss):
         split: str = "train",
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss; see `AutoencoderLoss.forward`."""
-        rec_loss = DISTANCES[self.distance](reconstructions.float(), inputs.float())
+        rec_loss = self.pixel_distance(reconstructions.float(), inputs.float())
         quant_loss = codebook_loss.float().mean()
         loss = rec_loss + self.codebook_weight * quant_loss
         log = {"total_loss": loss, "quant_loss": quant_loss, "nll_loss": rec_loss}

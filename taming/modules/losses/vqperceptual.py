@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
-from taming.modules.losses.base import DISCRIMINATOR, GENERATOR, AutoencoderLoss
+from taming.modules.losses.base import (
+    DISCRIMINATOR,
+    GENERATOR,
+    AutoencoderLoss,
+    pixel_distance,
+)
 from taming.modules.losses.lpips import LPIPS
 from taming.modules.vqvae.distributed import sum_over_ranks
 
@@ -87,12 +92,12 @@ class DummyLoss(AutoencoderLoss):
 
 
 class VQLPIPSWithDiscriminator(AutoencoderLoss):
-    """Absolute and perceptual difference, codebook loss, and a patch discriminator.
+    """Pixel and perceptual difference, codebook loss, and a patch discriminator.
 
     Args:
         disc_start: Generator step from which the discriminator trains and counts.
         codebook_weight: Factor of the codebook loss.
-        pixelloss_weight: Factor of the absolute difference.
+        pixelloss_weight: Factor of the pixel difference.
         disc_num_layers: See `NLayerDiscriminator`.
         disc_in_channels: C of the images, plus C' of the condition if ``disc_conditional``.
         disc_factor: Factor of both adversarial losses; 0 turns the adversary off.
@@ -106,9 +111,11 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
             term grows linearly from 0; the discriminator trains at once, so it is warm by then.
         max_d_weight: Upper bound of the adaptive weight.
         perceptual_pretrained: Fetch the weights of LPIPS; False if a checkpoint brings them.
+        distance: Of pixels, "l1" as the original's or "l2", which learns colours sooner.
 
     Raises:
-        ValueError: ``disc_loss`` is unknown, or a number of steps or a weight is negative.
+        ValueError: ``disc_loss`` or ``distance`` is unknown, or a number of steps or a weight is
+            negative.
     """
 
     discriminator: NLayerDiscriminator
@@ -130,8 +137,10 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
         disc_ramp_steps: int = 0,
         max_d_weight: float = 1e4,
         perceptual_pretrained: bool = True,
+        distance: str = "l1",
     ) -> None:
         super().__init__()
+        self.pixel_distance = pixel_distance(distance)
         if disc_loss not in DISCRIMINATOR_LOSSES:
             raise ValueError(f"disc_loss must be 'hinge' or 'vanilla', got {disc_loss!r}")
         if min(disc_start, disc_ramp_steps, max_d_weight, perceptual_weight) < 0:
@@ -233,7 +242,7 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
 
     def reconstruction_loss(self, images: Tensor, fakes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted mean difference and, by itself, the mean LPIPS in it; scalars."""
-        rec_loss = self.pixel_weight * (images - fakes).abs().mean()
+        rec_loss = self.pixel_weight * self.pixel_distance(fakes, images)
         if self.perceptual_loss is None:
             return rec_loss, rec_loss.new_zeros(())
         p_loss = self.perceptual_loss(images, fakes).mean()
