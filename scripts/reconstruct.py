@@ -1,6 +1,10 @@
 """Encode and decode images with a trained tokenizer.
 
 python scripts/reconstruct.py -r logs/<run> picture.jpg folder/ -o results
+python scripts/reconstruct.py -r logs/<run> picture.jpg --max-tokens 4000
+
+A loopy tokenizer's rate can be set for each image: by the distance at which loops end, by the
+number of tokens, or by the quality wanted. reconstructions.json tells what each image took.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ import argparse
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ from taming.experiment import model_from_run
 from taming.models.vqgan import VQModel
 from taming.modules.vqvae.base import LoopTrace
 from taming.modules.vqvae.heatmap import depth_heat_map
+from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.pictures import save_picture, side_by_side
 from taming.script import choose_device, run
 
@@ -57,33 +63,67 @@ def load_image(path: Path, size: int | None, site: int) -> Tensor:
     ]
 
 
+def add_rate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that set the rate of a loopy tokenizer, of which one may be given."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--threshold",
+        type=float,
+        help="distance at which a loop ends, as a share of the latents' standard deviation",
+    )
+    group.add_argument("--max-tokens", type=int, help="most tokens (slots written) per image")
+    group.add_argument("--target-psnr", type=float, help="fewest tokens that reach this PSNR in dB")
+
+
+def chosen_rate(options: argparse.Namespace, model: VQModel) -> dict[str, float]:
+    """Arguments of `VQModel.encode` from the flags; none where no flag is given."""
+    rate = {name: getattr(options, name) for name in ("threshold", "max_tokens", "target_psnr")}
+    rate = {name: value for name, value in rate.items() if value is not None}
+    if "threshold" in rate and isinstance(model.quantize, LoopyVectorQuantizer):
+        rate["threshold"] *= float(model.quantize.latent_std)
+    return rate
+
+
+def widest_ending(trace: LoopTrace) -> float:
+    """Largest distance at which a loop ended by itself; 0 where none did."""
+    return float(trace.distances[trace.within].max()) if trace.within.any() else 0.0
+
+
 @torch.no_grad()
-def reconstruct(model: VQModel, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def reconstruct(
+    model: VQModel, x: Tensor, rate: Mapping[str, float]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Encode and decode one image.
 
     Args:
         model: The tokenizer, in eval mode.
         x: (1, 3, H, W) in [-1, 1].
+        rate: At most one of the arguments of `VQModel.encode` that set a rate.
 
     Returns:
         Pictures (3, H, W) by name, and numbers by name.
     """
-    quantized = model.encode(x)
+    quantized = model.encode(x, **rate)
     x_rec = model.decode(quantized.z_q).clamp(-1, 1)
     h, w = quantized.z_q.shape[2:]
     sequence = model.quantize.sequence
-    tokens, _ = sequence.encode(quantized.info.indices.reshape(1, h, w, -1))
+    codes = quantized.info.indices.reshape(1, h, w, -1)
+    written = sequence.encode(codes)[0].shape[1]
     pictures = {"input": x[0], "reconstruction": x_rec[0]}
     numbers = {
         "size": [x.shape[3], x.shape[2]],
         "sites": h * w,
-        "tokens": tokens.shape[1],
-        "bits": tokens.shape[1] * math.log2(sequence.vocab_size),
+        "tokens": int((codes >= 0).sum()),
+        "sequence_length": written,
+        "bits": written * math.log2(sequence.vocab_size),
         "psnr": -10 * math.log10(float((x - x_rec).square().mean()) / 4),
     }
-    if isinstance(trace := quantized.info.encodings, LoopTrace):
+    trace = quantized.info.encodings
+    if isinstance(trace, LoopTrace) and isinstance(model.quantize, LoopyVectorQuantizer):
         size = (x.shape[2], x.shape[3])
         pictures["depth"] = depth_heat_map(trace.lengths, sequence.max_loops, size)[0]
+        numbers["threshold"] = widest_ending(trace) / float(model.quantize.latent_std)
+        numbers["never_within_threshold"] = int((~trace.within).sum())
         numbers["turns_per_site"] = float(trace.lengths.float().mean())
         numbers["turns"] = torch.bincount(
             trace.lengths.flatten(), minlength=sequence.max_loops + 1
@@ -102,6 +142,7 @@ def main() -> None:
     )
     parser.add_argument("-o", "--outdir", default="results/reconstructions", type=Path)
     parser.add_argument("-s", "--size", type=int, help="length of the short side in pixels")
+    add_rate_arguments(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     options = parser.parse_args()
 
@@ -111,16 +152,19 @@ def main() -> None:
     if not isinstance(model, VQModel):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a tokenizer")
     model = model.to(device)
+    rate = chosen_rate(options, model)
     report = {}
     for path in tqdm(paths, desc="reconstruct"):
         x = load_image(path, options.size, model.encoder.factor).to(device)
-        pictures, numbers = reconstruct(model, x)
+        pictures, numbers = reconstruct(model, x, rate)
         save_picture(pictures["reconstruction"], options.outdir / f"{path.stem}.png")
         if "depth" in pictures:
             save_picture(pictures["depth"], options.outdir / f"{path.stem}_depth.png")
         compared = side_by_side(*pictures.values())
         save_picture(compared, options.outdir / f"{path.stem}_compare.png")
         report[str(path)] = numbers
+        if numbers["psnr"] < rate.get("target_psnr", -math.inf):
+            logger.warning("%s reaches %.2f dB with all its turns", path, numbers["psnr"])
     (options.outdir / "reconstructions.json").write_text(json.dumps(report, indent=2))
     logger.info("%d reconstructions in %s", len(paths), options.outdir)
 

@@ -31,8 +31,8 @@ for _params in EXACT.values():
     _params |= {"start_batches": 0, "revive_below": 0.0}
 # K-means, revival and thresholds draw at random: the processes still agree.
 RANDOM: dict[str, dict[str, Any]] = {
-    "random_ema": {"ema_decay": 0.8, "target_length": 1.7, "threshold_spread": 2.0},
-    "random_gradient": {"target_length": 1.7, "threshold_spread": 2.0},
+    "random_ema": {"ema_decay": 0.8, "target_length": 1.7, "length_range": (1.0, 2.0)},
+    "random_gradient": {"target_length": 1.7, "length_range": (1.0, 2.0)},
 }
 for _params in RANDOM.values():
     _params |= {"start_batches": 2, "revive_below": 0.9}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from taming.checkpoint import load_weights
@@ -23,7 +24,8 @@ from taming.modules.util import first_non_finite
 from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
 from taming.modules.vqvae.heatmap import depth_heat_map
 from taming.modules.vqvae.metrics import CodebookMetrics
-from taming.modules.vqvae.quantize import VectorQuantizer2
+from taming.modules.vqvae.quantize import LoopyVectorQuantizer, VectorQuantizer2
+from taming.modules.vqvae.rate import fewest_tokens
 from taming.util import NonFiniteError, instantiate_from_config
 
 
@@ -123,13 +125,58 @@ class VQModel(pl.LightningModule):
         """Encode images (B, C, H, W) in [-1, 1] as latents z (B, D, h, w)."""
         return self.quant_conv(self.encoder(x))
 
-    def encode(self, x: Tensor) -> QuantizerOutput:
+    def encode(
+        self,
+        x: Tensor,
+        threshold: float | Tensor | None = None,
+        max_tokens: int | Tensor | None = None,
+        target_psnr: float | Tensor | None = None,
+    ) -> QuantizerOutput:
         """Encode images (B, C, H, W) in [-1, 1]: ``quant, loss, (perplexity, encodings, indices)``.
+
+        With a loopy quantizer, one of three arguments sets the rate; each is one number or one per
+        image (B,), and an image's codes do not depend on the others in its batch.
+
+        Args:
+            x: Images.
+            threshold: Distance at which a loop ends, in the space of z
+                (``quantize.latent_std`` is the latents' standard deviation).
+            max_tokens: Most tokens, which are the slots written, of an image.
+            target_psnr: Fewest tokens whose decoded image has this PSNR, in dB; all turns where
+                nothing reaches it.
 
         Returns:
             quant (B, D, h, w), the quantizer's loss, and what it knows of the codes.
+
+        Raises:
+            ValueError: More than one rate is given, or the quantizer has none to set.
         """
-        return self.quantize(self.encode_to_prequant(x))
+        z = self.encode_to_prequant(x)
+        rates = (threshold, max_tokens, target_psnr)
+        if rates == (None, None, None):
+            return self.quantize(z)
+        if sum(rate is not None for rate in rates) > 1:
+            raise ValueError("give one of threshold, max_tokens and target_psnr")
+        if not isinstance(self.quantize, LoopyVectorQuantizer):
+            raise ValueError(f"{type(self.quantize).__name__} has one rate, which cannot be set")
+        if target_psnr is not None:
+            max_tokens = self._tokens_for(torch.as_tensor(target_psnr, device=x.device), x, z)
+        return self.quantize(z, threshold, max_tokens)
+
+    @torch.no_grad()
+    def _tokens_for(self, target_psnr: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        """Fewest tokens (B,) with which images (B, C, H, W) reach a PSNR in dB."""
+        if self.training:
+            raise ValueError("target_psnr needs the model in eval mode: a search must not train it")
+
+        def quality(tokens: Tensor) -> Tensor:
+            x_rec = self.decode(self.quantize(z, max_tokens=tokens).z_q).clamp(-1, 1)
+            return peak_signal_noise_ratio(
+                x_rec, x, data_range=2.0, dim=(1, 2, 3), reduction="none"
+            )
+
+        target = target_psnr.to(x).expand(len(x))
+        return fewest_tokens(quality, target, z[0, 0].numel(), self.quantize.sequence.max_loops)
 
     def decode(self, quant: Tensor) -> Tensor:
         """Decode z_q (B, D, h, w) to images (B, C, H, W), about in [-1, 1]."""

@@ -32,6 +32,36 @@ def k_means(vectors: Tensor, centers: Tensor, iterations: int = 10) -> Tensor:
     return centers
 
 
+@torch.no_grad()
+def update_means(
+    counts: Tensor,
+    sums: Tensor,
+    votes: Tensor,
+    vectors: Tensor,
+    found: Tensor,
+    decay: float,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Move running counts and sums of what is mapped to each code, with that of all ranks.
+
+    Args:
+        counts: (K,) running votes; changed in place.
+        sums: (K, D) running sums; changed in place.
+        votes: (K,) vectors mapped to each code now, on all ranks.
+        vectors: (M, D) float32, vectors of this rank.
+        found: (M,) int64, their codes.
+        decay: Weight of the old values in (0, 1).
+        eps: Fewest votes by which a sum is divided.
+
+    Returns:
+        (K, D) running means.
+    """
+    totals = torch.zeros_like(sums).index_add_(0, found, vectors)
+    counts.lerp_(votes, 1 - decay)
+    sums.lerp_(sum_over_ranks(totals), 1 - decay)
+    return sums / counts.clamp(min=eps)[:, None]
+
+
 class Codebook(nn.Module):
     """K vectors, learned by gradient or by exponential moving averages of what is mapped to them.
 
@@ -107,10 +137,9 @@ class Codebook(nn.Module):
         counts = sum_over_ranks(torch.bincount(found, minlength=size).float())
         self.usage.lerp_(counts / counts.sum(), 1 - self.usage_decay)
         if self.ema_decay is not None:
-            sums = torch.zeros_like(self.sums).index_add_(0, found, queries)
-            self.counts.lerp_(counts, 1 - self.ema_decay)
-            self.sums.lerp_(sum_over_ranks(sums), 1 - self.ema_decay)
-            self.weight.copy_(self.sums / self.counts.clamp(min=1e-5)[:, None])
+            self.weight.copy_(
+                update_means(self.counts, self.sums, counts, queries, found, self.ema_decay)
+            )
         self._revive(queries)
         self.steps += 1
 

@@ -19,8 +19,9 @@ class Nearest(NamedTuple):
     """Result of a search.
 
     Attributes:
-        indices: (N,) int64 in [0, K), the nearest code of each vector.
-        distances: (N,) float32, Euclidean distance to that code.
+        indices: (N,) int64 in [0, K), the nearest code of each vector; (N, k), nearest first, where
+            several were asked for.
+        distances: Like indices, float32, Euclidean distance to that code.
     """
 
     indices: Tensor
@@ -28,8 +29,10 @@ class Nearest(NamedTuple):
 
 
 @torch.no_grad()
-def nearest_codes(vectors: Tensor, codebook: Tensor, max_scores: int = MAX_SCORES) -> Nearest:
-    """Find the nearest code of each vector by Euclidean distance.
+def nearest_codes(
+    vectors: Tensor, codebook: Tensor, k: int | None = None, max_scores: int = MAX_SCORES
+) -> Nearest:
+    """Find the nearest code, or the k nearest codes, of each vector by Euclidean distance.
 
     |x - e|^2 = |x|^2 - 2 x.e + |e|^2, where |x|^2 does not change the order; the distance to the
     winner is then computed directly, which loses no digits to cancellation.
@@ -37,6 +40,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, max_scores: int = MAX_SCORE
     Args:
         vectors: (N, D), any float type; compared in float32 whatever autocast says.
         codebook: (K, D).
+        k: How many codes to find, at most K; None finds one and adds no axis for it.
         max_scores: Upper bound on the scores held in memory at once.
 
     Returns:
@@ -46,11 +50,13 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, max_scores: int = MAX_SCORE
     rows = max(1, max_scores // codebook.shape[0])
     with torch.autocast(vectors.device.type, enabled=False):
         norms = codebook.square().sum(dim=1)
-        indices = torch.cat(
-            [
-                torch.addmm(norms, chunk, codebook.T, alpha=-2).argmin(dim=1)
-                for chunk in vectors.split(rows)
-            ]
-        )
-        distances = torch.linalg.vector_norm(vectors - codebook[indices], dim=1)
+        found = []
+        for chunk in vectors.split(rows):
+            scores = torch.addmm(norms, chunk, codebook.T, alpha=-2)
+            found.append(
+                scores.argmin(dim=1) if k is None else scores.topk(k, largest=False).indices
+            )
+        indices = torch.cat(found)
+        origin = vectors if k is None else vectors[:, None]
+        distances = torch.linalg.vector_norm(origin - codebook[indices], dim=-1)
     return Nearest(indices, distances)

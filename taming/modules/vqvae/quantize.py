@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from taming.modules.vqvae.base import (
     LoopTrace,
@@ -26,112 +25,29 @@ from taming.modules.vqvae.base import (
     straight_through,
     vq_loss,
 )
+from taming.modules.vqvae.classic import (
+    EMAVectorQuantizer,
+    EmbeddingEMA,
+    VectorQuantizer,
+    VectorQuantizer2,
+)
 from taming.modules.vqvae.codebook import Codebook
 from taming.modules.vqvae.distributed import sum_over_ranks
+from taming.modules.vqvae.gumbel import GumbelQuantize
 from taming.modules.vqvae.nearest import nearest_codes
-from taming.modules.vqvae.sequence import RasterSequence, UnarySequence
-from taming.modules.vqvae.transforms import Path, Transform
+from taming.modules.vqvae.rate import draw_tokens, threshold_for, turns_within
+from taming.modules.vqvae.sequence import UnarySequence
+from taming.modules.vqvae.transforms import Path, Searches, Transform
 from taming.util import instantiate_from_config
 
-
-class VectorQuantizer2(Quantizer):
-    """Nearest-code quantizer with a codebook trained by gradient (arXiv:1711.00937).
-
-    Args:
-        n_e: K, number of codes.
-        e_dim: D, channels of a latent.
-        beta: Weight of the commitment loss (see `vq_loss` for ``legacy``).
-        remap: Path of an ``.npy`` file of used codes: indices then count only those.
-        unknown_index: What an unused code becomes under ``remap``: ``"random"``, ``"extra"`` (one
-            more index) or an index.
-        sane_index_shape: Return indices as (B, h, w) rather than flat.
-        legacy: Put beta on the codebook term, as the original's checkpoints were trained.
-    """
-
-    def __init__(
-        self,
-        n_e: int,
-        e_dim: int,
-        beta: float,
-        remap: str | None = None,
-        unknown_index: str | int = "random",
-        sane_index_shape: bool = False,
-        legacy: bool = True,
-    ) -> None:
-        super().__init__(n_e, e_dim)
-        self.beta = beta
-        self.legacy = legacy
-        self.sane_index_shape = sane_index_shape
-        self.embedding = nn.Embedding(n_e, e_dim)
-        nn.init.uniform_(self.embedding.weight, -1 / n_e, 1 / n_e)
-        self.remap = remap
-        self.re_embed = n_e
-        self.unknown_index = unknown_index
-        if remap is not None:
-            self.used: Tensor
-            self.register_buffer("used", torch.from_numpy(np.load(remap)))
-            self.re_embed = len(self.used) + (unknown_index == "extra")
-            if unknown_index == "extra":
-                self.unknown_index = len(self.used)
-        self.sequence = RasterSequence(self.re_embed)
-
-    def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantize latents.
-
-        Args:
-            z: (B, D, h, w).
-
-        Returns:
-            z_q like z; loss; indices (N,), (N, 1) under ``remap``, (B, h, w) if sane.
-        """
-        flat = self._rows(z)
-        indices = nearest_codes(flat, self.embedding.weight).indices
-        entries = self.embedding(indices)
-        loss = vq_loss(
-            F.mse_loss(entries, flat.detach()),
-            F.mse_loss(entries.detach(), flat),
-            self.beta,
-            self.legacy,
-        )
-        z_q = channels_second(entries.detach().view(len(z), *z.shape[2:], self.e_dim))
-        if self.remap is not None:
-            indices = self.remap_to_used(indices)[:, None]
-        if self.sane_index_shape:
-            indices = indices.reshape(len(z), *z.shape[2:])
-        return QuantizerOutput(straight_through(z, z_q), loss, QuantizerInfo(None, None, indices))
-
-    def remap_to_used(self, indices: Tensor) -> Tensor:
-        """Count codes among the used ones; unused ones become ``unknown_index``. Any shape."""
-        table = self.used.new_full((self.n_e,), -1)
-        table[self.used] = torch.arange(len(self.used), device=table.device, dtype=table.dtype)
-        new = table[indices]
-        if self.unknown_index == "random":
-            other = torch.randint(self.re_embed, new.shape, device=new.device, dtype=new.dtype)
-        else:
-            other = torch.full_like(new, int(self.unknown_index))
-        return torch.where(new < 0, other, new)
-
-    def unmap_to_all(self, indices: Tensor) -> Tensor:
-        """Turn indices among the used codes back into codes; the extra index becomes the first."""
-        return self.used[torch.where(indices >= len(self.used), 0, indices)]
-
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
-    ) -> Tensor:
-        """Look indices up.
-
-        Args:
-            indices: int64, any shape of as many indices as latents.
-            shape: (B, h, w, D) of the wanted grid; None gives (N, D).
-
-        Returns:
-            z_q (B, D, h, w), or (N, D) without a shape.
-        """
-        codes = (
-            indices.reshape(-1) if self.remap is None else self.unmap_to_all(indices.reshape(-1))
-        )
-        z_q = self.embedding(codes)
-        return z_q if shape is None else channels_second(z_q.view(shape))
+__all__ = [
+    "EMAVectorQuantizer",
+    "EmbeddingEMA",
+    "GumbelQuantize",
+    "LoopyVectorQuantizer",
+    "VectorQuantizer",
+    "VectorQuantizer2",
+]
 
 
 class LoopyVectorQuantizer(Quantizer):
@@ -139,7 +55,8 @@ class LoopyVectorQuantizer(Quantizer):
 
     For a latent z, threshold tau and at most T turns, with r = z at first: let e_k be the code
     nearest to r. If it is within tau, or this is turn T, write k and end the loop. Otherwise write
-    what the transform says (the dummy D = K, or k), transform r, and go round again.
+    what the transform says (the dummy D = K, or k), transform r, and go round again. A latent's
+    path does not depend on tau, which only says where to stop.
 
     Args:
         n_e: K, number of codes.
@@ -150,8 +67,9 @@ class LoopyVectorQuantizer(Quantizer):
         transform_config: ``{target, params}`` of a `Transform`.
         target_length: Mean turns per latent in [1, T]: instead of a fixed ``threshold``, tau is
             then steered to it while training and kept in the checkpoint.
-        threshold_spread: Factor of at least 1: each image of a training batch draws its tau
-            log-uniformly between tau / spread and tau * spread, so that all depths are trained.
+        length_range: Train one quantizer for all rates: each image of a training batch draws its
+            mean turns uniformly between these bounds in [1, T] and gets the threshold that gives
+            them. None trains with the quantizer's own threshold.
         legacy: See `vq_loss`.
         ema_decay: Learn the codebook by moving averages of this decay; None by gradient.
         start_batches: Number of first training batches from which k-means places the codes.
@@ -172,7 +90,7 @@ class LoopyVectorQuantizer(Quantizer):
         max_loops: int = 4,
         transform_config: Mapping[str, Any] | None = None,
         target_length: float | None = None,
-        threshold_spread: float = 1.0,
+        length_range: tuple[float, float] | None = None,
         legacy: bool = False,
         ema_decay: float | None = None,
         start_batches: int = 4,
@@ -187,8 +105,10 @@ class LoopyVectorQuantizer(Quantizer):
             raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
         if target_length is not None and not 1 <= target_length <= max_loops:
             raise ValueError(f"target_length must be in [1, {max_loops}], got {target_length}")
-        if threshold_spread < 1:
-            raise ValueError(f"threshold_spread must be at least 1, got {threshold_spread}")
+        if length_range is not None and not 1 <= length_range[0] <= length_range[1] <= max_loops:
+            raise ValueError(
+                f"length_range must be two bounds in [1, {max_loops}], got {tuple(length_range)}"
+            )
         if transform_config is None:
             residual = "taming.modules.vqvae.transforms.Residual"
             transform_config = {"target": residual, "params": {"max_loops": max_loops}}
@@ -196,7 +116,7 @@ class LoopyVectorQuantizer(Quantizer):
         self.legacy = legacy
         self.max_loops = max_loops
         self.target_length = target_length
-        self.threshold_spread = threshold_spread
+        self.length_range = length_range
         self.start_batches = start_batches
         self.embedding = Codebook(n_e, e_dim, ema_decay, revive_below)
         self.transform: Transform = instantiate_from_config(transform_config)
@@ -204,35 +124,52 @@ class LoopyVectorQuantizer(Quantizer):
         self.sequence = UnarySequence(n_e, max_loops, dummies=self.transform.dummies)
         self.threshold: Tensor
         self.register_buffer("threshold", torch.tensor(1.0 if threshold is None else threshold))
+        self.latent_std: Tensor
+        self.register_buffer("latent_std", torch.ones(()))
 
-    def forward(self, z: Tensor, threshold: Tensor | None = None) -> QuantizerOutput:
+    def forward(
+        self,
+        z: Tensor,
+        threshold: float | Tensor | None = None,
+        max_tokens: int | Tensor | None = None,
+    ) -> QuantizerOutput:
         """Quantize latents, each with as many turns as it needs.
 
         Args:
             z: (B, D, h, w) or (N, D); not changed.
-            threshold: tau, a scalar or one per image (B,); None takes the quantizer's own, spread
-                over the images while training.
+            threshold: tau, one for all or one per image (B,); None takes the quantizer's own, or
+                while training what ``length_range`` says.
+            max_tokens: Instead: most slots written for an image, one for all or one per image;
+                each image gets the smallest threshold that keeps it.
 
         Returns:
             z_q like z, float32; loss; info with a `LoopTrace` (fields (B, h, w) or (N,)) and
             indices (B, h, w, T) or (N, T).
+
+        Raises:
+            ValueError: Both a threshold and a number of tokens are given, or fewer tokens than
+                sites.
         """
         flat = self._rows(z)
         rows = flat.detach()
         if self.training and self.embedding.steps < self.start_batches:
-            self._start_from_data(rows)
-        tau = self._threshold_per_row(threshold, len(z), len(rows))
-        path = self.transform.walk(rows, self.embedding.weight.detach(), tau, self.max_loops)
-        z_q = self.transform.decode(path.codes, self.embedding.weight.detach())
-        z_q = straight_through(flat, z_q)
-        loss = self._loss(flat, path)
-        trace = self._trace(path, tau)
+            self._start_from_data(rows, len(z))
+        path, tau = self._follow(rows, len(z), threshold, max_tokens)
+        lengths = turns_within(path.distances, tau)
+        codes = path.end_at(lengths)
+        z_q = straight_through(flat, self.transform.decode(codes, self.embedding.weight.detach()))
+        searches = self.transform.retrace(rows, codes, self.embedding.weight.detach())
+        loss = self._loss(flat, searches)
+        last = path.distances.gather(1, lengths[:, None] - 1).squeeze(1)
+        trace = LoopTrace(lengths, last, last <= tau)
         if self.training:
-            self._learn(rows, path, trace.lengths)
+            self._learn(rows, searches)
+            if threshold is None:
+                self._steer(path.distances)
         info = QuantizerInfo(
-            code_perplexity(path.found, self.n_e),
+            code_perplexity(searches.found, self.n_e),
             LoopTrace(*(self._grid(field, z) for field in trace)),
-            self._grid(path.codes, z),
+            self._grid(codes, z),
         )
         z_q = self._grid(z_q, z)
         return QuantizerOutput(z_q if z.ndim == 2 else channels_second(z_q), loss, info)
@@ -275,47 +212,69 @@ class LoopyVectorQuantizer(Quantizer):
                 f"{form} with codes 0..{self.n_e - 1}, D = {self.n_e} and -1 after the end"
             )
 
-    def _threshold_per_row(self, threshold: Tensor | None, batch: int, rows: int) -> Tensor:
-        """tau (N,) for each latent, from a scalar or one value per image."""
-        tau = self.threshold if threshold is None else threshold.float()
-        if threshold is None and self.training and self.threshold_spread > 1:
-            exponent = 2 * torch.rand(batch, device=tau.device) - 1
-            tau = tau * self.threshold_spread**exponent
-        return tau.expand(batch).repeat_interleave(rows // batch)
+    def _follow(
+        self,
+        rows: Tensor,
+        images: int,
+        threshold: float | Tensor | None,
+        max_tokens: int | Tensor | None,
+    ) -> tuple[Path, Tensor]:
+        """Walk latents (N, D) as far as they may have to go; the path and tau (N,) of each."""
+        if threshold is not None and max_tokens is not None:
+            raise ValueError("give a threshold or max_tokens, not both")
+        sites = len(rows) // images
+        if threshold is None and max_tokens is None and self.training and self.length_range:
+            max_tokens = draw_tokens(images, sites, self.length_range, rows.device)
+        if max_tokens is None:
+            tau = torch.as_tensor(self.threshold if threshold is None else threshold)
+            tau = tau.to(rows).expand(images).repeat_interleave(sites)
+            return self._walk(rows, tau), tau
+        # The path does not depend on the threshold, which only cuts it.
+        path = self._walk(rows, rows.new_zeros(len(rows)))
+        tokens = torch.as_tensor(max_tokens, device=rows.device).expand(images)
+        tau = threshold_for(path.distances.view(images, sites, -1), tokens)
+        return path, tau.repeat_interleave(sites)
 
-    def _loss(self, z: Tensor, path: Path) -> Tensor:
+    def _walk(self, rows: Tensor, tau: Tensor) -> Path:
+        """Follow latents (N, D) until they are within tau (N,)."""
+        return self.transform.walk(rows, self.embedding.weight.detach(), tau, self.max_loops)
+
+    def _loss(self, z: Tensor, searches: Searches) -> Tensor:
         """Codebook and commitment loss, averaged over all turns of the sites in the loop."""
-        commitment = F.mse_loss(path.approximations, z[path.sites])
+        commitment = F.mse_loss(searches.approximations, z[searches.sites])
         if self.embedding.ema_decay is not None:
             return self.beta * commitment
-        codebook_term = F.mse_loss(self.embedding(path.found), path.queries)
+        codebook_term = F.mse_loss(self.embedding(searches.found), searches.queries)
         return vq_loss(codebook_term, commitment, self.beta, self.legacy)
 
-    def _trace(self, path: Path, tau: Tensor) -> LoopTrace:
-        """How each loop ended; fields (N,)."""
-        lengths = (path.codes >= 0).sum(dim=1)
-        distances = path.distances.gather(1, lengths[:, None] - 1).squeeze(1)
-        return LoopTrace(lengths, distances, distances <= tau)
-
     @torch.no_grad()
-    def _start_from_data(self, rows: Tensor) -> None:
+    def _start_from_data(self, rows: Tensor, images: int) -> None:
         """Place codes, scales and threshold by k-means over what every turn of the loop meets."""
         first = self.embedding.steps == 0
         self.embedding.start_from(rows, fresh=bool(first))
         if first and self.target_length is not None:
             self.threshold.copy_(self._mean(nearest_codes(rows, self.embedding.weight).distances))
         for _ in range(self.max_loops - 1):
-            tau = self.threshold.expand(len(rows))
-            path = self.transform.walk(rows, self.embedding.weight, tau, self.max_loops)
-            self.transform.adapt(rows, path, momentum=0.0)
-            self.embedding.start_from(path.queries, fresh=False)
+            path, tau = self._follow(rows, images, None, None)
+            codes = path.end_at(turns_within(path.distances, tau))
+            searches = self.transform.retrace(rows, codes, self.embedding.weight.detach())
+            self.transform.adapt(rows, searches, momentum=0.0)
+            self.embedding.start_from(searches.queries, fresh=False)
 
     @torch.no_grad()
-    def _learn(self, rows: Tensor, path: Path, lengths: Tensor) -> None:
-        """Update everything that is not trained by gradient."""
-        self.transform.adapt(rows, path, momentum=0.99)
-        self.embedding.learn(path.queries, path.found)
+    def _learn(self, rows: Tensor, searches: Searches) -> None:
+        """Update what is neither trained by gradient nor steered."""
+        spread = (rows - self._mean(rows)).square().sum(dim=1)
+        momentum = 0.0 if self.embedding.steps == 0 else 0.99
+        self.latent_std.lerp_(self._mean(spread).sqrt(), 1 - momentum)
+        self.transform.adapt(rows, searches, momentum=0.99)
+        self.embedding.learn(searches.queries, searches.found)
+
+    @torch.no_grad()
+    def _steer(self, distances: Tensor) -> None:
+        """Move the threshold toward the one that gives the mean turns wanted."""
         if self.target_length is not None:
+            lengths = turns_within(distances, self.threshold.expand(len(distances)))
             # Too many turns widen the threshold; 5% a step for each turn too many settles in some
             # tens of steps and does not overshoot.
             excess = self._mean(lengths.float()) - self.target_length
@@ -323,9 +282,10 @@ class LoopyVectorQuantizer(Quantizer):
 
     @staticmethod
     def _mean(values: Tensor) -> Tensor:
-        """Mean of values (N,) over all ranks."""
-        total, count = sum_over_ranks(torch.stack([values.sum(), values.new_tensor(len(values))]))
-        return total / count
+        """Mean of values (N, ...) over the latents of all ranks."""
+        count = values.new_full((1,), len(values))
+        *total, count = sum_over_ranks(torch.cat([values.sum(dim=0).flatten(), count]))
+        return torch.stack(total).reshape(values.shape[1:]) / count
 
     @staticmethod
     def _grid(rows: Tensor, z: Tensor) -> Tensor:

@@ -23,21 +23,33 @@ ABSENT = -1
 
 
 class Path(NamedTuple):
-    """The way of N latents round the loop.
+    """Where the loop of each latent may end.
 
     Attributes:
-        codes: (N, T) int64, the slots that were written.
-        distances: (N, T) float32, |z - z_q| if the loop ended at this turn; inf where it had
-            ended before.
-        sites: (M,) int64 in [0, N), the latent of each search.
-        turns: (M,) int64 in [0, T), the turn of each search.
-        queries: (M, D) float32, the vectors that were searched.
-        found: (M,) int64 in [0, K), their nearest codes.
-        approximations: (M, D) float32, z_q if the loop ended there.
+        codes: (N, T, T) int64; ``codes[:, t]`` are the slots written if the loop ends at turn t.
+        distances: (N, T) float32, |z - z_q| if the loop ends at this turn; inf at turns after the
+            one at which it was told to end.
     """
 
     codes: Tensor
     distances: Tensor
+
+    def end_at(self, lengths: Tensor) -> Tensor:
+        """Codes (N, T) of loops that end after ``lengths`` turns, (N,) int64 in [1, T]."""
+        return self.codes[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+
+
+class Searches(NamedTuple):
+    """The searches by which codes were found: one per latent and turn for `Residual`.
+
+    Attributes:
+        sites: (M,) int64 in [0, N), the latent of each search.
+        turns: (M,) int64 in [0, T), the turn of each search.
+        queries: (M, D) float32, the vector that was searched.
+        found: (M,) int64 in [0, K), the code written.
+        approximations: (M, D) float32, z_q if the loop ended there.
+    """
+
     sites: Tensor
     turns: Tensor
     queries: Tensor
@@ -48,12 +60,22 @@ class Path(NamedTuple):
 class Transform(nn.Module, ABC):
     """One turn of the loop and its inverse.
 
+    Args:
+        depth_embedding: (T, D) of learned vectors b_n, started at zero and added to z_q by the
+            number of turns n, which tells the decoder the count; None for none.
+
     Attributes:
         dummies: True if a site reads ``D,D,A'`` (dummies, then its one code); False if every turn
             writes a code (``A1,A2,A3``).
     """
 
     dummies: bool
+
+    def __init__(self, depth_embedding: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.depth = None
+        if depth_embedding is not None:
+            self.depth = nn.Parameter(torch.zeros(*depth_embedding))
 
     @abstractmethod
     def walk(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
@@ -70,18 +92,32 @@ class Transform(nn.Module, ABC):
         """
 
     @abstractmethod
+    def retrace(self, z: Tensor, codes: Tensor, codebook: Tensor) -> Searches:
+        """List the searches by which latents z (N, D) were given their codes (N, T)."""
+
+    @abstractmethod
+    def compose(self, codes: Tensor, codebook: Tensor) -> Tensor:
+        """Turn valid codes (N, T) into the vectors (N, D) that came nearest to the latents."""
+
     def decode(self, codes: Tensor, codebook: Tensor) -> Tensor:
-        """Turn valid codes (N, T) into the vectors z_q (N, D) that they stand for."""
+        """Turn valid codes (N, T) into z_q (N, D), with the depth embedding if there is one."""
+        z_q = self.compose(codes, codebook)
+        return z_q if self.depth is None else z_q + self.depth[(codes >= 0).sum(dim=1) - 1]
 
     def check(self, e_dim: int, max_loops: int) -> None:
-        """Raise a ValueError for sizes D and T that it was not built for; by default any fit."""
+        """Raise a ValueError for sizes D and T that it was not built for."""
+        if self.depth is not None and self.depth.shape != (max_loops, e_dim):
+            raise ValueError(
+                f"depth_embedding {tuple(self.depth.shape)} must be (max_loops, e_dim) = "
+                f"{(max_loops, e_dim)}"
+            )
 
-    def adapt(self, z: Tensor, path: Path, momentum: float) -> None:
+    def adapt(self, z: Tensor, searches: Searches, momentum: float) -> None:
         """Update running statistics from a training batch; nothing to do by default.
 
         Args:
             z: (N, D) latents of the batch.
-            path: Their path.
+            searches: The searches made for them.
             momentum: Weight of the old value, in [0, 1].
         """
 
@@ -90,13 +126,13 @@ class Attract(Transform):
     """Pull the latent a step toward its nearest code: r <- r + step (e_k - r), writing D.
 
     Moving toward e_k never leaves its Voronoi cell, so k is the same in every turn, the distance
-    shrinks by (1 - step) each time, and the number of turns is known after one search:
-    n = ceil(log(tau / d) / log(1 - step)). A site decodes to e_k, plus a learned vector b_n for
-    its number of turns if ``depth_embedding`` is set: the count then tells the decoder something.
+    is d (1 - step)^t after t of them, and the number of turns is known after one search: the loop
+    writes n = ceil(log(tau / d) / log(1 - step)) dummies. A site decodes to e_k; only with a depth
+    embedding does the count tell the decoder something.
 
     Args:
         step: Fraction of the way to the code covered in a turn, in (0, 1].
-        depth_embedding: (T, D) of the vectors b_n, started at zero; None for none.
+        depth_embedding: See `Transform`.
 
     Raises:
         ValueError: ``step`` is out of range.
@@ -105,57 +141,36 @@ class Attract(Transform):
     dummies = True
 
     def __init__(self, step: float = 0.5, depth_embedding: tuple[int, int] | None = None) -> None:
-        super().__init__()
+        super().__init__(depth_embedding)
         if not 0 < step <= 1:
             raise ValueError(f"step must be in (0, 1], got {step}")
         self.step = step
-        self.depth = None
-        if depth_embedding is not None:
-            self.depth = nn.Parameter(torch.zeros(*depth_embedding))
 
     @torch.no_grad()
     def walk(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
         """Follow latents round the loop; one search, cost independent of T (see `Transform`)."""
         found, first = nearest_codes(z, codebook)
-        dummies = self._turns(first, threshold, max_loops)
-        slots = torch.arange(max_loops, device=z.device)
-        codes = torch.full((len(z), max_loops), ABSENT, device=z.device)
-        codes = codes.masked_fill(slots < dummies[:, None], len(codebook))
-        codes = torch.where(slots == dummies[:, None], found[:, None], codes)
-        distances = first[:, None] * (1 - self.step) ** slots
-        distances = distances.masked_fill(slots > dummies[:, None], math.inf)
-        return Path(
-            codes=codes,
-            distances=distances,
-            sites=torch.arange(len(z), device=z.device),
-            turns=torch.zeros_like(found),
-            queries=z,
-            found=found,
-            approximations=codebook[found],
-        )
+        slot = torch.arange(max_loops, device=z.device)
+        going, ended = slot < slot[:, None], slot > slot[:, None]
+        codes = found[:, None, None].expand(-1, max_loops, max_loops)
+        codes = codes.masked_fill(going, len(codebook)).masked_fill(ended, ABSENT)
+        return Path(codes, first[:, None] * (1 - self.step) ** slot)
 
-    def check(self, e_dim: int, max_loops: int) -> None:
-        """Raise a ValueError if the depth embedding has another shape than (T, D)."""
-        if self.depth is not None and self.depth.shape != (max_loops, e_dim):
-            raise ValueError(
-                f"depth_embedding {tuple(self.depth.shape)} must be (max_loops, e_dim) = "
-                f"{(max_loops, e_dim)}"
-            )
+    def retrace(self, z: Tensor, codes: Tensor, codebook: Tensor) -> Searches:
+        """List the one search of each latent (see `Transform`)."""
+        found = self._answer(codes)
+        sites = torch.arange(len(z), device=z.device)
+        return Searches(sites, torch.zeros_like(sites), z, found, codebook[found])
 
-    def _turns(self, distance: Tensor, threshold: Tensor, max_loops: int) -> Tensor:
-        """Number of dummies (N,) int64 that each latent writes before its code."""
-        # Logarithms of zero (a step of 1, a threshold of 0) give the limits that they should; the
-        # one undefined case, both at once, arrives at the code in one step.
-        shrink = math.log1p(-self.step) if self.step < 1 else -math.inf
-        turns = (torch.log(threshold / distance) / shrink).ceil()
-        turns = turns.nan_to_num(nan=1, posinf=max_loops).clamp(min=1)
-        return turns.masked_fill(distance <= threshold, 0).clamp(max=max_loops - 1).long()
+    def compose(self, codes: Tensor, codebook: Tensor) -> Tensor:
+        """Turn codes (N, T) into e_k of shape (N, D) (see `Transform`)."""
+        return codebook[self._answer(codes)]
 
-    def decode(self, codes: Tensor, codebook: Tensor) -> Tensor:
-        """Turn codes (N, T) into e_k (+ b_n) of shape (N, D) (see `Transform`)."""
-        dummies = (codes >= 0).sum(dim=1) - 1
-        z_q = codebook[codes.gather(1, dummies[:, None]).squeeze(1)]
-        return z_q if self.depth is None else z_q + self.depth[dummies]
+    @staticmethod
+    def _answer(codes: Tensor) -> Tensor:
+        """Take the one code (N,) out of codes (N, T)."""
+        dummies = (codes >= 0).sum(dim=1, keepdim=True) - 1
+        return codes.gather(1, dummies).squeeze(1)
 
 
 class Residual(Transform):
@@ -169,21 +184,34 @@ class Residual(Transform):
 
     Args:
         max_loops: T; T - 1 scales are kept.
+        depth_embedding: See `Transform`.
+        beam: Partial paths kept for a latent in each turn. 1 takes the nearest code, and a shorter
+            path is then the beginning of a longer one; more finds better paths, at that many times
+            the cost of the search.
+
+    Raises:
+        ValueError: ``beam`` is out of range.
     """
 
     dummies = False
 
-    def __init__(self, max_loops: int) -> None:
-        super().__init__()
+    def __init__(
+        self, max_loops: int, depth_embedding: tuple[int, int] | None = None, beam: int = 1
+    ) -> None:
+        super().__init__(depth_embedding)
+        if beam < 1:
+            raise ValueError(f"beam must be at least 1, got {beam}")
+        self.beam = beam
         self.scales: Tensor
         self.register_buffer("scales", torch.ones(max_loops - 1))
 
     def check(self, e_dim: int, max_loops: int) -> None:
-        """Raise a ValueError if it was built for another number of turns T."""
+        """Raise a ValueError if it was built for another number of turns T (see `Transform`)."""
         if len(self.scales) != max_loops - 1:
             raise ValueError(
                 f"Residual has max_loops={len(self.scales) + 1}, but its quantizer {max_loops}"
             )
+        super().check(e_dim, max_loops)
 
     def _cumulative(self) -> Tensor:
         """S_t of shape (T,)."""
@@ -192,27 +220,60 @@ class Residual(Transform):
     @torch.no_grad()
     def walk(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
         """Follow latents round the loop; only those still in it are searched (see `Transform`)."""
-        codes = torch.full((len(z), max_loops), ABSENT, device=z.device)
+        codes = torch.full((len(z), max_loops, max_loops), ABSENT, device=z.device)
         distances = torch.full((len(z), max_loops), math.inf, device=z.device)
+        sites, residual = torch.arange(len(z), device=z.device), z[:, None]
+        written = torch.empty(len(z), 1, 0, dtype=torch.int64, device=z.device)
+        for turn, scale in enumerate(self._cumulative()):
+            residual, written, distance = self._extend(residual, written, codebook)
+            codes[sites, turn, : turn + 1] = written[:, 0]
+            distances[sites, turn] = scale * distance[:, 0]
+            on = distances[sites, turn] > threshold[sites]
+            if turn == max_loops - 1 or not on.any():
+                break
+            sites, written = sites[on], written[on]
+            residual = residual[on] / self.scales[turn]
+        return Path(codes, distances)
+
+    def _extend(
+        self, residual: Tensor, written: Tensor, codebook: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the best next codes of partial paths; P are kept of a latent, at most ``beam``.
+
+        Args:
+            residual: (N, P, D).
+            written: (N, P, t) int64.
+            codebook: (K, D).
+
+        Returns:
+            Residuals (N, P, D), codes written (N, P, t + 1) and distances (N, P), nearest first.
+        """
+        latents, paths, _ = residual.shape
+        each = min(self.beam, len(codebook))
+        found, distance = nearest_codes(residual.flatten(0, 1), codebook, k=each)
+        kept = min(self.beam, paths * each)
+        distance, best = distance.view(latents, -1).topk(kept, largest=False)
+        code = found.view(latents, -1).gather(1, best)
+        parent = (best // each)[..., None]
+        residual = residual.take_along_dim(parent, dim=1) - codebook[code]
+        written = torch.cat([written.take_along_dim(parent, dim=1), code[..., None]], dim=2)
+        return residual, written, distance
+
+    def retrace(self, z: Tensor, codes: Tensor, codebook: Tensor) -> Searches:
+        """List the searches of each latent, one turn after the other (see `Transform`)."""
         sites, residual, sums = torch.arange(len(z), device=z.device), z, torch.zeros_like(z)
         searches = []
         for turn, scale in enumerate(self._cumulative()):
-            found, distance = nearest_codes(residual, codebook)
-            distance = distance * scale
+            on = codes[sites, turn] >= 0
+            sites, residual, sums = sites[on], residual[on], sums[on]
+            found = codes[sites, turn]
             sums = sums + scale * codebook[found]
-            codes[sites, turn] = found
-            distances[sites, turn] = distance
             searches.append((sites, torch.full_like(sites, turn), residual, found, sums))
-            on = distance > threshold[sites]
-            if turn == max_loops - 1 or not on.any():
-                break
-            sites, sums = sites[on], sums[on]
-            residual = (residual[on] - codebook[found[on]]) / self.scales[turn]
-        return Path(
-            codes, distances, *(torch.cat(column) for column in zip(*searches, strict=True))
-        )
+            if turn < len(self.scales):
+                residual = (residual - codebook[found]) / self.scales[turn]
+        return Searches(*(torch.cat(column) for column in zip(*searches, strict=True)))
 
-    def decode(self, codes: Tensor, codebook: Tensor) -> Tensor:
+    def compose(self, codes: Tensor, codebook: Tensor) -> Tensor:
         """Turn codes (N, T) into the weighted sums of shape (N, D) (see `Transform`)."""
         z_q = codebook.new_zeros(len(codes), codebook.shape[1])
         for code, scale in zip(codes.unbind(1), self._cumulative(), strict=True):
@@ -221,15 +282,15 @@ class Residual(Transform):
         return z_q
 
     @torch.no_grad()
-    def adapt(self, z: Tensor, path: Path, momentum: float) -> None:
+    def adapt(self, z: Tensor, searches: Searches, momentum: float) -> None:
         """Move each s_t toward RMS(residual) / RMS(latents) over all ranks (see `Transform`).
 
         The RMS is taken over the sites that went on after turn t, since only they are rescaled.
         """
         steps = len(self.scales)
-        power = path.queries.square().mean(dim=1)
+        power = searches.queries.square().mean(dim=1)
         turns = torch.zeros(steps + 1, 2, device=z.device)
-        turns.index_add_(0, path.turns, torch.stack([power, torch.ones_like(power)], dim=1))
+        turns.index_add_(0, searches.turns, torch.stack([power, torch.ones_like(power)], dim=1))
         latents = torch.stack([z.square().mean(dim=1).sum(), z.new_tensor(len(z))])
         turns, latents = sum_over_ranks(torch.cat([turns, latents[None]])).split([steps + 1, 1])
         # Queries of turn t + 1 are the rescaled residuals of turn t: s_t times their size is the

@@ -10,9 +10,18 @@ from taming.modules.vqvae.nearest import nearest_codes
 def test_equals_full_matrix_for_every_chunk(max_scores: int) -> None:
     vectors, codebook = torch.randn(37, 5), torch.randn(11, 5)
     full = torch.cdist(vectors, codebook)
-    found = nearest_codes(vectors, codebook, max_scores)
+    found = nearest_codes(vectors, codebook, max_scores=max_scores)
     assert torch.equal(found.indices, full.argmin(dim=1))
     torch.testing.assert_close(found.distances, full.min(dim=1).values)
+
+
+@pytest.mark.parametrize("max_scores", [1, 50, 1 << 20])
+def test_several_are_the_nearest_in_order(max_scores: int) -> None:
+    vectors, codebook = torch.randn(37, 5), torch.randn(11, 5)
+    distances, indices = torch.cdist(vectors, codebook).sort(dim=1)
+    found = nearest_codes(vectors, codebook, k=4, max_scores=max_scores)
+    assert torch.equal(found.indices, indices[:, :4])
+    torch.testing.assert_close(found.distances, distances[:, :4])
 
 
 def test_a_code_finds_itself_at_distance_zero_even_under_autocast() -> None:

@@ -18,6 +18,14 @@ TRANSFORMS = {
         "target": "taming.modules.vqvae.transforms.Attract",
         "params": {"step": 0.4, "depth_embedding": (T, D)},
     },
+    "residual-beam": {
+        "target": "taming.modules.vqvae.transforms.Residual",
+        "params": {"max_loops": T, "beam": 3},
+    },
+    "residual-depth": {
+        "target": "taming.modules.vqvae.transforms.Residual",
+        "params": {"max_loops": T, "depth_embedding": (T, D)},
+    },
 }
 every_transform = pytest.mark.parametrize("transform", list(TRANSFORMS))
 
@@ -64,7 +72,7 @@ def test_remap_is_inverted_on_used_codes(unknown, tmp_path) -> None:
 
 @every_transform
 def test_infinite_threshold_is_vector_quantizer_2(transform: str) -> None:
-    quantizer = loopy("attract" if transform == "attract-depth" else transform, math.inf)
+    quantizer = loopy(transform.removesuffix("-depth"), math.inf)
     plain = VectorQuantizer2(K, D, 0.25, legacy=False)
     with torch.no_grad():
         plain.embedding.weight.copy_(quantizer.embedding.weight)
@@ -182,13 +190,63 @@ def test_target_length_steers_the_threshold_and_is_kept() -> None:
     assert torch.equal(other.threshold, quantizer.threshold)
 
 
-def test_spread_thresholds_train_all_depths_and_leave_evaluation_alone() -> None:
-    plain, spread = loopy(threshold=0.8), loopy(threshold=0.8, threshold_spread=4.0)
-    spread.load_state_dict(plain.state_dict())
-    z = torch.randn(64, D, 2, 2)
-    assert torch.equal(plain(z).info.indices, spread(z).info.indices)
-    per_image = spread.train()(z).info.encodings.lengths.float().mean((1, 2))
+@every_transform
+def test_tokens_are_never_more_than_wanted_and_as_many_as_can_be(transform: str) -> None:
+    quantizer, z = loopy(transform), torch.randn(6, D, 4, 4)
+    wanted = torch.tensor([16, 17, 30, 50, 16 * T, 999])
+    trace = quantizer(z, max_tokens=wanted).info.encodings
+    tokens = trace.lengths.sum((1, 2))
+    assert (tokens <= wanted).all()
+    assert tokens[-1] == tokens[-2] and tokens[0] == 16
+    # A site's distance may fall below several thresholds at once, so one turn more of one site may
+    # be out of reach; but no more than that is lost.
+    assert (tokens[1:4] >= wanted[1:4] - T + 1).all()
+    one_by_one = [quantizer(z[i : i + 1], max_tokens=int(wanted[i])) for i in range(6)]
+    assert torch.equal(trace.lengths, torch.cat([o.info.encodings.lengths for o in one_by_one]))
+
+
+@every_transform
+def test_tokens_are_met_by_a_threshold(transform: str) -> None:
+    quantizer, z = loopy(transform), torch.randn(1, D, 4, 4)
+    out = quantizer(z, max_tokens=40)
+    trace = out.info.encodings
+    tau = trace.distances[trace.within].max()
+    assert torch.equal(quantizer(z, threshold=tau).info.indices, out.info.indices)
+    assert (trace.lengths[~trace.within] == T).all()
+
+
+def test_fewer_tokens_than_sites_are_refused() -> None:
+    with pytest.raises(ValueError, match="of 16 sites needs at least 16 tokens, got 15"):
+        loopy()(torch.randn(2, D, 4, 4), max_tokens=15)
+    with pytest.raises(ValueError, match="a threshold or max_tokens, not both"):
+        loopy()(torch.randn(2, D, 4, 4), threshold=1.0, max_tokens=20)
+
+
+def test_lengths_are_drawn_per_image_in_training_only() -> None:
+    plain, drawn = loopy(threshold=0.8), loopy(threshold=0.8, length_range=(1.5, 3.0))
+    drawn.load_state_dict(plain.state_dict())
+    z = torch.randn(64, D, 4, 4)
+    assert torch.equal(plain(z).info.indices, drawn(z).info.indices)
+    per_image = drawn.train()(z).info.encodings.lengths.float().mean((1, 2))
+    assert per_image.min() < 1.7 and 2.7 < per_image.max() <= 3.0
     assert per_image.std() > plain.train()(z).info.encodings.lengths.float().mean((1, 2)).std()
+
+
+def test_the_threshold_is_steered_while_lengths_are_drawn() -> None:
+    quantizer = LoopyVectorQuantizer(
+        K, D, max_loops=T, target_length=2.5, length_range=(1.0, float(T))
+    ).train()
+    for _ in range(200):
+        quantizer(torch.randn(20, D, 3, 3))
+    lengths = quantizer.eval()(torch.randn(20, D, 3, 3)).info.encodings.lengths
+    assert abs(lengths.float().mean() - 2.5) < 0.4
+
+
+def test_latent_std_is_the_distance_of_latents_from_their_mean() -> None:
+    quantizer = loopy().train()
+    for _ in range(3):
+        quantizer(5.0 + 2.0 * torch.randn(4000, D))
+    torch.testing.assert_close(quantizer.latent_std, torch.tensor(4.0), rtol=0.05, atol=0)
 
 
 def test_training_is_repeatable_from_its_state() -> None:
@@ -230,7 +288,11 @@ def test_bfloat16_latents_give_float32_codes() -> None:
         ({"threshold": None}, "exactly one of threshold and target_length"),
         ({"threshold": None, "target_length": 9}, r"target_length must be in \[1, 4\], got 9"),
         ({"ema_decay": 1.0}, "ema_decay must be in"),
-        ({"threshold_spread": 0.5}, "threshold_spread must be at least 1"),
+        (
+            {"length_range": (0.5, 2)},
+            r"length_range must be two bounds in \[1, 4\], got \(0.5, 2\)",
+        ),
+        ({"length_range": (3, 2)}, "length_range must be"),
         (
             {
                 "transform_config": {

@@ -6,9 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from taming.modules.vqvae.transforms import Attract, Residual
+from taming.modules.vqvae.rate import turns_within
+from taming.modules.vqvae.transforms import Attract, Path, Residual, Searches, Transform
 
 K, D, T = 12, 3, 6
+
+
+def spell(path: Path, tau: float) -> tuple[Tensor, Tensor]:
+    """Codes and lengths of a path that ends at a threshold."""
+    lengths = turns_within(path.distances, torch.full((len(path.distances),), tau))
+    return path.end_at(lengths), lengths
 
 
 def literal_loop(z: Tensor, codebook: Tensor, tau: float, turn, scale) -> list[list[int]]:
@@ -36,11 +43,12 @@ def literal_loop(z: Tensor, codebook: Tensor, tau: float, turn, scale) -> list[l
 @pytest.mark.parametrize("tau", [0.0, 0.11, 0.53, math.inf])
 def test_attract_equals_the_literal_loop(step: float, tau: float) -> None:
     z, codebook = torch.randn(60, D), torch.randn(K, D)
-    path = Attract(step).walk(z, codebook, torch.full((60,), tau), T)
+    attract = Attract(step)
+    path = attract.walk(z, codebook, torch.full((60,), tau), T)
     expected = literal_loop(
         z, codebook, tau, lambda r, e, t: (torch.lerp(r, e, step), K), lambda t: 1.0
     )
-    assert path.codes.tolist() == expected
+    assert spell(path, tau)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.3, 1.1, math.inf])
@@ -57,7 +65,7 @@ def test_residual_equals_the_literal_loop(tau: float) -> None:
         lambda r, e, t: ((r - e) / residual.scales[t], None),
         lambda t: sums[t],
     )
-    assert path.codes.tolist() == expected
+    assert spell(path, tau)[0].tolist() == expected
 
 
 def test_residual_distance_is_the_error_and_the_threshold_bounds_it() -> None:
@@ -65,54 +73,94 @@ def test_residual_distance_is_the_error_and_the_threshold_bounds_it() -> None:
     residual = Residual(T)
     residual.scales.fill_(0.6)
     path = residual.walk(z, codebook, torch.full((200,), tau), T)
-    error = (z - residual.decode(path.codes, codebook)).norm(dim=1)
-    length = (path.codes >= 0).sum(1)
+    codes, length = spell(path, tau)
+    error = (z - residual.decode(codes, codebook)).norm(dim=1)
     last = path.distances.gather(1, length[:, None] - 1).squeeze(1)
     torch.testing.assert_close(last, error)
     assert (error[length < T] <= tau + 1e-6).all()
     assert (length < T).any() and (length == T).any()
 
 
-def test_a_threshold_only_cuts_the_residual_path() -> None:
-    z, codebook = torch.randn(50, D), torch.randn(K, D)
-    residual = Residual(T)
-    residual.scales.fill_(0.7)
-    whole = residual.walk(z, codebook, torch.zeros(50), T)
-    cut = residual.walk(z, codebook, torch.full((50,), 0.5), T)
-    kept = cut.codes >= 0
-    assert torch.equal(cut.codes[kept], whole.codes[kept])
-    torch.testing.assert_close(cut.distances[kept], whole.distances[kept])
+@pytest.mark.parametrize("transform", [Residual(T), Residual(T, beam=3), Attract(0.3)])
+def test_a_threshold_only_cuts_the_path(transform: Transform) -> None:
+    z, codebook, tau = torch.randn(50, D), torch.randn(K, D), 0.5
+    whole = transform.walk(z, codebook, torch.zeros(50), T)
+    short = transform.walk(z, codebook, torch.full((50,), tau), T)
+    codes, lengths = spell(whole, tau)
+    assert torch.equal(codes, spell(short, tau)[0])
+    assert len(lengths.unique()) > 1
 
 
-def test_only_sites_in_the_loop_are_searched() -> None:
+def test_a_wider_beam_comes_nearer_and_a_full_one_nearest() -> None:
+    z, codebook, turns = torch.randn(40, D), torch.randn(K, D), 2
+    distances = []
+    for beam in (1, 4, K):
+        residual = Residual(turns, beam=beam)
+        residual.scales.fill_(0.6)
+        distances.append(residual.walk(z, codebook, torch.zeros(40), turns).distances)
+    sums = (codebook[:, None] + 0.6 * codebook).reshape(-1, D)
+    torch.testing.assert_close(distances[2][:, 1], torch.cdist(z, sums).amin(dim=1))
+    greedy, beam, full = (d[:, 1].mean() for d in distances)
+    assert greedy > beam >= full
+    assert all(torch.equal(d[:, 0], distances[0][:, 0]) for d in distances)
+
+
+@pytest.mark.parametrize("transform", [Residual(T), Residual(T, beam=3), Attract(0.3)])
+def test_searches_are_those_that_gave_the_codes(transform: Transform) -> None:
     z, codebook = torch.randn(50, D), torch.randn(K, D)
-    path = Residual(T).walk(z, codebook, torch.full((50,), 0.5), T)
-    assert len(path.queries) == (path.codes >= 0).sum()
-    assert len(Attract(0.5).walk(z, codebook, torch.full((50,), 0.1), T).queries) == 50
+    if isinstance(transform, Residual):
+        transform.scales.fill_(0.7)
+    codes, lengths = spell(transform.walk(z, codebook, torch.full((50,), 0.5), T), 0.5)
+    searches = transform.retrace(z, codes, codebook)
+    last = torch.zeros(50, D)
+    for site, approximation in zip(searches.sites, searches.approximations, strict=True):
+        last[site] = approximation  # the searches of a site come in the order of its turns
+    torch.testing.assert_close(last, transform.decode(codes, codebook))
+    if isinstance(transform, Residual):
+        assert len(searches.found) == lengths.sum()
+        assert torch.equal(searches.found, codes[searches.sites, searches.turns])
+    else:
+        assert len(searches.found) == len(z)
 
 
 def test_scales_bring_residuals_to_the_size_of_the_latents() -> None:
     z, codebook = torch.randn(500, D) * 3, torch.randn(K, D) * 3
     residual = Residual(T)
+
+    def searches() -> Searches:
+        codes = residual.walk(z, codebook, torch.zeros(500), T).codes[:, -1]
+        return residual.retrace(z, codes, codebook)
+
     for _ in range(T):
-        path = residual.walk(z, codebook, torch.zeros(500), T)
-        residual.adapt(z, path, momentum=0.0)
-    path = residual.walk(z, codebook, torch.zeros(500), T)
+        residual.adapt(z, searches(), momentum=0.0)
+    _, turns, queries, *_ = searches()
     for turn in range(T):
-        size = path.queries[path.turns == turn].square().mean().sqrt()
+        size = queries[turns == turn].square().mean().sqrt()
         torch.testing.assert_close(size, z.square().mean().sqrt(), rtol=1e-3, atol=0)
 
 
-def test_depth_embedding_tells_turns_apart_and_learns() -> None:
-    attract = Attract(0.5, depth_embedding=(T, D))
+@pytest.mark.parametrize(
+    "transform, short, long",
+    [
+        (Attract(0.5, (T, D)), [2, -1, -1], [K, K, 2]),
+        (Residual(T, (T, D)), [2, -1, -1], [2, 5, 5]),
+    ],
+)
+def test_depth_embedding_tells_turns_apart_and_learns(transform, short, long) -> None:
     with torch.no_grad():
-        attract.depth.normal_()
+        transform.depth.normal_()
     codebook = torch.randn(K, D)
-    codes = torch.tensor([[2, -1, -1, -1, -1, -1], [K, K, 2, -1, -1, -1]])
-    z_q = attract.decode(codes, codebook)
-    torch.testing.assert_close(z_q[1] - z_q[0], attract.depth[2] - attract.depth[0])
+    codes = torch.tensor([short + [-1] * 3, long + [-1] * 3])
+    z_q = transform.decode(codes, codebook)
+    plain = transform.compose(codes, codebook)
+    torch.testing.assert_close(z_q - plain, transform.depth[[0, 2]])
     z_q.sum().backward()
-    assert attract.depth.grad[2].abs().sum() > 0
+    assert transform.depth.grad[2].abs().sum() > 0
+
+
+def test_a_beam_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="beam must be at least 1, got 0"):
+        Residual(T, beam=0)
 
 
 @pytest.mark.parametrize("step", [0.0, 1.5, -1.0])

@@ -1,0 +1,94 @@
+"""Rate control: from distances along the loop to numbers of turns, and back to thresholds.
+
+A token of an image is a slot that its loops write, so a site costs as many tokens as turns.
+
+Axis letters: N latents, B images, S sites of an image, T turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def turns_within(distances: Tensor, threshold: Tensor) -> Tensor:
+    """Count the turns until a code is within the threshold; T if none ever is.
+
+    Args:
+        distances: (N, T), |z - z_q| if the loop ended at each turn.
+        threshold: (N,).
+
+    Returns:
+        (N,) int64 in [1, T].
+    """
+    within = distances[:, :-1] <= threshold[:, None]
+    ends = F.pad(within, (0, 1), value=True)
+    return ends.int().argmax(dim=1) + 1
+
+
+def threshold_for(distances: Tensor, tokens: Tensor) -> Tensor:
+    """Find the smallest threshold at which an image writes no more tokens than wanted.
+
+    A site goes past turn t as long as the smallest distance so far is above the threshold. So an
+    image's tokens are S plus the number of running minima (of all turns but the last) above it,
+    and its threshold is one of those minima: no search is needed.
+
+    Args:
+        distances: (B, S, T) along whole paths.
+        tokens: (B,) int64, at least S.
+
+    Returns:
+        (B,) thresholds.
+
+    Raises:
+        ValueError: An image would get fewer tokens than it has sites.
+    """
+    sites = distances.shape[1]
+    if (tokens < sites).any():
+        raise ValueError(
+            f"an image of {sites} sites needs at least {sites} tokens, got {int(tokens.min())}"
+        )
+    minima = distances.cummin(dim=2).values[..., :-1].flatten(1)
+    # The zero stands for "no threshold": where every turn may be taken.
+    ordered = F.pad(minima.sort(dim=1, descending=True).values, (0, 1))
+    further = (tokens - sites).clamp(max=minima.shape[1])
+    return ordered.gather(1, further[:, None]).squeeze(1)
+
+
+def fewest_tokens(
+    quality: Callable[[Tensor], Tensor], target: Tensor, sites: int, max_loops: int
+) -> Tensor:
+    """Bisect, for each image by itself, how many tokens reach a quality.
+
+    Args:
+        quality: Tokens (B,) -> quality (B,) of the images encoded with them; rises with tokens.
+        target: (B,), the quality wanted.
+        sites: S.
+        max_loops: T.
+
+    Returns:
+        (B,) int64 in [S, S T]; S T where nothing reaches the target.
+    """
+    low = torch.full(target.shape, sites, device=target.device)
+    high = low * max_loops
+    while (low < high).any():
+        middle = (low + high) // 2
+        reached = quality(middle) >= target
+        high = torch.where(reached, middle, high)
+        low = torch.where(reached, low, torch.minimum(middle + 1, high))
+    return low
+
+
+def draw_tokens(
+    images: int, sites: int, lengths: tuple[float, float], device: torch.device
+) -> Tensor:
+    """Draw the tokens of each image: a mean length uniform in ``lengths``, times its sites.
+
+    Returns:
+        (B,) int64.
+    """
+    mean = torch.empty(images, device=device).uniform_(*lengths)
+    return (mean * sites).round().long()
