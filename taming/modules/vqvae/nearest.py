@@ -53,9 +53,10 @@ def nearest_codes(
         found = []
         for chunk in vectors.split(rows):
             scores = torch.addmm(norms, chunk, codebook.T, alpha=-2)
-            found.append(
-                scores.argmin(dim=1) if k is None else scores.topk(k, largest=False).indices
-            )
+            if k is None or k == 1:  # several times faster than topk
+                found.append(scores.argmin(dim=1, keepdim=k is not None))
+            else:
+                found.append(scores.topk(k, largest=False).indices)
         indices = torch.cat(found)
         origin = vectors if k is None else vectors[:, None]
         distances = torch.linalg.vector_norm(origin - codebook[indices], dim=-1)

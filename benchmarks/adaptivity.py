@@ -1,0 +1,224 @@
+"""Do busy images and busy sites get more tokens, and is a wanted quality kept?
+
+Measures a trained loopy tokenizer on held-out images: rank correlations of tokens per site with
+local contrast, gradient energy and the error after one turn; of tokens per image with its JPEG and
+PNG size; tokens under added noise and blur; tokens at three fixed errors, with the rate at which
+they are violated; and images of kinds that it never saw.
+
+python benchmarks/adaptivity.py --race results/rate_distortion/standard --test test.parquet
+python benchmarks/adaptivity.py -r logs/<run> --test photos/val --size 256
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from contenders import contenders
+from einops import reduce
+from measure import fixed_length, whole_path
+from PIL import Image, ImageDraw
+from rate_distortion import PLANS, images_of
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchvision.transforms.v2.functional import gaussian_blur
+from tqdm import tqdm
+from training import build_tokenizer, first, loader
+
+from taming.experiment import model_from_run
+from taming.models.vqgan import VQModel
+from taming.modules.vqvae.heatmap import depth_heat_map
+from taming.modules.vqvae.quantize import LoopyVectorQuantizer
+from taming.pictures import save_picture, tile, to_picture
+from taming.script import choose_device, run
+
+logger = logging.getLogger("taming.benchmark")
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of two equally long vectors; ties share their mean rank."""
+
+    def ranks(values: Tensor) -> Tensor:
+        _, place, counts = values.unique(return_inverse=True, return_counts=True)
+        return (counts.cumsum(0) - (counts - 1) / 2)[place].double()
+
+    return float(torch.corrcoef(torch.stack([ranks(a.flatten()), ranks(b.flatten())]))[0, 1])
+
+
+def site_statistics(x: Tensor, h: int, w: int) -> dict[str, Tensor]:
+    """Standard deviation and gradient energy of images (B, 3, H, W) in each site: (B, h, w)."""
+    gray = x.mean(dim=1)
+    height, width = gray.shape[1] // h, gray.shape[2] // w
+    sites = {"h": h, "w": w, "a": height, "b": width}
+    mean = reduce(gray, "n (h a) (w b) -> n h w", "mean", **sites)
+    square = reduce(gray.square(), "n (h a) (w b) -> n h w", "mean", **sites)
+    down = F.pad(gray.diff(dim=1), (0, 0, 0, 1))
+    right = F.pad(gray.diff(dim=2), (0, 1))
+    energy = reduce(down.square() + right.square(), "n (h a) (w b) -> n h w", "mean", **sites)
+    return {"standard deviation": (square - mean.square()).clamp(min=0).sqrt(), "gradient": energy}
+
+
+def file_size(image: Tensor, kind: str, **options: Any) -> int:
+    """Bytes of an image (3, H, W) in [-1, 1] as a file."""
+    buffer = io.BytesIO()
+    to_picture(image).save(buffer, kind, **options)
+    return buffer.tell()
+
+
+def strange_images(size: int) -> dict[str, Tensor]:
+    """Images of kinds that no photograph is: (3, size, size) in [-1, 1] by name."""
+    page = Image.new("RGB", (size, size), "white")
+    lines = "\n".join(["to each vector its own length"] * (size // 10))
+    ImageDraw.Draw(page).multiline_text((1, 1), lines, fill="black")
+    text = torch.tensor(list(page.tobytes())).view(size, size, 3).permute(2, 0, 1) / 127.5 - 1
+    noise = torch.rand(3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    flat = torch.tensor([0.8, -0.2, -0.9])[:, None, None].expand(3, size, size)
+    return {"noise": noise, "flat colour": flat, "text": text}
+
+
+@torch.no_grad()
+def correlations(model: VQModel, batches: Sequence[Tensor]) -> dict[str, float]:
+    """Rank correlations of tokens with what makes a site or an image hard."""
+    per_site: dict[str, list[Tensor]] = {"tokens": []}
+    per_image: dict[str, list[float]] = {"tokens": [], "JPEG size": [], "PNG size": []}
+    for x in batches:
+        z = model.encode_to_prequant(x)
+        lengths = model.quantize(z).info.encodings.lengths
+        _, h, w = lengths.shape
+        per_site["tokens"].append(lengths)
+        for name, values in site_statistics(x, h, w).items():
+            per_site.setdefault(name, []).append(values)
+        assert isinstance(model.quantize, LoopyVectorQuantizer)
+        path = whole_path(model.quantize, z)
+        codes = path.end_at(fixed_length(1)(path, len(x))).reshape(*lengths.shape, -1)
+        error = (model.decode(model.quantize.get_codebook_entry(codes)) - x).square().mean(dim=1)
+        site_error = F.adaptive_avg_pool2d(error, (h, w))
+        per_site.setdefault("error after one turn", []).append(site_error)
+        per_image["tokens"] += lengths.sum((1, 2)).tolist()
+        per_image["JPEG size"] += [file_size(image, "JPEG", quality=75) for image in x]
+        per_image["PNG size"] += [file_size(image, "PNG") for image in x]
+    sites = {name: torch.cat(values).float() for name, values in per_site.items()}
+    images = {name: torch.tensor(values).float() for name, values in per_image.items()}
+    tokens, totals = sites.pop("tokens"), images.pop("tokens")
+    found = {f"site: {name}": rank_correlation(tokens, v) for name, v in sites.items()}
+    return found | {f"image: {name}": rank_correlation(totals, v) for name, v in images.items()}
+
+
+@torch.no_grad()
+def tokens_per_image(model: VQModel, batches: Sequence[Tensor]) -> float:
+    """Mean slots written per image at the model's own threshold."""
+    total = sum(int(model.encode(x).info.encodings.lengths.sum()) for x in batches)
+    return total / sum(map(len, batches))
+
+
+@torch.no_grad()
+def fixed_error(model: VQModel, batches: Sequence[Tensor], psnr: float) -> dict[str, float]:
+    """Tokens that images need for a PSNR, and the share of images that never reach it."""
+    tokens, reached = [], []
+    for x in tqdm(batches, desc=f"{psnr:.1f} dB", leave=False):
+        quantized = model.encode(x, target_psnr=psnr)
+        x_rec = model.decode(quantized.z_q).clamp(-1, 1)
+        got = peak_signal_noise_ratio(x_rec, x, data_range=2.0, dim=(1, 2, 3), reduction="none")
+        tokens.append(quantized.info.encodings.lengths.sum((1, 2)))
+        reached.append(got >= psnr)
+    counts = torch.cat(tokens).float()
+    low, high = counts.quantile(torch.tensor([0.1, 0.9], device=counts.device)).tolist()
+    violations = 1 - float(torch.cat(reached).float().mean())
+    return {"mean": float(counts.mean()), "10%": low, "90%": high, "violations": violations}
+
+
+@torch.no_grad()
+def pictures(model: VQModel, x: Tensor, file: Path) -> None:
+    """Show images (B, 3, H, W), their reconstructions and their depths, sorted by tokens."""
+    quantized = model.encode(x)
+    lengths = quantized.info.encodings.lengths
+    order = lengths.sum((1, 2)).argsort()
+    turns = model.quantize.sequence.max_loops
+    depths = depth_heat_map(lengths, turns, (x.shape[2], x.shape[3]))
+    rows = [x[order], model.decode(quantized.z_q)[order], depths[order].to(x)]
+    save_picture(tile(torch.cat(rows), len(x)), file)
+
+
+def load(options: argparse.Namespace) -> tuple[VQModel, int]:
+    """Load the tokenizer of a run or of a race, and the size of the images that it is for."""
+    if options.resume:
+        model = model_from_run(options.resume)
+        if not isinstance(model, VQModel) or not isinstance(model.quantize, LoopyVectorQuantizer):
+            raise ValueError(f"{options.resume} holds no loopy tokenizer")
+        return model, options.size or model.encoder.resolution
+    plan = PLANS[options.race.name]
+    model = build_tokenizer(plan, contenders(plan.codes, plan.channels)["loopy-one"])
+    model.load_state_dict(torch.load(options.race / "loopy-one-0.pt"))
+    return model.eval(), plan.ddconfig["resolution"]
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("-r", "--resume", help="run of a loopy tokenizer")
+    which.add_argument("--race", type=Path, help="results of rate_distortion.py; its loopy-one")
+    parser.add_argument("--test", help="Parquet file, or folder of images; default CIFAR-10")
+    parser.add_argument("--size", type=int, help="side of the images in pixels")
+    parser.add_argument("-n", type=int, default=1000, help="number of images")
+    parser.add_argument("-o", "--outdir", type=Path, default=Path("results/adaptivity"))
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, show, and write ``adaptivity.json`` and pictures."""
+    options = parse()
+    model, size = load(options)
+    model = model.to(choose_device(options.device))
+    data = first(images_of(options.test, "test", size, train=False), options.n)
+    batches = [model.get_input(b, "image").to(model.device) for b in loader(data, 50)]
+    options.outdir.mkdir(parents=True, exist_ok=True)
+
+    report: dict[str, Any] = {"rank correlation": correlations(model, batches)}
+    noise = torch.Generator().manual_seed(0)
+    changed = {"as they are": batches}
+    for level in (0.05, 0.1, 0.2):
+        added = [torch.randn(x.shape, generator=noise).to(x) * 2 * level for x in batches]
+        noisy = [(x + n).clamp(-1, 1) for x, n in zip(batches, added, strict=True)]
+        changed[f"noise of {level:.0%}"] = noisy
+    for sigma in (0.5, 1.0, 2.0):
+        blurred = [gaussian_blur(x, [4 * round(sigma + 0.5) + 1] * 2, [sigma] * 2) for x in batches]
+        changed[f"blur of {sigma} pixels"] = blurred
+    report["tokens per image"] = {k: tokens_per_image(model, v) for k, v in changed.items()}
+
+    with torch.no_grad():
+        own = [(model(x)[0].clamp(-1, 1) - x).square().mean((1, 2, 3)) for x in batches]
+    middle = float(-10 * torch.log10(torch.cat(own).median() / 4))
+    levels = [round(middle + step, 1) for step in (-2.0, 0.0, 1.0)]
+    report["fixed error"] = {f"{p} dB": fixed_error(model, batches, p) for p in levels}
+
+    strange = strange_images(size)
+    unseen = torch.stack(list(strange.values())).to(model.device)
+    with torch.no_grad():
+        quantized = model.encode(unseen)
+    sequence, codes = model.quantize.sequence, quantized.info.indices
+    tokens, _ = sequence.encode(codes)
+    valid = torch.equal(sequence.decode(tokens, codes.shape[1:3]), codes)
+    counts = quantized.info.encodings.lengths.sum((1, 2)).tolist()
+    report["never seen"] = dict(zip(strange, counts, strict=True)) | {"valid sequences": valid}
+
+    pictures(model, batches[0][:12], options.outdir / "images.png")
+    pictures(
+        model, torch.stack(list(strange.values())).to(model.device), options.outdir / "new.png"
+    )
+    (options.outdir / "adaptivity.json").write_text(json.dumps(report, indent=2))
+    logger.info("%s\nwritten to %s", json.dumps(report, indent=2), options.outdir)
+
+
+if __name__ == "__main__":
+    run(main)

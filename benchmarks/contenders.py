@@ -1,0 +1,101 @@
+"""The quantizers that are measured against each other, and the rates at which each is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+QUANTIZE = "taming.modules.vqvae.quantize"
+RESIDUAL = "taming.modules.vqvae.transforms.Residual"
+ATTRACT = "taming.modules.vqvae.transforms.Attract"
+MAX_LOOPS = 8
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A quantizer in the race.
+
+    Attributes:
+        name: Short name, unique.
+        group: Contenders of one group are one line of the plot.
+        quantizer: ``{target, params}``.
+        lengths: Mean turns per site at which the trained model is measured; None measures it once,
+            at its only rate.
+        beam: Width of the search once it is trained, for a loopy Residual.
+    """
+
+    name: str
+    group: str
+    quantizer: Mapping[str, Any]
+    lengths: tuple[float, ...] | None = field(default=None)
+    beam: int | None = None
+
+
+def _block(target: str, **params: Any) -> dict[str, Any]:
+    return {"target": target, "params": params}
+
+
+def _loopy(transform: str, codes: int, channels: int, **params: Any) -> dict[str, Any]:
+    embedding = {"depth_embedding": (MAX_LOOPS, channels)}
+    own = {"max_loops": MAX_LOOPS} if transform == RESIDUAL else {"step": 0.5}
+    return _block(
+        f"{QUANTIZE}.LoopyVectorQuantizer",
+        n_e=codes,
+        e_dim=channels,
+        max_loops=MAX_LOOPS,
+        ema_decay=0.99,
+        transform_config=_block(transform, **own, **embedding),
+        **params,
+    )
+
+
+def _residual(depth: int, codes: int, channels: int, **params: Any) -> dict[str, Any]:
+    return _block("peers.ResidualVQ", n_e=codes, e_dim=channels, depth=depth, **params)
+
+
+def contenders(codes: int, channels: int) -> dict[str, Contender]:
+    """Return every contender by name, for K codes and D channels."""
+    one_rate = [
+        Contender(
+            "vq",
+            "one code",
+            _block(f"{QUANTIZE}.VectorQuantizer2", n_e=codes, e_dim=channels, beta=0.25),
+        )
+    ]
+    for factor in (1, 4):
+        one_rate.append(
+            Contender(
+                f"ema-vq-{factor}k",
+                "one code",
+                _residual(1, factor * codes, channels, threshold_ema_dead_code=2),
+            )
+        )
+    for levels in ([8, 6, 5], [8, 5, 5, 5]):
+        name = "fsq-" + "x".join(map(str, levels))
+        one_rate.append(Contender(name, "fsq", _block("peers.FSQ", levels=levels, e_dim=channels)))
+    for depth in (2, 3, 4, 8):
+        for shared in (False, True):
+            kind = "shared" if shared else "separate"
+            quantizer = _residual(depth, codes, channels, shared_codebook=shared)
+            one_rate.append(Contender(f"rvq-{depth}-{kind}", f"fixed depth, {kind}", quantizer))
+    one_rate.append(
+        Contender("attract", "loopy Attract", _loopy(ATTRACT, codes, channels, target_length=2.0))
+    )
+    dropout = _residual(MAX_LOOPS, codes, channels, quantize_dropout=True)
+    many_rates = [
+        Contender("rvq-dropout", "quantize_dropout", dropout, (1, 2, 3, 4, 6)),
+        Contender(
+            "loopy-one",
+            "loopy, one checkpoint",
+            _loopy(RESIDUAL, codes, channels, target_length=2.0, length_range=(1.0, 6.0)),
+            (1, 1.5, 2, 3, 4, 6),
+            beam=4,
+        ),
+    ]
+    for length in (2, 3, 4):
+        quantizer = _loopy(RESIDUAL, codes, channels, target_length=float(length))
+        many_rates.append(
+            Contender(f"loopy-{length}", "loopy, dedicated", quantizer, (length,), beam=4)
+        )
+    return {contender.name: contender for contender in one_rate + many_rates}

@@ -1,0 +1,153 @@
+"""Distortion and rate of a trained tokenizer on held-out images.
+
+Axis letters: B images, D channels, h w grid, N latents, S sites, T turns, K codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+from taming.models.vqgan import VQModel
+from taming.modules.vqvae.quantize import LoopyVectorQuantizer
+from taming.modules.vqvae.rate import turns_within
+from taming.modules.vqvae.transforms import Path
+
+Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Measurement(NamedTuple):
+    """Attributes: psnr in dB of the mean squared error over all images, ssim, tokens per image
+    (slots written), raw_bits and entropy_bits per image, and usage of the codebook in [0, 1]."""
+
+    psnr: float
+    ssim: float
+    tokens: float
+    raw_bits: float
+    entropy_bits: float
+    usage: float
+
+
+def entropy(values: Tensor) -> float:
+    """Zero-order entropy of a set of integers, in bits for all of them together."""
+    counts = values.flatten().bincount().double()
+    return float(len(values) * torch.special.entr(counts / counts.sum()).sum() / math.log(2))
+
+
+def code_bits(codes: Tensor) -> float:
+    """Zero-order entropy of codes (N, T), turn by turn, and of the lengths; bits of all sites."""
+    lengths = (codes >= 0).sum(dim=1)
+    turns = [turn[turn >= 0] for turn in codes.unbind(1)]
+    return entropy(lengths) + sum(entropy(turn) for turn in turns if len(turn) > 0)
+
+
+@torch.no_grad()
+def measure(
+    model: VQModel, images: Iterable[Tensor], quantize: Quantize | None = None
+) -> Measurement:
+    """Encode and decode images, and count what their codes cost.
+
+    Args:
+        model: A tokenizer in eval mode.
+        images: Batches (B, 3, H, W) in [-1, 1] on the model's device.
+        quantize: z (B, D, h, w) -> z_q and codes (B, h, w, T); by default the model's own.
+    """
+    if quantize is None:
+        quantize = own_quantizer(model)
+    psnr = PeakSignalNoiseRatio(data_range=2.0).to(model.device)
+    ssim = StructuralSimilarityIndexMeasure(data_range=2.0).to(model.device)
+    written: list[Tensor] = []
+    for x in images:
+        z_q, codes = quantize(model.encode_to_prequant(x))
+        x_rec = model.decode(z_q).clamp(-1, 1)
+        psnr.update(x_rec, x)
+        ssim.update(x_rec, x)
+        written.append(codes)
+    codes = torch.cat(written)
+    count, rows = len(codes), codes.flatten(0, 2)
+    sequence_length = sum(float(model.quantize.sequence.encode(part)[1].sum()) for part in written)
+    vocabulary = math.log2(model.quantize.sequence.vocab_size)
+    used = rows[(rows >= 0) & (rows < model.quantize.n_e)].unique()
+    return Measurement(
+        float(psnr.compute()),
+        float(ssim.compute()),
+        float((rows >= 0).sum()) / count,
+        sequence_length * vocabulary / count,
+        code_bits(rows) / count,
+        len(used) / model.quantize.n_e,
+    )
+
+
+def own_quantizer(model: VQModel) -> Quantize:
+    """Quantize as the model does by itself."""
+
+    def quantize(z: Tensor) -> tuple[Tensor, Tensor]:
+        out = model.quantize(z)
+        return out.z_q, out.info.indices.reshape(len(z), *z.shape[2:], -1)
+
+    return quantize
+
+
+def whole_path(quantizer: LoopyVectorQuantizer, z: Tensor) -> Path:
+    """Path of latents (B, D, h, w) through all turns."""
+    rows = z.permute(0, 2, 3, 1).reshape(-1, quantizer.e_dim)
+    codebook = quantizer.embedding.weight
+    return quantizer.transform.walk(rows, codebook, rows.new_zeros(len(rows)), quantizer.max_loops)
+
+
+def cut_by(model: VQModel, lengths_of: Callable[[Path, int], Tensor]) -> Quantize:
+    """Quantize with lengths chosen by ``lengths_of(path, images) -> (N,)``, for the controls."""
+    quantizer = model.quantize
+    assert isinstance(quantizer, LoopyVectorQuantizer)
+
+    def quantize(z: Tensor) -> tuple[Tensor, Tensor]:
+        path = whole_path(quantizer, z)
+        codes = path.end_at(lengths_of(path, len(z)))
+        codes = codes.reshape(len(z), *z.shape[2:], -1)
+        return quantizer.get_codebook_entry(codes), codes
+
+    return quantize
+
+
+def shuffled_lengths(threshold: Tensor) -> Callable[[Path, int], Tensor]:
+    """Lengths by a threshold, then dealt out at random among the sites of each image."""
+    generator = torch.Generator().manual_seed(0)
+
+    def lengths(path: Path, images: int) -> Tensor:
+        own = turns_within(path.distances, threshold.expand(len(path.distances)))
+        own = own.reshape(images, -1)
+        order = torch.rand(own.shape, generator=generator).argsort(dim=1).to(own.device)
+        return own.gather(1, order).flatten()
+
+    return lengths
+
+
+def fixed_length(turns: int) -> Callable[[Path, int], Tensor]:
+    """Give all sites as many turns."""
+    return lambda path, images: torch.full(
+        (len(path.distances),), turns, device=path.distances.device
+    )
+
+
+@torch.no_grad()
+def threshold_for_mean(model: VQModel, images: Iterable[Tensor], length: float) -> Tensor:
+    """Find the one threshold at which images take a mean number of turns per site.
+
+    The number of turns falls with the threshold, so bisection on its logarithm finds it.
+    """
+    assert isinstance(model.quantize, LoopyVectorQuantizer)
+    paths = [whole_path(model.quantize, model.encode_to_prequant(x)).distances for x in images]
+    distances = torch.cat(paths)
+    low, high = 1e-6 * distances.max(), distances.max()
+    for _ in range(40):
+        middle = (low * high).sqrt()
+        if turns_within(distances, middle.expand(len(distances))).float().mean() > length:
+            low = middle
+        else:
+            high = middle
+    return high

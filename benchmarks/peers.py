@@ -1,0 +1,111 @@
+"""Quantizers of vector-quantize-pytorch behind this project's contract, to be measured against.
+
+Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vector_quantize_pytorch as vqp
+from einops import rearrange
+from torch import Tensor
+
+from taming.modules.vqvae.base import (
+    Quantizer,
+    QuantizerInfo,
+    QuantizerOutput,
+    channels_second,
+    code_perplexity,
+)
+from taming.modules.vqvae.sequence import RasterSequence, UnarySequence
+
+
+class ResidualVQ(Quantizer):
+    """Residual quantization of fixed depth (Lee et al. 2022, arXiv:2203.01941).
+
+    Args:
+        n_e: K, number of codes of each turn.
+        e_dim: D, channels of a latent.
+        depth: T, turns of every site.
+        shared_codebook: One codebook for all turns.
+        quantize_dropout: Train every depth from 1 to T, so that `cut` may shorten all sites.
+        options: Further keyword arguments of ``vector_quantize_pytorch.ResidualVQ``.
+
+    Attributes:
+        cut: Turns used in evaluation, at most T.
+    """
+
+    def __init__(
+        self,
+        n_e: int,
+        e_dim: int,
+        depth: int,
+        shared_codebook: bool = False,
+        quantize_dropout: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(n_e, e_dim)
+        self.cut = depth
+        self.inner = vqp.ResidualVQ(
+            dim=e_dim,
+            codebook_size=n_e,
+            num_quantizers=depth,
+            shared_codebook=shared_codebook,
+            quantize_dropout=quantize_dropout,
+            **{"decay": 0.99, "kmeans_init": True, "commitment_weight": 0.25, **options},
+        )
+        self.sequence = (
+            RasterSequence(n_e) if depth == 1 else UnarySequence(n_e, depth, dummies=False)
+        )
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        """Quantize latents z (B, D, h, w); indices (B, h, w, T), -1 from `cut` on."""
+        batch, _, h, w = z.shape
+        rows = rearrange(z.float(), "b d h w -> b (h w) d")
+        z_q, indices, losses = self.inner(rows)
+        if not self.training and self.cut < indices.shape[-1]:
+            indices[..., self.cut :] = -1
+            z_q = self.inner.get_output_from_indices(indices)
+        z_q = channels_second(z_q.reshape(batch, h, w, self.e_dim))
+        written = indices[indices >= 0]
+        info = QuantizerInfo(
+            code_perplexity(written, self.n_e), None, indices.reshape(batch, h, w, -1)
+        )
+        return QuantizerOutput(z_q, losses.mean(), info)
+
+    def get_codebook_entry(
+        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
+    ) -> Tensor:
+        """Turn indices (B, h, w, T) back into z_q (B, D, h, w)."""
+        batch, h, w, _ = indices.shape
+        z_q = self.inner.get_output_from_indices(indices.flatten(1, 2))
+        return channels_second(z_q.reshape(batch, h, w, self.e_dim))
+
+
+class FSQ(Quantizer):
+    """Finite scalar quantization (Mentzer et al. 2023, arXiv:2309.15505): no codebook to learn.
+
+    Args:
+        levels: Values of each of its few channels; K is their product.
+        e_dim: D, channels of a latent, projected to ``len(levels)`` and back.
+    """
+
+    def __init__(self, levels: list[int], e_dim: int) -> None:
+        inner = vqp.FSQ(levels, dim=e_dim)
+        super().__init__(int(inner.codebook_size), e_dim)
+        self.inner = inner
+        self.sequence = RasterSequence(self.n_e)
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        """Quantize latents z (B, D, h, w); indices (B, h, w, 1)."""
+        z_q, indices = self.inner(z.float())
+        indices = indices[..., None].long()
+        info = QuantizerInfo(code_perplexity(indices, self.n_e), None, indices)
+        return QuantizerOutput(z_q, z.new_zeros(()), info)
+
+    def get_codebook_entry(
+        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
+    ) -> Tensor:
+        """Turn indices (B, h, w, 1) back into z_q (B, D, h, w)."""
+        return self.inner.indices_to_codes(indices[..., 0])

@@ -1,0 +1,208 @@
+"""Which quantizer gives the best images for its tokens and for its bits?
+
+Trains the same encoder and decoder with each quantizer, for as many steps and on the same seeds,
+measures held-out images, and writes a CSV, a table, a plot and the verdicts. What was trained or
+measured before is kept in the folder of results and not done again.
+
+python benchmarks/rate_distortion.py --quick --train train.parquet --test test.parquet
+python benchmarks/rate_distortion.py --standard
+python benchmarks/rate_distortion.py --full --train photos/train --test photos/val
+
+Without --train and --test, CIFAR-10 is downloaded. Bits are counted three ways: raw, log2 of the
+vocabulary for each token of the sequence; zero-order entropy of codes and lengths; and by the
+negative log-likelihood of a small transformer trained on the sequences, lengths included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import MAX_LOOPS, Contender, contenders
+from measure import (
+    Measurement,
+    cut_by,
+    fixed_length,
+    measure,
+    shuffled_lengths,
+    threshold_for_mean,
+)
+from report import write_report
+from tqdm import tqdm
+from training import Plan, first, loader, prior_bits, trained_tokenizer
+
+from taming.data.custom import ImageFolder
+from taming.data.hub import CIFAR10
+from taming.models.vqgan import VQModel
+from taming.modules.vqvae.quantize import LoopyVectorQuantizer
+from taming.script import run
+
+logger = logging.getLogger("taming.benchmark")
+
+SMALL = {
+    "double_z": False,
+    "z_channels": 64,
+    "resolution": 32,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 16,
+    "ch_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+    "num_groups": 8,
+}
+LARGE = SMALL | {
+    "resolution": 256,
+    "ch": 64,
+    "ch_mult": [1, 1, 2, 2],
+    "num_res_blocks": 2,
+    "num_groups": 32,
+}
+SMALL_PRIOR = {"n_layer": 2, "n_head": 4, "n_embd": 96}
+LARGE_PRIOR = {"n_layer": 8, "n_head": 8, "n_embd": 512}
+DECISIVE = (
+    *("vq", "ema-vq-4k", "rvq-2-separate", "rvq-3-separate", "rvq-4-separate", "rvq-2-shared"),
+    *("rvq-dropout", "loopy-one", "loopy-2", "loopy-4"),
+)
+ALL = tuple(contenders(256, 16))
+PLANS = {
+    "quick": Plan(
+        SMALL, 16, 256, 250, 32, 1e-3, 60, SMALL_PRIOR, 1,
+        ("vq", "rvq-2-separate", "rvq-4-separate", "loopy-one"), 500, 500,
+    ),
+    "standard": Plan(
+        SMALL, 16, 256, 1600, 32, 1e-3, 250, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
+    ),
+    "full": Plan(LARGE, 32, 1024, 50_000, 16, 4e-4, 20_000, LARGE_PRIOR, 3, ALL, 10_000, 2000),
+}  # fmt: skip
+FIELDS = ("name", "group", "seed", "length", *Measurement._fields, "prior_bits")
+
+
+def images_of(path: str | None, split: str, size: int, train: bool) -> Any:
+    """Open a folder of images or a Parquet file; None stands for CIFAR-10 by download."""
+    if path is not None and Path(path).is_dir():
+        return ImageFolder(path, size=size, random_crop=train, random_flip=train)
+    return CIFAR10(split=split, path=path, size=size, random_flip=train)  # type: ignore[arg-type]
+
+
+def settings(
+    model: VQModel, contender: Contender, calibration: list[torch.Tensor]
+) -> Iterator[str]:
+    """Set a trained tokenizer to each of its rates in turn; yields the mean length."""
+    if contender.lengths is None:
+        yield ""
+        return
+    for length in contender.lengths:
+        if isinstance(model.quantize, LoopyVectorQuantizer):
+            model.quantize.threshold = threshold_for_mean(model, calibration, length)
+        else:
+            model.quantize.cut = int(length)
+        yield str(length)
+
+
+def race(plan: Plan, name: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train one contender with one seed and measure it at all of its rates."""
+    torch.set_num_threads(options.threads)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    contender = contenders(plan.codes, plan.channels)[name]
+    size = plan.ddconfig["resolution"]
+    train = images_of(options.train, "train", size, train=True)
+    test = first(images_of(options.test, "test", size, train=False), plan.test_images)
+    still = first(images_of(options.train, "train", size, train=False), plan.calibration_images)
+    model = trained_tokenizer(plan, contender, seed, train, options.outdir, options.precision)
+    if contender.beam is not None:
+        model.quantize.transform.beam = contender.beam  # costs nothing in training
+
+    def batches(data: Any) -> list[torch.Tensor]:
+        return [model.get_input(b, "image").to(model.device) for b in loader(data, 100)]
+
+    images, calibration = batches(test), batches(still)
+    rows = []
+
+    def add(label: str, group: str, length: str, result: Measurement, bits: float | None) -> None:
+        values = (label, group, seed, length, *result, bits)
+        rows.append(dict(zip(FIELDS, values, strict=True)))
+
+    for length in settings(model, contender, calibration):
+        bits = prior_bits(plan, model, train, test, options.precision) if options.prior else None
+        add(name, contender.group, length, measure(model, images), bits)
+        if name == "loopy-one" and isinstance(model.quantize, LoopyVectorQuantizer):
+            shuffled = cut_by(model, shuffled_lengths(model.quantize.threshold))
+            add("shuffled", "control: shuffled", length, measure(model, images, shuffled), None)
+    if name == "loopy-one":
+        for turns in range(1, MAX_LOOPS - 1):
+            result = measure(model, images, cut_by(model, fixed_length(turns)))
+            add("fixed", "control: fixed depth", str(turns), result, None)
+    return rows
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--quick", dest="plan", action="store_const", const="quick")
+    which.add_argument("--standard", dest="plan", action="store_const", const="standard")
+    which.add_argument("--full", dest="plan", action="store_const", const="full")
+    parser.add_argument("--train", help="Parquet file, or folder of images")
+    parser.add_argument("--test", help="Parquet file, or folder of images, held out")
+    parser.add_argument("-o", "--outdir", type=Path, help="default: results/rate_distortion/PLAN")
+    parser.add_argument("--seeds", type=int, help="number of seeds")
+    parser.add_argument("--only", nargs="*", help="names of contenders")
+    parser.add_argument("--precision", default="32-true", help="of training, as bf16-mixed")
+    parser.add_argument("--workers", type=int, help="trainings at once; default: one per CPU core")
+    parser.add_argument("--no-prior", dest="prior", action="store_false", help="skip the priors")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run all trainings that are not done yet, then report."""
+    options = parse()
+    plan = PLANS[options.plan]
+    options.outdir = options.outdir or Path("results/rate_distortion", options.plan)
+    options.outdir.mkdir(parents=True, exist_ok=True)
+    gpus = torch.cuda.device_count()
+    cores = os.cpu_count() or 1
+    workers = options.workers or (1 if gpus else cores)
+    options.threads = max(1, cores // workers)
+    table = options.outdir / "measurements.csv"
+    rows = read_rows(table)
+    done = {(row["name"], int(row["seed"])) for row in rows}
+    wanted = [
+        (name, seed)
+        for seed in range(options.seeds or plan.seeds)
+        for name in options.only or plan.names
+        if (name, seed) not in done
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        races = [pool.submit(race, plan, name, seed, options) for name, seed in wanted]
+        for finished in tqdm(as_completed(races), total=len(races), desc="contenders"):
+            rows += finished.result()
+            with table.open("w", newline="") as file:
+                writer = csv.DictWriter(file, FIELDS)
+                writer.writeheader()
+                writer.writerows(rows)
+    write_report(read_rows(table), plan, options.outdir)
+
+
+def read_rows(table: Path) -> list[dict[str, Any]]:
+    """Read what was measured before; nothing if there is no table yet."""
+    if not table.exists():
+        return []
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    run(main)

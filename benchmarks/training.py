@@ -1,0 +1,174 @@
+"""Training of the contenders and of priors over their tokens, each kept as a file and reused."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from contenders import Contender
+from torch.utils.data import DataLoader, Subset
+
+from taming.models.cond_transformer import Net2NetTransformer
+from taming.models.vqgan import VQModel
+from taming.trainer import quiet_lightning
+from taming.util import instantiate_from_config
+
+logger = logging.getLogger("taming.benchmark")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how large.
+
+    Attributes:
+        ddconfig: See `taming.modules.diffusionmodules.model.Encoder`.
+        channels: D, channels of a latent.
+        codes: K.
+        steps: Training steps of a tokenizer.
+        batch_size: Images per step.
+        learning_rate: Of the tokenizers; falls to 2% along a cosine.
+        prior_steps: Training steps of a prior.
+        prior: Sizes of its GPT.
+        seeds: Number of seeds.
+        names: Contenders.
+        test_images: Number of held-out images.
+        calibration_images: Training images on which thresholds are set.
+    """
+
+    ddconfig: dict[str, Any]
+    channels: int
+    codes: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    prior_steps: int
+    prior: dict[str, int]
+    seeds: int
+    names: tuple[str, ...]
+    test_images: int
+    calibration_images: int
+
+
+def _schedule(steps: int) -> dict[str, Any]:
+    return {
+        "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler",
+        "params": {
+            "warm_up_steps": min(50, steps // 4),
+            "lr_start": 0.02,
+            "lr_max": 1.0,
+            "lr_min": 0.02,
+            "max_decay_steps": steps,
+        },
+    }
+
+
+def loader(data: Any, batch_size: int, shuffle: bool = False, workers: int = 0) -> DataLoader:
+    """Serve a data set; what a shuffle draws depends on the global seed alone."""
+    return DataLoader(data, batch_size, shuffle=shuffle, drop_last=shuffle, num_workers=workers)
+
+
+def fit(model: pl.LightningModule, data: DataLoader, steps: int, precision: str) -> None:
+    """Train for a number of steps, on a GPU if there is one, without writing anything."""
+    quiet_lightning()
+    trainer = pl.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        precision=precision,  # type: ignore[arg-type]
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, data)
+
+
+def build_tokenizer(plan: Plan, contender: Contender) -> VQModel:
+    """Build a contender's tokenizer: all have the same encoder, decoder and loss."""
+    block = contender.quantizer
+    n_e = instantiate_from_config(block).n_e
+    return VQModel(
+        ddconfig=plan.ddconfig,
+        lossconfig={
+            "target": "taming.modules.losses.reconstruction.ReconstructionLoss",
+            "params": {"distance": "l2"},
+        },
+        n_embed=n_e,
+        embed_dim=plan.channels,
+        quantizer_config=block,
+        betas=(0.9, 0.99),
+        scheduler_config=_schedule(plan.steps),
+    )
+
+
+def trained_tokenizer(
+    plan: Plan, contender: Contender, seed: int, data: Any, folder: Path, precision: str
+) -> VQModel:
+    """Train a contender, or load what an earlier call trained."""
+    file = folder / f"{contender.name}-{seed}.pt"
+    pl.seed_everything(seed, verbose=False)
+    model = build_tokenizer(plan, contender)
+    if file.exists():
+        model.load_state_dict(torch.load(file))
+    else:
+        logger.info("training %s, seed %d", contender.name, seed)
+        model.learning_rate = plan.learning_rate
+        fit(model, loader(data, plan.batch_size, shuffle=True), plan.steps, precision)
+        torch.save(model.state_dict(), file)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def prior_bits(plan: Plan, tokenizer: VQModel, train: Any, test: Any, precision: str) -> float:
+    """Train a small transformer on a tokenizer's tokens; its bits per held-out image.
+
+    The tokenizer is used at the rate to which it is set. Lengths are part of the tokens, so they
+    are paid for.
+    """
+    pl.seed_everything(0, verbose=False)
+    side = plan.ddconfig["resolution"] // tokenizer.encoder.factor
+    sequence = tokenizer.quantize.sequence
+    model = Net2NetTransformer(
+        transformer_config={
+            "target": "taming.modules.transformer.mingpt.GPT",
+            "params": {
+                "vocab_size": sequence.vocab_size,
+                "block_size": side * side * sequence.site_tokens + 1,
+                "site_shape": (side, side, sequence.site_tokens),
+                **plan.prior,
+            },
+        },
+        first_stage_config={"target": "training.keep", "params": {"model": tokenizer}},
+        cond_stage_config="__is_unconditional__",
+        scheduler_config=_schedule(plan.prior_steps),
+    )
+    model.learning_rate = 2e-3
+    fit(model, loader(train, 32, shuffle=True), plan.prior_steps, precision)
+    return bits_per_image(model.to(tokenizer.device).eval(), loader(test, 100))
+
+
+def keep(model: VQModel) -> VQModel:
+    """Hand a model through a configuration."""
+    return model
+
+
+@torch.no_grad()
+def bits_per_image(model: Net2NetTransformer, data: DataLoader) -> float:
+    """Negative log-likelihood of the images' tokens in bits."""
+    total, images = 0.0, 0
+    for batch in data:
+        x, c = model.get_xc(batch)
+        logits, target = model(x.to(model.device), c.to(model.device))
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), target.flatten(), ignore_index=-1, reduction="sum"
+        )
+        total, images = total + float(loss), images + len(x)
+    return total / images / 0.6931471805599453
+
+
+def first(data: Any, amount: int) -> Subset:
+    """Take the first images of a data set."""
+    return Subset(data, range(min(amount, len(data))))
