@@ -59,27 +59,43 @@ def threshold_for(distances: Tensor, tokens: Tensor) -> Tensor:
 
 
 def fewest_tokens(
-    quality: Callable[[Tensor], Tensor], target: Tensor, sites: int, max_loops: int
+    quality: Callable[[Tensor], Tensor],
+    target: Tensor,
+    sites: int,
+    max_loops: int,
+    probes: int = 8,
 ) -> Tensor:
-    """Bisect, for each image by itself, how many tokens reach a quality.
+    """Find, for each image by itself, how few tokens reach a quality.
+
+    Probes upward until the quality is reached, then bisects below: what is returned was seen to
+    reach it, even where the quality does not rise with every token.
 
     Args:
-        quality: Tokens (B,) -> quality (B,) of the images encoded with them; rises with tokens.
+        quality: Tokens (B,) -> quality (B,) of the images encoded with them.
         target: (B,), the quality wanted.
         sites: S.
         max_loops: T.
+        probes: Steps of the upward search.
 
     Returns:
         (B,) int64 in [S, S T]; S T where nothing reaches the target.
     """
-    low = torch.full(target.shape, sites, device=target.device)
-    high = low * max_loops
-    while (low < high).any():
-        middle = (low + high) // 2
+    most = sites * max_loops
+    failed = torch.full(target.shape, sites - 1, device=target.device)
+    enough = torch.full_like(failed, most)
+    found = torch.zeros_like(failed, dtype=torch.bool)
+    for probe in torch.linspace(sites, most, probes + 1).long().tolist():
+        reached = ~found & (quality(torch.full_like(failed, probe)) >= target)
+        enough = torch.where(reached, probe, enough)
+        found |= reached
+        failed = torch.where(found, failed, probe)
+    failed = torch.where(found, failed, enough)
+    while (enough - failed > 1).any():
+        middle = torch.where(enough - failed > 1, (failed + enough) // 2, enough)
         reached = quality(middle) >= target
-        high = torch.where(reached, middle, high)
-        low = torch.where(reached, low, torch.minimum(middle + 1, high))
-    return low
+        enough = torch.where(reached, middle, enough)
+        failed = torch.where(reached, failed, torch.minimum(middle, enough - 1))
+    return enough
 
 
 def draw_tokens(

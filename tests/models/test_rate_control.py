@@ -1,0 +1,126 @@
+"""A trained loopy tokenizer is used at any rate, image by image."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import DDCONFIG, GAN, LOOPY, PLAIN, images, trainer
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from taming.models.vqgan import VQModel
+from taming.modules.vqvae.rate import fewest_tokens
+
+SITES = 64
+
+
+def pictures() -> torch.Tensor:
+    """Five smooth images, such that more tokens give better ones."""
+    noise = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return F.interpolate(noise, size=(16, 16), mode="bicubic").clamp(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def model() -> VQModel:
+    """A tokenizer whose decoder tells good codes from bad ones: one that was trained a little."""
+    torch.manual_seed(0)
+    tokenizer = VQModel(DDCONFIG, PLAIN, 16, 4, quantizer_config=LOOPY)
+    tokenizer.learning_rate = 1e-2
+    x = pictures()
+    optimizer = tokenizer.configure_optimizers()[0][0]
+    for _ in range(150):
+        x_rec, loss = tokenizer(x)
+        optimizer.zero_grad()
+        ((x_rec - x).square().mean() + loss).backward()
+        optimizer.step()
+    return tokenizer.eval()
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return pictures()
+
+
+def tokens(quantized) -> torch.Tensor:
+    return quantized.info.encodings.lengths.sum((1, 2))
+
+
+def psnr(model: VQModel, quantized, x: torch.Tensor) -> torch.Tensor:
+    x_rec = model.decode(quantized.z_q).clamp(-1, 1)
+    return peak_signal_noise_ratio(x_rec, x, data_range=2.0, dim=(1, 2, 3), reduction="none")
+
+
+@torch.no_grad()
+def test_a_smaller_threshold_writes_more_tokens(model, x) -> None:
+    few, many = (model.encode(x, threshold=t * model.quantize.latent_std) for t in (0.5, 0.05))
+    assert (tokens(few) < tokens(many)).all()
+
+
+@torch.no_grad()
+def test_tokens_are_kept_for_each_image_whatever_its_batch(model, x) -> None:
+    wanted = torch.tensor([64, 80, 100, 120, 1000])
+    together = model.encode(x, max_tokens=wanted)
+    assert (tokens(together) <= wanted).all() and tokens(together)[0] == SITES
+    for i, amount in enumerate(wanted.tolist()):
+        alone = model.encode(x[i : i + 1], max_tokens=amount)
+        assert torch.equal(alone.info.indices[0], together.info.indices[i])
+
+
+@torch.no_grad()
+def test_a_psnr_is_reached_with_the_fewest_tokens(model, x) -> None:
+    budgets = torch.linspace(SITES, SITES * model.quantize.max_loops, 9).long()
+    target = psnr(model, model.encode(x, max_tokens=int(budgets[3])), x) - 1e-3
+    quantized = model.encode(x, target_psnr=target)
+    assert (psnr(model, quantized, x) >= target).all()
+    assert (tokens(quantized) <= budgets[3]).all()
+
+
+@torch.no_grad()
+def test_where_a_psnr_is_out_of_reach_all_turns_are_taken(model, x) -> None:
+    whole = SITES * model.quantize.max_loops
+    everything = model.encode(x, max_tokens=whole)
+    assert torch.equal(model.encode(x, target_psnr=99.0).info.indices, everything.info.indices)
+
+
+def test_bisection_finds_the_least_that_reaches_a_monotone_quality() -> None:
+    needed = torch.tensor([4, 5, 11, 12, 99])
+    found = fewest_tokens(lambda n: (n >= needed).float(), torch.ones(5), sites=4, max_loops=3)
+    assert found.tolist() == [4, 5, 11, 12, 12]
+
+
+def test_what_bisection_finds_reaches_the_target_though_quality_goes_up_and_down() -> None:
+    quality = torch.tensor([0.0] * 20 + [5.0, 4.0, 1.0, 5.0] * 20)
+    found = fewest_tokens(lambda n: quality[n], torch.full((3,), 4.5), sites=10, max_loops=8)
+    assert (quality[found] >= 4.5).all() and (found < 80).all()
+
+
+def test_rates_that_make_no_sense_are_refused(model, x) -> None:
+    with pytest.raises(ValueError, match="give one of threshold, max_tokens and target_psnr"):
+        model.encode(x, threshold=1.0, max_tokens=100)
+    with pytest.raises(ValueError, match="of 64 sites needs at least 64 tokens, got 3"):
+        model.encode(x, max_tokens=3)
+    plain = VQModel(DDCONFIG, PLAIN, 16, 4)
+    with pytest.raises(ValueError, match="VectorQuantizer2 has one rate, which cannot be set"):
+        plain.encode(x, max_tokens=100)
+    with pytest.raises(ValueError, match="target_psnr needs the model in eval mode"):
+        VQModel(DDCONFIG, PLAIN, 16, 4, quantizer_config=LOOPY).encode(x, target_psnr=20.0)
+
+
+@pytest.mark.parametrize("lossconfig", [GAN, PLAIN], ids=["gan", "plain"])
+def test_learning_rates_follow_the_schedule_by_generator_steps(tmp_path, lossconfig) -> None:
+    schedule = {
+        "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler",
+        "params": {
+            "warm_up_steps": 2,
+            "lr_start": 0.1,
+            "lr_max": 1.0,
+            "lr_min": 0.0,
+            "max_decay_steps": 10,
+        },
+    }
+    tokenizer = VQModel(DDCONFIG, lossconfig, 16, 4, scheduler_config=schedule)
+    tokenizer.learning_rate, tokenizer.accumulate_grad_batches = 1e-3, 2
+    fit = trainer(tmp_path)
+    fit.fit(tokenizer, images(16), images(2))
+    assert fit.global_step == 4 and len(fit.optimizers) == (2 if lossconfig is GAN else 1)
+    for optimizer in fit.optimizers:
+        rate = optimizer.param_groups[0]["lr"]
+        assert rate == pytest.approx(1e-3 * tokenizer.schedule(4))
