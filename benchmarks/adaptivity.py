@@ -21,16 +21,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contenders import contenders
 from einops import reduce
-from measure import fixed_length, whole_path
 from PIL import Image, ImageDraw
-from rate_distortion import PLANS, images_of
+from race.contenders import contenders
+from race.measure import fixed_length, whole_path
+from race.plans import PLANS, images_of
+from race.training import build_tokenizer, first, loader
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
-from training import build_tokenizer, first, loader
 
 from taming.experiment import model_from_run
 from taming.models.vqgan import VQModel

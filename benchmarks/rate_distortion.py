@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import MAX_LOOPS, Contender, contenders
-from measure import (
+from race.contenders import MAX_LOOPS, Contender, contenders
+from race.measure import (
     Measurement,
     cut_by,
     fixed_length,
@@ -35,63 +35,18 @@ from measure import (
     shuffled_lengths,
     threshold_for_mean,
 )
-from report import write_report
+from race.plans import PLANS, Plan, images_of
+from race.report import write_report
+from race.training import first, loader, prior_bits, trained_tokenizer
 from tqdm import tqdm
-from training import Plan, first, loader, prior_bits, trained_tokenizer
 
-from taming.data.custom import ImageFolder
-from taming.data.hub import CIFAR10
 from taming.models.vqgan import VQModel
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.script import run
 
 logger = logging.getLogger("taming.benchmark")
 
-SMALL = {
-    "double_z": False,
-    "z_channels": 64,
-    "resolution": 32,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 16,
-    "ch_mult": [1, 2, 2],
-    "num_res_blocks": 1,
-    "attn_resolutions": [],
-    "dropout": 0.0,
-    "num_groups": 8,
-}
-LARGE = SMALL | {
-    "resolution": 256,
-    "ch": 64,
-    "ch_mult": [1, 1, 2, 2],
-    "num_res_blocks": 2,
-    "num_groups": 32,
-}
-SMALL_PRIOR = {"n_layer": 2, "n_head": 4, "n_embd": 96}
-LARGE_PRIOR = {"n_layer": 8, "n_head": 8, "n_embd": 512}
-DECISIVE = (
-    *("vq", "ema-vq-4k", "rvq-2-separate", "rvq-3-separate", "rvq-4-separate", "rvq-2-shared"),
-    *("rvq-dropout", "loopy-one", "loopy-2", "loopy-4"),
-)
-ALL = tuple(contenders(256, 16))
-PLANS = {
-    "quick": Plan(
-        SMALL, 16, 256, 250, 32, 1e-3, 60, SMALL_PRIOR, 1,
-        ("vq", "rvq-2-separate", "rvq-4-separate", "loopy-one"), 500, 500,
-    ),
-    "standard": Plan(
-        SMALL, 16, 256, 1600, 32, 1e-3, 250, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
-    ),
-    "full": Plan(LARGE, 32, 1024, 50_000, 16, 4e-4, 20_000, LARGE_PRIOR, 3, ALL, 10_000, 2000),
-}  # fmt: skip
 FIELDS = ("name", "group", "seed", "length", *Measurement._fields, "prior_bits")
-
-
-def images_of(path: str | None, split: str, size: int, train: bool) -> Any:
-    """Open a folder of images or a Parquet file; None stands for CIFAR-10 by download."""
-    if path is not None and Path(path).is_dir():
-        return ImageFolder(path, size=size, random_crop=train, random_flip=train)
-    return CIFAR10(split=split, path=path, size=size, random_flip=train)  # type: ignore[arg-type]
 
 
 def settings(

@@ -3,54 +3,23 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from contenders import Contender
 from torch.utils.data import DataLoader, Subset
 
+from race.contenders import Contender
+from race.plans import Plan
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.vqgan import VQModel
 from taming.trainer import quiet_lightning
 from taming.util import instantiate_from_config
 
 logger = logging.getLogger("taming.benchmark")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long and how large.
-
-    Attributes:
-        ddconfig: See `taming.modules.diffusionmodules.model.Encoder`.
-        channels: D, channels of a latent.
-        codes: K.
-        steps: Training steps of a tokenizer.
-        batch_size: Images per step.
-        learning_rate: Of the tokenizers; falls to 2% along a cosine.
-        prior_steps: Training steps of a prior.
-        prior: Sizes of its GPT.
-        seeds: Number of seeds.
-        names: Contenders.
-        test_images: Number of held-out images.
-        calibration_images: Training images on which thresholds are set.
-    """
-
-    ddconfig: dict[str, Any]
-    channels: int
-    codes: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    prior_steps: int
-    prior: dict[str, int]
-    seeds: int
-    names: tuple[str, ...]
-    test_images: int
-    calibration_images: int
 
 
 def _schedule(steps: int) -> dict[str, Any]:
@@ -74,6 +43,7 @@ def loader(data: Any, batch_size: int, shuffle: bool = False, workers: int = 0) 
 def fit(model: pl.LightningModule, data: DataLoader, steps: int, precision: str) -> None:
     """Train for a number of steps, on a GPU if there is one, without writing anything."""
     quiet_lightning()
+    warnings.filterwarnings("ignore", "You defined a `validation_step`")  # measured afterwards
     trainer = pl.Trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -141,12 +111,12 @@ def prior_bits(plan: Plan, tokenizer: VQModel, train: Any, test: Any, precision:
                 **plan.prior,
             },
         },
-        first_stage_config={"target": "training.keep", "params": {"model": tokenizer}},
+        first_stage_config={"target": "race.training.keep", "params": {"model": tokenizer}},
         cond_stage_config="__is_unconditional__",
         scheduler_config=_schedule(plan.prior_steps),
     )
     model.learning_rate = 2e-3
-    fit(model, loader(train, 32, shuffle=True), plan.prior_steps, precision)
+    fit(model, loader(train, plan.batch_size, shuffle=True), plan.prior_steps, precision)
     return bits_per_image(model.to(tokenizer.device).eval(), loader(test, 100))
 
 
@@ -166,7 +136,7 @@ def bits_per_image(model: Net2NetTransformer, data: DataLoader) -> float:
             logits.flatten(0, 1).float(), target.flatten(), ignore_index=-1, reduction="sum"
         )
         total, images = total + float(loss), images + len(x)
-    return total / images / 0.6931471805599453
+    return total / images / math.log(2)
 
 
 def first(data: Any, amount: int) -> Subset:

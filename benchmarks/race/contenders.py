@@ -51,7 +51,7 @@ def _loopy(transform: str, codes: int, channels: int, **params: Any) -> dict[str
 
 
 def _residual(depth: int, codes: int, channels: int, **params: Any) -> dict[str, Any]:
-    return _block("peers.ResidualVQ", n_e=codes, e_dim=channels, depth=depth, **params)
+    return _block("race.peers.ResidualVQ", n_e=codes, e_dim=channels, depth=depth, **params)
 
 
 def contenders(codes: int, channels: int) -> dict[str, Contender]:
@@ -73,7 +73,9 @@ def contenders(codes: int, channels: int) -> dict[str, Contender]:
         )
     for levels in ([8, 6, 5], [8, 5, 5, 5]):
         name = "fsq-" + "x".join(map(str, levels))
-        one_rate.append(Contender(name, "fsq", _block("peers.FSQ", levels=levels, e_dim=channels)))
+        one_rate.append(
+            Contender(name, "fsq", _block("race.peers.FSQ", levels=levels, e_dim=channels))
+        )
     for depth in (2, 3, 4, 8):
         for shared in (False, True):
             kind = "shared" if shared else "separate"

@@ -1,0 +1,90 @@
+"""How long and how large a race is, and on which images it is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from race.contenders import contenders
+from taming.data.custom import ImageFolder
+from taming.data.hub import CIFAR10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how large.
+
+    Attributes:
+        ddconfig: See `taming.modules.diffusionmodules.model.Encoder`.
+        channels: D, channels of a latent.
+        codes: K.
+        steps: Training steps of a tokenizer.
+        batch_size: Images per step.
+        learning_rate: Of the tokenizers; falls to 2% along a cosine.
+        prior_steps: Training steps of a prior.
+        prior: Sizes of its GPT.
+        seeds: Number of seeds.
+        names: Contenders.
+        test_images: Number of held-out images.
+        calibration_images: Training images on which thresholds are set.
+    """
+
+    ddconfig: dict[str, Any]
+    channels: int
+    codes: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    prior_steps: int
+    prior: dict[str, int]
+    seeds: int
+    names: tuple[str, ...]
+    test_images: int
+    calibration_images: int
+
+
+SMALL = {
+    "double_z": False,
+    "z_channels": 64,
+    "resolution": 32,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 16,
+    "ch_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+    "num_groups": 8,
+}
+LARGE = SMALL | {
+    "resolution": 256,
+    "ch": 64,
+    "ch_mult": [1, 1, 2, 2],
+    "num_res_blocks": 2,
+    "num_groups": 32,
+}
+SMALL_PRIOR = {"n_layer": 2, "n_head": 4, "n_embd": 96}
+LARGE_PRIOR = {"n_layer": 8, "n_head": 8, "n_embd": 512}
+DECISIVE = (
+    *("vq", "ema-vq-4k", "rvq-2-separate", "rvq-3-separate", "rvq-4-separate", "rvq-2-shared"),
+    *("rvq-dropout", "loopy-one", "loopy-2", "loopy-4"),
+)
+ALL = tuple(contenders(256, 16))
+PLANS = {
+    "quick": Plan(
+        SMALL, 16, 256, 250, 32, 1e-3, 60, SMALL_PRIOR, 1,
+        ("vq", "rvq-2-separate", "rvq-4-separate", "loopy-one"), 500, 500,
+    ),
+    "standard": Plan(
+        SMALL, 16, 256, 1600, 32, 1e-3, 250, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
+    ),
+    "full": Plan(LARGE, 32, 1024, 50_000, 16, 4e-4, 20_000, LARGE_PRIOR, 3, ALL, 10_000, 2000),
+}  # fmt: skip
+
+
+def images_of(path: str | None, split: str, size: int, train: bool) -> Any:
+    """Open a folder of images or a Parquet file; None stands for CIFAR-10 by download."""
+    if path is not None and Path(path).is_dir():
+        return ImageFolder(path, size=size, random_crop=train, random_flip=train)
+    return CIFAR10(split=split, path=path, size=size, random_flip=train)  # type: ignore[arg-type]

@@ -1,0 +1,153 @@
+"""The benchmarks run, and count what they say they count."""
+
+import argparse
+import io
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from adaptivity import rank_correlation, site_statistics
+from PIL import Image
+from race.contenders import contenders
+from race.measure import code_bits, cut_by, fixed_length, shuffled_lengths, whole_path
+from race.peers import FSQ, ResidualVQ
+from race.plans import PLANS, Plan
+from race.report import average, best_at, margins, write_report
+from race.training import build_tokenizer
+from rate_distortion import race
+from scipy.stats import spearmanr
+
+from taming.modules.vqvae.base import Quantizer
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    sizes = {"steps": 2, "prior_steps": 2, "batch_size": 4, "test_images": 6}
+    ddconfig = {**PLANS["quick"].ddconfig, "ch": 8, "ch_mult": [1, 1, 1], "z_channels": 8}
+    return replace(
+        PLANS["quick"], ddconfig=ddconfig, channels=8, codes=16, calibration_images=6, **sizes
+    )
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve random images in CIFAR-10's form."""
+    generator, rows = np.random.default_rng(0), []
+    for label in range(12):
+        buffer = io.BytesIO()
+        Image.fromarray(generator.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
+        rows.append({"img": {"bytes": buffer.getvalue(), "path": None}, "label": label % 10})
+    file = tmp_path_factory.mktemp("data") / "images.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    return file
+
+
+def test_a_race_measures_every_rate_and_is_reported(plan, parquet, tmp_path) -> None:
+    options = argparse.Namespace(
+        train=str(parquet),
+        test=str(parquet),
+        outdir=tmp_path,
+        threads=1,
+        precision="32-true",
+        prior=True,
+    )
+    rows = [row for name in ("rvq-2-shared", "loopy-one") for row in race(plan, name, 0, options)]
+    assert len(race(plan, "rvq-2-shared", 0, options)) == 1  # from the file this time
+    assert {row["group"] for row in rows} == {
+        "fixed depth, shared",
+        "loopy, one checkpoint",
+        "control: shuffled",
+        "control: fixed depth",
+    }
+    for row in rows:
+        assert math.isfinite(row["psnr"]) and 64 <= row["tokens"] <= 8 * 64
+        if row["group"] == "loopy, one checkpoint":
+            assert row["tokens"] / 64 == pytest.approx(float(row["length"]), abs=0.3)
+            assert row["prior_bits"] > 0
+    write_report(rows, plan, tmp_path)
+    assert "| rvq-2-shared |  | 128 |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "rate_distortion.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", sorted(contenders(16, 8)))
+def test_codes_of_every_contender_decode_to_what_it_gave(plan, name) -> None:
+    model = build_tokenizer(plan, contenders(16, 8)[name])
+    quantizer: Quantizer = model.quantize
+    z = torch.randn(2, 8, 4, 4)
+    quantizer.train()(z)
+    out = quantizer.eval()(z)
+    shape = (2, 4, 4, 8)
+    z_q = quantizer.get_codebook_entry(out.info.indices, shape)
+    torch.testing.assert_close(z_q, out.z_q)
+    codes = out.info.indices.reshape(2, 4, 4, -1)
+    tokens, _ = quantizer.sequence.encode(codes)
+    assert torch.equal(quantizer.sequence.decode(tokens, (4, 4)), codes)
+
+
+def test_peers_are_cut_to_fewer_turns() -> None:
+    peer = ResidualVQ(16, 8, 4, quantize_dropout=True)
+    z = torch.randn(2, 8, 4, 4)
+    peer.train()(z)
+    errors = []
+    for peer.cut in (1, 2, 4):
+        out = peer.eval()(z)
+        assert ((out.info.indices >= 0).sum(-1) == peer.cut).all()
+        errors.append(float((out.z_q - z).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert FSQ([8, 6, 5], 8).n_e == 240
+
+
+def test_controls_keep_the_mean_length(plan) -> None:
+    model = build_tokenizer(plan, contenders(16, 8)["loopy-one"]).eval()
+    z = torch.randn(3, 8, 4, 4)
+    path = whole_path(model.quantize, z)
+    tau = path.distances[:, 2].median()
+    own = model.quantize(z, tau).info.encodings.lengths
+    shuffled = cut_by(model, shuffled_lengths(tau))(z)[1]
+    lengths = (shuffled >= 0).sum(-1)
+    assert torch.equal(lengths.sum((1, 2)), own.sum((1, 2)))
+    assert not torch.equal(lengths, own)
+    assert ((cut_by(model, fixed_length(3))(z)[1] >= 0).sum(-1) == 3).all()
+
+
+def test_bits_are_those_of_the_entropy() -> None:
+    codes = torch.tensor([[0, 1, -1], [1, 1, -1], [2, 1, -1], [3, 1, -1]])
+    assert code_bits(codes) == pytest.approx(4 * 2)  # the second code and the length are certain
+    codes[:2, 1] = -1
+    assert code_bits(codes) == pytest.approx(4 * 2 + 4 * 1)  # now the length is worth a bit a site
+
+
+def test_rank_correlation_equals_scipys() -> None:
+    a, b = torch.randint(0, 5, (200,)), torch.randn(200)
+    assert rank_correlation(a, b + a) == pytest.approx(spearmanr(a, b + a).statistic)
+
+
+def test_site_statistics_are_those_of_the_sites() -> None:
+    x = torch.zeros(1, 3, 8, 8)
+    x[..., :4, 4:] = torch.tensor([1.0, -1.0]).repeat(2)
+    deviation = site_statistics(x, 2, 2)["standard deviation"]
+    torch.testing.assert_close(deviation, torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]))
+
+
+def row(name: str, group: str, seed: int, tokens: float, psnr: float) -> dict:
+    numbers = {"raw_bits": 1, "entropy_bits": 1, "prior_bits": "", "ssim": 1, "usage": 1}
+    own = {"name": name, "group": group, "seed": seed, "length": "", "tokens": tokens}
+    return {**own, "psnr": psnr, **numbers}
+
+
+def test_margins_compare_at_the_peers_own_rate_and_never_beyond_what_was_measured() -> None:
+    rows = [
+        row("a", "ours", 0, 64, 20.0),
+        row("a2", "ours", 0, 256, 22.0),
+        row("peer", "theirs", 0, 128, 20.5),
+        row("far", "theirs", 0, 512, 30.0),
+    ]
+    assert best_at(rows, ["ours"], 0, "tokens", 128) == pytest.approx(21.0)
+    peer, far = (next(p for p in average(rows) if p["name"] == n) for n in ("peer", "far"))
+    assert margins(rows, peer, ["ours"], "tokens") == pytest.approx([0.5])
+    assert margins(rows, far, ["ours"], "tokens") == []
