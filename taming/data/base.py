@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from taming.data.preprocessing import SquareCrop, decode_image, to_unit_range
+from taming.data.crops import SquareCrop
+from taming.data.preprocessing import decode_image, naming, to_unit_range
 
 logger = logging.getLogger(__name__)
 
@@ -101,15 +102,17 @@ class PicturePaths(Dataset[dict[str, Any]], ABC):
                 logger.warning("skipped, %d so far: %s", len(self.skipped), error)
         raise ValueError(f"none of the {len(self)} pictures can be used")
 
+    def labels_of(self, position: int) -> dict[str, Any]:
+        """Return what is known of a picture without reading it: its path and its labels."""
+        return {name: values[position] for name, values in self.labels.items()}
+
     def _item(self, position: int) -> dict[str, Any]:
         path = self.labels["file_path_"][position]
-        try:
+        with naming(f"image {path}"):
             picture = self.read(path)
             view = self.crop.draw(*picture.shape[-2:])
-        except ValueError as error:
-            raise ValueError(f"image {path}: {error}") from error
         image = to_unit_range(view.apply(picture, antialias=self.antialias))
-        return {"image": image, **{name: values[position] for name, values in self.labels.items()}}
+        return {"image": image, **self.labels_of(position)}
 
 
 class ImagePaths(PicturePaths):

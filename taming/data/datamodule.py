@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from taming.data.utils import custom_collate
 from taming.util import instantiate_from_config
 
 
@@ -115,4 +116,5 @@ class DataModuleFromConfig(pl.LightningDataModule):
             shuffle=shuffle,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
+            collate_fn=custom_collate,
         )

@@ -18,18 +18,14 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from taming.data.preprocessing import SquareCrop, decode_image, to_unit_range
+from taming.data.crops import SquareCrop
+from taming.data.preprocessing import decode_image, naming, to_unit_range
+from taming.data.roots import cache_folder, data_root
 
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
-
-
-def data_root() -> Path:
-    """Return the folder for downloads: TAMING_DATA, or ``taming/data`` in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TAMING_DATA") or Path(cache, "taming", "data"))
 
 
 class LabelledRows(Protocol):
@@ -101,10 +97,8 @@ class ParquetRows:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int | None]:
         row = self.table.slice(index, 1)
-        try:
+        with naming(f"{self.path}, row {index}"):
             image = decode_image(io.BytesIO(row[self.image_column][0]["bytes"].as_py()))
-        except ValueError as error:
-            raise ValueError(f"{self.path}, row {index}: {error}") from error
         return image, None if self.label_column is None else row[self.label_column][0].as_py()
 
     def class_names(self) -> list[str]:
@@ -180,7 +174,8 @@ class CIFAR10(LabelledImages):
         split: "train" or "test".
         path: Parquet file of this split with the columns ``img`` and ``label``; None takes the
             original archive instead.
-        root: Folder of the original archive; by default :func:`data_root`.
+        root: Folder of the original archive; by default TAMING_DATA, or ``taming/data`` in the
+            user's cache.
         download: Fetch the archive if it is not in ``root``.
         size: Side of the images in pixels; they are enlarged if it is above 32.
         random_flip: Mirror every other image.
@@ -203,7 +198,8 @@ class CIFAR10(LabelledImages):
         if split not in ("train", "test"):
             raise ValueError(f"split must be 'train' or 'test', got {split!r}")
         if path is None:
-            rows = _cifar10_archive(split, Path(root or data_root()), download)
+            folder = data_root(root, cache_folder() / "taming" / "data")
+            rows = _cifar10_archive(split, folder, download)
         else:
             rows = ParquetRows(path, "img", "label")
         super().__init__(rows, CIFAR10_CLASSES, SquareCrop(size, random_flip=random_flip))

@@ -17,13 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import adjust_hue
 
-from taming.data.preprocessing import (
-    SquareCrop,
-    View,
-    decode_image,
-    scale_short_side,
-    to_unit_range,
-)
+from taming.data.crops import SquareCrop
+from taming.data.preprocessing import View, decode_image, scale_short_side, to_unit_range
 
 # The two motorcycle pictures are a stereo pair, one scene, and must stay on the same side.
 TRAIN_PHOTOS = (

@@ -1,15 +1,15 @@
-"""From a picture file to a training example: decode, rescale, cut a square, mirror.
+"""From a picture file to a training example: decode, and show a view of what was decoded.
 
-Pictures are tensors (C, H, W): C channels (3, red green blue, for images), H rows, W columns.
-Rescaling follows OpenCV's conventions (half-pixel centres, no antialiasing unless asked for),
-because the published models were trained and measured on pictures made that way.
+Pictures are tensors (C, H, W): C channels (3, red green blue, for images; 1 for masks and depth),
+H rows, W columns. Rescaling follows OpenCV's conventions (half-pixel centres, no antialiasing
+unless asked for), because the published models were trained and measured on pictures made so.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -19,14 +19,58 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+File = str | os.PathLike[str] | IO[bytes]
 
-def decode_image(file: str | os.PathLike[str] | IO[bytes]) -> Tensor:
-    """Decode an image file of any kind that Pillow reads, upright and in colour.
+INTERPOLATIONS = {
+    "nearest": InterpolationMode.NEAREST,
+    "bilinear": InterpolationMode.BILINEAR,
+    "bicubic": InterpolationMode.BICUBIC,
+    "area": InterpolationMode.BOX,
+    "lanczos": InterpolationMode.LANCZOS,
+}
 
-    The EXIF orientation is applied; grey, palette, CMYK and transparent images become RGB.
+
+def interpolation_mode(name: str) -> InterpolationMode:
+    """Return the way to rescale that a configuration names.
+
+    "area" and "lanczos" are Pillow's; both average over the pixels that one pixel covers.
+
+    Raises:
+        ValueError: There is none of this name.
+    """
+    if name not in INTERPOLATIONS:
+        valid = ", ".join(INTERPOLATIONS)
+        raise ValueError(f"interpolation must be one of {valid}; got {name!r}")
+    return INTERPOLATIONS[name]
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put what is being read in front of the message of any ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _decode(file: File, convert: Callable[[Image.Image], Tensor]) -> Tensor:
+    try:
+        with Image.open(file) as image:
+            return convert(image)
+    # A damaged file makes Pillow raise OSError, SyntaxError, struct.error, EOFError and others.
+    except Exception as error:
+        raise ValueError(f"cannot be decoded as an image: {error}") from error
+
+
+def decode_image(file: File, upright: bool = True) -> Tensor:
+    """Decode an image file of any kind that Pillow reads, in colour.
+
+    Grey, palette, CMYK and transparent images become RGB.
 
     Args:
         file: A path, or an open binary file.
+        upright: Apply the EXIF orientation. Masks, depth maps and boxes belong to images as they
+            are stored, so these must not be turned.
 
     Returns:
         (3, H, W) uint8.
@@ -34,12 +78,11 @@ def decode_image(file: str | os.PathLike[str] | IO[bytes]) -> Tensor:
     Raises:
         ValueError: The file is missing, truncated or no image.
     """
-    try:
-        with Image.open(file) as image:
-            return F.pil_to_tensor(_to_rgb(ImageOps.exif_transpose(image)))
-    # A damaged file makes Pillow raise OSError, SyntaxError, struct.error, EOFError and others.
-    except Exception as error:
-        raise ValueError(f"cannot be decoded as an image: {error}") from error
+
+    def convert(image: Image.Image) -> Tensor:
+        return F.pil_to_tensor(_to_rgb(ImageOps.exif_transpose(image) if upright else image))
+
+    return _decode(file, convert)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -52,19 +95,110 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def decode_mask(file: File) -> Tensor:
+    """Decode a class map that holds one class number per pixel.
+
+    Returns:
+        (1, H, W) uint8.
+
+    Raises:
+        ValueError: The file cannot be decoded, or has more than one byte per pixel.
+    """
+
+    def convert(image: Image.Image) -> Tensor:
+        if image.mode not in ("L", "P"):
+            raise ValueError(f"expected one class number per pixel, found colours ({image.mode})")
+        return F.pil_to_tensor(image)
+
+    return _decode(file, convert)
+
+
+def decode_depth(file: File) -> Tensor:
+    """Decode a depth map whose float32 values are stored as the bytes of an RGBA image.
+
+    Returns:
+        (1, H, W) float32, rescaled to [-1, 1].
+
+    Raises:
+        ValueError: The file cannot be decoded, or has not four bytes per pixel.
+    """
+
+    def convert(image: Image.Image) -> Tensor:
+        if image.mode != "RGBA":
+            raise ValueError(f"expected float32 depth stored as RGBA, found {image.mode}")
+        depth = np.array(image).view("<f4")[..., 0]
+        scaled = (depth - depth.min()) / max(1e-8, depth.max() - depth.min())
+        return torch.from_numpy(2 * scaled - 1)[None]
+
+    return _decode(file, convert)
+
+
+def read_pair(image: str, other: str, decode: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
+    """Read an image as it is stored, and a map of it.
+
+    Args:
+        image: Path of the image.
+        other: Path of the map.
+        decode: Reads the map, such as :func:`decode_mask`.
+
+    Returns:
+        The image (3, H, W) uint8, and what ``decode`` returns.
+
+    Raises:
+        ValueError: One of them cannot be decoded; names the file.
+    """
+    with naming(f"image {image}"):
+        picture = decode_image(image, upright=False)
+    with naming(f"map {other}"):
+        return picture, decode(other)
+
+
 def to_unit_range(picture: Tensor) -> np.ndarray:
     """Turn a uint8 picture (C, H, W) into what models take: (H, W, C) float32 in [-1, 1]."""
     return picture.permute(1, 2, 0).to(torch.float32).div(127.5).sub(1).contiguous().numpy()
 
 
-def _resize(
+def one_hot(mask: Tensor, n_labels: int) -> np.ndarray:
+    """Turn a class map (1, H, W) into indicators: (H, W, n_labels) float32, 0 or 1.
+
+    Raises:
+        ValueError: A class number is too high.
+    """
+    highest = int(mask.max())
+    if highest >= n_labels:
+        raise ValueError(f"the map holds class {highest}, but there are only {n_labels} labels")
+    return np.eye(n_labels, dtype=np.float32)[mask[0].numpy()]
+
+
+def _nearest(length: int, new_length: int) -> Tensor:
+    """Return which of ``length`` pixels each of ``new_length`` shows, rounded as OpenCV does."""
+    step = 1 / (new_length / length)
+    return (torch.arange(new_length, dtype=torch.float64) * step).long().clamp(max=length - 1)
+
+
+def resize(
     picture: Tensor, size: tuple[int, int], interpolation: InterpolationMode, antialias: bool
 ) -> Tensor:
-    as_opencv = interpolation == InterpolationMode.BILINEAR and not antialias
-    if as_opencv and picture.dtype == torch.uint8:
+    """Rescale a picture.
+
+    Args:
+        picture: (C, H, W), any dtype; uint8 for BOX and LANCZOS.
+        size: (rows, columns) of the result.
+        interpolation: One of :data:`INTERPOLATIONS`.
+        antialias: Average over all the pixels that one pixel of the result covers.
+
+    Returns:
+        (C, rows, columns), dtype as given.
+    """
+    if interpolation in (InterpolationMode.BOX, InterpolationMode.LANCZOS):  # Pillow's alone
+        return F.pil_to_tensor(F.resize(F.to_pil_image(picture), list(size), interpolation))
+    if interpolation == InterpolationMode.NEAREST:
+        rows, columns = map(_nearest, picture.shape[-2:], size)
+        return picture[:, rows[:, None], columns]
+    if not antialias and picture.dtype == torch.uint8:
         # OpenCV rounds halves up; torch's uint8 path comes out a third of a level too bright.
         resized = F.resize(picture.to(torch.float32), list(size), interpolation, antialias=False)
-        return (resized + 0.5).to(torch.uint8)
+        return (resized + 0.5).clamp(0, 255).to(torch.uint8)
     return F.resize(picture, list(size), interpolation, antialias=antialias)
 
 
@@ -89,6 +223,12 @@ class View(NamedTuple):
     width: int
     flip: bool = False
 
+    @property
+    def bbox(self) -> tuple[float, float, float, float]:
+        """The cut in the picture before mirroring: left, top, width, height as shares of it."""
+        rows, columns = self.scaled
+        return self.left / columns, self.top / rows, self.width / columns, self.height / rows
+
     def apply(
         self,
         picture: Tensor,
@@ -105,7 +245,7 @@ class View(NamedTuple):
         Returns:
             (C, height, width), dtype as given.
         """
-        picture = _resize(picture, self.scaled, interpolation, antialias)
+        picture = resize(picture, self.scaled, interpolation, antialias)
         picture = F.crop(picture, self.top, self.left, self.height, self.width)
         return F.horizontal_flip(picture) if self.flip else picture
 
@@ -114,62 +254,3 @@ def scale_short_side(height: int, width: int, short_side: float) -> tuple[int, i
     """Return (rows, columns) of a picture after its shorter side became ``short_side`` long."""
     scale = round(short_side) / min(height, width)
     return round(height * scale), round(width * scale)
-
-
-@dataclass(frozen=True)
-class SquareCrop:
-    """Draws views: the short side is rescaled, then a square is cut from the middle or anywhere.
-
-    Random choices come from torch's global generator, so seeding torch repeats them.
-
-    Attributes:
-        size: Side of the square in pixels; None or 0 leaves pictures whole.
-        random_crop: Cut anywhere instead of from the middle.
-        random_flip: Mirror every other picture.
-        random_scale: (lo, hi) with 1 <= lo <= hi: the short side is drawn between lo * size and
-            hi * size; None makes it ``size``.
-        allow_upscale: Enlarge pictures that are smaller than asked for. If not, they are cut at
-            their own resolution, and a picture smaller than ``size`` is an error.
-    """
-
-    size: int | None
-    random_crop: bool = False
-    random_flip: bool = False
-    random_scale: Sequence[float] | None = None
-    allow_upscale: bool = True
-
-    def __post_init__(self) -> None:
-        if self.size is not None and self.size < 0:
-            raise ValueError(f"size must be a positive number of pixels, got {self.size}")
-        if self.random_scale is not None:
-            bounds = list(self.random_scale)
-            if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
-                raise ValueError(f"random_scale must be [lo, hi] with 1 <= lo <= hi, got {bounds}")
-
-    def draw(self, height: int, width: int) -> View:
-        """Draw the view of a picture with ``height`` rows and ``width`` columns.
-
-        Raises:
-            ValueError: The picture is smaller than the crop and may not be enlarged.
-        """
-        flip = self.random_flip and bool(torch.rand(()) < 0.5)
-        if not self.size:
-            return View((height, width), 0, 0, height, width, flip)
-        if min(height, width) < self.size and not self.allow_upscale:
-            raise ValueError(
-                f"{width}x{height} pixels are fewer than the crop of {self.size}x{self.size}; "
-                f"remove it, choose a smaller size, or set allow_upscale: true"
-            )
-        scaled = scale_short_side(height, width, self._draw_short_side(min(height, width)))
-        top, left = (self._draw_offset(side - self.size) for side in scaled)
-        return View(scaled, top, left, self.size, self.size, flip)
-
-    def _draw_short_side(self, short_side: int) -> float:
-        assert self.size
-        lo, hi = (self.size * scale for scale in self.random_scale or (1, 1))
-        if not self.allow_upscale:
-            lo, hi = min(lo, short_side), min(hi, short_side)
-        return lo + (hi - lo) * torch.rand(()).item() if hi > lo else lo
-
-    def _draw_offset(self, room: int) -> int:
-        return int(torch.randint(room + 1, ())) if self.random_crop else room // 2

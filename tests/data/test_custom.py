@@ -144,3 +144,18 @@ def test_senseless_splits_are_refused(tmp_path):
         ImageFolder(str(tmp_path), split="train", validation_fraction=5)
     with pytest.raises(ValueError, match="none of the 1 images below .* falls into the validation"):
         ImageFolder(str(tmp_path), split="validation", validation_fraction=1e-9)
+
+
+@pytest.mark.parametrize("option", [{"random_crop": True}, {"random_flip": True}])
+def test_training_images_can_be_augmented(tmp_path, option):
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 14, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    listed = write_list(tmp_path / "train.txt", "a.png")
+
+    def kinds(items):
+        return len({items[0]["image"].tobytes() for _ in range(20)})
+
+    assert kinds(CustomTrain(8, listed)) == 1
+    assert kinds(CustomTrain(8, listed, **option)) > 1
+    assert kinds(CustomTrain(8, listed, random_scale=(1, 1.25))) > 1
+    assert kinds(ImageFolder(str(tmp_path), 8, **option)) > 1

@@ -14,7 +14,7 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from taming.data.hub import CIFAR10, CIFAR10_CLASSES, ParquetImages, data_root
+from taming.data.hub import CIFAR10, CIFAR10_CLASSES, ParquetImages
 
 
 def png(grey):
@@ -153,7 +153,9 @@ def test_an_unknown_split_is_refused():
 
 def test_downloads_go_where_the_environment_says(monkeypatch):
     monkeypatch.setenv("TAMING_DATA", "/somewhere")
-    assert data_root() == Path("/somewhere")
+    with pytest.raises(FileNotFoundError, match="CIFAR-10 is not in /somewhere;"):
+        CIFAR10(download=False)
     monkeypatch.delenv("TAMING_DATA")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert data_root() == Path("/cache/taming/data")
+    with pytest.raises(FileNotFoundError, match="CIFAR-10 is not in /cache/taming/data;"):
+        CIFAR10(download=False)

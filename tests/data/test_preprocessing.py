@@ -1,4 +1,4 @@
-"""Decoding, and the laws of views: right size, aligned pictures, repeatable draws."""
+"""Decoding, and the laws of views: aligned pictures, coordinates of what is shown."""
 
 import io
 
@@ -8,7 +8,19 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 
-from taming.data.preprocessing import SquareCrop, decode_image, to_unit_range
+from taming.data.crops import RandomSquare, SquareCrop, Stretch
+from taming.data.preprocessing import (
+    INTERPOLATIONS,
+    View,
+    decode_depth,
+    decode_image,
+    decode_mask,
+    interpolation_mode,
+    naming,
+    one_hot,
+    read_pair,
+    to_unit_range,
+)
 
 
 def encoded(image, kind="PNG", **options):
@@ -45,49 +57,68 @@ def test_exif_orientation_is_applied():
     assert picture.shape == (3, 6, 2)
 
 
+def test_images_with_maps_are_not_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image, mask = str(tmp_path / "a.jpg"), str(tmp_path / "a.png")
+    Image.new("RGB", (6, 2)).save(image, exif=exif)
+    Image.new("L", (6, 2)).save(mask)
+    assert [picture.shape for picture in read_pair(image, mask, decode_mask)] == [
+        (3, 2, 6),
+        (1, 2, 6),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["L", "P"])
+def test_masks_hold_class_numbers(mode):
+    numbers = np.array([[0, 7], [255, 1]], np.uint8)
+    image = Image.fromarray(numbers)
+    if mode == "P":
+        image.putpalette(list(range(255, -1, -1)) * 3)
+    assert image.mode == mode
+    np.testing.assert_array_equal(decode_mask(encoded(image))[0], numbers)
+
+
+def test_masks_in_colour_are_refused():
+    with pytest.raises(ValueError, match=r"one class number per pixel, found colours \(RGB\)"):
+        decode_mask(encoded(Image.new("RGB", (2, 2))))
+
+
+def test_depth_is_read_from_bytes_and_rescaled():
+    depth = np.array([[3.0, 5.0, 7.0]], "<f4")
+    image = Image.fromarray(depth[..., None].view(np.uint8))
+    torch.testing.assert_close(decode_depth(encoded(image)), torch.tensor([[[-1.0, 0.0, 1.0]]]))
+    flat = Image.fromarray(np.full((2, 2, 1), 3, "<f4").view(np.uint8))
+    assert (decode_depth(encoded(flat)) == -1).all()
+    with pytest.raises(ValueError, match="stored as RGBA, found L"):
+        decode_depth(encoded(Image.new("L", (2, 2))))
+
+
+def test_errors_name_which_of_two_files_is_wrong(tmp_path):
+    image, mask = str(tmp_path / "a.png"), str(tmp_path / "b.png")
+    Image.new("RGB", (2, 2)).save(image)
+    with pytest.raises(ValueError, match="map .*b.png: cannot be decoded.*No such file"):
+        read_pair(image, mask, decode_mask)
+    with pytest.raises(ValueError, match="image .*b.png: cannot be decoded"):
+        read_pair(mask, image, decode_mask)
+    with pytest.raises(ValueError, match="^this: that$"), naming("this"):
+        raise ValueError("that")
+
+
+def test_one_hot_inverts_by_argmax_and_refuses_classes_beyond():
+    mask = torch.tensor([[[0, 3], [2, 2]]], dtype=torch.uint8)
+    indicators = one_hot(mask, 4)
+    assert indicators.dtype == np.float32
+    assert (indicators.sum(-1) == 1).all()
+    np.testing.assert_array_equal(indicators.argmax(-1), mask[0])
+    with pytest.raises(ValueError, match="holds class 3, but there are only 3 labels"):
+        one_hot(mask, 3)
+
+
 def test_unit_range_spans_minus_one_to_one():
     image = to_unit_range(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2))
     assert image.dtype == np.float32
     np.testing.assert_array_equal(image, [[[-1.0], [1.0]]])
-
-
-@pytest.mark.parametrize("shape", [(20, 31), (31, 20), (8, 8), (5, 40)])
-@pytest.mark.parametrize("random", [False, True])
-def test_views_have_the_crops_size_and_lie_inside(shape, random):
-    crop = SquareCrop(8, random, random, (1.0, 2.5) if random else None)
-    for _ in range(20):
-        view = crop.draw(*shape)
-        assert 0 <= view.top <= view.scaled[0] - 8
-        assert 0 <= view.left <= view.scaled[1] - 8
-        assert view.apply(torch.zeros(3, *shape, dtype=torch.uint8)).shape == (3, 8, 8)
-
-
-def test_the_short_side_is_drawn_from_the_whole_range_but_never_above_the_pictures_own():
-    free = {min(SquareCrop(8, random_scale=(1, 4)).draw(16, 30).scaled) for _ in range(300)}
-    capped = SquareCrop(8, random_scale=(1, 4), allow_upscale=False)
-    own = {min(capped.draw(16, 30).scaled) for _ in range(300)}
-    assert free == set(range(8, 33))
-    assert own == set(range(8, 17))
-
-
-def test_without_randomness_the_middle_is_cut():
-    view = SquareCrop(4).draw(4, 9)
-    assert view == ((4, 9), 0, 2, 4, 4, False)
-
-
-def test_random_crops_and_flips_reach_everything():
-    views = [SquareCrop(4, random_crop=True, random_flip=True).draw(4, 6) for _ in range(100)]
-    assert {(view.left, view.flip) for view in views} == {
-        (left, flip) for left in range(3) for flip in (False, True)
-    }
-
-
-def test_same_seed_same_views():
-    crop = SquareCrop(8, True, True, (1, 3))
-    torch.manual_seed(5)
-    first = [crop.draw(30, 40) for _ in range(10)]
-    torch.manual_seed(5)
-    assert first == [crop.draw(30, 40) for _ in range(10)]
 
 
 def test_one_view_keeps_image_and_mask_aligned():
@@ -99,23 +130,36 @@ def test_one_view_keeps_image_and_mask_aligned():
     torch.testing.assert_close(mask, view.apply(classes))
 
 
-def test_size_none_leaves_pictures_whole():
-    picture = torch.randint(0, 256, (3, 7, 9), dtype=torch.uint8)
-    torch.testing.assert_close(SquareCrop(None).draw(7, 9).apply(picture), picture)
+@pytest.mark.parametrize("name", INTERPOLATIONS)
+def test_every_interpolation_keeps_plain_colour_and_size(name):
+    picture = torch.full((3, 9, 14), 77, dtype=torch.uint8)
+    shown = View((6, 10), 1, 2, 4, 5).apply(picture, interpolation_mode(name))
+    assert (shown.shape, shown.dtype) == ((3, 4, 5), torch.uint8)
+    assert (shown == 77).all()
 
 
-def test_a_picture_smaller_than_the_crop_is_refused_or_enlarged():
-    with pytest.raises(ValueError, match="10x6 pixels are fewer than the crop of 8x8.*upscale"):
-        SquareCrop(8, allow_upscale=False).draw(6, 10)
-    assert SquareCrop(8).draw(6, 10).scaled == (8, 13)
+def test_bicubic_does_not_wrap_round_at_black_and_white():
+    picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    picture[..., 4:] = 255
+    columns = View((16, 16), 0, 0, 16, 16).apply(picture, interpolation_mode("bicubic"))[0, 0]
+    assert columns[:6].max() < 30
+    assert columns[-6:].min() > 225
 
 
-@pytest.mark.parametrize("scale", [(0.5, 1), (2, 1), (1,)])
-def test_senseless_scales_are_refused(scale):
-    with pytest.raises(ValueError, match="random_scale must be"):
-        SquareCrop(8, random_scale=scale)
+def test_unknown_interpolations_are_refused():
+    with pytest.raises(ValueError, match="one of nearest, .*; got 'cubic'"):
+        interpolation_mode("cubic")
 
 
-def test_a_negative_size_is_refused():
-    with pytest.raises(ValueError, match="got -8"):
-        SquareCrop(-8)
+@pytest.mark.parametrize("crop", [SquareCrop(16, random_crop=True), RandomSquare(16), Stretch(16)])
+def test_a_view_tells_the_coordinates_that_it_shows(crop):
+    rows, columns = torch.meshgrid(
+        (torch.arange(60) + 0.5) / 60, (torch.arange(45) + 0.5) / 45, indexing="ij"
+    )
+    for _ in range(10):
+        view = crop.draw(60, 45)
+        left, top, width, height = view.bbox
+        shown = view.apply(torch.stack([columns, rows]))[:, 1:-1, 1:-1]
+        places = (torch.arange(1, 15) + 0.5) / 16
+        torch.testing.assert_close(shown[0, 0], left + width * places, atol=1e-5, rtol=0)
+        torch.testing.assert_close(shown[1, :, 0], top + height * places, atol=1e-5, rtol=0)

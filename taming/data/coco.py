@@ -1,0 +1,167 @@
+"""COCO 2017: images with captions and class maps of things and stuff.
+
+Below the data root: ``coco`` with ``train2017``, ``val2017`` and ``annotations``, and, for
+``use_stuffthing``, ``cocostuffthings`` with ``train2017`` and ``val2017``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import InterpolationMode
+
+from taming.data.crops import Crop, SquareCrop, Stretch
+from taming.data.preprocessing import (
+    decode_image,
+    decode_mask,
+    naming,
+    one_hot,
+    read_pair,
+    to_unit_range,
+)
+from taming.data.roots import data_root, require
+from taming.data.segmentation import ExampleImages, mask_name
+
+N_LABELS = 183  # unlabelled, 91 kinds of things, 91 of stuff
+COCO = "https://cocodataset.org/#download"
+STUFF_THINGS = "https://github.com/nightrome/cocostuff (stuffthingmaps_trainval2017.zip)"
+
+
+class Examples(ExampleImages):
+    """The example images of the original repository.
+
+    Args:
+        size: Side of the square crops in pixels; None leaves images whole.
+        **options: As in :class:`~taming.data.segmentation.ExampleImages`.
+    """
+
+    def __init__(self, size: int | None = 256, **options: Any) -> None:
+        super().__init__(
+            name="coco", n_labels=N_LABELS, shift_segmentation=True, size=size, **options
+        )
+
+
+def _indicators(mask: Tensor) -> np.ndarray:
+    """Files hold classes 0 to 181, and 255 for unlabelled, which uint8 wraps round to 0."""
+    return one_hot(mask + 1, N_LABELS)
+
+
+class CocoBase(Dataset[dict[str, Any]]):
+    """Images, captions and class maps of one split.
+
+    An item has ``image``, (H, W, 3) float32 in [-1, 1]; ``caption``, a list with one of the
+    image's captions, drawn anew each time; ``segmentation``, (H, W, 183) float32 indicators of
+    each pixel's class, or the map's colours like ``image``; ``img_path``, ``seg_path`` and
+    ``filename_``.
+
+    Args:
+        split: "train2017" or "val2017".
+        random_crop: Cut anywhere instead of from the middle.
+        size: Length that the short side gets, in pixels.
+        onehot_segmentation: Give indicators instead of colours; needs ``use_stuffthing``.
+        use_stuffthing: Take the maps of things and stuff instead of COCO's own of stuff.
+        crop_size: Side of the square crops in pixels; by default ``size``.
+        force_no_crop: Rescale whole images to squares of ``size``, whatever their proportions.
+        given_files: Names of class maps (``000000000139.png``): only their images are taken.
+        root: Folder of the data sets; by default TAMING_DATA, or ``data``.
+
+    Raises:
+        FileNotFoundError: A part of the data set is not there.
+        ValueError: Options contradict each other.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        random_crop: bool,
+        size: int,
+        onehot_segmentation: bool = False,
+        use_stuffthing: bool = False,
+        crop_size: int | None = None,
+        force_no_crop: bool = False,
+        given_files: Collection[str] | None = None,
+        root: str | None = None,
+    ) -> None:
+        if onehot_segmentation and not use_stuffthing:
+            raise ValueError(
+                "onehot_segmentation needs use_stuffthing: true, because COCO's own pixel maps "
+                "hold colours instead of class numbers"
+            )
+        folder = data_root(root)
+        self.images = require(folder / "coco" / split, f"the images {split}", COCO)
+        self.maps = _folder_of_maps(folder, split, use_stuffthing)
+        self.captions, names = _read_captions(folder, split)
+        self.items = [
+            (image_id, name)
+            for image_id, name in names
+            if given_files is None or mask_name(name) in given_files
+        ]
+        cut = SquareCrop(size, random_crop, crop_size=crop_size)
+        self.crop: Crop = Stretch(size) if force_no_crop else cut
+        self.decode_map = partial(decode_image, upright=False)
+        self.encode_map = to_unit_range
+        if onehot_segmentation:
+            self.decode_map, self.encode_map = decode_mask, _indicators
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image_id, name = self.items[index]
+        image_path = os.path.join(self.images, name)
+        map_path = os.path.join(self.maps, mask_name(name))
+        image, segmentation = read_pair(image_path, map_path, self.decode_map)
+        view = self.crop.draw(*image.shape[-2:])
+        captions = self.captions[image_id]
+        with naming(f"map {map_path}"):
+            segmentation = self.encode_map(view.apply(segmentation, InterpolationMode.NEAREST))
+        return {
+            "image": to_unit_range(view.apply(image)),
+            "caption": [captions[int(torch.randint(len(captions), ()))]],
+            "segmentation": segmentation,
+            "img_path": image_path,
+            "seg_path": map_path,
+            "filename_": name,
+        }
+
+
+def _folder_of_maps(root: Path, split: str, use_stuffthing: bool) -> Path:
+    if use_stuffthing:
+        folder = root / "cocostuffthings" / split
+        return require(folder, "the maps of stuff and things", STUFF_THINGS)
+    folder = root / "coco" / "annotations" / f"stuff_{split}_pixelmaps"
+    return require(folder, "the pixel maps of the stuff annotations", COCO)
+
+
+def _read_captions(root: Path, split: str) -> tuple[dict[int, list[str]], list[tuple[int, str]]]:
+    """Return the captions by image number, and all image numbers with file names."""
+    file = root / "coco" / "annotations" / f"captions_{split}.json"
+    content = json.loads(require(file, "the captions", COCO).read_text(encoding="utf-8"))
+    captions: dict[int, list[str]] = defaultdict(list)
+    for annotation in content["annotations"]:
+        captions[annotation["image_id"]].append(annotation["caption"])
+    return captions, [(image["id"], image["file_name"]) for image in content["images"]]
+
+
+class CocoImagesAndCaptionsTrain(CocoBase):
+    """The training images, cut anywhere. Arguments are those of :class:`CocoBase`."""
+
+    def __init__(self, size: int, **options: Any) -> None:
+        super().__init__(split="train2017", random_crop=True, size=size, **options)
+
+
+class CocoImagesAndCaptionsValidation(CocoBase):
+    """The validation images, cut from the middle. Arguments are those of :class:`CocoBase`."""
+
+    def __init__(self, size: int, **options: Any) -> None:
+        super().__init__(split="val2017", random_crop=False, size=size, **options)

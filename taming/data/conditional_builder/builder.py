@@ -1,0 +1,265 @@
+"""Turns the objects in an image into a sequence of tokens, and back.
+
+Places are rounded to a grid of S x S points, S the whole part of sqrt(no_tokens), numbered row by
+row. An object is its category (with flags) followed by one or two points; unused places of the
+sequence hold ``none``, the last token. With ``encode_crop`` two more tokens are the corners of the
+crop that was shown, and places refer to the whole image instead of the crop.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from math import isqrt
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from taming.data.conditional_builder.utils import (
+    COLOR_PALETTE,
+    FULL_CROP,
+    GRAY_75,
+    WHITE,
+    Color,
+    absolute_bbox,
+    additional_parameters_string,
+    filter_annotations,
+    get_plot_font_size,
+    horizontally_flip_bbox,
+    rescale_annotations,
+)
+from taming.data.helper_types import Annotation, BoundingBox
+from taming.data.image_transforms import convert_pil_to_tensor
+
+logger = logging.getLogger(__name__)
+
+Place = TypeVar("Place")
+
+# Bit of each flag in an object's first token, above the category number.
+_GROUP, _OCCLUDED, _DEPICTION, _INSIDE = 1, 2, 4, 8
+
+
+class Brush(NamedTuple):
+    """What objects are drawn with; sizes are in pixels.
+
+    Attributes:
+        draw: Draws on the figure.
+        font: For labels.
+        figure_size: (width, height).
+        line_width: Width of outlines.
+    """
+
+    draw: ImageDraw.ImageDraw
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+    figure_size: tuple[int, int]
+    line_width: int
+
+
+class ObjectsConditionalBuilder(ABC, Generic[Place]):
+    """Tokens of the objects in an image; subclasses say how the place of one is written.
+
+    Args:
+        no_object_classes: Number of categories.
+        no_max_objects: Objects that a sequence holds.
+        no_tokens: Size of the vocabulary.
+        encode_crop: Append the crop, and give places in the whole image.
+        use_group_parameter: Mark groups of objects.
+        use_additional_parameters: Mark objects that are occluded, depicted, or seen from inside.
+
+    Raises:
+        ValueError: The vocabulary is too small.
+    """
+
+    object_descriptor_length: int
+
+    def __init__(
+        self,
+        no_object_classes: int,
+        no_max_objects: int,
+        no_tokens: int,
+        encode_crop: bool,
+        use_group_parameter: bool,
+        use_additional_parameters: bool,
+    ) -> None:
+        kinds = 16 if use_additional_parameters else 2 if use_group_parameter else 1
+        least = max(4, no_object_classes * kinds + 1)
+        if no_tokens < least:
+            raise ValueError(
+                f"no_tokens is {no_tokens}, but {no_object_classes} categories with flags, and "
+                f"the token for no object, need {least}"
+            )
+        self.no_object_classes = no_object_classes
+        self.no_max_objects = no_max_objects
+        self.no_tokens = no_tokens
+        self.encode_crop = encode_crop
+        self.no_sections = isqrt(no_tokens)
+        self.use_group_parameter = use_group_parameter
+        self.use_additional_parameters = use_additional_parameters
+
+    @property
+    def none(self) -> int:
+        """The token that stands where no object is."""
+        return self.no_tokens - 1
+
+    @property
+    def embedding_dim(self) -> int:
+        """Length of the sequence."""
+        crop_length = 2 if self.encode_crop else 0
+        return self.no_max_objects * self.object_descriptor_length + crop_length
+
+    @abstractmethod
+    def tokens_from_place(self, bbox: BoundingBox) -> tuple[int, ...]:
+        """Write the place of an object as tokens."""
+
+    @abstractmethod
+    def place_from_tokens(self, tokens: Sequence[int]) -> Place:
+        """Read what :meth:`tokens_from_place` wrote, up to the grid."""
+
+    @abstractmethod
+    def draw_object(self, brush: Brush, place: Place, label: str, color: Color) -> None:
+        """Draw one object."""
+
+    def tokenize_coordinates(self, x: float, y: float) -> int:
+        """Return the number of the grid point nearest to a place, both coordinates in [0, 1]."""
+        column, row = (round(value * (self.no_sections - 1)) for value in (x, y))
+        return row * self.no_sections + column
+
+    def coordinates_from_token(self, token: int) -> tuple[float, float]:
+        """Return x and y, in [0, 1], of a grid point."""
+        row, column = divmod(token, self.no_sections)
+        return column / (self.no_sections - 1), row / (self.no_sections - 1)
+
+    def token_pair_from_bbox(self, bbox: BoundingBox) -> tuple[int, int]:
+        """Write a box as its upper left and lower right corner."""
+        left, top, width, height = bbox
+        corner = self.tokenize_coordinates(left + width, top + height)
+        return self.tokenize_coordinates(left, top), corner
+
+    def bbox_from_token_pair(self, token1: int, token2: int) -> BoundingBox:
+        """Read a box from its corners."""
+        left, top = self.coordinates_from_token(token1)
+        right, bottom = self.coordinates_from_token(token2)
+        return left, top, right - left, bottom - top
+
+    def object_representation(self, annotation: Annotation) -> int:
+        """Return the token for what an object is: its category and its flags."""
+        flags = 0
+        if self.use_group_parameter:
+            flags |= _GROUP * bool(annotation.is_group_of)
+        if self.use_additional_parameters:
+            flags |= _OCCLUDED * bool(annotation.is_occluded)
+            flags |= _DEPICTION * bool(annotation.is_depiction)
+            flags |= _INSIDE * bool(annotation.is_inside)
+        return annotation.category_no + self.no_object_classes * flags
+
+    def representation_to_annotation(self, representation: int) -> Annotation:
+        """Read what :meth:`object_representation` wrote; everything else stays empty."""
+        flags, category_no = divmod(representation, self.no_object_classes)
+        return Annotation(
+            area=0.0,
+            image_id="",
+            bbox=FULL_CROP,
+            category_no=category_no,
+            category_id="",
+            is_group_of=bool(flags & _GROUP),
+            is_occluded=bool(flags & _OCCLUDED),
+            is_depiction=bool(flags & _DEPICTION),
+            is_inside=bool(flags & _INSIDE),
+        )
+
+    def build(
+        self,
+        annotations: Sequence[Annotation],
+        crop_coordinates: BoundingBox | None = None,
+        horizontal_flip: bool = False,
+    ) -> Tensor:
+        """Write the objects that a crop shows, in random order (torch's global generator).
+
+        Args:
+            annotations: The objects of the image; those beyond ``no_max_objects`` are dropped.
+            crop_coordinates: The crop; None shows everything.
+            horizontal_flip: The crop was mirrored.
+
+        Returns:
+            Tokens (embedding_dim,) int64.
+        """
+        if len(annotations) > self.no_max_objects:
+            logger.warning("of %d objects, %d are kept", len(annotations), self.no_max_objects)
+        crop = crop_coordinates or FULL_CROP
+        objects = filter_annotations(annotations[: self.no_max_objects], crop)
+        objects = [objects[i] for i in torch.randperm(len(objects)).tolist()]
+        frame = FULL_CROP if self.encode_crop else crop
+        tokens: list[int] = []
+        for annotation in rescale_annotations(objects, frame, horizontal_flip):
+            tokens.append(self.object_representation(annotation))
+            tokens.extend(self.tokens_from_place(annotation.bbox))
+        unused = (self.no_max_objects - len(objects)) * self.object_descriptor_length
+        tokens.extend([self.none] * unused)
+        if self.encode_crop:
+            shown = horizontally_flip_bbox(crop) if horizontal_flip else crop
+            tokens.extend(self.token_pair_from_bbox(shown))
+        return torch.tensor(tokens, dtype=torch.int64)
+
+    def inverse_build(
+        self, conditional: Tensor
+    ) -> tuple[list[tuple[int, Place]], BoundingBox | None]:
+        """Read what :meth:`build` wrote, up to the grid.
+
+        Args:
+            conditional: Tokens (embedding_dim,).
+
+        Returns:
+            For each object its first token and its place; and the crop, None if not encoded.
+
+        Raises:
+            ValueError: The sequence has another length.
+        """
+        if conditional.shape != (self.embedding_dim,):
+            raise ValueError(
+                f"expected {self.embedding_dim} tokens, got shape {tuple(conditional.shape)}"
+            )
+        tokens, crop = conditional.tolist(), None
+        if self.encode_crop:
+            *tokens, first, last = tokens
+            crop = self.bbox_from_token_pair(first, last)
+        length = self.object_descriptor_length
+        described = [tokens[i : i + length] for i in range(0, len(tokens), length)]
+        return [(o[0], self.place_from_tokens(o[1:])) for o in described if o[0] != self.none], crop
+
+    def plot(
+        self,
+        conditional: Tensor,
+        label_for_category_no: Callable[[int], str],
+        figure_size: tuple[int, int],
+        line_width: int = 3,
+        font_size: int | None = None,
+    ) -> Tensor:
+        """Draw a sequence.
+
+        Args:
+            conditional: Tokens (embedding_dim,).
+            label_for_category_no: Names a category.
+            figure_size: (width, height) in pixels.
+            line_width: Width of outlines in pixels.
+            font_size: Height of labels in pixels; None chooses one.
+
+        Returns:
+            Picture (3, height, width) float32 in [-1, 1].
+        """
+        figure = Image.new("RGB", figure_size, WHITE)
+        font = ImageFont.load_default(get_plot_font_size(font_size, figure_size))
+        brush = Brush(ImageDraw.Draw(figure), font, figure_size, line_width)
+        objects, crop = self.inverse_build(conditional)
+        for (representation, place), color in zip(objects, cycle(COLOR_PALETTE), strict=False):
+            annotation = self.representation_to_annotation(representation)
+            name = label_for_category_no(annotation.category_no)
+            label = f"{name} {additional_parameters_string(annotation)}"
+            self.draw_object(brush, place, label, color)
+        if crop is not None:
+            box = absolute_bbox(crop, *figure_size)
+            brush.draw.rectangle(box, outline=GRAY_75, width=line_width)
+        return convert_pil_to_tensor(figure) / 127.5 - 1

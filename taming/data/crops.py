@@ -1,0 +1,138 @@
+"""Which part of a picture to show: every class here draws a view for a picture's size.
+
+Random choices come from torch's global generator, so seeding torch repeats them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from taming.data.preprocessing import View, scale_short_side
+
+
+class Crop(Protocol):
+    """Draws views of pictures."""
+
+    def draw(self, height: int, width: int) -> View:
+        """Draw the view of a picture with ``height`` rows and ``width`` columns."""
+        ...
+
+
+def _draw_flip(random_flip: bool) -> bool:
+    return random_flip and bool(torch.rand(()) < 0.5)
+
+
+def _draw_offset(room: int, random_crop: bool) -> int:
+    return int(torch.randint(room + 1, ())) if random_crop else room // 2
+
+
+@dataclass(frozen=True)
+class SquareCrop:
+    """The short side is rescaled, then a square is cut from the middle or anywhere.
+
+    Attributes:
+        size: Length that the short side gets, in pixels; None or 0 leaves it as it is, unless
+            the picture must be enlarged to hold the square.
+        random_crop: Cut anywhere instead of from the middle.
+        random_flip: Mirror every other picture.
+        random_scale: (lo, hi) with 1 <= lo <= hi: the short side is drawn between lo * size and
+            hi * size; None makes it ``size``.
+        allow_upscale: Enlarge pictures that are smaller than asked for. If not, they are cut at
+            their own resolution, and a picture smaller than the square is an error.
+        crop_size: Side of the square in pixels; by default ``size``. With neither, pictures are
+            left whole.
+    """
+
+    size: int | None
+    random_crop: bool = False
+    random_flip: bool = False
+    random_scale: Sequence[float] | None = None
+    allow_upscale: bool = True
+    crop_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("size", self.size), ("crop_size", self.crop_size)):
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be a positive number of pixels, got {value}")
+        if self.size and self.crop_size and self.crop_size > self.size:
+            raise ValueError(f"crop_size {self.crop_size} must not exceed size {self.size}")
+        if self.random_scale is not None:
+            bounds = list(self.random_scale)
+            if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
+                raise ValueError(f"random_scale must be [lo, hi] with 1 <= lo <= hi, got {bounds}")
+
+    def draw(self, height: int, width: int) -> View:
+        """Draw the view of a picture with ``height`` rows and ``width`` columns.
+
+        Raises:
+            ValueError: The picture is smaller than the square and may not be enlarged.
+        """
+        flip = _draw_flip(self.random_flip)
+        side = self.crop_size or self.size
+        if not side:
+            return View((height, width), 0, 0, height, width, flip)
+        if min(height, width) < side and not self.allow_upscale:
+            raise ValueError(
+                f"{width}x{height} pixels are fewer than the crop of {side}x{side}; "
+                f"remove it, choose a smaller size, or set allow_upscale: true"
+            )
+        short_side = self._draw_short_side(min(height, width), side)
+        scaled = scale_short_side(height, width, short_side)
+        top, left = (_draw_offset(length - side, self.random_crop) for length in scaled)
+        return View(scaled, top, left, side, side, flip)
+
+    def _draw_short_side(self, short_side: int, side: int) -> float:
+        if not self.size:
+            return max(short_side, side)
+        lo, hi = (self.size * scale for scale in self.random_scale or (1, 1))
+        if not self.allow_upscale:
+            lo, hi = min(lo, short_side), min(hi, short_side)
+        return lo + (hi - lo) * torch.rand(()).item() if hi > lo else lo
+
+
+@dataclass(frozen=True)
+class RandomSquare:
+    """A square of any size is cut anywhere, then rescaled.
+
+    Attributes:
+        size: Side of the result in pixels. The square's own side is drawn between it and the
+            picture's short side; smaller pictures are enlarged.
+        random_flip: Mirror every other picture.
+    """
+
+    size: int
+    random_flip: bool = False
+
+    def draw_side(self, short_side: int) -> int:
+        """Draw the side of the square to cut from a picture with this short side."""
+        return int(torch.randint(min(self.size, short_side), short_side + 1, ()))
+
+    def draw(self, height: int, width: int) -> View:
+        """Draw the view of a picture with ``height`` rows and ``width`` columns."""
+        short_side = min(height, width)
+        enlarged = self.size * short_side / self.draw_side(short_side)
+        scaled = scale_short_side(height, width, enlarged)
+        top, left = (_draw_offset(length - self.size, random_crop=True) for length in scaled)
+        return View(scaled, top, left, self.size, self.size, _draw_flip(self.random_flip))
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The whole picture is rescaled to a square, whatever its proportions.
+
+    Attributes:
+        size: Side of the square in pixels.
+        random_flip: Mirror every other picture.
+    """
+
+    size: int
+    random_flip: bool = False
+
+    def draw(self, height: int, width: int) -> View:
+        """Draw the view of a picture with ``height`` rows and ``width`` columns."""
+        flip = _draw_flip(self.random_flip)
+        return View((self.size, self.size), 0, 0, self.size, self.size, flip)

@@ -1,0 +1,34 @@
+"""Putting items together into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import default_collate
+
+from taming.data.helper_types import Annotation
+
+
+def custom_collate(batch: Sequence[Any]) -> Any:
+    """Put items together as torch does, but leave lists of annotations as they are.
+
+    Images have different numbers of objects, which cannot be stacked.
+
+    Args:
+        batch: The items: dictionaries, or whatever torch's ``default_collate`` takes.
+
+    Returns:
+        One item with a batch axis; a list of the values where these are lists of annotations, or
+        nothing (None).
+    """
+    first = batch[0]
+    if isinstance(first, Mapping):
+        return {key: custom_collate([item[key] for item in batch]) for key in first}
+    if any(value is None or _are_annotations(value) for value in batch):
+        return list(batch)
+    return default_collate(list(batch))
+
+
+def _are_annotations(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Annotation)
