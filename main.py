@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from taming.cli import Options, parse_arguments
 from taming.config import LoadedConfig, get_obj_from_str, instantiate_from_config, load_config
 from taming.experiment import PreparationError, RunDir, check_experiment, run_name
+from taming.util import DataError, NonFiniteError
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -89,7 +90,9 @@ def build(
     data = instantiate_from_config(project["data"])
     model = instantiate_from_config(project["model"])
     wandb_project = options.project if options.wandb else None
-    trainer = building.build_trainer(arguments, lightning, project, model, run, wandb_project)
+    trainer = building.build_trainer(
+        *(arguments, lightning, project, model, run, wandb_project, options.trust_checkpoint)
+    )
     if options.train:
         rate = project["model"]["base_learning_rate"]
         if options.scale_lr:
@@ -116,11 +119,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run, checkpoint, config = prepare(options)
         trainer, model, data = build(options, run, config)
-        mistakes = (PreparationError,)
+        mistakes = (PreparationError, DataError, NonFiniteError)
+        logging.getLogger("taming").info("the run's folder is %s", run.path)
         from taming.trainer import fit, test
 
         if options.train:
             fit(trainer, model, data, checkpoint)
+        else:
+            logging.getLogger("taming").info("not training; -t trains")
         if not options.no_test:
             test(trainer, model, data, None if options.train else checkpoint)
     except Exception as error:
@@ -128,7 +134,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
             pdb.post_mortem(error.__traceback__)
         elif isinstance(error, mistakes):
-            sys.stderr.write(f"error: {error}\n")
+            # A loader process puts its traceback into the message, before the message itself.
+            line = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
+            sys.stderr.write(f"error: {line}\n")
             sys.exit(2)
         raise
 

@@ -83,6 +83,11 @@ def strange_images(size: int) -> dict[str, Tensor]:
     return {"noise": noise, "flat colour": flat, "text": text}
 
 
+def lengths_of(codes: Tensor) -> Tensor:
+    """Slots written at each site by codes (B, h, w, T): (B, h, w) int64."""
+    return (codes >= 0).sum(dim=-1)
+
+
 @torch.no_grad()
 def correlations(model: VQModel, batches: Sequence[Tensor]) -> dict[str, float]:
     """Rank correlations of tokens with what makes a site or an image hard."""
@@ -90,7 +95,7 @@ def correlations(model: VQModel, batches: Sequence[Tensor]) -> dict[str, float]:
     per_image: dict[str, list[float]] = {"tokens": [], "JPEG size": [], "PNG size": []}
     for x in batches:
         z = model.encode_to_prequant(x)
-        lengths = model.quantize(z).info.encodings.lengths
+        lengths = lengths_of(model.quantize(z).info.indices)
         _, h, w = lengths.shape
         per_site["tokens"].append(lengths)
         for name, values in site_statistics(x, h, w).items():
@@ -114,7 +119,7 @@ def correlations(model: VQModel, batches: Sequence[Tensor]) -> dict[str, float]:
 @torch.no_grad()
 def tokens_per_image(model: VQModel, batches: Sequence[Tensor]) -> float:
     """Mean slots written per image at the model's own threshold."""
-    total = sum(int(model.encode(x).info.encodings.lengths.sum()) for x in batches)
+    total = sum(int((model.encode(x).info.indices >= 0).sum()) for x in batches)
     return total / sum(map(len, batches))
 
 
@@ -126,7 +131,7 @@ def fixed_error(model: VQModel, batches: Sequence[Tensor], psnr: float) -> dict[
         quantized = model.encode(x, target_psnr=psnr)
         x_rec = model.decode(quantized.z_q).clamp(-1, 1)
         got = peak_signal_noise_ratio(x_rec, x, data_range=2.0, dim=(1, 2, 3), reduction="none")
-        tokens.append(quantized.info.encodings.lengths.sum((1, 2)))
+        tokens.append(lengths_of(quantized.info.indices).sum((1, 2)))
         reached.append(got >= psnr)
     counts = torch.cat(tokens).float()
     low, high = counts.quantile(torch.tensor([0.1, 0.9], device=counts.device)).tolist()
@@ -138,7 +143,7 @@ def fixed_error(model: VQModel, batches: Sequence[Tensor], psnr: float) -> dict[
 def pictures(model: VQModel, x: Tensor, file: Path) -> None:
     """Show images (B, 3, H, W), their reconstructions and their depths, sorted by tokens."""
     quantized = model.encode(x)
-    lengths = quantized.info.encodings.lengths
+    lengths = lengths_of(quantized.info.indices)
     order = lengths.sum((1, 2)).argsort()
     turns = model.quantize.sequence.max_loops
     depths = depth_heat_map(lengths, turns, (x.shape[2], x.shape[3]))
@@ -208,8 +213,9 @@ def main() -> None:
         quantized = model.encode(unseen)
     sequence, codes = model.quantize.sequence, quantized.info.indices
     tokens, _ = sequence.encode(codes)
-    valid = torch.equal(sequence.decode(tokens, codes.shape[1:3]), codes)
-    counts = quantized.info.encodings.lengths.sum((1, 2)).tolist()
+    _, h, w, _ = codes.shape
+    valid = torch.equal(sequence.decode(tokens, (h, w)), codes)
+    counts = lengths_of(codes).sum((1, 2)).tolist()
     report["never seen"] = dict(zip(strange, counts, strict=True)) | {"valid sequences": valid}
 
     pictures(model, batches[0][:12], options.outdir / "images.png")

@@ -34,7 +34,8 @@ def draw_frame(axis: Axes, codebook: Tensor, z: Tensor, center: Tensor, tau: flo
     """Draw the codes, the latent, and the circle in which the loop ends."""
     axis.scatter(*codebook.T, color="0.6", s=18, label="codes")
     axis.scatter(*z.T, color="tab:red", marker="*", s=130, zorder=4, label="latent z")
-    axis.add_patch(plt.Circle(center.tolist(), tau, fill=False, linestyle=":", color="tab:red"))
+    middle = (float(center[0]), float(center[1]))
+    axis.add_patch(plt.Circle(middle, tau, fill=False, linestyle=":", color="tab:red"))
     axis.set_aspect("equal")
     axis.set(xticks=[], yticks=[], xlim=(-2.6, 2.6), ylim=(-2.6, 2.6))
 

@@ -35,6 +35,7 @@ from race.measure import (
     shuffled_lengths,
     threshold_for_mean,
 )
+from race.peers import ResidualVQ
 from race.plans import PLANS, Plan, images_of
 from race.report import write_report
 from race.training import first, loader, prior_bits, trained_tokenizer
@@ -42,6 +43,7 @@ from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
+from taming.modules.vqvae.transforms import Residual
 from taming.script import run
 
 logger = logging.getLogger("taming.benchmark")
@@ -60,6 +62,7 @@ def settings(
         if isinstance(model.quantize, LoopyVectorQuantizer):
             model.quantize.threshold = threshold_for_mean(model, calibration, length)
         else:
+            assert isinstance(model.quantize, ResidualVQ)
             model.quantize.cut = int(length)
         yield str(length)
 
@@ -75,6 +78,7 @@ def race(plan: Plan, name: str, seed: int, options: argparse.Namespace) -> list[
     still = first(images_of(options.train, "train", size, train=False), plan.calibration_images)
     model = trained_tokenizer(plan, contender, seed, train, options.outdir, options.precision)
     if contender.beam is not None:
+        assert isinstance(model.quantize.transform, Residual)
         model.quantize.transform.beam = contender.beam  # costs nothing in training
 
     def batches(data: Any) -> list[torch.Tensor]:

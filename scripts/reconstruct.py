@@ -13,7 +13,8 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,15 @@ def chosen_rate(options: argparse.Namespace, model: VQModel) -> dict[str, float]
     return rate
 
 
+def unique_names(paths: Sequence[Path]) -> list[str]:
+    """Name the results of each image: its stem, with a number where several images have it."""
+    names: dict[str, None] = {}
+    for path in paths:
+        candidates = (f"{path.stem}_{number}" if number > 1 else path.stem for number in count(1))
+        names[next(name for name in candidates if name not in names)] = None
+    return list(names)
+
+
 def widest_ending(trace: LoopTrace) -> float:
     """Largest distance at which a loop ended by itself; 0 where none did."""
     return float(trace.distances[trace.within].max()) if trace.within.any() else 0.0
@@ -91,7 +101,7 @@ def widest_ending(trace: LoopTrace) -> float:
 
 @torch.no_grad()
 def reconstruct(
-    model: VQModel, x: Tensor, rate: Mapping[str, float]
+    model: VQModel, x: Tensor, rate: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Encode and decode one image.
 
@@ -153,18 +163,20 @@ def main() -> None:
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a tokenizer")
     model = model.to(device)
     rate = chosen_rate(options, model)
-    report = {}
-    for path in tqdm(paths, desc="reconstruct"):
+    report, below = {}, []
+    for path, name in tqdm(zip(paths, unique_names(paths), strict=True), "reconstruct", len(paths)):
         x = load_image(path, options.size, model.encoder.factor).to(device)
         pictures, numbers = reconstruct(model, x, rate)
-        save_picture(pictures["reconstruction"], options.outdir / f"{path.stem}.png")
+        save_picture(pictures["reconstruction"], options.outdir / f"{name}.png")
         if "depth" in pictures:
-            save_picture(pictures["depth"], options.outdir / f"{path.stem}_depth.png")
+            save_picture(pictures["depth"], options.outdir / f"{name}_depth.png")
         compared = side_by_side(*pictures.values())
-        save_picture(compared, options.outdir / f"{path.stem}_compare.png")
+        save_picture(compared, options.outdir / f"{name}_compare.png")
         report[str(path)] = numbers
         if numbers["psnr"] < rate.get("target_psnr", -math.inf):
-            logger.warning("%s reaches %.2f dB with all its turns", path, numbers["psnr"])
+            below.append(f"{path} reaches {numbers['psnr']:.2f} dB with all its turns")
+    for line in below:
+        logger.warning(line)
     (options.outdir / "reconstructions.json").write_text(json.dumps(report, indent=2))
     logger.info("%d reconstructions in %s", len(paths), options.outdir)
 

@@ -39,7 +39,10 @@ def summary(tokenizer: dict[str, Any], prior: dict[str, Any]) -> list[tuple[str,
     return [
         ("validation PSNR", f"{tokenizer['val/psnr']:.2f} dB"),
         ("mean turns per site", f"{tokenizer['val/mean_length']:.2f}"),
-        ("tokens per image", f"{sum(tokens) / len(tokens):.1f} ({min(tokens)} to {max(tokens)})"),
+        (
+            "tokens per image, site ends included",
+            f"{sum(tokens) / len(tokens):.1f} ({min(tokens)} to {max(tokens)})",
+        ),
         ("codebook usage", f"{100 * tokenizer['val/usage']:.1f} %"),
         ("codebook perplexity", f"{tokenizer['val/perplexity']:.1f}"),
         (
@@ -58,7 +61,7 @@ def draw_histograms(tokenizer: dict[str, Any]) -> bytes:
     left.bar(range(1, len(turns) + 1), [count / sum(turns) for count in turns], color="#b5367a")
     left.set(xlabel="turns of a site", ylabel="share of sites", xticks=range(1, len(turns) + 1))
     right.hist(tokenizer["tokens_per_image"], bins=20, color="#fb8861")
-    right.set(xlabel="tokens of an image", ylabel="images")
+    right.set(xlabel="tokens of an image, site ends included", ylabel="images")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
@@ -130,7 +133,7 @@ def main() -> None:
     rows = summary(tokenizer, prior)
     (folder / "report.html").write_text(page(folder, tokenizer, rows))
     for name, value in rows:
-        logger.info("%-34s %s", name, value)
+        logger.info("%-38s %s", name, value)
     logger.info("\nresults: %s\nreport:  %s", folder.resolve(), (folder / "report.html").resolve())
 
 

@@ -6,12 +6,14 @@ import logging
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -31,31 +33,42 @@ HARMLESS = [
 ]
 
 
-def load_checkpoint(path: str | os.PathLike[str], trust: bool = False) -> dict[str, Any]:
+def load_checkpoint(
+    path: str | os.PathLike[str], trust_checkpoint: bool = False, lazy: bool = False
+) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Args:
         path: File written by ``torch.save`` or Lightning (versions 1 and 2).
-        trust: Also rebuild objects of any class; such a file can run any code when it is read.
+        trust_checkpoint: Also rebuild objects of any class; such a file can run any code when it
+            is read.
+        lazy: Leave tensors in the file until they are used, such as those of optimizers never; the
+            file must stay as it is meanwhile.
 
     Returns:
         What the file holds.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, is no checkpoint, or needs ``trust``.
+        ValueError: The file is damaged, is no checkpoint, or needs ``trust_checkpoint``.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
     try:
         with torch.serialization.safe_globals(HARMLESS):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
+            checkpoint = torch.load(
+                path,
+                map_location="cpu",
+                weights_only=not trust_checkpoint,
+                mmap=lazy and zipfile.is_zipfile(path),  # files of torch before 1.6 are none
+            )
     except Exception as error:  # damaged bytes fail in the reader in any way whatever
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and unsafe:
             raise ValueError(
                 f"{path} holds an object of the class {unsafe[1]}, which may run code when read; "
-                "if you know where the file comes from, load it with trust=True"
+                "if you know where the file comes from, set trust_checkpoint: true beside "
+                "ckpt_path, or resume with --trust_checkpoint"
             ) from error
         raise ValueError(
             f"{path} cannot be read as a checkpoint; it may be damaged or only partly downloaded "
@@ -70,18 +83,18 @@ def load_weights(
     module: nn.Module,
     path: str | os.PathLike[str],
     ignore_keys: Sequence[str] = (),
-    trust: bool = False,
+    trust_checkpoint: bool = False,
 ) -> None:
     """Load a module's parameters and buffers from a checkpoint.
 
-    Keys that the module does not know are logged. Missing weights of a loss (keys under ``loss.``)
-    are logged too and keep their values; any other missing key is an error.
+    Keys that the module does not know are logged. Missing weights of a loss (keys with a part
+    ``loss``) are logged too and keep their values; any other missing key is an error.
 
     Args:
         module: What to load into.
         path: A Lightning checkpoint (with ``state_dict``) or a bare state dict.
         ignore_keys: Prefixes of keys to leave out; these weights keep their values.
-        trust: See `load_checkpoint`.
+        trust_checkpoint: See `load_checkpoint`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -90,7 +103,7 @@ def load_weights(
     if isinstance(ignore_keys, str):
         raise ValueError(f"ignore_keys must be a list of prefixes, got the string {ignore_keys!r}")
     name, prefixes = type(module).__name__, tuple(ignore_keys)
-    checkpoint = load_checkpoint(path, trust)
+    checkpoint = load_checkpoint(path, trust_checkpoint, lazy=True)
     weights = checkpoint.get("state_dict", checkpoint)
     weights = {key: value for key, value in weights.items() if not key.startswith(prefixes)}
     try:
@@ -104,7 +117,7 @@ def load_weights(
             f"expected keys like {list(module.state_dict())[:3]}"
         )
     missing = [key for key in missing if not key.startswith(prefixes)]
-    if absent := [key for key in missing if not key.startswith("loss.")]:
+    if absent := [key for key in missing if not _is_of_loss(key)]:
         raise ValueError(
             f"{path} lacks weights of {name}: {', '.join(absent)}; list prefixes in ignore_keys "
             "to leave them as they are"
@@ -112,11 +125,58 @@ def load_weights(
     if missing:
         logger.warning("%s lacks weights of the loss, left as they are: %s", path, missing)
     # A tokenizer that is only used has no loss; naming all its weights would bury the rest.
-    if unknown := [key for key in unexpected if not key.startswith("loss.")]:
+    if unknown := [key for key in unexpected if not _is_of_loss(key)]:
         logger.warning("%s holds weights that %s does not have: %s", path, name, unknown)
     if of_loss := len(unexpected) - len(unknown):
         logger.info("%s holds %d weights of a loss that %s does not have", path, of_loss, name)
     logger.info("loaded %s from %s", name, path)
+
+
+def _is_of_loss(key: str) -> bool:
+    """Whether a weight belongs to the loss of a model, or of one inside it."""
+    return "loss" in key.split(".")
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Reads, for a Trainer, the checkpoint from which it goes on as `load_checkpoint` does.
+
+    Args:
+        trust_checkpoint: See `load_checkpoint`.
+    """
+
+    def __init__(self, trust_checkpoint: bool = False) -> None:
+        super().__init__()
+        self.trust_checkpoint = trust_checkpoint
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Any = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint of Lightning, versions 1 and 2, onto the CPU.
+
+        Args:
+            path: The file.
+            map_location: Plays no part.
+            weights_only: Plays no part; ``trust_checkpoint`` says what may be read.
+
+        Returns:
+            What the file holds, without the states of Lightning 1's callbacks.
+
+        Raises:
+            ValueError: The file holds only weights, or see `load_checkpoint`.
+        """
+        checkpoint = load_checkpoint(path, self.trust_checkpoint)
+        if not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
+            raise ValueError(
+                f"{path} holds weights but no state of a training to resume; to start from these "
+                "weights, name the file in model.params.ckpt_path"
+            )
+        # Lightning 1 kept them under the callbacks' classes, where no callback looks today.
+        states = checkpoint.get("callbacks") or {}
+        checkpoint["callbacks"] = {k: v for k, v in states.items() if isinstance(k, str)}
+        return checkpoint
 
 
 def stay_in_eval(module: M, mode: bool = True) -> M:

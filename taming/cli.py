@@ -39,6 +39,7 @@ class Options:
         name: Name of a new run; empty takes the first file's.
         postfix: Appended to the name.
         resume: Run folder or checkpoint to continue; empty starts a new run.
+        trust_checkpoint: Whether that checkpoint may hold objects of any class.
         train: Whether to train.
         no_test: Whether to skip the test after training.
         debug: Whether an error opens a debugger and a new run goes to ``logs/debug_runs``.
@@ -54,6 +55,7 @@ class Options:
     name: str
     postfix: str
     resume: str
+    trust_checkpoint: bool
     train: bool
     no_test: bool
     debug: bool
@@ -119,6 +121,12 @@ def _build_parser(trainer: Signature) -> argparse.ArgumentParser:
     run.add_argument(
         "-r", "--resume", default="", metavar="RUN", help="continue a run folder or a checkpoint"
     )
+    _add_switch(
+        run,
+        "--trust_checkpoint",
+        default=False,
+        help="resume from a file that may run code when it is read",
+    )
     _add_switch(run, "-t", "--train", default=False, help="train; without it, only test")
     _add_switch(run, "--no-test", default=False, help="skip the test after training")
     _add_switch(run, "-d", "--debug", default=False, help="open a debugger at an error")
@@ -156,20 +164,36 @@ def _add_trainer_flags(parser: argparse.ArgumentParser, trainer: Signature) -> N
         "CPU (in PowerShell, quote a value with a comma)",
     )
     described = dict(re.findall(_ARGUMENT_DOC, trainer.doc))
-    hidden = [name for name in OLD_TRAINER_ARGUMENTS if name != "gpus"]
-    for name in [*trainer.names, *hidden]:
+    hidden = {name: "bool" for name in OLD_TRAINER_ARGUMENTS if name != "gpus"}
+    kinds = {parameter.name: parameter.annotation for parameter in trainer.parameters} | hidden
+    for name, annotation in kinds.items():
         if name in _ONLY_IN_YAML:
             continue
         help = " ".join(described.get(name, "").replace("%", "%%").replace("``", "").split())
+        # Only a switch means something without a value.
+        bare: dict[str, Any] = {"nargs": "?", "const": True} if "bool" in annotation else {}
         group.add_argument(
             f"--{name}",
-            nargs="?",
-            const=True,
+            **bare,
             default=argparse.SUPPRESS,
-            type=_parse_yaml,
+            type=_NUMBERS.get(annotation, _parse_yaml),
             metavar="VALUE",
             help=argparse.SUPPRESS if name in hidden else help,
         )
+
+
+def _parse_float(text: str) -> int | float | None:
+    value = _parse_yaml(text)
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return value  # an int stays one: 1 is one batch, 1.0 all of them
+    raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+
+
+def _parse_int(text: str) -> int | None:
+    value = _parse_float(text)
+    if value is not None and value != int(value):
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return None if value is None else int(value)
 
 
 def _parse_yaml(text: str) -> Any:
@@ -182,3 +206,12 @@ def _parse_bool(text: str) -> bool:
     if text.lower() in ("false", "no", "n", "f", "0"):
         return False
     raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+# How the Trainer's arguments that are numbers are read, by their type as its source writes it.
+_NUMBERS = {
+    "int": _parse_int,
+    "Optional[int]": _parse_int,
+    "Union[int, float]": _parse_float,
+    "Optional[Union[int, float]]": _parse_float,
+}

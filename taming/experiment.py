@@ -87,6 +87,21 @@ class RunDir:
         """All saved configurations, oldest first."""
         return sorted(self.configs.glob("*.yaml"))
 
+    @property
+    def project_config(self) -> Path:
+        """File with the blocks that the run was last trained with.
+
+        A published model has a single one of any name, such as ``model.yaml``.
+
+        Raises:
+            ValueError: There is no such file, or it cannot be told which one it is.
+        """
+        saved = self.saved_configs
+        projects = [path for path in saved if path.name.endswith("-project.yaml")]
+        if not projects and len(saved) != 1:
+            raise ValueError(f"{self.path} has no configs/*-project.yaml, which names its model")
+        return (projects or saved)[-1]
+
     def start_time(self) -> str:
         """Return the time that names the files of this start of the run."""
         return _unused_time(lambda time: any(self.configs.glob(f"{time}-*.yaml")))
@@ -122,16 +137,16 @@ class RunDir:
         """
         path = Path(path)
         if not path.exists():
-            raise FileNotFoundError(f"cannot resume from {path}: it does not exist")
+            raise FileNotFoundError(f"the run {path} does not exist")
         run = cls(path if path.is_dir() else path.absolute().parent.parent)
         if not run.saved_configs:
             raise ValueError(
-                f"cannot resume from {path}: {run.path} is no run, for it has no configs/*.yaml; "
+                f"{path}: {run.path} is no run, for it has no configs/*.yaml; "
                 "give logs/<run> or logs/<run>/checkpoints/<file>.ckpt"
             )
         checkpoint = run.last_checkpoint if path.is_dir() else path
         if not checkpoint.exists():
-            raise FileNotFoundError(f"cannot resume from {path}: there is no {checkpoint}")
+            raise FileNotFoundError(f"the run {path} has no {checkpoint}")
         return run, checkpoint
 
 
@@ -151,7 +166,7 @@ def model_from_run(run: str | Path, **params: Any) -> Any:
         **params: Replace entries of the saved ``model.params``.
 
     Returns:
-        The model. Only its own ``ckpt_path`` is replaced; models inside keep theirs.
+        The model.
 
     Raises:
         FileNotFoundError: There is no such run or checkpoint.
@@ -159,8 +174,29 @@ def model_from_run(run: str | Path, **params: Any) -> Any:
     """
     project, checkpoint = _project(run)
     block = project["model"]
-    params = {**(block.get("params") or {}), **params, "ckpt_path": str(checkpoint)}
+    params = {**(block.get("params") or {}), **params}
+    return trained_model({"target": block["target"], "params": params}, checkpoint)
+
+
+def trained_model(block: Mapping[str, Any], checkpoint: str | Path) -> Any:
+    """Build a model with the weights of a checkpoint, in evaluation mode.
+
+    Args:
+        block: ``{target, params}``. A ``ckpt_path`` anywhere in it is where a part once started
+            from; since the checkpoint holds all weights, that file is neither needed nor read.
+        checkpoint: File with all weights of the model.
+    """
+    params = {**without_ckpt_paths(block.get("params") or {}), "ckpt_path": str(checkpoint)}
     return instantiate_from_config({"target": block["target"], "params": params}).eval()
+
+
+def without_ckpt_paths(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave every ``ckpt_path`` out of a block and of those inside it."""
+    return {
+        key: without_ckpt_paths(value) if isinstance(value, Mapping) else value
+        for key, value in block.items()
+        if key != "ckpt_path"
+    }
 
 
 def data_from_run(run: str | Path) -> Any:
@@ -182,10 +218,7 @@ def data_from_run(run: str | Path) -> Any:
 def _project(run: str | Path) -> tuple[dict[str, Any], Path]:
     """The model and data blocks that a run was last trained with, and its checkpoint."""
     folder, checkpoint = RunDir.resume(run)
-    saved = [path for path in folder.saved_configs if path.name.endswith("-project.yaml")]
-    if not saved:
-        raise ValueError(f"{folder.path} has no configs/*-project.yaml, which names its model")
-    return load_config(saved[-1:]).values, checkpoint
+    return load_config([folder.project_config]).values, checkpoint
 
 
 def merge_block(default: Mapping[str, Any], block: Mapping[str, Any] | None) -> dict[str, Any]:

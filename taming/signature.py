@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from taming.source import Definition, Function, UnreadableError, find_definition, resolve_expression
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One keyword argument; ``default`` is its source text, None where a value is required."""
+    """One keyword argument.
+
+    Attributes:
+        name: Its name.
+        default: Source text of its default; None where a value is required.
+        annotation: Source text of its type; empty where it has none.
+    """
 
     name: str
     default: str | None
+    annotation: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,11 @@ class Signature:
     def names(self) -> list[str]:
         """Names of all arguments."""
         return [parameter.name for parameter in self.parameters]
+
+    @property
+    def annotations(self) -> dict[str, str]:
+        """Source text of the type of each argument."""
+        return {parameter.name: parameter.annotation for parameter in self.parameters}
 
     @property
     def required(self) -> list[str]:
@@ -77,7 +89,14 @@ def _function_signature(node: Function, skip: int = 0) -> Signature:
     missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
     pairs = [*zip(positional, [*missing, *arguments.defaults], strict=True)][skip:]
     pairs += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    parameters = (Parameter(a.arg, ast.unparse(d) if d else None) for a, d in pairs)
+    parameters = (
+        Parameter(
+            a.arg,
+            ast.unparse(d) if d else None,
+            ast.unparse(a.annotation) if a.annotation else "",
+        )
+        for a, d in pairs
+    )
     doc = ast.get_docstring(node) or ""
     return Signature(tuple(parameters), open=arguments.kwarg is not None, doc=doc)
 
@@ -93,7 +112,7 @@ def _class_signature(definition: Definition, node: ast.ClassDef) -> Signature:
     inherited = _bases_signature(definition, node)
     # *args may carry what a base requires, so nothing inherited is required by name.
     more = tuple(
-        Parameter(parameter.name, parameter.default or "...")
+        replace(parameter, default=parameter.default or "...")
         for parameter in inherited.parameters
         if parameter.name not in {*own.names, *set_by_call}
     )

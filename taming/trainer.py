@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from taming.checkpoint import SafeCheckpointIO
 from taming.config import ConfigError
 from taming.experiment import PreparationError, RunDir
 from taming.observers import build_callbacks, build_checkpoints, build_loggers
@@ -68,6 +69,7 @@ def build_trainer(
     model: pl.LightningModule,
     run: RunDir,
     wandb_project: str | None = None,
+    trust_checkpoint: bool = False,
 ) -> pl.Trainer:
     """Build the Trainer of a run.
 
@@ -78,6 +80,7 @@ def build_trainer(
         model: The model; takes over accumulation and clipping if it optimizes manually.
         run: Where the run writes.
         wandb_project: Weights & Biases project to log to as well.
+        trust_checkpoint: Whether a checkpoint to resume from may hold objects of any class.
 
     Raises:
         ValueError: The Trainer refuses an argument, or wandb is asked for and not installed.
@@ -96,9 +99,12 @@ def build_trainer(
         callbacks += build_checkpoints(lightning, model, run)
     # Lightning would otherwise add a checkpoint of its own.
     arguments["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in callbacks)
+    given = arguments.pop("plugins", None) or []
+    plugins = [*given] if isinstance(given, list | tuple) else [given]
+    plugins.append(SafeCheckpointIO(trust_checkpoint))
     try:
-        return pl.Trainer(**arguments, logger=loggers, callbacks=callbacks)
-    except MisconfigurationException as error:
+        return pl.Trainer(**arguments, logger=loggers, callbacks=callbacks, plugins=plugins)
+    except (MisconfigurationException, TypeError, ValueError) as error:
         raise ValueError(f"lightning.trainer: {error}") from error
 
 
@@ -129,7 +135,7 @@ def choose_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _count_devices(accelerator: str, devices: Any) -> int:
     if isinstance(devices, str) and "," in devices:
         devices = [int(number) for number in devices.split(",") if number.strip()]
-    elif isinstance(devices, str) and devices != "auto":
+    elif isinstance(devices, str) and devices.lstrip("-").isdigit():
         devices = int(devices)
     visible = torch.cuda.device_count() or int(torch.backends.mps.is_available())
     wants_gpu = accelerator in ("gpu", "cuda") or (
@@ -220,7 +226,10 @@ def fit(
     except (ValueError, OSError, RuntimeError, UnpicklingError, MisconfigurationException) as error:
         if trainer.val_dataloaders is not None or trainer.train_dataloader is not None:
             raise
-        raise PreparationError(str(error)) from error
+        title, *details = [line.strip() for line in str(error).splitlines()]
+        if title.startswith("Error(s) in loading state_dict"):
+            title = f"{checkpoint} does not fit the model:"
+        raise PreparationError(" ".join([title, *details])) from error
 
 
 def test(

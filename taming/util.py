@@ -106,6 +106,39 @@ def download(url: str, local_path: str | os.PathLike[str], chunk_size: int = 1 <
         part.unlink(missing_ok=True)
 
 
+# Name -> address, file name and MD5 digest of weights that are published elsewhere.
+PUBLISHED = {
+    "vgg_lpips": (
+        "https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1",
+        "vgg.pth",
+        "d507d7349b931f0638a25a48a722f98a",
+    )
+}
+
+
+def get_ckpt_path(name: str, root: str | os.PathLike[str], check: bool = False) -> str:
+    """Return the path of published weights below a folder, downloaded and checked if need be.
+
+    Args:
+        name: A key of `PUBLISHED`: "vgg_lpips" are the linear heads of LPIPS.
+        root: Folder to keep them in.
+        check: Download again if a file is there that has another MD5 digest.
+
+    Raises:
+        ConnectionError: They are not there and cannot be downloaded.
+        ValueError: The name is unknown, or what was downloaded is another file.
+    """
+    if name not in PUBLISHED:
+        raise ValueError(f"published weights are {', '.join(PUBLISHED)}; got {name!r}")
+    url, file_name, md5 = PUBLISHED[name]
+    path = Path(root, file_name)
+    if not path.is_file() or (check and md5_hash(path) != md5):
+        download(url, path)
+        if (found := md5_hash(path)) != md5:
+            raise ValueError(f"{path} from {url} has md5 {found}, expected {md5}")
+    return str(path)
+
+
 class KeyNotFoundError(KeyError):
     """A path-style lookup met a key that is not there."""
 
@@ -134,6 +167,10 @@ def retrieve(container: Any, key: str, splitval: str = "/", default: Any = None)
                 return default
             raise KeyNotFoundError(f"{part!r} of {key!r} not found") from None
     return value
+
+
+class DataError(ValueError):
+    """A file of a data set cannot be used; the message names it."""
 
 
 class NonFiniteError(RuntimeError):

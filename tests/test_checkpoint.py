@@ -3,14 +3,19 @@
 import copy
 import logging
 import pickle
+import shutil
 import sys
 import types
 
 import pytest
 import torch
+from tiny import DDCONFIG, GAN, GPT, PLAIN, images, trainer
+from tiny_runs import run_main
 from torch import nn
 
-from taming.checkpoint import freeze, load_checkpoint, load_weights
+from taming.checkpoint import SafeCheckpointIO, freeze, load_checkpoint, load_weights
+from taming.models.cond_transformer import Net2NetTransformer
+from taming.models.vqgan import VQModel
 
 
 class Payload:
@@ -37,19 +42,164 @@ def test_reads_back_what_torch_saved(path):
     assert found == {"state_dict": {}, "epoch": 2, "hyper": {"lr": [0.1, "x"]}}
 
 
-def test_reads_checkpoints_of_lightning_1(path, monkeypatch):
-    """There a callback's class is the key of its state; the package need not be installed."""
+def save_as_lightning_1(path, content):
+    """Write a checkpoint as Lightning 1.0 did: a callback's class is the key of its state."""
     name = "pytorch_lightning.callbacks.model_checkpoint"
     callback = type("ModelCheckpoint", (), {"__module__": name})
     module = types.ModuleType(name)
     module.ModelCheckpoint = callback
-    with monkeypatch.context() as patch:
+    state = {"monitor": "val/rec_loss", "best_model_score": torch.tensor(0.3)}
+    state |= {"best_model_path": "a", "current_score": torch.tensor(0.4), "dirpath": "b"}
+    with pytest.MonkeyPatch.context() as patch:
         for package in ("pytorch_lightning", "pytorch_lightning.callbacks"):
             patch.setitem(sys.modules, package, types.ModuleType(package))
         patch.setitem(sys.modules, name, module)
-        torch.save({"callbacks": {callback: {"best_model_path": "a"}}, "epoch": 1}, path)
+        torch.save({"callbacks": {callback: state}, **content}, path)
+
+
+def test_reads_checkpoints_of_lightning_1(path):
+    """The package that wrote them need not be installed."""
+    save_as_lightning_1(path, {"epoch": 1})
     found = load_checkpoint(path)
-    assert list(found["callbacks"].values()) == [{"best_model_path": "a"}]
+    assert [state["best_model_path"] for state in found["callbacks"].values()] == ["a"]
+
+
+# Parts of the original's models in the order in which its optimizers had their parameters.
+GENERATOR = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")
+DISCRIMINATOR = ("loss.discriminator",)
+
+
+def adam_state(parameters, **options):
+    """The state of an Adam of torch 1.7 after 6 steps; parameter i has exp_avg i."""
+    state = {
+        i: {
+            "step": 6,
+            "exp_avg": torch.full_like(parameter, i),
+            "exp_avg_sq": torch.ones_like(parameter),
+        }
+        for i, parameter in enumerate(parameters)
+    }
+    group = {"lr": 1e-3, "betas": (0.5, 0.9), "eps": 1e-8, "weight_decay": 0, "amsgrad": False}
+    return {"state": state, "param_groups": [{**group, **options, "params": list(state)}]}
+
+
+def of_parts(model, parts):
+    return [p for part in parts for p in model.get_submodule(part).parameters()]
+
+
+def lightning_1_content(model, optimizer_states):
+    return {
+        "epoch": 3,
+        "global_step": 6,
+        "pytorch-lightning_version": "1.0.8",
+        "state_dict": model.state_dict(),
+        "optimizer_states": optimizer_states,
+        "lr_schedulers": [],
+    }
+
+
+def resume(model, path, data, tmp_path, **kwargs):
+    """Go on from a checkpoint as the program does; returns the trainer."""
+    fit = trainer(tmp_path, plugins=[SafeCheckpointIO()], max_epochs=-1, **kwargs)
+    fit.fit(model, data, data, ckpt_path=path, weights_only=True)
+    return fit
+
+
+def test_training_of_a_tokenizer_resumes_from_lightning_1(path, tmp_path):
+    source, model = VQModel(DDCONFIG, GAN, 16, 4), VQModel(DDCONFIG, GAN, 16, 4)
+    states = [adam_state(of_parts(source, parts)) for parts in (GENERATOR, DISCRIMINATOR)]
+    save_as_lightning_1(path, lightning_1_content(source, states))
+    fit = resume(model, path, images(4), tmp_path, max_steps=6)
+    assert (fit.global_step, fit.current_epoch) == (6, 3)
+    torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
+    for optimizer, parts in zip(fit.optimizers, (GENERATOR, DISCRIMINATOR), strict=True):
+        for i, parameter in enumerate(of_parts(model, parts)):
+            state = optimizer.state[parameter]
+            assert state["exp_avg"].shape == parameter.shape and (state["exp_avg"] == i).all()
+            assert state["step"] == 6
+        assert optimizer.param_groups[0]["lr"] == 1e-3
+    fit = resume(VQModel(DDCONFIG, GAN, 16, 4), path, images(4), tmp_path, max_steps=8)
+    assert (fit.global_step, fit.current_epoch) == (8, 4)
+
+
+def test_training_of_a_prior_resumes_from_lightning_1(path, tmp_path):
+    """Its optimizer had the names of all parameters sorted, those with weight decay first."""
+
+    def prior():
+        tokenizer = {"ddconfig": DDCONFIG, "lossconfig": PLAIN, "n_embed": 16, "embed_dim": 4}
+        first_stage = {"target": "taming.models.vqgan.VQModel", "params": tokenizer}
+        return Net2NetTransformer(GPT, first_stage, "__is_unconditional__")
+
+    names = [
+        *(f"blocks.0.attn.{name}.weight" for name in ("key", "proj", "query", "value")),
+        *("blocks.0.mlp.0.weight", "blocks.0.mlp.2.weight", "head.weight"),
+        *(f"blocks.0.attn.{name}.bias" for name in ("key", "proj", "query", "value")),
+        *(f"blocks.0.ln{i}.{name}" for i in (1, 2) for name in ("bias", "weight")),
+        *("blocks.0.mlp.0.bias", "blocks.0.mlp.2.bias"),
+        *("ln_f.bias", "ln_f.weight", "pos_emb", "tok_emb.weight"),
+    ]
+    source, model = prior(), prior()
+    parameters = dict(source.transformer.named_parameters())
+    assert sorted(names) == sorted(parameters)
+    state = adam_state([parameters[name] for name in names], betas=(0.9, 0.95))
+    (group,) = state["param_groups"]
+    state["param_groups"] = [
+        {**group, "weight_decay": 0.01, "params": list(range(7))},
+        {**group, "weight_decay": 0.0, "params": list(range(7, len(names)))},
+    ]
+    content = lightning_1_content(source, [state])
+    content["state_dict"]["transformer.blocks.0.attn.mask"] = torch.ones(1, 1, 200, 200)
+    save_as_lightning_1(path, content)
+    fit = resume(model, path, images(4), tmp_path, max_steps=6)
+    assert (fit.global_step, fit.current_epoch) == (6, 3)
+    for i, name in enumerate(names):
+        parameter = model.transformer.get_parameter(name)
+        assert (fit.optimizers[0].state[parameter]["exp_avg"] == i).all(), name
+    fit = resume(prior(), path, images(4), tmp_path, max_steps=8)
+    assert fit.global_step == 8
+
+
+def test_the_program_resumes_from_lightning_1(tiny_runs, tmp_path):
+    run = tmp_path / "logs" / "run"
+    shutil.copytree(tiny_runs.of("custom_vqgan.yaml"), run)
+    last = run / "checkpoints/last.ckpt"
+    new = torch.load(last, weights_only=True)
+    names = ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers")
+    old = {name: new[name] for name in names} | {"pytorch-lightning_version": "1.0.8"}
+    torch.save({**old, "extra": Payload()}, last)
+    with pytest.raises(SystemExit):
+        run_main(tmp_path, "-r", run, "-t", "--max_steps", "3")
+    run_main(tmp_path, "-r", run, "-t", "--max_steps", "3", "--trust_checkpoint")
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    save_as_lightning_1(last, old)
+    run_main(tmp_path, "-r", run, "-t", "--max_steps", "4")
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+
+
+def test_weights_alone_are_nothing_to_resume(path, tmp_path):
+    model = VQModel(DDCONFIG, PLAIN, 16, 4)
+    torch.save({"state_dict": model.state_dict()}, path)
+    with pytest.raises(ValueError, match=r"weights but no state of a training.*ckpt_path"):
+        resume(model, path, images(4), tmp_path)
+
+
+def test_a_trainer_needs_trust_for_unknown_classes(path):
+    model = nn.Linear(1, 1)
+    torch.save({**lightning_1_content(model, []), "extra": Payload()}, path)
+    with pytest.raises(ValueError, match="Payload.*trust_checkpoint"):
+        SafeCheckpointIO().load_checkpoint(path)
+    found = SafeCheckpointIO(trust_checkpoint=True).load_checkpoint(path)
+    assert isinstance(found["extra"], Payload)
+
+
+def test_models_need_trust_for_unknown_classes(path):
+    config = {"ddconfig": DDCONFIG, "lossconfig": PLAIN, "n_embed": 16, "embed_dim": 4}
+    model = VQModel(**config)
+    torch.save({"state_dict": model.state_dict(), "extra": Payload()}, path)
+    with pytest.raises(ValueError, match="Payload.*trust_checkpoint"):
+        VQModel(**config, ckpt_path=str(path))
+    other = VQModel(**config, ckpt_path=str(path), trust_checkpoint=True)
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def test_missing_file_is_named(path):
@@ -74,15 +224,15 @@ def test_damaged_file_is_named(path, damage, trust):
     torch.save({"w": torch.randn(100)}, path)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"model\.ckpt cannot be read.*damaged"):
-        load_checkpoint(path, trust=trust)
+        load_checkpoint(path, trust_checkpoint=trust)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_unknown_classes_need_trust(path, zipped):
     torch.save({"a": Payload()}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"model\.ckpt.*Payload.*trust=True"):
+    with pytest.raises(ValueError, match=r"model\.ckpt.*Payload.*trust_checkpoint: true"):
         load_checkpoint(path)
-    assert isinstance(load_checkpoint(path, trust=True)["a"], Payload)
+    assert isinstance(load_checkpoint(path, trust_checkpoint=True)["a"], Payload)
 
 
 def test_a_file_that_holds_no_dict_is_refused(path):
@@ -136,6 +286,15 @@ def test_missing_loss_weights_and_unexpected_keys_are_logged(path, caplog):
         load_weights(Model(), path)
     text = caplog.text
     assert "loss.weight" in text and "loss.bias" in text and "extra.w" in text
+
+
+def test_the_loss_of_a_model_inside_is_not_listed_either(path, caplog):
+    whole = nn.ModuleDict({"first_stage_model": Model()})
+    state = whole.state_dict()
+    torch.save({**state, "first_stage_model.loss.lpips": torch.ones(1)}, path)
+    with caplog.at_level(logging.INFO):
+        load_weights(whole, path)
+    assert "1 weights of a loss" in caplog.text and "lpips" not in caplog.text
 
 
 @pytest.mark.parametrize("content", [{"encoder.w": torch.ones(1)}, {}])

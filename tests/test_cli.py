@@ -99,3 +99,30 @@ def test_help_lists_every_flag_and_hides_old_ones(capsys):
     for name in set(inspect.signature(pl.Trainer).parameters) - {"callbacks", "plugins"}:
         assert f"--{name}" in text
     assert "--distributed_backend" not in text
+
+
+def test_numbers_of_the_trainer_are_numbers() -> None:
+    arguments = "-b x --max_steps 1e3 --limit_val_batches 1.0 --max_epochs=-1 --fast_dev_run"
+    trainer = parse_arguments(arguments.split()).trainer
+    assert trainer == {
+        "max_steps": 1000,
+        "limit_val_batches": 1.0,
+        "max_epochs": -1,
+        "fast_dev_run": True,
+    }
+    assert isinstance(trainer["max_steps"], int) and isinstance(trainer["limit_val_batches"], float)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--max_steps", "argument --max_steps: expected one argument"),
+        ("--max_steps three", "argument --max_steps: expected a number, got 'three'"),
+        ("--max_epochs 1.5", "argument --max_epochs: expected a whole number, got '1.5'"),
+        ("--default_root_dir", "argument --default_root_dir: expected one argument"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_names_its_flag(flags: str, message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(f"-b x {flags}".split())
+    assert caught.value.code == 2 and message in capsys.readouterr().err

@@ -114,6 +114,14 @@ def test_right_blocks_pass(write, text):
             "model: {target: main.DataModuleFromConfig}",
             "x.yaml: model.params lacks batch_size, which main.DataModuleFromConfig needs",
         ),
+        (
+            "model: {target: toys.ToyModel, params: {width: four}}",
+            "x.yaml: model.params.width must be int, got 'four'",
+        ),
+        (
+            "model: {target: toys.ToyModel, params: {monitor: 3}}",
+            "x.yaml: model.params.monitor must be str | None, got 3",
+        ),
         ("model: {params: {width: 3}}", "x.yaml: model has no target"),
         ("model: 3", "x.yaml: model must be a mapping"),
         ("model: {target: toys.ToyModel, params: [1]}", "x.yaml: model.params must be a mapping"),

@@ -74,10 +74,14 @@ def test_resume_finds_run_and_checkpoint(run):
 @pytest.mark.parametrize(
     ("path", "error", "message"),
     [
-        ("nowhere", FileNotFoundError, "nowhere: it does not exist"),
+        ("nowhere", FileNotFoundError, "the run nowhere does not exist"),
         ("logs", ValueError, "logs is no run"),
         ("logs/run/configs/2024-project.yaml", None, None),
-        ("logs/empty", FileNotFoundError, "there is no logs/empty/checkpoints/last.ckpt"),
+        (
+            "logs/empty",
+            FileNotFoundError,
+            "the run logs/empty has no logs/empty/checkpoints/last.ckpt",
+        ),
     ],
 )
 def test_what_is_no_run_is_refused(run, path, error, message):

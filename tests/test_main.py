@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 import main as program
 from taming.config import get_obj_from_str
@@ -122,7 +123,9 @@ def test_stops_at_max_steps_with_a_checkpoint(folder):
 
 def test_a_checkpoint_that_does_not_fit_is_a_mistake(folder, capsys):
     program.main(["-b", "toy.yaml", "-t", *CPU])
-    assert "net.0.weight" in fails(["-r", str(only_run()), "-t", "model.params.width=9"], capsys)
+    error = fails(["-r", str(only_run()), "-t", "model.params.width=9"], capsys)
+    assert error.startswith(str(only_run() / "checkpoints/last.ckpt does not fit the model:"))
+    assert "net.0.weight" in error and error.count("\n") == 1
 
 
 def test_learning_rate_as_it_is(folder):
@@ -186,6 +189,8 @@ def test_a_mistake_is_reported_before_torch_is_imported(folder):
         (["-r", "."], "is no run"),
         (["-r", "logs/none"], "does not exist"),
         (["-b", "toy.yaml", "--gpus", "97,98"], "GPUs are visible here"),
+        (["-b", "toy.yaml", *CPU, "--devices", "zero"], "`devices` selected with"),
+        (["-b", "toy.yaml", "data.params.batch_size=two"], "batch_size must be int, got 'two'"),
         (["-b", "toy.yaml", "data.params.batch_size=0"], "batch_size must be at least 1, got 0"),
         (["-b", "toy.yaml", *CPU, "data.params.train.params.size=0"], "size must be at least 1"),
     ],
@@ -194,6 +199,21 @@ def test_mistakes_are_one_line_and_leave_nothing(folder, capsys, argv, message):
     error = fails([*argv, "-t"], capsys)
     assert message in error and error.count("\n") == 1
     assert os.listdir() == ["toy.yaml"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named_in_one_line(folder, capsys, workers):
+    image = Image.effect_noise((64, 64), 50).convert("RGB")
+    for name in "abc":
+        image.save(f"{name}.jpg")
+    Path("c.jpg").write_bytes(Path("a.jpg").read_bytes()[:-900])
+    Path("list.txt").write_text("a.jpg\nb.jpg\nc.jpg\n")
+    data = "{target: taming.data.custom.CustomTrain, "
+    data += "params: {size: 4, training_images_list_file: list.txt}}"
+    argv = ["-b", "toy.yaml", "-t", *CPU, f"data.params.num_workers={workers}"]
+    error = fails([*argv, f"data.params.train={data}"], capsys)
+    assert error.startswith("image c.jpg: ") and error.count("\n") == 1
+    assert only_run().is_dir()
 
 
 def test_an_error_in_training_is_raised(folder):

@@ -11,6 +11,7 @@ import pytest
 from taming.util import (
     KeyNotFoundError,
     download,
+    get_ckpt_path,
     get_obj_from_str,
     instantiate_from_config,
     md5_hash,
@@ -134,3 +135,8 @@ def test_retrieve_names_what_is_missing_or_gives_the_default(key):
     with pytest.raises(KeyNotFoundError, match="not found"):
         retrieve(config, key)
     assert retrieve(config, key, default=5) == 5
+
+
+def test_published_weights_need_a_known_name(tmp_path) -> None:
+    with pytest.raises(ValueError, match="published weights are vgg_lpips; got 'vgg'"):
+        get_ckpt_path("vgg", tmp_path)

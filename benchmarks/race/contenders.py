@@ -50,6 +50,19 @@ def _loopy(transform: str, codes: int, channels: int, **params: Any) -> dict[str
     )
 
 
+def _fixed(depth: int, codes: int, channels: int) -> dict[str, Any]:
+    """The loop without its threshold: every site takes all turns, with one rescaled codebook."""
+    return _block(
+        f"{QUANTIZE}.LoopyVectorQuantizer",
+        n_e=codes,
+        e_dim=channels,
+        max_loops=depth,
+        threshold=0.0,
+        ema_decay=0.99,
+        transform_config=_block(RESIDUAL, max_loops=depth),
+    )
+
+
 def _residual(depth: int, codes: int, channels: int, **params: Any) -> dict[str, Any]:
     return _block("race.peers.ResidualVQ", n_e=codes, e_dim=channels, depth=depth, **params)
 
@@ -60,7 +73,13 @@ def contenders(codes: int, channels: int) -> dict[str, Contender]:
         Contender(
             "vq",
             "one code",
-            _block(f"{QUANTIZE}.VectorQuantizer2", n_e=codes, e_dim=channels, beta=0.25),
+            _block(
+                f"{QUANTIZE}.VectorQuantizer2",
+                n_e=codes,
+                e_dim=channels,
+                beta=0.25,
+                legacy=False,
+            ),
         )
     ]
     for factor in (1, 4):
@@ -68,7 +87,7 @@ def contenders(codes: int, channels: int) -> dict[str, Contender]:
             Contender(
                 f"ema-vq-{factor}k",
                 "one code",
-                _residual(1, factor * codes, channels, threshold_ema_dead_code=2),
+                _residual(1, factor * codes, channels),
             )
         )
     for levels in ([8, 6, 5], [8, 5, 5, 5]):
@@ -81,6 +100,8 @@ def contenders(codes: int, channels: int) -> dict[str, Contender]:
             kind = "shared" if shared else "separate"
             quantizer = _residual(depth, codes, channels, shared_codebook=shared)
             one_rate.append(Contender(f"rvq-{depth}-{kind}", f"fixed depth, {kind}", quantizer))
+        own = _fixed(depth, codes, channels)
+        one_rate.append(Contender(f"fixed-{depth}", "fixed depth, rescaled", own))
     one_rate.append(
         Contender("attract", "loopy Attract", _loopy(ATTRACT, codes, channels, target_length=2.0))
     )

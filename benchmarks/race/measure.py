@@ -75,7 +75,7 @@ def measure(
     used = rows[(rows >= 0) & (rows < model.quantize.n_e)].unique()
     return Measurement(
         float(psnr.compute()),
-        float(ssim.compute()),
+        torch.as_tensor(ssim.compute()).item(),
         float((rows >= 0).sum()) / count,
         sequence_length * vocabulary / count,
         code_bits(rows) / count,

@@ -19,6 +19,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from taming.util import DataError
+
 File = str | os.PathLike[str] | IO[bytes]
 
 INTERPOLATIONS = {
@@ -46,11 +48,11 @@ def interpolation_mode(name: str) -> InterpolationMode:
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Put what is being read in front of the message of any ValueError."""
+    """Turn a ValueError into a `DataError` that names what is being read."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
+        raise DataError(f"{what}: {error}") from error
 
 
 def _decode(file: File, convert: Callable[[Image.Image], Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from layouts import write_coco_objects, write_image
+from miniatures import write_coco_objects, write_image
 from PIL import Image
 
 from taming.data.annotated_objects_coco import AnnotatedObjectsCoco

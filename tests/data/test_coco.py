@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from layouts import write_coco
+from miniatures import write_coco
 from PIL import Image
 
 from taming.data.coco import CocoImagesAndCaptionsTrain, CocoImagesAndCaptionsValidation

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from layouts import write_faces
+from miniatures import write_faces
 
 from taming.data import faceshq
 from taming.data.base import ImagePaths

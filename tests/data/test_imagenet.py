@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from layouts import write_imagenet
+from miniatures import write_imagenet
 
 from taming.data import imagenet_base
 from taming.data.imagenet import (

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from layouts import write_ade20k, write_image, write_mask
+from miniatures import write_ade20k, write_image, write_mask
 from PIL import Image
 
 from taming.data import ade20k, coco, sflckr

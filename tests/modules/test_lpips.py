@@ -10,6 +10,7 @@ import torch
 
 from taming.modules.losses import lpips
 from taming.modules.losses.lpips import LPIPS
+from taming.util import PUBLISHED
 
 HEADS = Path(reference_package.__file__).parent / "weights/v0.1/vgg.pth"
 
@@ -92,7 +93,7 @@ def test_without_pretraining_nothing_is_fetched(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("fetched")
 
-    for name in ("download", "load_file", "fetch_vgg16"):
+    for name in ("get_ckpt_path", "load_file", "fetch_vgg16"):
         monkeypatch.setattr(lpips, name, fail)
     assert set(LPIPS(pretrained=False).fetch_weights().state_dict()) >= {"lin4.model.1.weight"}
 
@@ -101,7 +102,7 @@ def test_a_checkpoint_that_brings_the_weights_spares_the_download(monkeypatch, l
     def fail(*args, **kwargs):
         raise AssertionError("nothing should be fetched")
 
-    for name in ("download", "load_file", "fetch_vgg16"):
+    for name in ("get_ckpt_path", "load_file", "fetch_vgg16"):
         monkeypatch.setattr(lpips, name, fail)
     other = LPIPS()
     other.load_state_dict(loss.state_dict())
@@ -112,10 +113,11 @@ def test_a_checkpoint_that_brings_the_weights_spares_the_download(monkeypatch, l
 
 def test_heads_are_downloaded_once_and_checked(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(lpips, "HEADS_URL", HEADS.as_uri())
+    _, name, md5 = PUBLISHED["vgg_lpips"]
+    monkeypatch.setitem(PUBLISHED, "vgg_lpips", (HEADS.as_uri(), name, md5))
     path = lpips.fetch_heads()
     assert path.read_bytes() == HEADS.read_bytes()
-    monkeypatch.setattr(lpips, "HEADS_URL", "file:///does/not/exist")
+    monkeypatch.setitem(PUBLISHED, "vgg_lpips", ("file:///does/not/exist", name, md5))
     assert lpips.fetch_heads() == path
     path.write_bytes(b"half a file")
     with pytest.raises(ConnectionError, match="TAMING_LPIPS") as caught:
@@ -123,7 +125,7 @@ def test_heads_are_downloaded_once_and_checked(monkeypatch, tmp_path):
     assert str(path) in str(caught.value)
     wrong = tmp_path / "wrong.pth"
     wrong.write_bytes(b"another file")
-    monkeypatch.setattr(lpips, "HEADS_URL", wrong.as_uri())
+    monkeypatch.setitem(PUBLISHED, "vgg_lpips", (wrong.as_uri(), name, md5))
     with pytest.raises(ValueError, match=hashlib.md5(b"another file").hexdigest()):
         lpips.fetch_heads()
 

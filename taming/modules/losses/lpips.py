@@ -16,12 +16,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 
-from taming.util import download, md5_hash
+from taming.util import get_ckpt_path
 
 logger = logging.getLogger(__name__)
-
-HEADS_URL = "https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1"
-HEADS_MD5 = "d507d7349b931f0638a25a48a722f98a"
 
 # Widths of VGG16's convolutions; each group but the first starts by halving the image.
 VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -45,18 +42,13 @@ def fetch_heads() -> Path:
         ConnectionError: They are not there and cannot be downloaded.
         ValueError: What was downloaded is another file.
     """
-    path = Path(torch.hub.get_dir(), "taming", "vgg.pth")
-    if not path.is_file() or md5_hash(path) != HEADS_MD5:
-        try:
-            download(HEADS_URL, path)
-        except ConnectionError as error:
-            raise ConnectionError(
-                f"{error}, or name its place in the environment variable TAMING_LPIPS; the pip "
-                "package lpips holds the same file as lpips/weights/v0.1/vgg.pth"
-            ) from error
-        if (found := md5_hash(path)) != HEADS_MD5:
-            raise ValueError(f"{path} from {HEADS_URL} has md5 {found}, expected {HEADS_MD5}")
-    return path
+    try:
+        return Path(get_ckpt_path("vgg_lpips", Path(torch.hub.get_dir(), "taming"), check=True))
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error}, or name its place in the environment variable TAMING_LPIPS; the pip "
+            "package lpips holds the same file as lpips/weights/v0.1/vgg.pth"
+        ) from error
 
 
 def fetch_vgg16() -> dict[str, Tensor]:

@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+SYNSETS = {30: "n01", 31: "n02", 151: "n03", 300: "n04"}  # all of them of Restricted ImageNet
+PER_SYNSET = 2
+
 
 def _save(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,18 +35,18 @@ def write_depth(path: Path, height: int = 20, width: int = 30) -> None:
     _save(path, depth[..., None].view(np.uint8))
 
 
-def write_imagenet(root: Path, per_class: int = 2) -> None:
-    """Both splits of ImageNet in four classes, with depth; all belong to Restricted ImageNet."""
-    numbers = {30: "n01", 31: "n02", 151: "n03", 300: "n04"}
-    for split, depth in (("train", "train"), ("validation", "val")):
+def write_imagenet(root: Path, depth: bool = True) -> None:
+    """Both splits of ImageNet in four classes, with depth maps or without."""
+    for split, short in (("train", "train"), ("validation", "val")):
         folder = root / f"ILSVRC2012_{split}"
-        for synset in numbers.values():
-            for number in range(per_class):
+        for synset in SYNSETS.values():
+            for number in range(PER_SYNSET):
                 write_image(folder / "data" / synset / f"{synset}_{number}.JPEG")
-                write_depth(root / "imagenet_depth" / depth / synset / f"{synset}_{number}.png")
-        names = "".join(f"{synset} thing {synset}, object\n" for synset in numbers.values())
+                if depth:
+                    write_depth(root / "imagenet_depth" / short / synset / f"{synset}_{number}.png")
+        names = "".join(f"{synset} thing {synset}, object\n" for synset in SYNSETS.values())
         (folder / "synset_human.txt").write_text(names)
-        lines = [f"{n}: {numbers.get(n, f'n9{n:03}')}\n" for n in range(400)]
+        lines = [f"{n}: {SYNSETS.get(n, f'n9{n:03}')}\n" for n in range(400)]
         (folder / "index_synset.yaml").write_text("".join(lines))
 
 
