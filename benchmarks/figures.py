@@ -55,7 +55,7 @@ def draw_attract(axis: Axes, codebook: Tensor, z: Tensor, tau: float) -> None:
 def draw_residual(axis: Axes, codebook: Tensor, z: Tensor, tau: float) -> None:
     """Sums e_1, e_1 + s_0 e_2, ...; the circle is around the latent."""
     residual = Residual(MAX_LOOPS)
-    residual.scales.fill_(0.45)
+    residual.scales.copy_(0.45 ** torch.arange(MAX_LOOPS))
     path = residual.walk(z, codebook, torch.zeros(1), MAX_LOOPS)
     length = turns_within(path.distances, torch.tensor([tau]))
     searches = residual.retrace(z, path.end_at(length), codebook)

@@ -19,9 +19,14 @@ from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 ROOT = Path(__file__).resolve().parents[1]
 K, D, T, STEPS = 12, 4, 3, 4
 ATTRACT = {"target": "taming.modules.vqvae.transforms.Attract", "params": {"step": 0.4}}
+LINEAR = {
+    "target": "taming.modules.vqvae.transforms.LinearResidual",
+    "params": {"max_loops": T, "e_dim": D},
+}
 # Nothing is drawn at random: what two processes do with halves of a batch, one does with all of it.
 EXACT: dict[str, dict[str, Any]] = {
     "ema": {"ema_decay": 0.8, "threshold": 0.5},
+    "ema_linear": {"ema_decay": 0.8, "threshold": 0.5, "transform_config": LINEAR},
     "ema_target_length": {"ema_decay": 0.8, "target_length": 1.7},
     "ema_attract": {"ema_decay": 0.8, "threshold": 0.3, "transform_config": ATTRACT},
     # The loss is a mean over searches; at a fixed depth, every process has equally many.

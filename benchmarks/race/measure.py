@@ -14,9 +14,9 @@ from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from taming.models.vqgan import VQModel
+from taming.modules.vqvae.loop import Path
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.modules.vqvae.rate import turns_within
-from taming.modules.vqvae.transforms import Path
 
 Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
 

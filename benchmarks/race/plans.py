@@ -51,7 +51,7 @@ SMALL = {
     "in_channels": 3,
     "out_ch": 3,
     "ch": 16,
-    "ch_mult": [1, 2, 2],
+    "ch_mult": [1, 2, 4],
     "num_res_blocks": 1,
     "attn_resolutions": [],
     "dropout": 0.0,

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from race.contenders import Contender
 from race.plans import Plan
 from taming.models.cond_transformer import Net2NetTransformer
+from taming.models.pixelcnn import PixelCNNPrior
 from taming.models.vqgan import VQModel
 from taming.trainer import quiet_lightning
 from taming.util import instantiate_from_config
@@ -22,7 +23,8 @@ from taming.util import instantiate_from_config
 logger = logging.getLogger("taming.benchmark")
 
 
-def _schedule(steps: int) -> dict[str, Any]:
+def schedule(steps: int) -> dict[str, Any]:
+    """Describe a learning rate that warms up and then falls to 2% along a cosine."""
     return {
         "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler",
         "params": {
@@ -71,7 +73,7 @@ def build_tokenizer(plan: Plan, contender: Contender) -> VQModel:
         embed_dim=plan.channels,
         quantizer_config=block,
         betas=(0.9, 0.99),
-        scheduler_config=_schedule(plan.steps),
+        scheduler_config=schedule(plan.steps),
     )
 
 
@@ -113,7 +115,7 @@ def prior_bits(plan: Plan, tokenizer: VQModel, train: Any, test: Any, precision:
         },
         first_stage_config={"target": "race.training.keep", "params": {"model": tokenizer}},
         cond_stage_config="__is_unconditional__",
-        scheduler_config=_schedule(plan.prior_steps),
+        scheduler_config=schedule(plan.prior_steps),
     )
     model.learning_rate = 2e-3
     fit(model, loader(train, plan.batch_size, shuffle=True), plan.prior_steps, precision)
@@ -126,16 +128,17 @@ def keep(model: VQModel) -> VQModel:
 
 
 @torch.no_grad()
-def bits_per_image(model: Net2NetTransformer, data: DataLoader) -> float:
+def bits_per_image(model: Net2NetTransformer | PixelCNNPrior, data: DataLoader) -> float:
     """Negative log-likelihood of the images' tokens in bits."""
     total, images = 0.0, 0
     for batch in data:
-        x, c = model.get_xc(batch)
-        logits, target = model(x.to(model.device), c.to(model.device))
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), target.flatten(), ignore_index=-1, reduction="sum"
-        )
-        total, images = total + float(loss), images + len(x)
+        x, c = (part.to(model.device) for part in model.get_xc(batch))
+        if isinstance(model, PixelCNNPrior):
+            nats, _ = model(x, c)
+        else:
+            quant, tokens = model.encode_to_z(x)
+            nats = model.nll(tokens, model.encode_to_c(c)[1], (quant.shape[2], quant.shape[3]))
+        total, images = total + float(nats.sum()), images + len(x)
     return total / images / math.log(2)
 
 

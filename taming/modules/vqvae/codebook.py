@@ -126,28 +126,31 @@ class Codebook(nn.Module):
         self._place(torch.arange(len(self.weight), device=pool.device), k_means(pool, centers))
 
     @torch.no_grad()
-    def learn(self, queries: Tensor, found: Tensor) -> None:
+    def learn(self, targets: Tensor, found: Tensor, weights: Tensor) -> None:
         """Take in one training step: usage, moving averages, revival of dead codes.
 
         Args:
-            queries: (M, D) float32, vectors that were searched.
-            found: (M,) int64, their nearest codes.
+            targets: (M, D) float32, where the codes found would best be.
+            found: (M,) int64, codes that were found.
+            weights: (M,) float32, what each target counts in the averages.
         """
-        size = len(self.weight)
-        counts = sum_over_ranks(torch.bincount(found, minlength=size).float())
+        found_and_weights = torch.stack([torch.ones_like(weights), weights], dim=1)
+        totals = weights.new_zeros(len(self.weight), 2).index_add_(0, found, found_and_weights)
+        counts, votes = sum_over_ranks(totals).unbind(1)
         self.usage.lerp_(counts / counts.sum(), 1 - self.usage_decay)
         if self.ema_decay is not None:
+            weighted = targets * weights[:, None]
             self.weight.copy_(
-                update_means(self.counts, self.sums, counts, queries, found, self.ema_decay)
+                update_means(self.counts, self.sums, votes, weighted, found, self.ema_decay)
             )
-        self._revive(queries)
+        self._revive(targets)
         self.steps += 1
 
-    def _revive(self, queries: Tensor) -> None:
-        """Move codes that have fallen out of use onto vectors that are searched now."""
+    def _revive(self, targets: Tensor) -> None:
+        """Move codes that have fallen out of use to where others are wanted now."""
         dead = (self.usage < self.revive_below / len(self.weight)).nonzero().squeeze(1)
         if len(dead) > 0:
-            pool = rows_of_all_ranks(self._sample(queries, len(dead)))
+            pool = rows_of_all_ranks(self._sample(targets, len(dead)))
             self._place(dead, self._sample(pool, len(dead)))
 
     def _place(self, codes: Tensor, vectors: Tensor) -> None:

@@ -34,10 +34,10 @@ from taming.modules.vqvae.classic import (
 from taming.modules.vqvae.codebook import Codebook
 from taming.modules.vqvae.distributed import sum_over_ranks
 from taming.modules.vqvae.gumbel import GumbelQuantize
+from taming.modules.vqvae.loop import Path, Searches, Transform
 from taming.modules.vqvae.nearest import nearest_codes
 from taming.modules.vqvae.rate import draw_tokens, threshold_for, turns_within
 from taming.modules.vqvae.sequence import UnarySequence
-from taming.modules.vqvae.transforms import Path, Searches, Transform
 from taming.util import instantiate_from_config
 
 __all__ = [
@@ -158,7 +158,7 @@ class LoopyVectorQuantizer(Quantizer):
         lengths = turns_within(path.distances, tau)
         codes = path.end_at(lengths)
         z_q = straight_through(flat, self.transform.decode(codes, self.embedding.weight.detach()))
-        searches = self.transform.retrace(rows, codes, self.embedding.weight.detach())
+        searches = self.transform.retrace(rows, codes, self.embedding.weight)
         loss = self._loss(flat, searches)
         last = path.distances.gather(1, lengths[:, None] - 1).squeeze(1)
         trace = LoopTrace(lengths, last, last <= tau)
@@ -241,15 +241,16 @@ class LoopyVectorQuantizer(Quantizer):
 
     def _loss(self, z: Tensor, searches: Searches) -> Tensor:
         """Codebook and commitment loss, averaged over all turns of the sites in the loop."""
-        commitment = F.mse_loss(searches.approximations, z[searches.sites])
+        latents = z[searches.sites]
+        commitment = F.mse_loss(searches.approximations.detach(), latents)
         if self.embedding.ema_decay is not None:
             return self.beta * commitment
-        codebook_term = F.mse_loss(self.embedding(searches.found), searches.queries)
+        codebook_term = F.mse_loss(searches.approximations, latents.detach())
         return vq_loss(codebook_term, commitment, self.beta, self.legacy)
 
     @torch.no_grad()
     def _start_from_data(self, rows: Tensor, images: int) -> None:
-        """Place codes, scales and threshold by k-means over what every turn of the loop meets."""
+        """Place codes by k-means over the latents, then the threshold and the transform's turns."""
         first = self.embedding.steps == 0
         self.embedding.start_from(rows, fresh=bool(first))
         if first and self.target_length is not None:
@@ -258,8 +259,7 @@ class LoopyVectorQuantizer(Quantizer):
             path, tau = self._follow(rows, images, None, None)
             codes = path.end_at(turns_within(path.distances, tau))
             searches = self.transform.retrace(rows, codes, self.embedding.weight.detach())
-            self.transform.adapt(rows, searches, momentum=0.0)
-            self.embedding.start_from(searches.queries, fresh=False)
+            self.transform.start(rows, searches, self.embedding.weight.detach())
 
     @torch.no_grad()
     def _learn(self, rows: Tensor, searches: Searches) -> None:
@@ -267,8 +267,8 @@ class LoopyVectorQuantizer(Quantizer):
         spread = (rows - self._mean(rows)).square().sum(dim=1)
         momentum = 0.0 if self.embedding.steps == 0 else 0.99
         self.latent_std.lerp_(self._mean(spread).sqrt(), 1 - momentum)
-        self.transform.adapt(rows, searches, momentum=0.99)
-        self.embedding.learn(searches.queries, searches.found)
+        self.transform.learn(rows, searches, self.embedding.weight.detach())
+        self.embedding.learn(searches.targets, searches.found, searches.weights)
 
     @torch.no_grad()
     def _steer(self, distances: Tensor) -> None:

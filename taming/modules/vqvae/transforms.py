@@ -1,125 +1,19 @@
 """What one turn of the loop does to a latent that no code is near enough to.
 
-A transform follows latents round the loop (`walk`), and turns the codes written on the way back
-into vectors (`approximations`). Slots of codes hold 0..K-1 for a codebook vector, K for the dummy
-D ("transformed, went round again") and -1 after the end of the loop.
-
-Axis letters: N latents, D channels, K codes, T turns, M searches (one per latent and turn).
+Axis letters: N latents, D channels, K codes, T turns, M searches.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from typing import NamedTuple
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from taming.modules.vqvae.cascade import Cascade
 from taming.modules.vqvae.distributed import sum_over_ranks
+from taming.modules.vqvae.loop import ABSENT, Path, Searches, Transform
 from taming.modules.vqvae.nearest import nearest_codes
 
-ABSENT = -1
-
-
-class Path(NamedTuple):
-    """Where the loop of each latent may end.
-
-    Attributes:
-        codes: (N, T, T) int64; ``codes[:, t]`` are the slots written if the loop ends at turn t.
-        distances: (N, T) float32, |z - z_q| if the loop ends at this turn; inf at turns after the
-            one at which it was told to end.
-    """
-
-    codes: Tensor
-    distances: Tensor
-
-    def end_at(self, lengths: Tensor) -> Tensor:
-        """Codes (N, T) of loops that end after ``lengths`` turns, (N,) int64 in [1, T]."""
-        return self.codes[torch.arange(len(lengths), device=lengths.device), lengths - 1]
-
-
-class Searches(NamedTuple):
-    """The searches by which codes were found: one per latent and turn for `Residual`.
-
-    Attributes:
-        sites: (M,) int64 in [0, N), the latent of each search.
-        turns: (M,) int64 in [0, T), the turn of each search.
-        queries: (M, D) float32, the vector that was searched.
-        found: (M,) int64 in [0, K), the code written.
-        approximations: (M, D) float32, z_q if the loop ended there.
-    """
-
-    sites: Tensor
-    turns: Tensor
-    queries: Tensor
-    found: Tensor
-    approximations: Tensor
-
-
-class Transform(nn.Module, ABC):
-    """One turn of the loop and its inverse.
-
-    Args:
-        depth_embedding: (T, D) of learned vectors b_n, started at zero and added to z_q by the
-            number of turns n, which tells the decoder the count; None for none.
-
-    Attributes:
-        dummies: True if a site reads ``D,D,A'`` (dummies, then its one code); False if every turn
-            writes a code (``A1,A2,A3``).
-    """
-
-    dummies: bool
-
-    def __init__(self, depth_embedding: tuple[int, int] | None = None) -> None:
-        super().__init__()
-        self.depth = None
-        if depth_embedding is not None:
-            self.depth = nn.Parameter(torch.zeros(*depth_embedding))
-
-    @abstractmethod
-    def walk(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
-        """Follow latents round the loop until a code is within the threshold.
-
-        Args:
-            z: (N, D) float32 latents; not changed.
-            codebook: (K, D) float32.
-            threshold: (N,) float32, Euclidean distance in the space of z at which a loop ends.
-            max_loops: T, the last turn ends every loop.
-
-        Returns:
-            The path; no gradient flows through it.
-        """
-
-    @abstractmethod
-    def retrace(self, z: Tensor, codes: Tensor, codebook: Tensor) -> Searches:
-        """List the searches by which latents z (N, D) were given their codes (N, T)."""
-
-    @abstractmethod
-    def compose(self, codes: Tensor, codebook: Tensor) -> Tensor:
-        """Turn valid codes (N, T) into the vectors (N, D) that came nearest to the latents."""
-
-    def decode(self, codes: Tensor, codebook: Tensor) -> Tensor:
-        """Turn valid codes (N, T) into z_q (N, D), with the depth embedding if there is one."""
-        z_q = self.compose(codes, codebook)
-        return z_q if self.depth is None else z_q + self.depth[(codes >= 0).sum(dim=1) - 1]
-
-    def check(self, e_dim: int, max_loops: int) -> None:
-        """Raise a ValueError for sizes D and T that it was not built for."""
-        if self.depth is not None and self.depth.shape != (max_loops, e_dim):
-            raise ValueError(
-                f"depth_embedding {tuple(self.depth.shape)} must be (max_loops, e_dim) = "
-                f"{(max_loops, e_dim)}"
-            )
-
-    def adapt(self, z: Tensor, searches: Searches, momentum: float) -> None:
-        """Update running statistics from a training batch; nothing to do by default.
-
-        Args:
-            z: (N, D) latents of the batch.
-            searches: The searches made for them.
-            momentum: Weight of the old value, in [0, 1].
-        """
+MOMENTUM = 0.95  # weight of the old value in running statistics
 
 
 class Attract(Transform):
@@ -160,7 +54,8 @@ class Attract(Transform):
         """List the one search of each latent (see `Transform`)."""
         found = self._answer(codes)
         sites = torch.arange(len(z), device=z.device)
-        return Searches(sites, torch.zeros_like(sites), z, found, codebook[found])
+        weights = torch.ones_like(z[:, 0])
+        return Searches(sites, torch.zeros_like(sites), z, found, codebook[found], z, weights)
 
     def compose(self, codes: Tensor, codebook: Tensor) -> Tensor:
         """Turn codes (N, T) into e_k of shape (N, D) (see `Transform`)."""
@@ -173,130 +68,146 @@ class Attract(Transform):
         return codes.gather(1, dummies).squeeze(1)
 
 
-class Residual(Transform):
-    """Subtract the nearest code and rescale what is left: r <- (r - e_k) / s_t, writing k.
+class Residual(Cascade):
+    """Rescale what is left to the size of the latents: A_t is the number S_t (see `Cascade`).
 
-    The running scale s_t brings residuals back to the size of the latents, so one codebook serves
-    every turn and all codes compete again (Lee et al. 2022, arXiv:2203.01941, share a codebook
-    without the scale). A site decodes to sum_t S_t e_{k_t} with S_t = s_0 ... s_(t-1). Distances
-    are S_t |r - e_k|, that is |z - z_q|: the threshold bounds the error of every site that ends by
-    itself. The greedy path does not depend on the threshold, which only cuts it.
+    With s_t = S_(t+1) / S_t that is r <- (r - e_k) / s_t, searched in the codebook as it is. It
+    takes no account of the shape of what is left.
 
     Args:
-        max_loops: T; T - 1 scales are kept.
+        max_loops: T.
         depth_embedding: See `Transform`.
-        beam: Partial paths kept for a latent in each turn. 1 takes the nearest code, and a shorter
-            path is then the beginning of a longer one; more finds better paths, at that many times
-            the cost of the search.
+        beam: See `Cascade`.
 
-    Raises:
-        ValueError: ``beam`` is out of range.
+    Attributes:
+        scales: (T,) float32, S_t: the running RMS of what is left at turn t over the latents'.
     """
-
-    dummies = False
 
     def __init__(
         self, max_loops: int, depth_embedding: tuple[int, int] | None = None, beam: int = 1
     ) -> None:
-        super().__init__(depth_embedding)
-        if beam < 1:
-            raise ValueError(f"beam must be at least 1, got {beam}")
-        self.beam = beam
+        super().__init__(max_loops, depth_embedding, beam)
         self.scales: Tensor
-        self.register_buffer("scales", torch.ones(max_loops - 1))
+        self.register_buffer("scales", torch.ones(max_loops))
+
+    def see(self, codebook: Tensor, turn: int) -> Tensor:
+        """Scale codes (K, D) by S_t (see `Cascade`)."""
+        return codebook if turn == 0 else codebook * self.scales[turn]
+
+    def pull(self, errors: Tensor, turn: int) -> tuple[Tensor, Tensor]:
+        """Scale errors (M, D) by S_t; and S_t^2 (see `Cascade`)."""
+        return errors * self.scales[turn], self.scales[turn].square()
+
+    @torch.no_grad()
+    def start(self, z: Tensor, searches: Searches, codebook: Tensor) -> None:
+        """Set the scales (see `Transform`)."""
+        self.scales = relative_sizes(searches, self.scales)
+
+    @torch.no_grad()
+    def learn(self, z: Tensor, searches: Searches, codebook: Tensor) -> None:
+        """Move the scales toward those of a batch of all ranks (see `Transform`)."""
+        # A new tensor: the step's backward pass may need the old one.
+        self.scales = self.scales.lerp(relative_sizes(searches, self.scales), 1 - MOMENTUM)
+
+
+class LinearResidual(Cascade):
+    """Bring the codebook into the shape of what is left: A_t is a matrix (see `Cascade`).
+
+    The maps are the least-squares fit of A_t e_k to what was searched in turn t, followed by a
+    damped Newton step for each batch, so that maps and codebook together go down in |z - z_q|^2.
+    T - 1 maps of D x D numbers do nearly what T separate codebooks of K x D would.
+
+    Args:
+        max_loops: T.
+        e_dim: D.
+        depth_embedding: See `Transform`.
+        beam: See `Cascade`.
+
+    Attributes:
+        maps: (T, D, D) float32, A_t.
+        moments: (T, D, D) float32, running mean of e e^T over the codes written at turn t.
+    """
+
+    def __init__(
+        self,
+        max_loops: int,
+        e_dim: int,
+        depth_embedding: tuple[int, int] | None = None,
+        beam: int = 1,
+    ) -> None:
+        super().__init__(max_loops, depth_embedding, beam)
+        self.maps: Tensor
+        self.moments: Tensor
+        self.register_buffer("maps", torch.eye(e_dim).repeat(max_loops, 1, 1))
+        self.register_buffer("moments", torch.eye(e_dim).repeat(max_loops, 1, 1))
 
     def check(self, e_dim: int, max_loops: int) -> None:
-        """Raise a ValueError if it was built for another number of turns T (see `Transform`)."""
-        if len(self.scales) != max_loops - 1:
+        """Raise a ValueError for sizes D and T that it was not built for (see `Transform`)."""
+        if self.maps.shape[1] != e_dim:
             raise ValueError(
-                f"Residual has max_loops={len(self.scales) + 1}, but its quantizer {max_loops}"
+                f"LinearResidual has e_dim={self.maps.shape[1]}, but its quantizer {e_dim}"
             )
         super().check(e_dim, max_loops)
 
-    def _cumulative(self) -> Tensor:
-        """S_t of shape (T,)."""
-        return torch.cat([self.scales.new_ones(1), self.scales.cumprod(dim=0)])
+    def see(self, codebook: Tensor, turn: int) -> Tensor:
+        """Map codes (K, D) by A_t (see `Cascade`)."""
+        return codebook if turn == 0 else codebook @ self.maps[turn].T
+
+    def pull(self, errors: Tensor, turn: int) -> tuple[Tensor, Tensor]:
+        """Map errors (M, D) by A_t^T; and the mean square of A_t's axes (see `Cascade`)."""
+        axes = self.maps[turn]
+        return errors @ axes, axes.square().sum() / len(axes)
 
     @torch.no_grad()
-    def walk(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
-        """Follow latents round the loop; only those still in it are searched (see `Transform`)."""
-        codes = torch.full((len(z), max_loops, max_loops), ABSENT, device=z.device)
-        distances = torch.full((len(z), max_loops), math.inf, device=z.device)
-        sites, residual = torch.arange(len(z), device=z.device), z[:, None]
-        written = torch.empty(len(z), 1, 0, dtype=torch.int64, device=z.device)
-        for turn, scale in enumerate(self._cumulative()):
-            residual, written, distance = self._extend(residual, written, codebook)
-            codes[sites, turn, : turn + 1] = written[:, 0]
-            distances[sites, turn] = scale * distance[:, 0]
-            on = distances[sites, turn] > threshold[sites]
-            if turn == max_loops - 1 or not on.any():
-                break
-            sites, written = sites[on], written[on]
-            residual = residual[on] / self.scales[turn]
-        return Path(codes, distances)
-
-    def _extend(
-        self, residual: Tensor, written: Tensor, codebook: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Take the best next codes of partial paths; P are kept of a latent, at most ``beam``.
-
-        Args:
-            residual: (N, P, D).
-            written: (N, P, t) int64.
-            codebook: (K, D).
-
-        Returns:
-            Residuals (N, P, D), codes written (N, P, t + 1) and distances (N, P), nearest first.
-        """
-        latents, paths, _ = residual.shape
-        each = min(self.beam, len(codebook))
-        found, distance = nearest_codes(residual.flatten(0, 1), codebook, k=each)
-        kept = min(self.beam, paths * each)
-        distance, best = distance.view(latents, -1).topk(kept, largest=False)
-        code = found.view(latents, -1).gather(1, best)
-        parent = (best // each)[..., None]
-        residual = residual.take_along_dim(parent, dim=1) - codebook[code]
-        written = torch.cat([written.take_along_dim(parent, dim=1), code[..., None]], dim=2)
-        return residual, written, distance
-
-    def retrace(self, z: Tensor, codes: Tensor, codebook: Tensor) -> Searches:
-        """List the searches of each latent, one turn after the other (see `Transform`)."""
-        sites, residual, sums = torch.arange(len(z), device=z.device), z, torch.zeros_like(z)
-        searches = []
-        for turn, scale in enumerate(self._cumulative()):
-            on = codes[sites, turn] >= 0
-            sites, residual, sums = sites[on], residual[on], sums[on]
-            found = codes[sites, turn]
-            sums = sums + scale * codebook[found]
-            searches.append((sites, torch.full_like(sites, turn), residual, found, sums))
-            if turn < len(self.scales):
-                residual = (residual - codebook[found]) / self.scales[turn]
-        return Searches(*(torch.cat(column) for column in zip(*searches, strict=True)))
-
-    def compose(self, codes: Tensor, codebook: Tensor) -> Tensor:
-        """Turn codes (N, T) into the weighted sums of shape (N, D) (see `Transform`)."""
-        z_q = codebook.new_zeros(len(codes), codebook.shape[1])
-        for code, scale in zip(codes.unbind(1), self._cumulative(), strict=True):
-            # Zero is added where the site has ended, which leaves its sum as it is, bit for bit.
-            z_q = z_q + scale * codebook[code.clamp(min=0)] * (code >= 0)[:, None]
-        return z_q
+    def start(self, z: Tensor, searches: Searches, codebook: Tensor) -> None:
+        """Set the maps to the sizes of what is left, without its shape (see `Transform`)."""
+        sizes = relative_sizes(searches, self.maps.diagonal(dim1=1, dim2=2).mean(dim=1))
+        self.maps = sizes[:, None, None] * torch.eye(z.shape[1], device=z.device)
+        self.moments = self._statistics(z, searches, codebook)[1]
 
     @torch.no_grad()
-    def adapt(self, z: Tensor, searches: Searches, momentum: float) -> None:
-        """Move each s_t toward RMS(residual) / RMS(latents) over all ranks (see `Transform`).
+    def learn(self, z: Tensor, searches: Searches, codebook: Tensor) -> None:
+        """Step toward the least-squares maps of a batch of all ranks (see `Transform`)."""
+        cross, moments = self._statistics(z, searches, codebook)
+        self.moments.lerp_(moments, 1 - MOMENTUM)
+        # Without the ridge, axes in which codes hardly differ would get maps made of noise.
+        ridge = 1e-3 * self.moments.diagonal(dim1=1, dim2=2).mean(dim=1)
+        damped = self.moments + ridge[:, None, None] * torch.eye(z.shape[1], device=z.device)
+        step = torch.linalg.solve(damped, cross.mT).mT
+        step[0] = 0
+        # A new tensor: the step's backward pass may need the old one.
+        self.maps = self.maps + (1 - MOMENTUM) * step
 
-        The RMS is taken over the sites that went on after turn t, since only they are rescaled.
+    def _statistics(self, z: Tensor, searches: Searches, codebook: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of (z - z_q) e^T and of e e^T by turn, each (T, D, D), over all ranks.
+
+        A turn that no latent took has no error, and keeps the moments that it has.
         """
-        steps = len(self.scales)
-        power = searches.queries.square().mean(dim=1)
-        turns = torch.zeros(steps + 1, 2, device=z.device)
-        turns.index_add_(0, searches.turns, torch.stack([power, torch.ones_like(power)], dim=1))
-        latents = torch.stack([z.square().mean(dim=1).sum(), z.new_tensor(len(z))])
-        turns, latents = sum_over_ranks(torch.cat([turns, latents[None]])).split([steps + 1, 1])
-        # Queries of turn t + 1 are the rescaled residuals of turn t: s_t times their size is the
-        # residual's own size.
-        size = (turns[1:, 0] / turns[1:, 1]).sqrt() / (latents[0, 0] / latents[0, 1]).sqrt()
-        target = (self.scales * size).clamp(min=1e-4)
-        seen = turns[1:, 1] > 0
-        blend = momentum * self.scales + (1 - momentum) * target
-        self.scales.copy_(torch.where(seen, blend, self.scales))
+        codes = codebook[searches.found]
+        errors = z[searches.sites] - searches.approximations
+        turns = searches.turns == torch.arange(self.max_loops, device=z.device)[:, None]
+        sums = [torch.cat([errors[on], codes[on]], dim=1).T @ codes[on] for on in turns]
+        counts = turns.sum(dim=1).to(z)
+        total = sum_over_ranks(torch.cat([torch.stack(sums).flatten(1), counts[:, None]], dim=1))
+        means = total[:, :-1] / total[:, -1:].clamp(min=1)
+        cross, moments = means.unflatten(1, (2, z.shape[1], z.shape[1])).unbind(1)
+        return cross, torch.where((total[:, -1] > 0)[:, None, None], moments, self.moments)
+
+
+def relative_sizes(searches: Searches, default: Tensor) -> Tensor:
+    """RMS of what is left at each turn over the RMS of the latents, on all ranks.
+
+    Args:
+        searches: Of a `Cascade`; only latents that went on to a turn count there.
+        default: (T,), for turns that no latent took.
+
+    Returns:
+        (T,) float32.
+    """
+    power = searches.queries.square().mean(dim=1)
+    turns = torch.zeros(len(default), 2, device=power.device)
+    turns.index_add_(0, searches.turns, torch.stack([power, torch.ones_like(power)], dim=1))
+    total, count = sum_over_ranks(turns).unbind(1)
+    mean = total / count.clamp(min=1)
+    sizes = (mean / mean[0].clamp(min=1e-20)).sqrt().clamp(min=1e-4)
+    return torch.where(count > 0, sizes, default)

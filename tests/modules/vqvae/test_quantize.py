@@ -22,6 +22,10 @@ TRANSFORMS = {
         "target": "taming.modules.vqvae.transforms.Residual",
         "params": {"max_loops": T, "beam": 3},
     },
+    "linear": {
+        "target": "taming.modules.vqvae.transforms.LinearResidual",
+        "params": {"max_loops": T, "e_dim": D},
+    },
     "residual-depth": {
         "target": "taming.modules.vqvae.transforms.Residual",
         "params": {"max_loops": T, "depth_embedding": (T, D)},
@@ -38,7 +42,12 @@ def loopy(transform: str = "residual", threshold: float = 0.8, **kwargs) -> Loop
     with torch.no_grad():
         quantizer.embedding.weight.normal_()
         for name, tensor in quantizer.transform.state_dict().items():
-            tensor.uniform_(0.4, 0.8) if name == "scales" else tensor.normal_()
+            if name == "scales":
+                tensor[1:].uniform_(0.2, 0.8)
+            elif name == "maps":
+                tensor[1:] += 0.5 * torch.randn(T - 1, D, D)
+            elif name == "depth":
+                tensor.normal_()
     return quantizer
 
 

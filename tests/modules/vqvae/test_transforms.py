@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from taming.modules.vqvae.codebook import k_means
+from taming.modules.vqvae.loop import Path, Searches, Transform
 from taming.modules.vqvae.rate import turns_within
-from taming.modules.vqvae.transforms import Attract, Path, Residual, Searches, Transform
+from taming.modules.vqvae.transforms import Attract, LinearResidual, Residual
 
 K, D, T = 12, 3, 6
 
@@ -51,27 +53,61 @@ def test_attract_equals_the_literal_loop(step: float, tau: float) -> None:
     assert spell(path, tau)[0].tolist() == expected
 
 
+def scaled(beam: int = 1, max_loops: int = T) -> Residual:
+    """A residual whose scales fall."""
+    residual = Residual(max_loops, beam=beam)
+    residual.scales.copy_(0.6 ** torch.arange(max_loops))
+    return residual
+
+
+def mapped(beam: int = 1) -> LinearResidual:
+    """A residual whose maps shrink and mix the axes."""
+    residual = LinearResidual(T, D, beam=beam)
+    for turn in range(1, T):
+        residual.maps[turn] = 0.6**turn * (torch.eye(D) + 0.3 * torch.randn(D, D))
+    return residual
+
+
 @pytest.mark.parametrize("tau", [0.0, 0.3, 1.1, math.inf])
 def test_residual_equals_the_literal_loop(tau: float) -> None:
-    z, codebook = torch.randn(60, D), torch.randn(K, D)
-    residual = Residual(T)
-    residual.scales.uniform_(0.4, 0.9)
-    sums = [1.0, *residual.scales.cumprod(0).tolist()]
+    z, codebook, residual = torch.randn(60, D), torch.randn(K, D), scaled()
+    sums = residual.scales.tolist()
     path = residual.walk(z, codebook, torch.full((60,), tau), T)
     expected = literal_loop(
         z,
         codebook,
         tau,
-        lambda r, e, t: ((r - e) / residual.scales[t], None),
+        lambda r, e, t: ((r - e) * sums[t] / sums[t + 1], None),
         lambda t: sums[t],
     )
     assert spell(path, tau)[0].tolist() == expected
 
 
+def test_maps_that_only_scale_are_scales() -> None:
+    z, codebook, residual, linear = torch.randn(60, D), torch.randn(K, D), scaled(), mapped()
+    linear.maps.copy_(residual.scales[:, None, None] * torch.eye(D))
+    ours, theirs = (t.walk(z, codebook, torch.zeros(60), T) for t in (linear, residual))
+    assert torch.equal(ours.codes, theirs.codes)
+    torch.testing.assert_close(ours.distances, theirs.distances)
+    found = [t.retrace(z, ours.codes[:, -1], codebook) for t in (linear, residual)]
+    for name, one, other in zip(found[0]._fields, *found, strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+def test_targets_step_down_the_gradient_of_the_error() -> None:
+    z, codebook = torch.randn(60, D), torch.randn(K, D, requires_grad=True)
+    for transform in (mapped(), scaled()):
+        codes = transform.walk(z, codebook.detach(), torch.zeros(60), T).codes[:, -1]
+        searches = transform.retrace(z, codes, codebook)
+        error = (searches.approximations - z[searches.sites]).square().sum() / 2
+        (gradient,) = torch.autograd.grad(error, codebook)
+        steps = (searches.targets - codebook.detach()[searches.found]) * searches.weights[:, None]
+        total = torch.zeros(K, D).index_add_(0, searches.found, steps)
+        torch.testing.assert_close(total, -gradient)
+
+
 def test_residual_distance_is_the_error_and_the_threshold_bounds_it() -> None:
-    z, codebook, tau = torch.randn(200, D), torch.randn(K, D), 0.4
-    residual = Residual(T)
-    residual.scales.fill_(0.6)
+    z, codebook, tau, residual = torch.randn(200, D), torch.randn(K, D), 0.4, mapped()
     path = residual.walk(z, codebook, torch.full((200,), tau), T)
     codes, length = spell(path, tau)
     error = (z - residual.decode(codes, codebook)).norm(dim=1)
@@ -81,7 +117,12 @@ def test_residual_distance_is_the_error_and_the_threshold_bounds_it() -> None:
     assert (length < T).any() and (length == T).any()
 
 
-@pytest.mark.parametrize("transform", [Residual(T), Residual(T, beam=3), Attract(0.3)])
+every_transform = pytest.mark.parametrize(
+    "transform", [scaled(), scaled(beam=3), mapped(), mapped(beam=3), Attract(0.3)]
+)
+
+
+@every_transform
 def test_a_threshold_only_cuts_the_path(transform: Transform) -> None:
     z, codebook, tau = torch.randn(50, D), torch.randn(K, D), 0.5
     whole = transform.walk(z, codebook, torch.zeros(50), T)
@@ -95,8 +136,7 @@ def test_a_wider_beam_comes_nearer_and_a_full_one_nearest() -> None:
     z, codebook, turns = torch.randn(40, D), torch.randn(K, D), 2
     distances = []
     for beam in (1, 4, K):
-        residual = Residual(turns, beam=beam)
-        residual.scales.fill_(0.6)
+        residual = scaled(beam, turns)
         distances.append(residual.walk(z, codebook, torch.zeros(40), turns).distances)
     sums = (codebook[:, None] + 0.6 * codebook).reshape(-1, D)
     torch.testing.assert_close(distances[2][:, 1], torch.cdist(z, sums).amin(dim=1))
@@ -105,38 +145,59 @@ def test_a_wider_beam_comes_nearer_and_a_full_one_nearest() -> None:
     assert all(torch.equal(d[:, 0], distances[0][:, 0]) for d in distances)
 
 
-@pytest.mark.parametrize("transform", [Residual(T), Residual(T, beam=3), Attract(0.3)])
+@every_transform
 def test_searches_are_those_that_gave_the_codes(transform: Transform) -> None:
     z, codebook = torch.randn(50, D), torch.randn(K, D)
-    if isinstance(transform, Residual):
-        transform.scales.fill_(0.7)
     codes, lengths = spell(transform.walk(z, codebook, torch.full((50,), 0.5), T), 0.5)
     searches = transform.retrace(z, codes, codebook)
     last = torch.zeros(50, D)
     for site, approximation in zip(searches.sites, searches.approximations, strict=True):
         last[site] = approximation  # the searches of a site come in the order of its turns
     torch.testing.assert_close(last, transform.decode(codes, codebook))
-    if isinstance(transform, Residual):
+    if not transform.dummies:
         assert len(searches.found) == lengths.sum()
         assert torch.equal(searches.found, codes[searches.sites, searches.turns])
     else:
         assert len(searches.found) == len(z)
 
 
+def whole_paths(transform: Transform, z: Tensor, codebook: Tensor) -> Searches:
+    """Searches of latents that take every turn."""
+    codes = transform.walk(z, codebook, torch.zeros(len(z)), T).codes[:, -1]
+    return transform.retrace(z, codes, codebook)
+
+
 def test_scales_bring_residuals_to_the_size_of_the_latents() -> None:
-    z, codebook = torch.randn(500, D) * 3, torch.randn(K, D) * 3
-    residual = Residual(T)
-
-    def searches() -> Searches:
-        codes = residual.walk(z, codebook, torch.zeros(500), T).codes[:, -1]
-        return residual.retrace(z, codes, codebook)
-
+    z, codebook, residual = torch.randn(500, D) * 3, torch.randn(K, D) * 3, Residual(T)
     for _ in range(T):
-        residual.adapt(z, searches(), momentum=0.0)
-    _, turns, queries, *_ = searches()
+        residual.start(z, whole_paths(residual, z, codebook), codebook)
+    searches = whole_paths(residual, z, codebook)
     for turn in range(T):
-        size = queries[turns == turn].square().mean().sqrt()
-        torch.testing.assert_close(size, z.square().mean().sqrt(), rtol=1e-3, atol=0)
+        size = (searches.queries[searches.turns == turn] / residual.scales[turn]).square().mean()
+        torch.testing.assert_close(size.sqrt(), z.square().mean().sqrt(), rtol=1e-3, atol=0)
+    kept = residual.scales.clone()
+    residual.learn(z, searches, codebook)
+    torch.testing.assert_close(residual.scales, kept, rtol=1e-3, atol=0)
+
+
+def test_maps_become_the_least_squares_fit_and_beat_scales() -> None:
+    z = torch.randn(2000, D) * torch.tensor([4.0, 1.0, 0.2])
+    codebook = k_means(z, z[:K])
+    errors = []
+    for transform in (Residual(T), LinearResidual(T, D)):
+        for step in range(150):
+            searches = whole_paths(transform, z, codebook)
+            (transform.start if step < T else transform.learn)(z, searches, codebook)
+        searches = whole_paths(transform, z, codebook)
+        last = searches.approximations[searches.turns == T - 1]
+        errors.append((z - last).square().mean())
+        if isinstance(transform, LinearResidual):
+            on = searches.turns == 1
+            codes, queries = codebook[searches.found[on]], searches.queries[on]
+            best = (queries - codes @ torch.linalg.lstsq(codes, queries).solution).square().mean()
+            found = (queries - codes @ transform.maps[1].T).square().mean()
+            assert best <= found < 1.01 * best
+    assert errors[1] < 0.5 * errors[0]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +205,7 @@ def test_scales_bring_residuals_to_the_size_of_the_latents() -> None:
     [
         (Attract(0.5, (T, D)), [2, -1, -1], [K, K, 2]),
         (Residual(T, (T, D)), [2, -1, -1], [2, 5, 5]),
+        (LinearResidual(T, D, (T, D)), [2, -1, -1], [2, 5, 5]),
     ],
 )
 def test_depth_embedding_tells_turns_apart_and_learns(transform, short, long) -> None:
