@@ -8,28 +8,46 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.image import peak_signal_noise_ratio
-from torchmetrics.image import PeakSignalNoiseRatio
 
 from taming.checkpoint import load_weights
+from taming.models.autoencoder import QuantizedAutoencoder
 from taming.modules.diffusionmodules.model import Decoder, Encoder
-from taming.modules.losses.vqperceptual import AutoencoderLoss
-from taming.modules.util import first_non_finite
 from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
 from taming.modules.vqvae.heatmap import depth_heat_map
-from taming.modules.vqvae.metrics import CodebookMetrics
-from taming.modules.vqvae.quantize import LoopyVectorQuantizer, VectorQuantizer2
+from taming.modules.vqvae.quantize import GumbelQuantize, LoopyVectorQuantizer, VectorQuantizer2
 from taming.modules.vqvae.rate import fewest_tokens
-from taming.util import NonFiniteError, instantiate_from_config
+from taming.util import instantiate_from_config
+
+# Arguments of VQModel that go to the default quantizer.
+OWN = {"beta": 0.25, "remap": None, "sane_index_shape": False, "legacy": True}
 
 
-class VQModel(pl.LightningModule):
+def build_quantizer(
+    n_embed: int, embed_dim: int, config: Mapping[str, Any] | None, own: Mapping[str, Any]
+) -> Quantizer:
+    """Build the quantizer of a config; without one, a `VectorQuantizer2` with arguments ``own``.
+
+    Raises:
+        ValueError: The config's quantizer has other sizes, or ``own`` would not reach it.
+    """
+    if config is None:
+        return VectorQuantizer2(n_embed, embed_dim, **own)
+    if lost := [name for name, value in own.items() if value != OWN[name]]:
+        raise ValueError(f"{', '.join(lost)}: give it in quantizer_config.params")
+    quantizer: Quantizer = instantiate_from_config(config)
+    if (quantizer.n_e, quantizer.e_dim) != (n_embed, embed_dim):
+        raise ValueError(
+            f"n_embed {n_embed} and embed_dim {embed_dim} do not agree with the quantizer's "
+            f"n_e {quantizer.n_e} and e_dim {quantizer.e_dim}"
+        )
+    return quantizer
+
+
+class VQModel(QuantizedAutoencoder):
     """VQ-VAE or VQGAN (Esser et al. 2021, arXiv:2012.09841), with any quantizer.
 
     Args:
@@ -50,12 +68,10 @@ class VQModel(pl.LightningModule):
         betas: Of both Adam optimizers. The original's suit an adversary; without one, or for a
             short run, (0.9, 0.99) learns faster.
         scheduler_config: ``{target, params}`` of a factor of both learning rates by step.
+        trust_checkpoint: See `load_checkpoint`, for ``ckpt_path``.
 
-    Attributes:
-        learning_rate: Set by the caller before training.
-        accumulate_grad_batches: Batches per optimizer step.
-        gradient_clip_val: Largest gradient norm or value; None does not clip.
-        gradient_clip_algorithm: ``"norm"`` or ``"value"``.
+    Raises:
+        ValueError: The parts do not fit each other, or the checkpoint.
     """
 
     def __init__(
@@ -76,48 +92,29 @@ class VQModel(pl.LightningModule):
         legacy: bool = True,
         betas: tuple[float, float] = (0.5, 0.9),
         scheduler_config: Mapping[str, Any] | None = None,
+        trust_checkpoint: bool = False,
     ) -> None:
-        super().__init__()
-        self.betas = betas
-        self.schedule: Callable[[int], float] | None = (
-            None if scheduler_config is None else instantiate_from_config(scheduler_config)
+        if ddconfig.get("double_z", True):
+            raise ValueError("ddconfig of a VQ model needs double_z: false, for one z, not two")
+        own = {"beta": beta, "remap": remap, "sane_index_shape": sane_index_shape, "legacy": legacy}
+        super().__init__(
+            instantiate_from_config(lossconfig),
+            build_quantizer(n_embed, embed_dim, quantizer_config, own),
+            image_key,
+            betas,
+            None if scheduler_config is None else instantiate_from_config(scheduler_config),
         )
-        self.automatic_optimization = False
-        self.learning_rate = 4.5e-6
-        self.accumulate_grad_batches = 1
-        self.gradient_clip_val: float | None = None
-        self.gradient_clip_algorithm = "norm"
-        self.image_key = image_key
         self.monitor = monitor
-
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
-        self.loss: AutoencoderLoss = instantiate_from_config(lossconfig)
-        self.quantize: Quantizer
-        if quantizer_config is None:
-            self.quantize = VectorQuantizer2(
-                n_embed, embed_dim, beta, remap, sane_index_shape=sane_index_shape, legacy=legacy
-            )
-        else:
-            self.quantize = instantiate_from_config(quantizer_config)
-        if (self.quantize.n_e, self.quantize.e_dim) != (n_embed, embed_dim):
-            raise ValueError(
-                f"n_embed {n_embed} and embed_dim {embed_dim} do not agree with the quantizer's "
-                f"n_e {self.quantize.n_e} and e_dim {self.quantize.e_dim}"
-            )
         self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         self.colorize: Tensor | None
         projection = None if colorize_nlabels is None else torch.randn(3, colorize_nlabels, 1, 1)
         self.register_buffer("colorize", projection)
         if ckpt_path is not None:
-            load_weights(self, ckpt_path, ignore_keys)
+            load_weights(self, ckpt_path, ignore_keys, trust_checkpoint)
         self.loss.fetch_weights()
-
-        turns = self.quantize.sequence.max_loops
-        self.train_codebook = CodebookMetrics(n_embed, turns)
-        self.val_codebook = CodebookMetrics(n_embed, turns)
-        self.val_psnr = PeakSignalNoiseRatio(data_range=2.0)
 
     # --- image -> latents -> codes -> image ------------------------------------------------------
 
@@ -188,8 +185,15 @@ class VQModel(pl.LightningModule):
         Args:
             code_b: int64 (B, h, w) or (B, h, w, T); or flat, with a shape.
             shape: (B, h, w, D) of flat codes.
+
+        Raises:
+            ValueError: Codes are flat, and nothing says which grid they fill.
         """
         if shape is None:
+            if code_b.ndim < 3:
+                raise ValueError(
+                    f"codes of shape {tuple(code_b.shape)} need the shape (B, h, w, D) they fill"
+                )
             batch, h, w = code_b.shape[:3]
             shape = (batch, h, w, self.quantize.e_dim)
         return self.decode(self.quantize.get_codebook_entry(code_b, shape))
@@ -199,9 +203,17 @@ class VQModel(pl.LightningModule):
         quant, loss, _ = self.encode(x)
         return self.decode(quant), loss
 
+    def as_input(self, x_rec: Tensor) -> Tensor:
+        """Bring what `decode` returns, (B, C, H, W), into the form of an input: here, leave it."""
+        return x_rec
+
     def get_last_layer(self) -> Tensor:
         """Weight by whose gradients the adversarial loss is balanced."""
         return self.decoder.conv_out.weight
+
+    def generator_parts(self) -> tuple[nn.Module, ...]:
+        """Parts of the generator, in the order of the original's optimizer."""
+        return self.encoder, self.decoder, self.quantize, self.quant_conv, self.post_quant_conv
 
     def get_input(self, batch: Mapping[str, Tensor], k: str) -> Tensor:
         """Take images out of a batch: (B, H, W, C) or (B, H, W) -> (B, C, H, W) float32."""
@@ -210,156 +222,7 @@ class VQModel(pl.LightningModule):
             x = x[..., None]
         return x.permute(0, 3, 1, 2).contiguous().float()
 
-    # --- training --------------------------------------------------------------------------------
-
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Train the generator, then the discriminator, on one batch."""
-        x = self.get_input(batch, self.image_key)
-        z, quantized, x_rec = self._reconstruct(x)
-        self.train_codebook.update(z, quantized)
-        opt_ae, *opt_disc = self._optimizers()
-
-        self.toggle_optimizer(opt_ae)
-        loss, logs = self._loss(quantized, x, x_rec, 0, "train")
-        self._step(opt_ae, loss, batch_idx)
-        self.untoggle_optimizer(opt_ae)
-        logs["train/aeloss"] = loss.detach()
-
-        if opt_disc:
-            self.toggle_optimizer(opt_disc[0])
-            disc_loss, disc_logs = self._loss(quantized, x, x_rec, 1, "train")
-            self._step(opt_disc[0], disc_loss, batch_idx)
-            self.untoggle_optimizer(opt_disc[0])
-            logs |= disc_logs | {"train/discloss": disc_loss.detach()}
-
-        self.log("train/aeloss", logs.pop("train/aeloss"), prog_bar=True, batch_size=len(x))
-        self.log_dict(logs, batch_size=len(x))
-        return loss.detach()
-
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Measure one batch."""
-        x = self.get_input(batch, self.image_key)
-        z, quantized, x_rec = self._reconstruct(x)
-        self.val_codebook.update(z, quantized)
-        self.val_psnr.update(x_rec.float().clamp(-1, 1), x)
-        loss, logs = self._loss(quantized, x, x_rec, 0, "val")
-        if self.loss.discriminator is not None:
-            logs |= self._loss(quantized, x, x_rec, 1, "val")[1]
-        logs["val/aeloss"] = loss
-        self.log_dict(logs, batch_size=len(x), sync_dist=True)
-        self.log("val/psnr", self.val_psnr, prog_bar=True, batch_size=len(x))
-        return loss
-
-    def _reconstruct(self, x: Tensor) -> tuple[Tensor, QuantizerOutput, Tensor]:
-        """Latents, codes and reconstruction; stops at the first value that is not finite."""
-        z = self.encode_to_prequant(x)
-        try:
-            quantized = self.quantize(z)
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                f"{error} at step {self.global_step}; the first module whose output is not finite "
-                f"is {self._culprit(x)}"
-            ) from error
-        return z, quantized, self.decode(quantized.z_q)
-
-    def _culprit(self, x: Tensor) -> str | None:
-        """Name the first module whose output is not finite; in eval mode, which learns nothing."""
-        self.eval()
-        return first_non_finite(self, x)
-
-    def _loss(
-        self, quantized: QuantizerOutput, x: Tensor, x_rec: Tensor, optimizer_idx: int, split: str
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the generator (0) or the discriminator (1), checked, with its log values."""
-        loss, logs = self.loss(
-            quantized.loss,
-            x,
-            x_rec,
-            optimizer_idx,
-            self.global_step,
-            last_layer=self.get_last_layer(),
-            split=split,
-        )
-        wrong = [name for name, value in logs.items() if not torch.isfinite(value)]
-        if wrong:
-            raise NonFiniteError(
-                f"{', '.join(wrong)} not finite at step {self.global_step}; the first module whose "
-                f"output is not finite is {self._culprit(x) or 'the loss'}"
-            )
-        return loss, logs
-
-    def _optimizers(self) -> list[LightningOptimizer]:
-        """Optimizers of the generator and, for a GAN, the discriminator."""
-        optimizers = self.optimizers()
-        return optimizers if isinstance(optimizers, list) else [optimizers]
-
-    def _schedulers(self) -> list[LambdaLR]:
-        """Schedules of the optimizers' learning rates; none without a ``scheduler_config``."""
-        schedulers = self.lr_schedulers() or []
-        return schedulers if isinstance(schedulers, list) else [schedulers]
-
-    def _step(self, optimizer: LightningOptimizer, loss: Tensor, batch_idx: int) -> None:
-        """Backward pass and, once enough batches are accumulated, a step.
-
-        The Trainer's own counter counts steps of its wrapped optimizers. The discriminator's step
-        goes past the wrapper, with precision and hooks as usual, so ``global_step``, ``max_steps``,
-        schedules and file names count generator steps only.
-        """
-        self.manual_backward(loss / self.accumulate_grad_batches)
-        if (batch_idx + 1) % self.accumulate_grad_batches and not self.trainer.is_last_batch:
-            return
-        if optimizer is self._optimizers()[0]:
-            optimizer.step()
-        else:
-            inner = optimizer.optimizer
-            self.trainer.strategy.optimizer_step(inner, lambda: None, model=self)
-        optimizer.zero_grad()
-        for scheduler in self._schedulers():
-            if scheduler.optimizer is optimizer.optimizer:
-                scheduler.step()
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip gradients; Lightning calls this after it has undone any loss scaling."""
-        if self.gradient_clip_val is not None:
-            self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
-
-    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:
-        """Adam for the generator and, for a GAN, another for the discriminator; their schedules."""
-        parts = (self.encoder, self.decoder, self.quantize, self.quant_conv, self.post_quant_conv)
-        groups = [[p for part in parts for p in part.parameters() if p.requires_grad]]
-        if self.loss.discriminator is not None:
-            groups.append(list(self.loss.discriminator.parameters()))
-        optimizers = [torch.optim.Adam(g, self.learning_rate, betas=self.betas) for g in groups]
-        if self.schedule is None:
-            return optimizers, []
-        return optimizers, [LambdaLR(optimizer, self.schedule) for optimizer in optimizers]
-
     # --- what people look at ---------------------------------------------------------------------
-
-    def on_train_epoch_end(self) -> None:
-        """Log what the codebook did over the epoch."""
-        self._log_codebook(self.train_codebook, "train")
-
-    def on_validation_epoch_end(self) -> None:
-        """Log what the codebook did over the validation set."""
-        self._log_codebook(self.val_codebook, "val")
-
-    def _log_codebook(self, metrics: CodebookMetrics, split: str) -> None:
-        if not metrics.update_called:  # a run resumed at the very end of an epoch
-            return
-        values = {k: v for k, v in metrics.compute().items() if v.ndim == 0}
-        self.log_dict({f"{split}/{key}": v for key, v in values.items()}, sync_dist=True)
-        metrics.reset()
-
-    def codebook_histograms(self) -> dict[str, Tensor]:
-        """Counts of codes (K,) and of lengths (T + 1,) so far, by ``split/name``."""
-        return {
-            f"{split}/{key}": value
-            for split, metrics in (("train", self.train_codebook), ("val", self.val_codebook))
-            if metrics.update_called
-            for key, value in metrics.compute().items()
-            if value.ndim == 1
-        }
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Tensor], **unused: Any) -> dict[str, Tensor]:
@@ -369,16 +232,27 @@ class VQModel(pl.LightningModule):
             Name -> (B, 3, H, W) in [-1, 1].
         """
         x = self.get_input(batch, self.image_key).to(self.device)
-        quantized = self.encode(x)
-        x_rec = self.decode(quantized.z_q)
+        _, quantized, x_rec = self._reconstruct(x)
+        x_rec = self.as_input(x_rec)
         pictures = {"inputs": x, "reconstructions": x_rec}
         if x.shape[1] != 3:
             pictures = {name: self.to_rgb(picture) for name, picture in pictures.items()}
+        return pictures | self.code_pictures(quantized, (x.shape[2], x.shape[3]))
+
+    def code_pictures(self, quantized: QuantizerOutput, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Pictures of the codes: their depths, for a loopy quantizer.
+
+        Args:
+            quantized: What `encode` returned.
+            size: (H, W) in pixels.
+
+        Returns:
+            Name -> (B, 3, H, W) in [-1, 1].
+        """
         trace = quantized.info.encodings
-        if isinstance(trace, LoopTrace):
-            turns = self.quantize.sequence.max_loops
-            pictures["depths"] = depth_heat_map(trace.lengths, turns, (x.shape[2], x.shape[3]))
-        return pictures
+        if not isinstance(trace, LoopTrace):
+            return {}
+        return {"depths": depth_heat_map(trace.lengths, self.quantize.sequence.max_loops, size)}
 
     def to_rgb(self, x: Tensor) -> Tensor:
         """Colour images (B, C, H, W) of other than 3 channels by a fixed random projection.
@@ -392,3 +266,139 @@ class VQModel(pl.LightningModule):
             raise ValueError(f"set colorize_nlabels={x.shape[1]} to show {x.shape[1]} channels")
         x = F.conv2d(x, self.colorize)
         return 2 * (x - x.min()) / (x.max() - x.min()) - 1
+
+
+class VQSegmentationModel(VQModel):
+    """Tokenizer of label maps: images are one-hot, and the decoder returns logits.
+
+    Args:
+        n_labels: C, number of labels.
+        *args: See `VQModel`.
+        **kwargs: See `VQModel`.
+
+    Raises:
+        ValueError: The decoder has other than ``n_labels`` outputs.
+    """
+
+    def __init__(self, n_labels: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, colorize_nlabels=n_labels, **kwargs)
+        if self.decoder.conv_out.out_channels != n_labels:
+            raise ValueError(
+                f"n_labels is {n_labels}, but ddconfig.out_ch {self.decoder.conv_out.out_channels}"
+            )
+
+    def as_input(self, x_rec: Tensor) -> Tensor:
+        """Turn logits (B, C, H, W) into a one-hot map of the likeliest labels."""
+        return torch.zeros_like(x_rec).scatter_(1, x_rec.argmax(dim=1, keepdim=True), 1.0)
+
+
+class VQNoDiscModel(VQModel):
+    """A `VQModel` that nothing is trained against.
+
+    Args:
+        *args: See `VQModel`.
+        **kwargs: See `VQModel`.
+
+    Raises:
+        ValueError: The loss has a discriminator.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.loss.discriminator is not None:
+            raise ValueError(
+                f"VQNoDiscModel trains no discriminator, but {type(self.loss).__name__} has one; "
+                "use VQModel, or a loss such as taming.modules.losses.segmentation.BCELossWithQuant"
+            )
+
+
+class GumbelVQ(VQModel):
+    """A `VQModel` whose codes are drawn, at a temperature that falls while it trains.
+
+    Args:
+        ddconfig: See `VQModel`, as all that is not named here.
+        lossconfig: See `VQModel`.
+        n_embed: K, number of codes.
+        embed_dim: D, channels of a latent.
+        temperature_scheduler_config: ``{target, params}`` of the temperature by step.
+        kl_weight: See `GumbelQuantize`.
+        remap: See `GumbelQuantize`.
+        **kwargs: See `VQModel`.
+    """
+
+    quantize: GumbelQuantize
+
+    def __init__(
+        self,
+        ddconfig: Mapping[str, Any],
+        lossconfig: Mapping[str, Any],
+        n_embed: int,
+        embed_dim: int,
+        temperature_scheduler_config: Mapping[str, Any],
+        *,
+        kl_weight: float = 1e-8,
+        remap: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        quantizer = {
+            "target": "taming.modules.vqvae.quantize.GumbelQuantize",
+            "params": {
+                "num_hiddens": embed_dim,
+                "embedding_dim": embed_dim,
+                "n_embed": n_embed,
+                "kl_weight": kl_weight,
+                "remap": remap,
+            },
+        }
+        super().__init__(
+            ddconfig, lossconfig, n_embed, embed_dim, quantizer_config=quantizer, **kwargs
+        )
+        self.temperature_scheduler: Callable[[int], float] = instantiate_from_config(
+            temperature_scheduler_config
+        )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set the temperature of this step; it follows from the step, so resuming restores it."""
+        self.quantize.temperature = self.temperature_scheduler(self.global_step)
+        self.log("temperature", self.quantize.temperature)
+
+
+class EMAVQ(VQModel):
+    """A `VQModel` whose codes are moving averages of their latents.
+
+    Args:
+        ddconfig: See `VQModel`, as all that is not named here.
+        lossconfig: See `VQModel`.
+        n_embed: K, number of codes.
+        embed_dim: D, channels of a latent.
+        beta: See `EMAVectorQuantizer`.
+        remap: See `EMAVectorQuantizer`.
+        sane_index_shape: See `EMAVectorQuantizer`.
+        **kwargs: See `VQModel`.
+    """
+
+    def __init__(
+        self,
+        ddconfig: Mapping[str, Any],
+        lossconfig: Mapping[str, Any],
+        n_embed: int,
+        embed_dim: int,
+        *,
+        beta: float = 0.25,
+        remap: str | None = None,
+        sane_index_shape: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        quantizer = {
+            "target": "taming.modules.vqvae.quantize.EMAVectorQuantizer",
+            "params": {
+                "n_embed": n_embed,
+                "embedding_dim": embed_dim,
+                "beta": beta,
+                "remap": remap,
+                "sane_index_shape": sane_index_shape,
+            },
+        }
+        super().__init__(
+            ddconfig, lossconfig, n_embed, embed_dim, quantizer_config=quantizer, **kwargs
+        )

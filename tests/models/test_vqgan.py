@@ -32,6 +32,19 @@ def test_equals_the_original(shared) -> None:
     assert set(original.state_dict()) == set(golden.parameters)
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"sane_index_shape": True}, {"quantizer_config": LOOPY}])
+def test_codes_of_any_shape_decode(kwargs: dict) -> None:
+    tokenizer = model(**{"quantizer_config": None, **kwargs}).eval()
+    with torch.no_grad():
+        quant, _, (_, _, indices) = tokenizer.encode(torch.rand(2, 3, 16, 16))
+        flat = indices.reshape(2 * 64, -1)
+        for codes in (indices, flat, flat.squeeze(1)):
+            again = tokenizer.decode_code(codes, (2, 8, 8, 4))
+            torch.testing.assert_close(again, tokenizer.decode(quant), rtol=0, atol=0)
+        with pytest.raises(ValueError, match=r"codes of shape \(128, .*need the shape"):
+            tokenizer.decode_code(flat)
+
+
 def test_codes_decode_to_the_reconstruction() -> None:
     for quantizer in (None, LOOPY):
         tokenizer = model(quantizer_config=quantizer).eval()
@@ -129,6 +142,8 @@ def test_what_is_not_finite_stops_training_and_is_named(tmp_path) -> None:
         tokenizer.encoder.mid.block_1.conv1.weight.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="encoder.mid.block_1.conv1"):
         trainer(tmp_path).fit(tokenizer, images(4), images(2))
+    with pytest.raises(NonFiniteError, match="encoder.mid.block_1.conv1"):
+        tokenizer.eval().log_images({"image": torch.rand(2, 16, 16, 3)})
     tokenizer = model()
     with torch.no_grad():
         tokenizer.decoder.conv_out.bias.fill_(float("inf"))

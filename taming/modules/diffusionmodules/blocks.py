@@ -1,6 +1,6 @@
 """Building blocks of the convolutional encoder and decoder, from DDPM (arXiv:2006.11239).
 
-Axis letters: B batch, C channels, H W feature map.
+Axis letters: B batch, C channels, E channels of the time embedding, H W feature map.
 """
 
 from __future__ import annotations
@@ -64,14 +64,22 @@ class ResnetBlock(nn.Module):
         out_channels: C of the output; a 1x1 convolution adapts the shortcut where they differ.
         dropout: Probability of zeroing an activation before the second convolution.
         groups: Groups of the norms.
+        time_channels: E; 0 for a block that knows no time.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, dropout: float = 0.0, groups: int = 32
+        self,
+        in_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        groups: int = 32,
+        time_channels: int = 0,
     ) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        if time_channels:
+            self.temb_proj = nn.Linear(time_channels, out_channels)
         self.norm2 = group_norm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
@@ -79,9 +87,11 @@ class ResnetBlock(nn.Module):
         if self.adapts:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, in_channels, H, W) to (B, out_channels, H, W)."""
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """Map (B, in_channels, H, W), and a time embedding (B, E), to (B, out_channels, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
+        if time is not None:
+            h = h + self.temb_proj(F.silu(time))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return (self.nin_shortcut(x) if self.adapts else x) + h
 

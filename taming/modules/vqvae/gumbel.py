@@ -69,25 +69,27 @@ class GumbelQuantize(PlainQuantizer):
         Args:
             z: (B, C, h, w).
             temp: Temperature of this draw; None for ``temperature``.
-            return_logits: Return the scores too, as a fourth value.
+            return_logits: Return the scores (B, K, h, w) too, as a fourth value.
 
         Returns:
-            z_q (B, D, h, w); loss; info with indices (B, h, w), a `QuantizerOutput`.
+            z_q (B, D, h, w); loss; info with indices (B, h, w), a `QuantizerOutput`. All float32.
         """
-        logits = self.logits(z)
-        z_q, indices = self._choose(logits, self.temperature if temp is None else temp)
-        log_q = logits.log_softmax(dim=1)
-        divergence = (log_q.exp() * (log_q + math.log(self.n_e))).sum(dim=1).mean()
-        info = QuantizerInfo(None, None, indices) if self.use_vqinterface else indices
-        output = QuantizerOutput(z_q, self.kl_weight * divergence, info)
-        return (*output, logits) if return_logits else output
-
-    def logits(self, z: Tensor) -> Tensor:
-        """Score latents (B, C, h, w): (B, K, h, w) float32, under ``remap`` of the used codes."""
         if not torch.isfinite(z).all():
             raise NonFiniteError("the latents that reach the quantizer are not finite")
         with torch.autocast(z.device.type, enabled=False):
-            logits = self.proj(z.float())
+            logits = self._score(z.float())
+            z_q, indices = self._choose(logits, self.temperature if temp is None else temp)
+        log_q = logits.log_softmax(dim=1)
+        divergence = (log_q.exp() * (log_q + math.log(self.n_e))).sum(dim=1).mean()
+        loss = self.kl_weight * divergence
+        if not self.use_vqinterface:
+            return z_q, loss, indices
+        output = QuantizerOutput(z_q, loss, QuantizerInfo(None, None, indices))
+        return (*output, logits) if return_logits else output
+
+    def _score(self, z: Tensor) -> Tensor:
+        """Score latents (B, C, h, w): (B, K, h, w), under ``remap`` of the used codes only."""
+        logits = self.proj(z)
         return logits if self.remap is None else logits[:, self.used]
 
     def _choose(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

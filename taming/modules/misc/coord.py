@@ -1,0 +1,54 @@
+"""Where in an image each site lies, as the condition of a prior that draws parts of images.
+
+Axis letters: B images, H W image, h w grid.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from taming.modules.util import Quantized
+
+
+class CoordStage:
+    """Rounds a map of coordinates to tokens; stands where a prior expects a condition's tokenizer.
+
+    Args:
+        n_embed: Tokens from 0 to 1; a coordinate of exactly 1 becomes token ``n_embed``.
+        down_factor: Height and width are divided by this.
+    """
+
+    def __init__(self, n_embed: int, down_factor: int) -> None:
+        self.n_embed = n_embed
+        self.down_factor = down_factor
+
+    def eval(self) -> CoordStage:
+        """Return itself: there is nothing to switch."""
+        return self
+
+    def encode(self, c: Tensor) -> Quantized:
+        """Average coordinates over each site and round them.
+
+        Args:
+            c: (B, 1, H, W) in [0, 1].
+
+        Returns:
+            The rounded numbers (B, 1, h, w) as floats, and as tokens in the form of a first
+            stage's ``encode``.
+
+        Raises:
+            ValueError: There are several channels, or values outside [0, 1].
+        """
+        if c.shape[1] != 1 or c.min() < 0 or c.max() > 1:
+            raise ValueError(
+                f"CoordStage takes one channel of values in [0, 1], got {c.shape[1]} "
+                f"in [{c.min():.3g}, {c.max():.3g}]"
+            )
+        c = F.interpolate(c, scale_factor=1 / self.down_factor, mode="area").clamp(0, 1)
+        quantized = (self.n_embed * c).round()
+        return quantized, None, (None, None, quantized.long())
+
+    def decode(self, c: Tensor) -> Tensor:
+        """Map rounded numbers (B, 1, h, w) to coordinates (B, 1, H, W) in [0, 1]."""
+        return F.interpolate(c / self.n_embed, scale_factor=self.down_factor, mode="nearest")

@@ -1,0 +1,171 @@
+"""A prior takes every kind of condition of the original, and shows those that have pictures."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import DDCONFIG, GPT, PLAIN, trainer
+from torch.utils.data import DataLoader
+
+from taming.models.cond_transformer import Net2NetTransformer
+from taming.models.dummy_cond_stage import DummyCondStage
+from taming.models.vqgan import VQSegmentationModel
+
+BCE = {"target": "taming.modules.losses.segmentation.BCELossWithQuant"}
+
+
+def tokenizer(channels: int = 3, **kwargs: Any) -> dict[str, Any]:
+    ddconfig = {**DDCONFIG, "in_channels": channels, "out_ch": channels}
+    params = {"ddconfig": ddconfig, "lossconfig": PLAIN, "n_embed": 16, "embed_dim": 4, **kwargs}
+    return {"target": "taming.models.vqgan.VQModel", "params": params}
+
+
+SEGMENTATION = tokenizer(5, n_labels=5, lossconfig=BCE, image_key="segmentation")
+SEGMENTATION["target"] = "taming.models.vqgan.VQSegmentationModel"
+IMAGES = {"conditioning", "conditioning_rec"}
+
+# Key of the condition -> its stage, the tokens it takes, and the pictures it has.
+CONDITIONS = {
+    "image": ("__is_first_stage__", 64, IMAGES),
+    "depth": (tokenizer(1), 64, IMAGES),
+    "segmentation": (SEGMENTATION, 64, IMAGES),
+    "coord": (
+        {
+            "target": "taming.modules.misc.coord.CoordStage",
+            "params": {"n_embed": 16, "down_factor": 4},
+        },
+        16,
+        IMAGES,
+    ),
+    "class_label": (
+        {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}},
+        1,
+        set(),
+    ),
+    "objects_bbox": (
+        {
+            "target": "taming.models.dummy_cond_stage.DummyCondStage",
+            "params": {"conditional_key": "objects_bbox"},
+        },
+        8,
+        {"conditioning"},
+    ),
+}
+every_condition = pytest.mark.parametrize("key", list(CONDITIONS))
+
+
+def item(number: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(number)
+    labels = torch.randint(5, (16, 16), generator=generator)
+    return {
+        "image": torch.rand(16, 16, 3, generator=generator) * 2 - 1,
+        "depth": torch.rand(16, 16, generator=generator) * 2 - 1,
+        "segmentation": F.one_hot(labels, 5).double(),
+        "coord": torch.arange(256).reshape(16, 16, 1) / 256,
+        "class_label": number,
+        "objects_bbox": torch.randint(16, (8,), generator=generator),
+    }
+
+
+class Layouts(torch.utils.data.Dataset):
+    """Items with layouts, drawn as their first token's share of the vocabulary."""
+
+    def __init__(self) -> None:
+        self.conditional_builders = {"objects_bbox": self}
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return item(number)
+
+    def get_textual_label_for_category_no(self, category_no: int) -> str:
+        return f"thing {category_no}"
+
+    def plot(self, tokens: torch.Tensor, label: Any, size: tuple[int, int]) -> torch.Tensor:
+        assert label(3) == "thing 3" and tokens.shape == (8,)
+        return torch.full((3, size[1], size[0]), tokens[0] / 16)
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.datasets = {"train": Layouts()}
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.datasets["train"], 2)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.datasets["train"], 2)
+
+
+def prior(key: str, **kwargs: Any) -> Net2NetTransformer:
+    return Net2NetTransformer(GPT, tokenizer(), CONDITIONS[key][0], cond_stage_key=key, **kwargs)
+
+
+@every_condition
+def test_trains_samples_and_shows(key: str, tmp_path) -> None:
+    model, fit = prior(key), trainer(tmp_path)
+    fit.fit(model, Data())
+    assert fit.global_step == 2
+    batch = next(iter(Data().train_dataloader()))
+    x, c = model.get_xc(batch)
+    assert model.encode_to_c(c)[1].shape == (2, CONDITIONS[key][1])
+    logits, target = model.eval()(x, c)
+    assert logits.shape == (2, 64, 17) and target.shape == (2, 64)
+    pictures = model.log_images(batch, temperature=1.0, lr_interface=True, split="val")
+    own = {"inputs", "reconstructions", "samples_half", "samples_nopix", "samples_det"}
+    assert set(pictures) == own | CONDITIONS[key][2]
+    assert {picture.shape[:2] for picture in pictures.values()} == {(2, 3)}
+    if key == "objects_bbox":
+        expected = batch[key][:, 0].float()[:, None, None, None] / 16
+        assert torch.equal(pictures["conditioning"], expected.expand(2, 3, 16, 16))
+
+
+def test_layouts_are_not_shown_by_who_cannot_draw_them() -> None:
+    batch = next(iter(Data().train_dataloader()))
+    assert "conditioning" not in prior("objects_bbox").eval().log_images(batch)
+
+
+def test_segmentations_are_shown_with_their_likeliest_labels() -> None:
+    model = prior("segmentation").eval()
+    batch = next(iter(Data().train_dataloader()))
+    pictures, stage = model.log_images(batch), model.cond_stage_model
+    assert isinstance(stage, VQSegmentationModel)
+    rec, _ = stage(model.get_xc(batch)[1])
+    shown = stage.to_rgb(F.one_hot(rec.argmax(1), 5).permute(0, 3, 1, 2).float())
+    torch.testing.assert_close(pictures["conditioning_rec"], shown)
+
+
+def test_the_first_stage_as_condition_stage_is_one_module_under_two_names() -> None:
+    model = prior("image")
+    assert model.cond_stage_model is model.first_stage_model
+    state = model.state_dict()
+    names = [key for key in state if key.startswith("first_stage_model.")]
+    for name in names:
+        other = state[name.replace("first_stage_model", "cond_stage_model")]
+        assert other.data_ptr() == state[name].data_ptr()
+
+
+def test_conditions_may_be_scaled_before_they_are_encoded() -> None:
+    model = prior("depth", downsample_cond_size=8).eval()
+    x, c = model.get_xc(next(iter(Data().train_dataloader())))
+    tokens = model.encode_to_c(c)[1]
+    assert tokens.shape == (2, 16)
+    small = F.interpolate(c, size=(8, 8))
+    assert torch.equal(tokens, prior_tokens(model, small))
+    assert model(x, c)[0].shape == (2, 64, 17)
+
+
+def prior_tokens(model: Net2NetTransformer, c: torch.Tensor) -> torch.Tensor:
+    return model.cond_stage_model.encode(c).info.indices.reshape(len(c), -1)
+
+
+def test_dummy_stage_passes_tokens_through() -> None:
+    tokens = torch.randint(16, (2, 8))
+    stage = DummyCondStage("objects_bbox").eval()
+    quant, loss, (_, _, indices) = stage.encode(tokens)
+    assert quant is indices is tokens and loss is None
+    assert stage.decode(tokens) is stage.to_rgb(tokens) is tokens

@@ -1,0 +1,156 @@
+"""Models that differ from VQModel in one part: each does what its name says, and trains."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import load_golden
+from tiny import DDCONFIG, GAN, LOOPY, PLAIN, images, trainer
+from torch.utils.data import DataLoader
+
+from taming.models.vqgan import EMAVQ, GumbelVQ, VQModel, VQNoDiscModel, VQSegmentationModel
+
+SCHEDULE = {
+    "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler",
+    "params": {
+        "warm_up_steps": 0,
+        "lr_min": 0.1,
+        "lr_max": 0.9,
+        "lr_start": 0.9,
+        "max_decay_steps": 10,
+    },
+}
+BCE = {"target": "taming.modules.losses.segmentation.BCELossWithQuant"}
+LABELS = {**DDCONFIG, "in_channels": 5, "out_ch": 5}
+
+
+def gumbel(**kwargs) -> GumbelVQ:
+    return GumbelVQ(DDCONFIG, GAN, 16, 4, SCHEDULE, **kwargs)
+
+
+def segmentation() -> VQSegmentationModel:
+    return VQSegmentationModel(
+        5, ddconfig=LABELS, lossconfig=BCE, n_embed=16, embed_dim=4, image_key="segmentation"
+    )
+
+
+def label_maps(amount: int) -> DataLoader:
+    labels = torch.randint(5, (amount, 16, 16))
+    return DataLoader([{"segmentation": F.one_hot(m, 5).float()} for m in labels], batch_size=2)
+
+
+def test_segmentation_equals_the_original(shared) -> None:
+    golden = load_golden(shared, "vqsegmentation")
+    model, io = golden.build(), golden.io
+    with torch.no_grad():
+        rec, quant_loss = model(io["x"])
+        total, logs = model.loss(quant_loss, io["x"], rec, 0, 0, split="val")
+    torch.testing.assert_close(rec, io["rec"], rtol=1e-5, atol=1e-5)
+    for value, name in (
+        (quant_loss, "quant_loss"),
+        (total, "total_loss"),
+        (logs["val/bce_loss"], "bce"),
+    ):
+        torch.testing.assert_close(value, io[name], rtol=1e-5, atol=0)
+    assert set(model.state_dict()) == set(golden.parameters)
+
+
+def test_segmentation_shows_the_likeliest_label() -> None:
+    model, batch = segmentation().eval(), next(iter(label_maps(2)))
+    pictures = model.log_images(batch)
+    assert {p.shape for p in pictures.values()} == {(2, 3, 16, 16)}
+    rec, _ = model(model.get_input(batch, "segmentation"))
+    shown = model.to_rgb(F.one_hot(rec.argmax(1), 5).permute(0, 3, 1, 2).float())
+    torch.testing.assert_close(pictures["reconstructions"], shown)
+
+
+def test_segmentation_trains_and_logs_the_originals_values(tmp_path) -> None:
+    fit = trainer(tmp_path)
+    fit.fit(segmentation(), label_maps(4), label_maps(2))
+    logged = {f"{s}/{v}" for s in ("train", "val") for v in ("total_loss", "bce_loss", "aeloss")}
+    assert logged <= set(fit.callback_metrics) and fit.global_step == 2
+    with pytest.raises(ValueError, match=r"n_labels is 7, but ddconfig.out_ch 5"):
+        VQSegmentationModel(7, LABELS, BCE, 16, 4)
+
+
+def test_temperature_follows_the_step_and_survives_a_resume(tmp_path) -> None:
+    model, fit = gumbel(), trainer(tmp_path)
+    fit.fit(model, images(6), images(2))
+    schedule = model.temperature_scheduler
+    assert model.quantize.temperature == schedule(2) == fit.callback_metrics["temperature"]
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    keys = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert not [key for key in keys if "temperature" in key]
+    resumed, fit = gumbel(), trainer(tmp_path, max_steps=4, max_epochs=-1)
+    fit.fit(resumed, images(6), images(2), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert resumed.quantize.temperature == schedule(3) < schedule(2)
+
+
+def test_gumbel_decodes_its_codes() -> None:
+    model, x = gumbel().eval(), torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        quant, _, (_, _, indices) = model.encode(x)
+        torch.testing.assert_close(model.decode_code(indices), model.decode(quant))
+    assert indices.shape == (2, 8, 8)
+
+
+def test_gumbel_scores_as_many_channels_as_a_latent_has() -> None:
+    """The original took z_channels, which works only where embed_dim is the same."""
+    assert DDCONFIG["z_channels"] != 4
+    assert gumbel().quantize.proj.in_channels == 4
+
+
+def test_averages_train_and_no_optimizer_has_them(tmp_path) -> None:
+    model, fit = EMAVQ(DDCONFIG, GAN, 16, 4, sane_index_shape=True), trainer(tmp_path)
+    before = model.quantize.codebook.clone()
+    model.learning_rate = 1e-3
+    fit.fit(model, images(6), images(2))
+    assert not torch.equal(model.quantize.codebook, before)
+    optimized = {p.data_ptr() for g in fit.optimizers[0].param_groups for p in g["params"]}
+    own = {p.data_ptr() for p in model.quantize.parameters()}
+    assert optimized and not optimized & own
+    assert model.encode(torch.rand(2, 3, 16, 16)).info.indices.shape == (2, 8, 8)
+
+
+def test_averages_start_from_a_checkpoint(tmp_path) -> None:
+    model = EMAVQ(DDCONFIG, PLAIN, 16, 4)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "ema.ckpt")
+    other = EMAVQ(DDCONFIG, PLAIN, 16, 4, ckpt_path=str(tmp_path / "ema.ckpt"))
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_without_a_discriminator_only_the_generator_trains(tmp_path) -> None:
+    model, fit = VQNoDiscModel(DDCONFIG, PLAIN, 16, 4), trainer(tmp_path)
+    fit.fit(model, images(4), images(2))
+    assert len(fit.optimizers) == 1 and fit.global_step == 2
+    with pytest.raises(ValueError, match="trains no discriminator, but VQLPIPSWithDiscriminator"):
+        VQNoDiscModel(DDCONFIG, GAN, 16, 4)
+
+
+def test_beta_reaches_the_right_term() -> None:
+    """The original could not ask for legacy=False, though its documentation said so."""
+    losses = {}
+    for legacy in (True, False):
+        model = VQModel(DDCONFIG, PLAIN, 16, 4, beta=0.5, legacy=legacy).eval()
+        z = torch.randn(2, 4, 3, 3, requires_grad=True)
+        model.quantize(z).loss.backward()
+        losses[legacy] = z.grad.norm() / model.quantize.codebook.grad.norm()
+    assert losses[True] > 1.5 * losses[False]
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"quantizer_config": LOOPY, "remap": "used.npy"}, "remap: give it in quantizer_config"),
+        ({"quantizer_config": LOOPY, "legacy": False}, "legacy: give it in quantizer_config"),
+        ({"ddconfig": {**DDCONFIG, "double_z": True}}, "needs double_z: false"),
+        (
+            {"ddconfig": {k: v for k, v in DDCONFIG.items() if k != "double_z"}},
+            "needs double_z: false",
+        ),
+    ],
+)
+def test_arguments_that_would_be_lost_are_refused(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VQModel(
+            **{"ddconfig": DDCONFIG, "lossconfig": PLAIN, "n_embed": 16, "embed_dim": 4} | kwargs
+        )
