@@ -36,7 +36,7 @@ class LabelledRows(Protocol):
 
 
 class ArrayRows:
-    """Pictures in memory: (N, H, W, 3) uint8 and N classes."""
+    """Pictures in memory: (N, H, W, 3) uint8, or (N, H, W, 1) in grey, and N classes."""
 
     def __init__(self, images: np.ndarray, labels: Sequence[int]) -> None:
         self.images = images
@@ -46,7 +46,8 @@ class ArrayRows:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return torch.from_numpy(self.images[index]).permute(2, 0, 1), self.labels[index]
+        picture = torch.from_numpy(self.images[index]).permute(2, 0, 1)
+        return picture.expand(3, -1, -1), self.labels[index]
 
 
 class ParquetRows:
@@ -195,25 +196,79 @@ class CIFAR10(LabelledImages):
         size: int = 32,
         random_flip: bool = False,
     ) -> None:
-        if split not in ("train", "test"):
-            raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-        if path is None:
-            folder = data_root(root, cache_folder() / "taming" / "data")
-            rows = _cifar10_archive(split, folder, download)
-        else:
-            rows = ParquetRows(path, "img", "label")
+        rows = _split_rows(torchvision.datasets.CIFAR10, split, path, root, download, "img")
         super().__init__(rows, CIFAR10_CLASSES, SquareCrop(size, random_flip=random_flip))
 
 
-def _cifar10_archive(split: str, root: Path, download: bool) -> ArrayRows:
-    source = torchvision.datasets.CIFAR10
-    remedy = f"put {source.filename} from {source.url} into {root}, or pass a Parquet file as path"
+class MNIST(LabelledImages):
+    """MNIST: 60,000 training and 10,000 test images of handwritten digits, 28x28 pixels in grey.
+
+    Items have three equal channels, as those of every data set.
+
+    Args:
+        split: "train" or "test".
+        path: Parquet file of this split with the columns ``image`` and ``label``; None takes the
+            original files instead.
+        root: See `CIFAR10`, as ``download``.
+        size: Side of the images in pixels; they are enlarged if it is above 28.
+
+    Raises:
+        ConnectionError: The files cannot be downloaded.
+        FileNotFoundError: Neither the Parquet file nor the original files exist, and ``download``
+            is off.
+        ValueError: There is no such split, or the file is not as described.
+    """
+
+    def __init__(
+        self,
+        split: Literal["train", "test"] = "train",
+        path: str | None = None,
+        root: str | None = None,
+        download: bool = True,
+        size: int = 32,
+    ) -> None:
+        rows = _split_rows(torchvision.datasets.MNIST, split, path, root, download, "image")
+        super().__init__(rows, (), SquareCrop(size))
+
+
+Source = type[torchvision.datasets.CIFAR10] | type[torchvision.datasets.MNIST]
+
+
+def _split_rows(
+    source: Source,
+    split: str,
+    path: str | None,
+    root: str | None,
+    download: bool,
+    image_column: str,
+) -> LabelledRows:
+    """Rows of a split, from a Parquet file or else from the files that torchvision reads."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if path is not None:
+        return ParquetRows(path, image_column, "label")
+    folder = data_root(root, cache_folder() / "taming" / "data")
+    return _archive(source, split, folder, download)
+
+
+def _archive(source: Source, split: str, root: Path, download: bool) -> ArrayRows:
+    name, files, place = _origin(source, root)
+    remedy = f"put {files} into {place}, or pass a Parquet file as path"
     try:
         archive = source(str(root), train=split == "train", download=download)
     except (OSError, RuntimeError) as error:
         if download:
-            raise ConnectionError(f"cannot download CIFAR-10 ({error}); {remedy}") from error
-        raise FileNotFoundError(
-            f"CIFAR-10 is not in {root}; set download: true, {remedy}"
-        ) from error
-    return ArrayRows(archive.data, archive.targets)
+            raise ConnectionError(f"cannot download {name} ({error}); {remedy}") from error
+        raise FileNotFoundError(f"{name} is not in {root}; set download: true, {remedy}") from error
+    images = np.asarray(archive.data)
+    if images.ndim == 3:
+        images = images[..., None]
+    return ArrayRows(images, [int(target) for target in archive.targets])
+
+
+def _origin(source: Source, root: Path) -> tuple[str, str, Path]:
+    """Name of a data set, its files and where they come from, and the folder they belong in."""
+    if issubclass(source, torchvision.datasets.CIFAR10):
+        return "CIFAR-10", f"{source.filename} from {source.url}", root
+    names = ", ".join(name for name, _ in source.resources)
+    return "MNIST", f"{names} from {source.mirrors[0]}", root / "MNIST" / "raw"

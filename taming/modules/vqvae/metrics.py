@@ -5,11 +5,14 @@ Axis letters: B images, D channels, h w grid, K codes, T turns.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
-from taming.modules.vqvae.base import LoopTrace, QuantizerOutput
+from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
+from taming.modules.vqvae.hierarchy import Hierarchy
 
 
 class CodebookMetrics(Metric):
@@ -79,3 +82,54 @@ class CodebookMetrics(Metric):
             "codes": self.codes,
             "lengths": self.lengths,
         }
+
+
+class HierarchyMetrics(nn.Module):
+    """The same for each level of a hierarchy, with the level's name before each value's.
+
+    Args:
+        hierarchy: The quantizers.
+    """
+
+    def __init__(self, hierarchy: Hierarchy) -> None:
+        super().__init__()
+        self.levels = {
+            name: CodebookMetrics(level.n_e, level.sequence.max_loops)
+            for name, level in zip(hierarchy.names, hierarchy.levels, strict=True)
+        }
+        self.registered = nn.ModuleList(self.levels.values())
+
+    @property
+    def update_called(self) -> bool:
+        """Whether anything was added since the last reset."""
+        return any(metrics.update_called for metrics in self.levels.values())
+
+    def update(self, z: Tensor, quantized: Any) -> None:
+        """Add a batch.
+
+        Args:
+            z: What went into the hierarchy; the latents of each level are in its output.
+            quantized: A `HierarchyOutput`.
+        """
+        for name, level in quantized.info.encodings.items():
+            self.levels[name].update(level.z, level.quantized)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Summarize all that was added: ``{level}_{name}`` of each value of `CodebookMetrics`."""
+        return {
+            f"{level}_{name}": value
+            for level, metrics in self.levels.items()
+            for name, value in metrics.compute().items()
+        }
+
+    def reset(self) -> None:
+        """Forget all that was added."""
+        for metrics in self.levels.values():
+            metrics.reset()
+
+
+def codebook_metrics(quantizer: Quantizer) -> CodebookMetrics | HierarchyMetrics:
+    """Return what counts the codes of a quantizer."""
+    if isinstance(quantizer, Hierarchy):
+        return HierarchyMetrics(quantizer)
+    return CodebookMetrics(quantizer.n_e, quantizer.sequence.max_loops)

@@ -1,0 +1,59 @@
+"""Plot a logged value of runs against the step.
+
+python benchmarks/curves.py val/psnr logs/<run> logs/<run> -o curves.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot as plt
+
+from taming.script import run
+
+
+def read(folder: Path, key: str) -> tuple[list[int], list[float]]:
+    """Steps and values that a run logged, each time it was started or resumed.
+
+    Raises:
+        ValueError: It logged no such value.
+    """
+    rows = [row for file in sorted(folder.glob("csv/*/metrics.csv")) for row in _rows(file, key)]
+    if not rows:
+        raise ValueError(f"{folder} holds no logs of {key!r}")
+    steps, values = zip(*sorted(dict(rows).items()), strict=True)
+    return list(steps), list(values)
+
+
+def _rows(file: Path, key: str) -> list[tuple[int, float]]:
+    with file.open(newline="") as lines:
+        return [(int(r["step"]), float(r[key])) for r in csv.DictReader(lines) if r.get(key)]
+
+
+def main() -> None:
+    """Write the figure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("key", help="name of the value, such as val/psnr")
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("-o", "--output", default="results/curves.png", type=Path)
+    options = parser.parse_args()
+    matplotlib.use("agg")
+    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    for folder in options.runs:
+        name = folder.resolve().name.partition("_")[2]  # without the time
+        axes.plot(*read(folder, options.key), ".-", label=name)
+    axes.set(xlabel="steps", ylabel=options.key)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.output, dpi=90)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,109 @@
+"""How much the PixelCNN's sampling saves by keeping what it has computed.
+
+python benchmarks/pixelcnn_sampling.py --grid 8 16
+
+Compares three ways to draw the same codes, at the sizes of configs/pixelcnn_cifar10.yaml unless
+told otherwise: the whole grid for each site; only the rows down to the site's own; and
+`PixelCNN.write`, which goes over each row and each site once.
+
+Axis letters: B images, h w grid, T turns, V values.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from taming.modules.pixelcnn.model import PixelCNN
+from taming.modules.pixelcnn.site import SiteSymbols
+from taming.modules.pixelcnn.stacks import GatedStacks
+from taming.script import choose_device, run, script_parser
+
+logger = logging.getLogger("taming.pixelcnn_sampling")
+
+Writer = Callable[[PixelCNN, Tensor, Tensor], None]
+
+
+def draw(logits: Tensor) -> Tensor:
+    """Draw symbols (B,) from logits (B, V)."""
+    return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(1)
+
+
+def write_kept(net: PixelCNN, codes: Tensor, labels: Tensor) -> None:
+    """Draw codes (B, h, w, T), in place, by `PixelCNN.write`."""
+    for _ in net.write(codes, labels, draw):
+        pass
+
+
+@torch.no_grad()
+def write_anew(net: PixelCNN, codes: Tensor, labels: Tensor, crop: bool = False) -> None:
+    """Draw codes (B, h, w, T), in place, running the stacks anew for each site.
+
+    Args:
+        net: The network.
+        codes: What stands in them is not read.
+        labels: (B,) classes.
+        crop: Leave out the rows below the site's own.
+    """
+    codes[..., :1], codes[..., 1:] = 0, -1
+    _, h, w, _ = codes.shape
+    for row in range(h):
+        rows = row + 1 if crop else h
+        for column in range(w):
+            embedded = net.embed(net.site.of_codes(codes[:, :rows])).permute(0, 3, 1, 2)
+            context = net.stacks(embedded, net.classes(labels))[:, :, row, column]
+            symbols = labels.new_empty(len(labels), 0)
+            for _ in net.site.sizes:
+                symbols = torch.cat([symbols, draw(net.head(context, symbols))[:, None]], dim=1)
+            codes[:, row, column] = net.site.to_codes(symbols)
+
+
+def write_cropped(net: PixelCNN, codes: Tensor, labels: Tensor) -> None:
+    """See `write_anew`."""
+    write_anew(net, codes, labels, crop=True)
+
+
+WRITERS: dict[str, Writer] = {
+    "whole grid": write_anew,
+    "cropped": write_cropped,
+    "kept": write_kept,
+}
+
+
+def measure(net: PixelCNN, shape: tuple[int, ...], device: torch.device) -> dict[str, float]:
+    """Seconds to draw codes of a shape (B, h, w, T) in each way."""
+    labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
+    seconds = {}
+    for name, write in WRITERS.items():
+        codes = torch.empty(shape, dtype=torch.int64, device=device)
+        start = time.perf_counter()
+        write(net, codes, labels)
+        codes.cpu()  # waits for the device
+        seconds[name] = time.perf_counter() - start
+    return seconds
+
+
+def main() -> None:
+    """Print seconds and ratios as a table."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--grid", nargs="+", type=int, default=[8, 16], help="sides, in sites")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--channels", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=10)
+    options = parser.parse_args()
+    device = choose_device(options.device)
+    site = SiteSymbols(n_e=256, max_loops=6, dummies=False)
+    net = PixelCNN(site, 10, GatedStacks(options.channels, options.layers)).to(device).eval()
+    logger.info("grid     %s", "  ".join(f"{name:>12}" for name in WRITERS))
+    for side in options.grid:
+        seconds = measure(net, (options.batch, side, side, site.max_loops), device)
+        cells = [f"{s:6.2f} s {s / seconds['kept']:3.0f}x" for s in seconds.values()]
+        logger.info("%-8s %s", f"{side}x{side}", "  ".join(f"{cell:>12}" for cell in cells))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,125 @@
+"""Show how a tokenizer with one code per image groups a data set.
+
+python scripts/group_by_code.py -r logs/<run of vqvae_single_code.yaml>
+
+Each row is a code: what it decodes to, then images that it stands for. The rows are picked evenly
+from the most to the least frequent code.
+
+Axis letters: N images, H W image, K codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from taming.experiment import data_from_run, model_from_run
+from taming.models.vqgan import VQModel
+from taming.pictures import save_picture, tile
+from taming.script import choose_device, run, script_parser
+
+logger = logging.getLogger("taming.group_by_code")
+
+
+class Grouped(NamedTuple):
+    """Attributes: images (N, 3, H, W) in [-1, 1]; codes (N,); classes (N,), None if unknown."""
+
+    images: Tensor
+    codes: Tensor
+    classes: Tensor | None
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = script_parser(__doc__)
+    parser.add_argument("-r", "--resume", required=True, help="run of the tokenizer")
+    parser.add_argument("-o", "--output", default="results/groups.png", type=Path)
+    parser.add_argument("-n", "--num_images", type=int, default=2000, help="of the validation set")
+    parser.add_argument("--rows", type=int, default=12, help="codes to show")
+    parser.add_argument("--columns", type=int, default=12, help="images to show of each code")
+    options = parser.parse_args()
+    if min(options.num_images, options.rows, options.columns) < 1:
+        raise ValueError("--num_images, --rows and --columns must be at least 1")
+    return options
+
+
+def load(name: str) -> VQModel:
+    """Load the tokenizer of a run.
+
+    Raises:
+        ValueError: It is none, or writes other than one code per image.
+    """
+    model = model_from_run(name)
+    if not isinstance(model, VQModel):
+        raise ValueError(f"{name} holds a {type(model).__name__}, not a tokenizer")
+    side = model.encoder.resolution // model.encoder.factor
+    codes = side * side * model.quantize.sequence.max_loops
+    if codes != 1:
+        raise ValueError(
+            f"the tokenizer of {name} writes up to {codes} codes per image, not one; train one "
+            "with configs/vqvae_single_code.yaml"
+        )
+    return model
+
+
+@torch.no_grad()
+def encode(model: VQModel, data: Any, count: int) -> Grouped:
+    """Encode the first ``count`` validation images, or all if there are fewer."""
+    images, codes, classes = [], [], []
+    for batch in tqdm(data.val_dataloader(), desc="images"):
+        images.append(model.get_input(batch, model.image_key))
+        codes.append(model.encode(images[-1].to(model.device)).info.indices.flatten().cpu())
+        classes += [batch["class_label"]] if "class_label" in batch else []
+        if sum(map(len, images)) >= count:
+            break
+    labels = torch.cat(classes)[:count] if classes else None
+    return Grouped(torch.cat(images)[:count], torch.cat(codes)[:count], labels)
+
+
+def purity(codes: Tensor, classes: Tensor) -> float:
+    """Share of the images (N,) whose class is the commonest of their code."""
+    table = torch.zeros(int(codes.max()) + 1, int(classes.max()) + 1)
+    table.index_put_((codes, classes), torch.ones(len(codes)), accumulate=True)
+    return float(table.max(dim=1).values.sum() / len(codes))
+
+
+@torch.no_grad()
+def rows_of(model: VQModel, grouped: Grouped, rows: int, columns: int) -> list[Tensor]:
+    """A code's decoded image and ``columns`` images of it, white where there are fewer, per row."""
+    counts = torch.bincount(grouped.codes)
+    used = counts.argsort(descending=True)[: int((counts > 0).sum())]
+    pictures = []
+    for code in used[torch.linspace(0, len(used) - 1, min(rows, len(used))).long()]:
+        decoded = model.decode_code(code.view(1, 1, 1, 1).to(model.device)).cpu()
+        own = grouped.images[grouped.codes == code][:columns]
+        white = own.new_ones(columns - len(own), *own.shape[1:])
+        pictures.append(torch.cat([decoded, own, white]))
+    return pictures
+
+
+def main() -> None:
+    """Write the picture, and tell how the images are spread over the codes."""
+    options = parse_options()
+    model = load(options.resume).to(choose_device(options.device))
+    grouped = encode(model, data_from_run(options.resume), options.num_images)
+    rows = rows_of(model, grouped, options.rows, options.columns)
+    save_picture(tile(torch.cat(rows), options.columns + 1), options.output)
+    logger.info("%d images, %d codes", len(grouped.codes), len(grouped.codes.unique()))
+    if grouped.classes is not None:
+        random = grouped.codes[torch.randperm(len(grouped.codes))]
+        logger.info(
+            "share of images of the commonest class of their code: %.2f (of random groups: %.2f)",
+            purity(grouped.codes, grouped.classes),
+            purity(random, grouped.classes),
+        )
+    logger.info("written to %s", options.output)
+
+
+if __name__ == "__main__":
+    run(main)

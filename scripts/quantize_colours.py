@@ -1,0 +1,107 @@
+"""Reduce the colours of an image by k-means: the simplest vector quantizer.
+
+python scripts/quantize_colours.py                      # a photograph of scikit-image
+python scripts/quantize_colours.py photo.jpg -k 4 16 64
+
+Each pixel is a vector of three channels, and each colour of the palette a code. A VQ-VAE with
+moving averages alternates the same two steps, nearest code and mean; but a network makes its
+vectors, so that a code can say more than a colour.
+
+Axis letters: H W image, N pixels, K colours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from taming.data.photos import VALIDATION_PHOTOS
+from taming.data.preprocessing import (
+    View,
+    decode_image,
+    naming,
+    scale_short_side,
+    to_unit_range,
+)
+from taming.modules.vqvae.codebook import k_means
+from taming.modules.vqvae.nearest import nearest_codes
+from taming.pictures import save_picture, side_by_side
+from taming.script import run
+
+logger = logging.getLogger("taming.quantize_colours")
+
+
+class Painting(NamedTuple):
+    """Attributes: palette (K, 3) in [-1, 1]; codes (H, W) int64, the colour of each pixel."""
+
+    palette: Tensor
+    codes: Tensor
+
+    def decode(self) -> Tensor:
+        """Look the colours up: (3, H, W) in [-1, 1]."""
+        return self.palette[self.codes].permute(2, 0, 1)
+
+
+def quantize(image: Tensor, colours: int, iterations: int = 20) -> Painting:
+    """Find a palette for an image, and the nearest colour of each pixel.
+
+    Args:
+        image: (3, H, W) in [-1, 1].
+        colours: K.
+        iterations: Rounds of k-means, from K pixels at random.
+
+    Raises:
+        ValueError: There are fewer pixels than colours, or no colours.
+    """
+    pixels = image.permute(1, 2, 0).flatten(0, 1)
+    if not 1 <= colours <= len(pixels):
+        raise ValueError(f"the number of colours must be in 1..{len(pixels)}, got {colours}")
+    palette = k_means(pixels, pixels[torch.randperm(len(pixels))[:colours]], iterations)
+    return Painting(palette, nearest_codes(pixels, palette).indices.view(image.shape[1:]))
+
+
+def load(path: Path, size: int | None) -> Tensor:
+    """Read an image (3, H, W) in [-1, 1], its short side scaled to ``size`` pixels if given."""
+    with naming(str(path)):
+        picture = decode_image(path)
+    height, width = picture.shape[1:]
+    scaled = (height, width) if size is None else scale_short_side(height, width, size)
+    view = View(scaled, 0, 0, *scaled)
+    return torch.from_numpy(to_unit_range(view.apply(picture, antialias=True))).permute(2, 0, 1)
+
+
+def main() -> None:
+    """Write the image beside its quantized versions, and tell what each costs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    default = files("skimage") / "data" / VALIDATION_PHOTOS[-1]
+    parser.add_argument("image", nargs="?", default=Path(str(default)), type=Path)
+    parser.add_argument("-k", "--colours", nargs="+", type=int, default=[4, 16, 64], metavar="K")
+    parser.add_argument("-o", "--output", default="results/colours.png", type=Path)
+    parser.add_argument("--size", type=int, help="short side in pixels; default: as it is")
+    parser.add_argument("-s", "--seed", type=int, default=23)
+    options = parser.parse_args()
+
+    torch.manual_seed(options.seed)
+    image, shown = load(options.image, options.size), []
+    for colours in options.colours:
+        shown.append(quantize(image, colours).decode())
+        psnr = peak_signal_noise_ratio(shown[-1], image, data_range=2.0)
+        logger.info(
+            "%4d colours: %.1f bits per pixel, PSNR %.1f dB", colours, math.log2(colours), psnr
+        )
+    save_picture(side_by_side(image, *shown), options.output)
+    logger.info("image | %s in %s", " | ".join(map(str, options.colours)), options.output)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,139 @@
+"""Priors over the levels of a VQ-VAE-2 (arXiv:1906.00446, section 3.2), and sampling from all.
+
+The prior of the top level is an unconditional `Net2NetTransformer` or `PixelCNNPrior` whose
+tokenizer is that `Level`; each other level's is a `LowerLevelPrior`. `sample_levels` draws from all
+of them, from the top down.
+
+Axis letters: B images, C channels, H W image, L tokens. What belongs to one level has an index l;
+its stack is z_q of this level and of all above, enlarged to its grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taming.models.cond_transformer import Net2NetTransformer
+from taming.models.sampling import (
+    Prior,
+    empty_codes,
+    seen_whole,
+    trained_grid,
+    write_codes,
+)
+from taming.models.vqvae2 import Level
+from taming.modules.transformer.sampling import Drawing
+
+
+class LowerLevelPrior(Net2NetTransformer):
+    """Prior over the codes of a level of a `VQVAE2`, given those of all levels above.
+
+    Args:
+        transformer_config: See `Net2NetTransformer`.
+        first_stage_config: ``{target, params}`` of the `Level`, which is not the top.
+        first_stage_key: Key of the image in a batch.
+        **kwargs: See `Net2NetTransformer`.
+
+    Raises:
+        ValueError: The level is the top, or the transformer's vocabulary is too small.
+    """
+
+    first_stage_model: Level
+
+    def __init__(
+        self,
+        transformer_config: Mapping[str, Any],
+        first_stage_config: Mapping[str, Any],
+        first_stage_key: str = "image",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            transformer_config,
+            first_stage_config,
+            cond_stage_config="__is_first_stage__",
+            first_stage_key=first_stage_key,
+            cond_stage_key=first_stage_key,
+            **kwargs,
+        )
+        if not isinstance(self.first_stage_model, Level) or not self.first_stage_model.above:
+            raise ValueError(
+                "LowerLevelPrior needs a taming.models.vqvae2.Level below the top; the top's prior "
+                "is taming.models.cond_transformer.Net2NetTransformer"
+            )
+        vocab_size, needed = (
+            self.transformer.config.vocab_size,
+            self.first_stage_model.condition_size,
+        )
+        if vocab_size < needed:
+            raise ValueError(
+                f"transformer vocab_size {vocab_size} is too small for the levels above, whose "
+                f"codes are {needed} different tokens"
+            )
+
+    @torch.no_grad()
+    def encode_to_c(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images (B, C, H, W) by the levels above: their stack, and tokens (B, L)."""
+        return self.first_stage_model.encode_above(c)
+
+    @torch.no_grad()
+    def draw_picture(self, index: Tensor, zshape: Sequence[int], quant_c: Tensor) -> Tensor:
+        """Turn tokens into images under the stack ``quant_c`` of the levels above."""
+        h, w = zshape[2:]
+        return self.first_stage_model.decode_under(self.decode_to_codes(index, (h, w)), quant_c)
+
+
+def sample_levels(priors: Sequence[Prior], batch: int, drawing: Drawing) -> tuple[Tensor, ...]:
+    """Draw codes from the priors of all levels, each given what was drawn before.
+
+    Args:
+        priors: In eval mode, the top level's first.
+        batch: B.
+        drawing: How codes are drawn.
+
+    Returns:
+        Codes (B, h_l, w_l, T_l) int64 of each level, the top first, for `VQVAE2.decode_code`.
+
+    Raises:
+        ValueError: See `check_priors`.
+    """
+    check_priors(priors)
+    condition = torch.full((batch, 1), priors[0].sos_token, device=priors[0].device)
+    drawn: list[Tensor] = []
+    for prior in priors:
+        level: Any = prior.first_stage_model
+        if drawn:
+            condition = level.condition_tokens(drawn)
+        codes = empty_codes(prior, batch, trained_grid(prior))
+        for _ in write_codes(prior, seen_whole(condition), codes, drawing):
+            pass
+        drawn.append(codes)
+    return tuple(drawn)
+
+
+def check_priors(priors: Sequence[Prior]) -> None:
+    """Refuse priors that are not those of all levels of one `VQVAE2`, from the top down.
+
+    Raises:
+        ValueError: Says what is wrong.
+    """
+    stages = [prior.first_stage_model for prior in priors]
+    levels = [stage for stage in stages if isinstance(stage, Level)]
+    names = levels[0].model.quantize.names if levels else ()
+    if len(levels) < len(stages) or [level.above for level in levels] != [*range(len(names))]:
+        found = [level.model.quantize.names[level.above] for level in levels]
+        raise ValueError(
+            f"expected the priors of all levels of one VQVAE2 from the top down, {list(names)}, "
+            f"got {len(stages)} priors with the levels {found}"
+        )
+    if not priors[0].be_unconditional:
+        raise ValueError("the prior of the top level must be unconditional")
+    for name, prior in zip(names[1:], priors[1:], strict=True):
+        if not isinstance(prior, LowerLevelPrior):
+            raise ValueError(f"the prior of {name!r} must be a LowerLevelPrior, to see those above")
+    first, *others = (level.model.quantize.state_dict() for level in levels)
+    for name, other in zip(names[1:], others, strict=True):
+        if first.keys() != other.keys() or any(not first[k].equal(other[k]) for k in first):
+            raise ValueError(f"the prior of {name!r} was trained on another tokenizer's codes")

@@ -1,0 +1,104 @@
+"""One site of codes as a few symbols, one after the other: its length, then its codes.
+
+Axis letters: T turns, K codes, M symbols of a site, C channels, V values of a symbol.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ABSENT = -1
+
+
+class SiteSymbols:
+    """Codes (..., T) <-> symbols (..., M): length - 1, then each code; -1 where there is none.
+
+    A site of ``D,D,A'`` has two symbols, for its dummies follow from its length; one of
+    ``A1,A2,A3`` has up to T + 1. Where T is 1, there is only the code.
+
+    Args:
+        n_e: K, number of codes.
+        max_loops: T.
+        dummies: True for codes of the form ``D,D,A'``, False for ``A1,A2,A3``.
+
+    Attributes:
+        sizes: V of each of the M symbols.
+    """
+
+    def __init__(self, n_e: int, max_loops: int, dummies: bool) -> None:
+        self.n_e = n_e
+        self.max_loops = max_loops
+        self.dummies = dummies
+        codes = 1 if dummies else max_loops
+        self.sizes = [n_e] if max_loops == 1 else [max_loops, *[n_e] * codes]
+
+    def of_codes(self, codes: Tensor) -> Tensor:
+        """Turn valid codes (..., T) int64 into symbols (..., M)."""
+        if self.max_loops == 1:
+            return codes
+        last = (codes >= 0).sum(dim=-1, keepdim=True) - 1
+        return torch.cat([last, codes.gather(-1, last) if self.dummies else codes], dim=-1)
+
+    def to_codes(self, symbols: Tensor) -> Tensor:
+        """Turn symbols (..., M) into codes (..., T); what comes after a site's end is not read."""
+        if self.max_loops == 1:
+            return symbols
+        last, codes = symbols[..., :1], symbols[..., 1:]
+        slot = torch.arange(self.max_loops, device=symbols.device)
+        if self.dummies:
+            codes = torch.where(slot < last, self.n_e, codes)
+        return torch.where(slot <= last, codes, ABSENT)
+
+
+class SymbolEmbedding(nn.Module):
+    """Learned vectors for the symbols of a site, summed; nothing for absent ones.
+
+    Args:
+        sizes: V of each symbol.
+        channels: C.
+    """
+
+    offsets: Tensor
+
+    def __init__(self, sizes: list[int], channels: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(1 + sum(sizes), channels, padding_idx=0)
+        starts = [1 + sum(sizes[:place]) for place in range(len(sizes))]
+        self.register_buffer("offsets", torch.tensor(starts), persistent=False)
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        """Embed the first symbols of sites, (..., up to M) int64, as (..., C)."""
+        rows = symbols + self.offsets[: symbols.shape[-1]]
+        return self.table(torch.where(symbols >= 0, rows, 0)).sum(dim=-2)
+
+
+class SiteHead(nn.Module):
+    """Predicts the symbols of a site one after the other.
+
+    Args:
+        sizes: V of each symbol.
+        channels: C.
+    """
+
+    def __init__(self, sizes: list[int], channels: int) -> None:
+        super().__init__()
+        self.embed = SymbolEmbedding(sizes, channels)
+        self.place = nn.Embedding(len(sizes), channels)
+        self.mix = nn.Linear(channels, 2 * channels)
+        self.out = nn.ModuleList(nn.Linear(2 * channels, size) for size in sizes)
+
+    def forward(self, site: Tensor, before: Tensor) -> Tensor:
+        """Predict the symbol that comes after those given.
+
+        Args:
+            site: (..., C), what the other sites say.
+            before: (..., m) int64, the site's first m symbols, m < M.
+
+        Returns:
+            Logits (..., V).
+        """
+        place = before.shape[-1]
+        context = site + self.embed(before) + self.place.weight[place]
+        return self.out[place](F.silu(self.mix(context)))

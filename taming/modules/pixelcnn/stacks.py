@@ -1,0 +1,171 @@
+"""The two stacks of a gated PixelCNN, whole images or a site at a time.
+
+From van den Oord et al. 2016 (arXiv:1606.05328, section 2). The vertical stack sees the rows above
+a site, the horizontal stack the sites to its left and, through the vertical one, those above:
+together all earlier sites and no others. Instead of masked kernels, the inputs are moved on by one
+row or column, and every convolution looks back only.
+
+Axis letters: B images, C channels, h w grid, n rows or columns that a convolution looks back.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# What each layer was given in the last n rows (or columns), as it needs them for the next ones.
+Past = list[Tensor]
+
+
+def gate(x: Tensor) -> Tensor:
+    """Let one half of the channels decide on the other: (B, 2C, h, w) -> (B, C, h, w), eq. 2."""
+    signal, opening = x.chunk(2, dim=1)
+    return torch.tanh(signal) * torch.sigmoid(opening)
+
+
+def shift_down(x: Tensor) -> Tensor:
+    """Move (B, C, h, w) down by one row; zeros come in."""
+    return F.pad(x, (0, 0, 1, 0))[:, :, :-1]
+
+
+def shift_right(x: Tensor) -> Tensor:
+    """Move (B, C, h, w) right by one column; zeros come in."""
+    return F.pad(x, (1, 0))[..., :-1]
+
+
+class GatedLayer(nn.Module):
+    """One layer of both stacks (figure 2), with residual connections in both.
+
+    Args:
+        channels: C.
+        kernel_size: Sites that the vertical stack sees side by side; odd.
+        dropout: Of what the gates let through, in [0, 1).
+    """
+
+    def __init__(self, channels: int, kernel_size: int, dropout: float) -> None:
+        super().__init__()
+        back = kernel_size // 2
+        double = 2 * channels
+        self.vertical = nn.Conv2d(channels, double, (back + 1, kernel_size), padding=(0, back))
+        self.horizontal = nn.Conv2d(channels, double, (1, back + 1))
+        self.to_horizontal = nn.Conv2d(double, double, 1)
+        self.condition = nn.Linear(channels, 2 * double)
+        self.vertical_out = nn.Conv2d(channels, channels, 1)
+        self.horizontal_out = nn.Conv2d(channels, channels, 1)
+        self.skip = nn.Conv2d(channels, channels, 1)
+        self.drop = nn.Dropout(dropout)
+
+    def down(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Advance the vertical stack.
+
+        Args:
+            x: (B, C, n + rows, w), the rows and the n before them.
+            condition: (B, C).
+
+        Returns:
+            (B, C, rows, w), and what the horizontal stack is told, (B, 2C, rows, w).
+        """
+        rows = x.shape[2] - self.vertical.kernel_size[0] + 1
+        to_vertical, to_horizontal = self.condition(condition)[..., None, None].chunk(2, dim=1)
+        seen = self.vertical(x)
+        passed = self.drop(gate(seen + to_vertical))
+        x = x[:, :, -rows:] + self.vertical_out(passed)
+        return x, self.to_horizontal(seen) + to_horizontal
+
+    def right(self, x: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+        """Advance the horizontal stack.
+
+        Args:
+            x: (B, C, rows, n + columns), the columns and the n before them.
+            above: (B, 2C, rows, columns), what `down` tells it.
+
+        Returns:
+            (B, C, rows, columns) twice: for the next layer, and for the output.
+        """
+        passed = self.drop(gate(self.horizontal(x) + above))
+        return x[..., -above.shape[3] :] + self.horizontal_out(passed), self.skip(passed)
+
+
+class GatedStacks(nn.Module):
+    """Vertical and horizontal stack: what is known of each site from those before it.
+
+    Args:
+        channels: C.
+        layers: Layers of each stack.
+        kernel_size: Odd, at least 3: n = kernel_size // 2.
+        dropout: See `GatedLayer`.
+
+    Raises:
+        ValueError: ``kernel_size`` is even or too small, or there is no layer.
+    """
+
+    def __init__(
+        self, channels: int, layers: int, kernel_size: int = 3, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if kernel_size < 3 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and at least 3, got {kernel_size}")
+        if layers < 1:
+            raise ValueError(f"layers must be at least 1, got {layers}")
+        self.channels = channels
+        self.back = kernel_size // 2
+        self.layers: list[GatedLayer] = nn.ModuleList(  # type: ignore[assignment]
+            GatedLayer(channels, kernel_size, dropout) for _ in range(layers)
+        )
+
+    def no_past(self, like: Tensor, height: int, width: int) -> Past:
+        """Zeros (B, C, height, width) per layer: what stands before the first row or column."""
+        return [like.new_zeros(len(like), self.channels, height, width) for _ in self.layers]
+
+    def down(self, x: Tensor, condition: Tensor, past: Past) -> list[Tensor]:
+        """Run the vertical stack over further rows.
+
+        Args:
+            x: (B, C, rows, w), the embedded row above each row.
+            condition: (B, C).
+            past: (B, C, n, w) per layer; replaced by what the rows after these need.
+
+        Returns:
+            (B, 2C, rows, w) per layer, for `right`.
+        """
+        told = []
+        for number, layer in enumerate(self.layers):
+            seen = torch.cat([past[number], x], dim=2)
+            past[number] = seen[:, :, -self.back :]
+            x, above = layer.down(seen, condition)
+            told.append(above)
+        return told
+
+    def right(self, x: Tensor, above: list[Tensor], past: Past) -> Tensor:
+        """Run the horizontal stack over further columns.
+
+        Args:
+            x: (B, C, rows, columns), the embedded site to the left of each site.
+            above: (B, 2C, rows, columns) per layer, from `down`.
+            past: (B, C, rows, n) per layer; replaced by what the columns after these need.
+
+        Returns:
+            (B, C, rows, columns).
+        """
+        skips = []
+        for number, (layer, told) in enumerate(zip(self.layers, above, strict=True)):
+            seen = torch.cat([past[number], x], dim=3)
+            past[number] = seen[..., -self.back :]
+            x, skip = layer.right(seen, told)
+            skips.append(skip)
+        return F.silu(torch.stack(skips).sum(dim=0))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Gather for each site what the sites before it, in raster order, say.
+
+        Args:
+            x: (B, C, h, w), the embedded sites.
+            condition: (B, C).
+
+        Returns:
+            (B, C, h, w).
+        """
+        h, w = x.shape[2:]
+        above = self.down(shift_down(x), condition, self.no_past(x, self.back, w))
+        return self.right(shift_right(x), above, self.no_past(x, h, self.back))

@@ -1,0 +1,186 @@
+"""VQ-VAE-2: codes at several scales decode, depend on those above, and train."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import DDCONFIG, LOOPY, PLAIN, images, trainer
+
+from taming.models.vqvae2 import VQVAE2, Level
+from taming.modules.vqvae.hierarchy import Hierarchy
+
+QUANTIZERS = {
+    "ema": {
+        "target": "taming.modules.vqvae.quantize.EMAVectorQuantizer",
+        "params": {"n_embed": 16, "embedding_dim": 4, "beta": 0.25, "sane_index_shape": True},
+    },
+    "flat": {
+        "target": "taming.modules.vqvae.quantize.VectorQuantizer2",
+        "params": {"n_e": 16, "e_dim": 4, "beta": 0.25},
+    },
+    "loopy": {**LOOPY, "params": {**LOOPY["params"], "start_batches": 0, "threshold": 0.2}},
+}
+TURNS = {"ema": 1, "flat": 1, "loopy": 3}
+BETWEEN = {
+    **{"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1},
+    **{"attn_resolutions": [], "resolution": 8},
+}
+NAMES = {2: ["top", "bottom"], 3: ["top", "middle", "bottom"]}
+every_pair = pytest.mark.parametrize("kinds", [("ema", "flat"), ("loopy", "loopy")], ids="-".join)
+
+
+def hierarchy_config(*kinds: str) -> dict[str, Any]:
+    """Quantizers of these kinds, the top first; the finest grid is 8 x 8."""
+    quantizers = zip(NAMES[len(kinds)], map(QUANTIZERS.get, kinds), strict=True)
+    return {
+        "target": "taming.modules.vqvae.hierarchy.Hierarchy",
+        "params": {"quantizers": dict(quantizers), "ddconfig": BETWEEN},
+    }
+
+
+def model_config(*kinds: str) -> dict[str, Any]:
+    """A model of such a hierarchy, for images of 16 x 16."""
+    params = {"n_embed": 16 * len(kinds), "embed_dim": 4 * len(kinds)}
+    params |= {"ddconfig": DDCONFIG, "lossconfig": PLAIN}
+    params["quantizer_config"] = hierarchy_config(*kinds)
+    return {"target": "taming.models.vqvae2.VQVAE2", "params": params}
+
+
+def spread_codes(tokenizer: VQVAE2) -> VQVAE2:
+    """Spread the codes over the latents; the same ones each time."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for quantizer in tokenizer.quantize.levels:
+            weight = quantizer.embedding.weight
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return tokenizer
+
+
+def model(*kinds: str) -> VQVAE2:
+    return spread_codes(VQVAE2(**model_config(*kinds)["params"]))
+
+
+def pictures(count: int, height: int = 16, width: int = 16) -> torch.Tensor:
+    return torch.rand(count, 3, height, width) * 2 - 1
+
+
+@pytest.mark.parametrize(
+    "kinds", [("ema", "flat"), ("loopy", "loopy"), ("ema", "loopy", "flat")], ids="-".join
+)
+@torch.no_grad()
+def test_codes_of_all_levels_decode_to_the_reconstruction(kinds: tuple[str, ...]) -> None:
+    tokenizer, x = model(*kinds).eval(), pictures(2, 16, 32)
+    quant, loss, (perplexity, levels, codes) = tokenizer.encode(x)
+    grids = [(2, 4), (4, 8), (8, 16)][-len(kinds) :]
+    assert [tuple(c.shape) for c in codes] == [
+        (2, *grid, TURNS[kind]) for grid, kind in zip(grids, kinds, strict=True)
+    ]
+    assert list(levels) == NAMES[len(kinds)] and len(perplexity) == len(kinds)
+    assert quant.shape == (2, 4 * len(kinds), 8, 16)
+    assert torch.equal(tokenizer.quantize.get_codebook_entry(codes), quant)
+    assert torch.equal(tokenizer.decode_code(codes), tokenizer.decode(quant))
+    torch.testing.assert_close(loss, sum(level.quantized.loss for level in levels.values()))
+    assert all(len(c.unique()) > 2 for c in codes)  # the codes do say something
+
+
+@torch.no_grad()
+def test_a_level_depends_on_those_above_and_on_none_below() -> None:
+    tokenizer, x = model("ema", "loopy", "flat").eval(), pictures(2)
+    before = tokenizer.encode(x).info.encodings
+    for number, moved in enumerate(before):
+        quantizer = tokenizer.quantize.levels[number]
+        quantizer.embedding.weight.neg_()
+        after = tokenizer.encode(x).info.encodings
+        quantizer.embedding.weight.neg_()
+        changed = [not torch.equal(before[name].z, after[name].z) for name in before]
+        assert changed == [below > number for below in range(3)], moved
+
+
+@torch.no_grad()
+def test_codes_of_upper_levels_decode_as_if_the_lower_were_zero() -> None:
+    tokenizer, x = model("ema", "flat").eval(), pictures(2)
+    quant, _, (_, _, codes) = tokenizer.encode(x)
+    quant[:, 4:] = 0
+    torch.testing.assert_close(tokenizer.decode_code(codes[:1]), tokenizer.decode(quant))
+
+
+@every_pair
+def test_training_moves_every_part_and_counts_every_level(kinds: tuple[str, ...], tmp_path) -> None:
+    tokenizer = model(*kinds).train()
+    before = {name: value.clone() for name, value in tokenizer.named_parameters()}
+    tokenizer.learning_rate = 1e-3
+    fit = trainer(tmp_path, max_epochs=3)
+    fit.fit(tokenizer, images(8, 4), images(4, 4))
+    assert [n for n, value in tokenizer.named_parameters() if torch.equal(value, before[n])] == []
+    logged = fit.callback_metrics
+    for level, kind in zip(NAMES[2], kinds, strict=True):
+        assert 0 < logged[f"val/{level}_usage"] <= 1
+        assert 1 <= logged[f"val/{level}_mean_length"] <= TURNS[kind]
+    assert logged["val/top_slots_per_image"] >= 16 and logged["val/bottom_slots_per_image"] >= 64
+    shown = tokenizer.eval().log_images(next(iter(images(3, 3))))
+    depths = {f"{level}_depths" for level in NAMES[2] if kinds[0] == "loopy"}
+    assert set(shown) == {"inputs", "reconstructions", "top_only"} | depths
+    assert all(picture.shape == (3, 3, 16, 16) for picture in shown.values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: Hierarchy({"top": QUANTIZERS["ema"]}, BETWEEN), "two levels or more, got .'top'"),
+        (lambda: model("ema", "flat").encode(pictures(1, 16, 18)), "8x9 does not fit 'top'"),
+        (lambda: model("ema", "flat").decode_code(()), "got codes of 0 levels"),
+        (
+            lambda: model("ema", "flat").decode_code(
+                [torch.zeros(1, 4, n, 1).long() for n in (4, 4)]
+            ),
+            r"codes of 'bottom' are \(1, 4, 4, 1\), not \(B, 8, 8, T\)",
+        ),
+        (lambda: model("ema", "flat").quantize.sequence, "are not one sequence"),
+        (
+            lambda: VQVAE2(DDCONFIG, PLAIN, 16, 4, QUANTIZERS["flat"]),
+            "VQVAE2 needs a Hierarchy of quantizers, not a VectorQuantizer2",
+        ),
+    ],
+    ids=["one level", "odd grid", "no codes", "other grid", "sequence", "no hierarchy"],
+)
+def test_what_does_not_fit_is_refused(wrong, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        wrong()
+
+
+def level_config(name: str, *kinds: str) -> dict[str, Any]:
+    params = {"model_config": model_config(*kinds), "level": name}
+    return {"target": "taming.models.vqvae2.Level", "params": params}
+
+
+@every_pair
+@torch.no_grad()
+def test_a_level_is_a_tokenizer_of_its_own_codes(kinds: tuple[str, ...]) -> None:
+    x = pictures(2)
+    for number, name in enumerate(NAMES[2]):
+        level = Level(**level_config(name, *kinds)["params"]).eval()
+        tokenizer = spread_codes(level.model)
+        quant, _, (_, _, codes) = tokenizer.encode(x)
+        assert level.encoder == (16, (4, 2)[number])
+        stack, _, (_, _, own) = level.encode(x)
+        assert torch.equal(own.reshape(codes[number].shape), codes[number])
+        assert torch.equal(stack, tokenizer.quantize.get_codebook_entry(codes[: number + 1]))
+        torch.testing.assert_close(level.decode(stack), tokenizer.decode_code(codes[: number + 1]))
+        if number == 0:
+            torch.testing.assert_close(level.decode_code(own), tokenizer.decode_code([own]))
+        else:
+            above, tokens = level.encode_above(x)
+            torch.testing.assert_close(level.decode_under(own, above), tokenizer.decode(quant))
+            assert tokens.shape == (2, 16 * TURNS[kinds[0]])
+            assert tokens.min() >= 0 and tokens.max() < level.condition_size
+            with pytest.raises(ValueError, match="codes of 'bottom' make no image without those"):
+                level.decode_code(own)
+
+
+def test_models_without_such_a_level_are_refused() -> None:
+    kinds = ("loopy", "flat")
+    plain = {"target": "taming.models.vqgan.VQModel", "params": model_config(*kinds)["params"]}
+    with pytest.raises(ValueError, match="that of a VQVAE2, not of a VQModel"):
+        Level(plain, "top")
+    with pytest.raises(ValueError, match="no level 'middle', only top, bottom"):
+        Level(model_config(*kinds), "middle")
