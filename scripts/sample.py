@@ -2,36 +2,51 @@
 
 python scripts/sample.py -r logs/<run> -n 16
 python scripts/sample.py -r logs/<run> -n 16 --classes 3,7
+python scripts/sample.py -r logs/<run> -n 16 --classes 3,7 --guidance 2
 python scripts/sample.py -r logs/<run> --complete folder/ --known 0.5
+python scripts/sample.py -r logs/<run> --complete folder/ --mask mask.png
+
+A seed gives the same images whatever the batch size.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from taming.data.base import ImagePaths
 from taming.data.custom import find_files
+from taming.data.preprocessing import decode_image
 from taming.experiment import model_from_run
-from taming.models.cond_transformer import Net2NetTransformer
+from taming.models.sampling import (
+    Drawing,
+    Prior,
+    empty_codes,
+    encode_codes,
+    sample_images,
+    seen_whole,
+    trained_grid,
+)
+from taming.modules.transformer.sampling import generators_of
 from taming.modules.util import Labelator
 from taming.pictures import save_picture, tile
-from taming.script import choose_device, run
+from taming.script import choose_device, parse_classes, run, script_parser
 
 logger = logging.getLogger("taming.sample")
 
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("-r", "--resume", required=True, help="run of the prior, or a checkpoint")
     parser.add_argument("-o", "--outdir", default="results/samples", type=Path)
     parser.add_argument("-n", "--num_samples", type=int, default=16, help="for each class, if any")
@@ -39,12 +54,16 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("-t", "--temperature", type=float, default=1.0)
     parser.add_argument("-k", "--top_k", type=int, help="draw among the k likeliest tokens")
     parser.add_argument("-p", "--top_p", type=float, help="draw among the likeliest of this mass")
+    parser.add_argument("--min_p", type=float, help="draw among those this likely, relatively")
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, help="scale of classifier-free guidance; 1 for none"
+    )
     parser.add_argument("--classes", help="labels, such as 3,7, of a class-conditional prior")
     parser.add_argument("--complete", nargs="+", help="images or folders whose rest to draw")
     parser.add_argument("--known", type=float, default=0.5, help="known upper share of each")
-    parser.add_argument("--grid", help="rows,columns of sites; default: what it was trained for")
+    parser.add_argument("--mask", help="picture that is bright where images are known instead")
+    parser.add_argument("--grid", help="rows,columns of sites; default: as trained")
     parser.add_argument("-s", "--seed", type=int, default=23)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     options = parser.parse_args()
     if options.num_samples < 1 or options.batch_size < 1:
         raise ValueError("--num_samples and --batch_size must be at least 1")
@@ -53,23 +72,17 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def grid_of(model: Net2NetTransformer, wish: str | None) -> tuple[int, int]:
-    """Rows and columns of sites, as wished or as the transformer's tables say."""
-    shape = model.transformer.config.site_shape
+def grid_of(model: Prior, wish: str | None) -> tuple[int, int]:
+    """Rows and columns of sites, as wished or as the prior was trained for."""
     if wish is None:
-        if shape is None:
-            raise ValueError("this prior does not know its grid: give --grid rows,columns")
-        return shape[0], shape[1]
+        return trained_grid(model)
     sides = wish.split(",")
     if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise ValueError(f"--grid expects rows,columns such as 16,16, got {wish!r}")
-    rows, columns = map(int, sides)
-    if shape is not None and (rows > shape[0] or columns > shape[1]):
-        raise ValueError(f"--grid {wish}: this prior knows at most {shape[0]}x{shape[1]} sites")
-    return rows, columns
+    return int(sides[0]), int(sides[1])
 
 
-def labels_of(model: Net2NetTransformer, options: argparse.Namespace) -> list[int]:
+def labels_of(model: Prior, options: argparse.Namespace) -> list[int]:
     """The condition of each sample: its class, or the start token of an unconditional prior."""
     if model.be_unconditional:
         if options.classes:
@@ -80,56 +93,48 @@ def labels_of(model: Net2NetTransformer, options: argparse.Namespace) -> list[in
         raise ValueError(f"only classes can be given here, not what a {type(stage).__name__} takes")
     if not options.classes:
         raise ValueError("this prior is class-conditional: give --classes, such as 3,7")
-    classes = options.classes.split(",")
-    if not all(label.isdecimal() for label in classes):
-        raise ValueError(f"--classes expects labels such as 3,7, got {options.classes!r}")
-    highest = max(map(int, classes))
-    if highest >= stage.n_classes:
-        raise ValueError(
-            f"--classes: this prior knows the labels 0 to {stage.n_classes - 1}, got {highest}"
-        )
-    return [int(label) for label in classes for _ in range(options.num_samples)]
+    classes = parse_classes(options.classes, stage.n_classes)
+    return [label for label in classes for _ in range(options.num_samples)]
 
 
-def draw(
-    model: Net2NetTransformer, known: Tensor, condition: Tensor, options: argparse.Namespace
-) -> Tensor:
-    """Draw images (B, 3, H, W) after known tokens (B, L0), with a progress bar per token."""
-    grid = grid_of(model, options.grid)
-    most = grid[0] * grid[1] * model.sequence.site_tokens - known.shape[1]
-    with tqdm(total=most, desc="tokens", leave=False) as progress:
-
-        def show(count: int) -> None:
-            progress.update(count - progress.n)
-
-        tokens = model.sample(
-            known,
-            condition,
-            temperature=options.temperature,
-            sample=True,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            grid=grid,
-            callback=show,
-        )
-    channels = model.first_stage_model.quantize.e_dim
-    return model.decode_to_img(tokens, (len(tokens), channels, *grid))
+def drawing_of(options: argparse.Namespace, numbers: Iterable[int]) -> Drawing:
+    """How the tokens of the images with these numbers are drawn."""
+    return Drawing(
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        min_p=options.min_p,
+        guidance=options.guidance,
+        generators=generators_of(options.seed, numbers),
+    )
 
 
-def sample(model: Net2NetTransformer, options: argparse.Namespace) -> None:
+def sample(model: Prior, options: argparse.Namespace) -> None:
     """Write new images, one file each, and a grid of all."""
-    labels = labels_of(model, options)
+    labels, grid = labels_of(model, options), grid_of(model, options.grid)
     condition = torch.tensor(labels, device=model.device)[:, None]
     images = []
-    for part in tqdm(condition.split(options.batch_size), desc="batches"):
-        images.append(draw(model, part[:, :0], part, options).cpu())
+    for numbers in tqdm(torch.arange(len(labels)).split(options.batch_size), desc="batches"):
+        codes = empty_codes(model, len(numbers), grid)
+        drawing = drawing_of(options, numbers.tolist())
+        part = seen_whole(condition[numbers.to(model.device)])
+        images.append(sample_images(model, part, codes, drawing).cpu())
     for number, (label, image) in enumerate(zip(labels, torch.cat(images), strict=True)):
         name = f"{number:06}.png" if model.be_unconditional else f"{number:06}_class{label}.png"
         save_picture(image, options.outdir / name)
     save_picture(tile(torch.cat(images), 8), options.outdir / "grid.png")
 
 
-def complete(model: Net2NetTransformer, options: argparse.Namespace) -> None:
+def known_sites(options: argparse.Namespace, grid: tuple[int, int]) -> Tensor:
+    """Which sites (h, w) are known: an upper part, or what a picture says."""
+    if options.mask is None:
+        rows = torch.arange(grid[0]) < round(options.known * grid[0])
+        return rows[:, None].expand(grid)
+    picture = decode_image(options.mask).float().mean(dim=0, keepdim=True)
+    return resize(picture, list(grid), InterpolationMode.NEAREST_EXACT)[0] > 127
+
+
+def complete(model: Prior, options: argparse.Namespace) -> None:
     """Write a row for each image: input, its known part, and completions."""
     if not model.be_unconditional:
         raise ValueError("--complete needs an unconditional prior")
@@ -137,16 +142,17 @@ def complete(model: Net2NetTransformer, options: argparse.Namespace) -> None:
     if grid[0] != grid[1]:
         raise ValueError(f"--complete needs a square grid, got {grid[0]}x{grid[1]}")
     images = ImagePaths(find_files(options.complete), grid[0] * factor, antialias=True)
-    known_rows = round(options.known * grid[0])
+    mask = known_sites(options, grid)
+    pixels = mask.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+    start = torch.full((options.num_samples, 1), model.sos_token, device=model.device)
     for number in tqdm(range(len(images)), desc="complete"):
         item = images[number]
         x = torch.from_numpy(item["image"]).permute(2, 0, 1)[None].to(model.device)
-        _, tokens = model.encode_to_z(x)
-        known = model.first_sites(tokens, known_rows * grid[1]).repeat(options.num_samples, 1)
-        condition = tokens.new_full((options.num_samples, 1), model.sos_token)
-        drawn = draw(model, known, condition, options)
-        shown = x.clone()
-        shown[:, :, known_rows * factor :] = 1.0
+        codes = encode_codes(model, x).repeat(options.num_samples, 1, 1, 1)
+        first = number * options.num_samples
+        drawing = drawing_of(options, range(first, first + options.num_samples))
+        drawn = sample_images(model, seen_whole(start), codes, drawing, mask)
+        shown = x.masked_fill(~pixels.to(x.device), 1.0)
         row = torch.cat([x, shown, drawn])
         name = f"{Path(item['file_path_']).stem}_completed.png"
         save_picture(tile(row, len(row)), options.outdir / name)
@@ -158,7 +164,7 @@ def main() -> None:
     device = choose_device(options.device)
     pl.seed_everything(options.seed, verbose=False)
     model = model_from_run(options.resume)
-    if not isinstance(model, Net2NetTransformer):
+    if not isinstance(model, Prior):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
     model = model.to(device)
     complete(model, options) if options.complete else sample(model, options)

@@ -61,7 +61,7 @@ def trained_classifier(data: Any, steps: int, file: Path, device: torch.device) 
     logger.info("training the classifier")
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    batches = loader(data, min(128, len(data)), shuffle=True)
+    batches = loader(data, min(64, len(data)), shuffle=True)
     for _, (x, labels) in zip(range(steps), labelled(endless(batches), device), strict=False):
         loss = F.cross_entropy(model(x), labels, label_smoothing=0.1)
         optimizer.zero_grad()

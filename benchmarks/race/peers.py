@@ -22,9 +22,8 @@ from taming.modules.vqvae.sequence import RasterSequence, UnarySequence
 
 # With its defaults (decay 0.8, rotation trick, dead codes kept) it does worse by 1 dB and more.
 OPTIONS = {
-    "decay": 0.99,
+    "decay": 0.95,
     "kmeans_init": True,
-    "commitment_weight": 0.25,
     "rotation_trick": False,
     "threshold_ema_dead_code": 2,
 }

@@ -68,7 +68,7 @@ SMALL_PRIOR = {"n_layer": 2, "n_head": 4, "n_embd": 96}
 LARGE_PRIOR = {"n_layer": 8, "n_head": 8, "n_embd": 512}
 DECISIVE = (
     *("vq", "ema-vq-4k", "rvq-2-separate", "rvq-3-separate", "rvq-4-separate", "rvq-2-shared"),
-    *("rvq-dropout", "loopy-one", "loopy-2", "loopy-4"),
+    *("rvq-dropout", "attract", "loopy-one", "loopy-2", "loopy-3", "loopy-4"),
 )
 ALL = tuple(contenders(256, 16))
 PLANS = {
@@ -77,7 +77,7 @@ PLANS = {
         ("vq", "rvq-2-separate", "rvq-4-separate", "loopy-one"), 500, 500,
     ),
     "standard": Plan(
-        SMALL, 16, 256, 1600, 32, 1e-3, 250, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
+        SMALL, 16, 256, 1600, 32, 2e-3, 250, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
     ),
     "full": Plan(LARGE, 32, 1024, 50_000, 16, 4e-4, 20_000, LARGE_PRIOR, 3, ALL, 10_000, 2000),
 }  # fmt: skip

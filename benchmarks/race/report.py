@@ -14,7 +14,7 @@ logger = logging.getLogger("taming.benchmark")
 
 LOOPY = ("loopy, one checkpoint", "loopy, dedicated")
 ONE = ("loopy, one checkpoint",)
-FIXED = ("fixed depth, separate", "fixed depth, shared", "fixed depth, rescaled")
+FIXED = ("fixed depth, separate", "fixed depth, shared", "fixed depth, mapped")
 NUMBERS = ("tokens", "raw_bits", "entropy_bits", "prior_bits", "psnr", "ssim", "usage")
 Point = dict[str, Any]
 

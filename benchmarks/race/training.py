@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from race.contenders import Contender
 from race.plans import Plan
 from taming.models.cond_transformer import Net2NetTransformer
-from taming.models.pixelcnn import PixelCNNPrior
+from taming.models.stages import Prior
 from taming.models.vqgan import VQModel
 from taming.trainer import quiet_lightning
 from taming.util import instantiate_from_config
@@ -128,17 +128,13 @@ def keep(model: VQModel) -> VQModel:
 
 
 @torch.no_grad()
-def bits_per_image(model: Net2NetTransformer | PixelCNNPrior, data: DataLoader) -> float:
+def bits_per_image(model: Prior, data: DataLoader) -> float:
     """Negative log-likelihood of the images' tokens in bits."""
     total, images = 0.0, 0
     for batch in data:
-        x, c = (part.to(model.device) for part in model.get_xc(batch))
-        if isinstance(model, PixelCNNPrior):
-            nats, _ = model(x, c)
-        else:
-            quant, tokens = model.encode_to_z(x)
-            nats = model.nll(tokens, model.encode_to_c(c)[1], (quant.shape[2], quant.shape[3]))
-        total, images = total + float(nats.sum()), images + len(x)
+        batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        nats, _ = model.likelihood(model.see(batch))
+        total, images = total + float(nats.sum()), images + len(nats)
     return total / images / math.log(2)
 
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 from golden import load_golden
 from tiny import DDCONFIG, GPT, LOOPY, PLAIN, images, trainer
+from torch.utils.data import DataLoader
 
+from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
+from taming.data.utils import custom_collate
 from taming.models.cond_transformer import Net2NetTransformer
 
 TRANSFORMS = {
@@ -30,10 +33,23 @@ def tokenizer_config(kind: str) -> dict:
     return {"target": "taming.models.vqgan.VQModel", "params": params}
 
 
-def prior(kind: str = "residual", gpt: dict | None = None, **kwargs) -> Net2NetTransformer:
+TWO_LEVEL = {
+    "target": "taming.modules.transformer.two_level.TwoLevelGPT",
+    "params": {
+        **GPT["params"],
+        "site_shape": (8, 8, 4),
+        "depth": {"n_layer": 1, "n_head": 2, "n_embd": 8},
+    },
+}
+
+
+def prior(
+    kind: str = "residual", gpt: dict | None = None, levels: int = 1, **kwargs
+) -> Net2NetTransformer:
     """A small prior whose tokenizer spreads latents over its codes."""
     sites = {"site_shape": (8, 8, 4)} if kind != "plain" else {}
-    config = {**GPT, "params": {**GPT["params"], **sites, **(gpt or {})}}
+    config = GPT if levels == 1 else TWO_LEVEL
+    config = {**config, "params": {**config["params"], **sites, **(gpt or {})}}
     built = Net2NetTransformer(
         config,
         tokenizer_config(kind),
@@ -41,7 +57,8 @@ def prior(kind: str = "residual", gpt: dict | None = None, **kwargs) -> Net2NetT
     )
     with torch.no_grad():
         quantize = built.first_stage_model.quantize
-        quantize.embedding.weight.copy_(torch.randn(16, 4) * 0.5)
+        codes = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+        quantize.embedding.weight.copy_(codes * 0.5)
     return built
 
 
@@ -92,26 +109,101 @@ def test_an_order_of_sites_is_undone(kind: str) -> None:
 
 
 @every_tokenizer
-def test_an_image_has_the_same_likelihood_alone_and_in_a_batch(kind: str) -> None:
-    model, x = prior(kind).eval(), torch.rand(4, 3, 16, 16)
+@pytest.mark.parametrize("levels", [1, 2])
+def test_likelihoods_are_those_of_the_logits_whatever_the_batch(kind: str, levels: int) -> None:
+    model, x = prior(kind, levels=levels).eval(), torch.rand(4, 3, 16, 16)
     x[1] = 0.5  # a flat image has a shorter sequence than its neighbours
-
-    def nll(images: torch.Tensor) -> torch.Tensor:
-        logits, target = model(images, images)
-        picked = logits.log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
-        return -picked.masked_fill(target < 0, 0).sum(dim=1)
-
     with torch.no_grad():
-        alone = torch.cat([nll(image[None]) for image in x])
-        torch.testing.assert_close(nll(x), alone, rtol=1e-4, atol=1e-4)
+        _, tokens = model.encode_to_z(x)
+        _, condition = model.encode_to_c(x)
+        nats = model.nll(tokens, condition, (8, 8))
+        logits, target = model(x, x)
+        picked = logits.log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
+        expected = -picked.masked_fill(target < 0, 0).sum(dim=1)
+        torch.testing.assert_close(nats, expected)
+        for row in range(4):
+            own = tokens[row : row + 1, : int((tokens[row] >= 0).sum())]
+            alone = model.nll(own, condition[:1], (8, 8))
+            torch.testing.assert_close(alone[0], nats[row], rtol=1e-4, atol=1e-4)
     if kind != "plain":
-        lengths = (model.encode_to_z(x)[1] >= 0).sum(1)
+        lengths = (tokens >= 0).sum(1)
         assert lengths.unique().numel() > 1
 
 
+def test_bits_are_logged_per_token_image_and_pixel(tmp_path) -> None:
+    model, fit = prior().eval(), trainer(tmp_path)
+    data = images(6, 3)
+    (logged,) = fit.validate(model, data, verbose=False)
+    with torch.no_grad():
+        seen = [model.see(batch) for batch in data]
+        nats = torch.cat([model.nll(s.tokens, s.condition, s.grid) for s in seen])
+        tokens = sum(int((s.tokens >= 0).sum()) for s in seen)
+    bits = float(nats.sum()) / math.log(2)
+    expected = {
+        "val/loss": float(nats.sum()) / tokens,
+        "val/bits_per_token": bits / tokens,
+        "val/bits_per_image": bits / 6,
+        "val/bits_per_pixel": bits / 6 / 256,
+        "val/tokens_per_image": tokens / 6,
+    }
+    assert logged == pytest.approx(expected, rel=1e-4)
+
+
 @every_tokenizer
-def test_training_lowers_the_loss_and_leaves_the_tokenizer(kind: str, tmp_path) -> None:
-    model = prior(kind, pkeep=0.9)
+def test_losses_from_cached_tokens_are_those_from_images(kind: str, tmp_path) -> None:
+    labels = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}}
+    order = {"target": "taming.modules.transformer.permuter.ZCurve", "params": {"H": 8, "W": 8}}
+    model = prior(
+        kind, cond_stage_config=labels, cond_stage_key="class_label", permuter_config=order
+    ).eval()
+    data, sequence = images(6, 3), model.first_stage_model.quantize.sequence
+    info = CacheInfo(model.fingerprint, [8, 8], 256)
+    writer = TokenCacheWriter(tmp_path, info, sequence.vocab_size)
+    for batch in data:
+        _, codes = model.encode_to_codes(model.get_xc(batch)[0])
+        columns = {"class_label": batch["class_label"].tolist()}
+        writer.add(sequence.encode(codes)[0], columns)
+    writer.close()
+    cached = DataLoader(TokenCache(str(tmp_path)), batch_size=3, collate_fn=custom_collate)
+    results = [
+        trainer(tmp_path / name).validate(model, loader, verbose=False)
+        for name, loader in (("images", data), ("cached", cached))
+    ]
+    assert results[0] == results[1]
+    pictures = model.log_images(next(iter(cached)))
+    assert pictures["reconstructions"].shape == (3, 3, 16, 16)
+
+    batch = next(iter(cached))
+    with pytest.raises(ValueError, match=r"another tokenizer \(fingerprint .* scripts/encode.py"):
+        prior(kind).see(batch)
+    model.cond_stage_key = "depth"
+    with pytest.raises(ValueError, match="the token cache has no 'depth'.* only tokens, grid"):
+        model.see(batch)
+
+
+def test_hidden_conditions_make_guidance_possible(tmp_path) -> None:
+    labels = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}}
+    given = {"cond_stage_config": labels, "cond_stage_key": "class_label"}
+    model = prior(gpt={"vocab_size": 18}, condition_dropout=0.5, **given)
+    condition = torch.arange(10).repeat(100)[:, None]
+    hidden = model.train()._hide(condition)
+    share = (hidden == 17).float().mean()
+    assert 0.4 < share < 0.6 and torch.equal(hidden[hidden != 17], condition[hidden != 17])
+    assert torch.equal(model.eval()._hide(condition), condition)
+    with pytest.raises(ValueError, match="conditions have the token 17"):
+        model.hidden_condition(torch.tensor([[17]]))
+    with pytest.raises(ValueError, match="writes 17 tokens, and condition_dropout needs one more"):
+        prior(condition_dropout=0.5, **given)
+    with pytest.raises(ValueError, match=r"condition_dropout must be in \[0, 1\)"):
+        prior(condition_dropout=0.5)
+
+
+@every_tokenizer
+@pytest.mark.parametrize("levels", [1, 2])
+def test_training_lowers_the_loss_and_leaves_the_tokenizer(
+    kind: str, levels: int, tmp_path
+) -> None:
+    model = prior(kind, pkeep=0.9, levels=levels)
     frozen = {k: v.clone() for k, v in model.first_stage_model.state_dict().items()}
     model.learning_rate = 3e-3
     fit = trainer(tmp_path, max_epochs=8)
@@ -126,8 +218,9 @@ def test_training_lowers_the_loss_and_leaves_the_tokenizer(kind: str, tmp_path) 
 
 
 @every_tokenizer
-def test_every_sample_and_completion_decodes(kind: str) -> None:
-    model = prior(kind).eval()
+@pytest.mark.parametrize("levels", [1, 2])
+def test_every_sample_and_completion_decodes(kind: str, levels: int) -> None:
+    model = prior(kind, levels=levels).eval()
     pictures = model.log_images(next(iter(images(3, 3))))
     names = {"inputs", "reconstructions", "samples_half", "samples_nopix", "samples_det"}
     assert set(pictures) == names

@@ -1,5 +1,6 @@
 """Models that differ from VQModel in one part: each does what its name says, and trains."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,18 @@ def test_segmentation_trains_and_logs_the_originals_values(tmp_path) -> None:
     assert logged <= set(fit.callback_metrics) and fit.global_step == 2
     with pytest.raises(ValueError, match=r"n_labels is 7, but ddconfig.out_ch 5"):
         VQSegmentationModel(7, LABELS, BCE, 16, 4)
+
+
+def test_validation_returns_its_loss(tmp_path) -> None:
+    returned = []
+
+    class Keep(pl.Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, *_) -> None:
+            returned.append(outputs)
+
+    for model in (gumbel(), VQModel(DDCONFIG, GAN, 16, 4)):
+        (logged,) = trainer(tmp_path, callbacks=[Keep()]).validate(model, images(2), verbose=False)
+        assert float(returned.pop()) == pytest.approx(logged["val/aeloss"])
 
 
 def test_temperature_follows_the_step_and_survives_a_resume(tmp_path) -> None:

@@ -1,22 +1,75 @@
-"""Drawing token sequences from a transformer: one loop for every kind of sequence.
+"""Drawing token sequences from a prior's network: one loop for every network and every grammar.
 
-Axis letters: B sequences, L tokens, V vocabulary.
+Axis letters: B sequences, R rows (sequences that get a token now), S sites, T tokens of a site,
+L tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taming.modules.transformer.mingpt import GPT
-from taming.modules.vqvae.sequence import PAD, GrammarState, TokenSequence, place
+from taming.modules.transformer.paper import Paper
+from taming.modules.transformer.writing import Beginning, Guided, Writer
+from taming.modules.vqvae.grammar import GrammarState, TokenSequence
+
+
+class Network(Protocol):
+    """What a prior's network does; `GPT` and `TwoLevelGPT` are such."""
+
+    def predict(
+        self, condition: Tensor, tokens: Tensor, states: GrammarState, grid: tuple[int, int]
+    ) -> Tensor:
+        """Return logits (N, V) of the tokens of sequences, each from those before it."""
+        ...
+
+    def write(self, beginning: Beginning) -> Writer:
+        """Start to write sequences."""
+        ...
+
+
+class Drawing(NamedTuple):
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: See `filter_logits`, as ``top_k``, ``top_p`` and ``min_p``.
+        top_k: Draw among the likeliest k.
+        top_p: Draw among the likeliest that together have this probability.
+        greedy: Take the likeliest token instead.
+        min_p: Draw among those at least this likely, relative to the likeliest.
+        guidance: Scale of classifier-free guidance; see `Guided`. 1 for none.
+        generators: One source of random numbers for each sequence, so that what is drawn for it
+            does not depend on the others (see `generators_of`); None for torch's own.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    greedy: bool = False
+    min_p: float | None = None
+    guidance: float = 1.0
+    generators: Sequence[np.random.Generator] | None = None
+
+
+FREELY = Drawing()
+
+
+def generators_of(seed: int, images: Iterable[int]) -> list[np.random.Generator]:
+    """Return a source of random numbers for each image number, the same in whatever batch."""
+    return [np.random.default_rng([seed, number]) for number in images]
 
 
 def filter_logits(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> Tensor:
     """Sharpen a distribution and cut off its tail.
 
@@ -26,6 +79,8 @@ def filter_logits(
         top_k: Keep only the k likeliest tokens; more than V keeps all.
         top_p: Keep the fewest likeliest tokens that together reach this probability, in (0, 1]
             (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751).
+        min_p: Keep the tokens with at least this share, in [0, 1], of the probability of the
+            likeliest (Nguyen et al. 2024, arXiv:2407.01082).
 
     Returns:
         (..., V) with -inf for what was cut off; the likeliest token always stays.
@@ -48,87 +103,125 @@ def filter_logits(
         # A token is cut off if the likelier ones reach top_p without it.
         cut = ordered.cumsum(dim=-1) - ordered >= top_p
         logits = logits.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
+    if min_p is not None:
+        if not 0 <= min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {min_p}")
+        probability = logits.softmax(dim=-1)
+        least = min_p * probability.amax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(probability < least, -torch.inf)
     return logits
+
+
+def draw(logits: Tensor, drawing: Drawing, rows: Tensor) -> Tensor:
+    """Draw one token for each of some sequences.
+
+    Args:
+        logits: (R, V), -inf for what must not come.
+        drawing: How.
+        rows: (R,) int64, numbers of the sequences.
+
+    Returns:
+        (R,) int64.
+    """
+    logits = filter_logits(
+        logits.float(), drawing.temperature, drawing.top_k, drawing.top_p, drawing.min_p
+    )
+    if drawing.greedy:
+        return logits.argmax(dim=-1)
+    if drawing.generators is None:
+        point = torch.rand(len(rows))
+    else:
+        numbers = [drawing.generators[row].random(dtype=np.float32) for row in rows.tolist()]
+        point = torch.tensor(numbers)
+    # One number decides: how far along the tokens' probabilities, the likeliest first.
+    ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    passed = ordered.cumsum(dim=-1) <= point.to(logits.device)[:, None]
+    # Rounding may leave the sum of all below 1, and no impossible token may come of that.
+    last = (ordered > 0).sum(dim=-1) - 1
+    return order.gather(1, torch.minimum(passed.sum(dim=-1), last)[:, None])[:, 0]
+
+
+def grammatical(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Forbid tokens that the grammar does not allow or, as a larger vocabulary may, know.
+
+    Args:
+        logits: (..., V).
+        allowed: (..., V or fewer) bool.
+
+    Returns:
+        (..., V), -inf for what is forbidden.
+    """
+    allowed = F.pad(allowed, (0, logits.shape[-1] - allowed.shape[-1]), value=False)
+    return logits.masked_fill(~allowed, -torch.inf)
 
 
 @torch.no_grad()
 def sample_tokens(
-    model: GPT,
+    model: Network,
     condition: Tensor,
     sequence: TokenSequence,
     grid: tuple[int, int],
+    drawing: Drawing = FREELY,
     prefix: Tensor | None = None,
+    known: Tensor | None = None,
     steps: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    greedy: bool = False,
+    sites: int | None = None,
+    without: Tensor | None = None,
     callback: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Continue sequences token by token until each has written all its sites.
 
-    Rows advance together but each stands at its own place in its own grammar: what the grammar
-    forbids there is never drawn, and a row that is finished writes nothing more.
+    Each sequence stands at its own place in its own grammar: what the grammar forbids there is
+    never drawn, and a sequence that is finished costs nothing more.
 
     Args:
-        model: The transformer, in eval mode.
+        model: The network, in eval mode.
         condition: (B, C) int64 tokens that come before all sequences; C is at least 1.
         sequence: The grammar.
         grid: (h, w) of the image to be written.
-        prefix: (B, L0) int64, known beginnings, -1 after the end of shorter ones.
+        drawing: How tokens are drawn.
+        prefix: (B, L0) int64, known tokens, -1 after the end of shorter sequences.
+        known: (S,) bool, sites of which the prefix is kept, in the sequence's order; the others are
+            drawn anew. None keeps all.
         steps: Most tokens to draw after the prefix; None for as many as it takes.
-        temperature: See `filter_logits`.
-        top_k: See `filter_logits`.
-        top_p: See `filter_logits`.
-        greedy: Take the likeliest token instead of drawing one.
-        callback: Called with the number of tokens drawn so far after each one.
+        sites: Sites to write, those of the prefix included; None for all of the grid.
+        without: (B, C) int64, the condition that stands for none, needed for guidance.
+        callback: Called with the number of tokens that each sequence has drawn so far at most.
 
     Returns:
         (B, L) int64, prefix included, -1 after each sequence's end.
+
+    Raises:
+        ValueError: A value is out of range, or guidance has nothing to compare with.
     """
-    given = condition.new_empty(len(condition), 0) if prefix is None else prefix
-    stop = None if steps is None else given.shape[1] + steps
-    # What every row knows goes in at once; the rest of longer prefixes, token by token.
-    common = int((given >= 0).sum(dim=1).min())
-    states = sequence.states(F.pad(given[:, :common], (0, 1), value=PAD))
-    state = GrammarState(*(field[:, common] for field in states))
-    inputs, sites = torch.cat([condition, given[:, :common]], dim=1), place(states, grid)
-    cache, columns = model.new_cache(len(condition)), list(given[:, :common].unbind(dim=1))
-    while stop is None or len(columns) < stop:
-        open_rows = state.site < grid[0] * grid[1]
-        if not open_rows.any():
-            break
-        logits, _ = model(inputs, sites=sites, cache=cache)
-        logits = _grammatical(logits[:, -1], sequence.allowed(state))
-        logits = filter_logits(logits, temperature, top_k, top_p)
-        token = logits.argmax(dim=-1) if greedy else _draw(logits)
-        if len(columns) < given.shape[1]:
-            known = given[:, len(columns)]
-            token = torch.where(known >= 0, known, token)
-        columns.append(torch.where(open_rows, token, PAD))
-        state = _advance(sequence, state, token, open_rows)
-        inputs, sites = token[:, None], place(state, grid)[:, None]
-        if callback is not None:
-            callback(max(len(columns) - given.shape[1], 0))
-    return torch.stack(columns, dim=1) if columns else given
-
-
-def _grammatical(logits: Tensor, allowed: Tensor) -> Tensor:
-    """Forbid (B, V) tokens that the grammar does not allow or, as a larger vocabulary may, know."""
-    allowed = F.pad(allowed, (0, logits.shape[-1] - allowed.shape[-1]), value=False)
-    return logits.float().masked_fill(~allowed, -torch.inf)
-
-
-def _draw(logits: Tensor) -> Tensor:
-    """Draw one token (B,) for each row of logits (B, V)."""
-    return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(1)
-
-
-def _advance(
-    sequence: TokenSequence, state: GrammarState, token: Tensor, open_rows: Tensor
-) -> GrammarState:
-    """Advance the rows that are not finished."""
-    after = sequence.advance(state, token)
-    return GrammarState(
-        *(torch.where(open_rows, new, old) for new, old in zip(after, state, strict=True))
-    )
+    if drawing.guidance != 1 and without is None:
+        raise ValueError(
+            f"guidance {drawing.guidance} needs a prior that was trained with condition_dropout"
+        )
+    prefix = condition.new_empty(len(condition), 0) if prefix is None else prefix
+    paper = Paper(sequence, grid, prefix, known, steps, sites)
+    rows = paper.open_rows()
+    if len(rows) == 0:
+        return paper.written()
+    start = paper.beginning(rows, condition)
+    writer = model.write(start)
+    if without is not None and drawing.guidance != 1:
+        writer = Guided(
+            writer, model.write(start._replace(condition=without[rows])), drawing.guidance
+        )
+    paper.take(rows, writer.taken)
+    drawn = 0
+    while True:
+        rows, logits = writer.turn
+        token, free = paper.known_tokens(rows)
+        if free.any():
+            allowed = grammatical(logits[free], paper.allowed(rows[free]))
+            token[free] = draw(allowed, drawing, rows[free])
+            drawn += 1
+            if callback is not None:
+                callback(drawn)
+        going_on = paper.put(rows, token)
+        if len(paper.open_rows()) == 0:
+            return paper.written()
+        rows = rows[going_on]
+        writer.advance(rows, token[going_on], paper.state_of(rows))

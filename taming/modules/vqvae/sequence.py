@@ -42,7 +42,8 @@ def _finished(ends: Tensor) -> Tensor:
 def _last(flags: Tensor) -> Tensor:
     """Position (B, L) of the last flag before each position; -1 if there is none."""
     position = torch.arange(flags.shape[1], device=flags.device)
-    seen = torch.where(flags, position, -1).cummax(dim=1).values if flags.numel() else position
+    seen = torch.where(flags, position, -1)
+    seen = seen.cummax(dim=1).values if flags.numel() else seen
     return F.pad(seen, (1, 0), value=-1)[:, :-1]
 
 

@@ -1,0 +1,292 @@
+"""How many bits do an image's tokens cost under each prior, and what do its samples look like?
+
+Trains a loopy tokenizer on CIFAR-10 (8 x 8 sites, two turns on average), then class-conditional
+priors over its tokens, and reports
+
+- bits per held-out image, lengths included, against counted frequencies;
+- how many of each prior's samples a classifier, trained on real images, takes for the class they
+  were drawn for, and their Frechet distance to reconstructions in that classifier's features (which
+  compares the priors here with each other, and nothing else);
+- that completions keep what is known, bit for bit.
+
+What was trained before is kept in the folder of results and not done again.
+
+python benchmarks/priors.py --quick --train train.parquet --test test.parquet
+python benchmarks/priors.py --standard --only unary two-level pixelcnn
+python benchmarks/priors.py --full --precision bf16-mixed
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from race.classifier import Classifier, Judgement, judge, labelled, trained_classifier
+from race.contenders import contenders
+from race.measure import threshold_for_mean
+from race.networks import NAMES, OrderZero, build_prior
+from race.plans import PLANS, Plan, images_of
+from race.training import bits_per_image, first, fit, loader, trained_tokenizer
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from tqdm import tqdm
+
+from taming.models.cond_transformer import Net2NetTransformer
+from taming.models.sampling import (
+    Drawing,
+    decode_codes,
+    empty_codes,
+    encode_codes,
+    seen_whole,
+    trained_grid,
+    write_codes,
+)
+from taming.models.vqgan import VQModel
+from taming.modules.transformer.sampling import generators_of
+from taming.modules.util import count_params
+from taming.script import run
+
+logger = logging.getLogger("taming.benchmark")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How long and how large.
+
+    Attributes:
+        tokenizer: Of the race of tokenizers.
+        networks: See `build_prior`.
+        steps: Training steps of a prior.
+        batch_size: Images per step.
+        learning_rate: Of the transformers and the PixelCNN.
+        classifier_steps: Training steps of the classifier.
+        samples: Images drawn from each prior.
+        completions: Held-out images completed.
+    """
+
+    tokenizer: Plan
+    networks: dict[str, dict[str, Any]]
+    steps: int
+    batch_size: int
+    learning_rate: float
+    classifier_steps: int
+    samples: int
+    completions: int
+
+
+SMALL = {
+    "main": {"n_layer": 2, "n_head": 4, "n_embd": 96},
+    "depth": {"n_layer": 1, "n_head": 4, "n_embd": 96},
+    "pixelcnn": {"channels": 64, "layers": 4, "kernel_size": 3},
+}
+MEDIUM = {
+    "main": {"n_layer": 4, "n_head": 4, "n_embd": 128},
+    "depth": {"n_layer": 2, "n_head": 4, "n_embd": 96},
+    "pixelcnn": {"channels": 96, "layers": 6, "kernel_size": 3},
+}
+LARGE = {
+    "main": {"n_layer": 6, "n_head": 8, "n_embd": 256, "resid_pdrop": 0.1},
+    "depth": {"n_layer": 2, "n_head": 4, "n_embd": 128, "resid_pdrop": 0.1},
+    "pixelcnn": {"channels": 128, "layers": 10, "kernel_size": 3, "dropout": 0.1},
+}
+SIZES = {  # minutes in all; half an hour for each prior on a CPU core; a GPU
+    "quick": Sizes(replace(PLANS["quick"], steps=200), SMALL, 60, 32, 2e-3, 150, 200, 20),
+    "standard": Sizes(PLANS["standard"], MEDIUM, 1800, 32, 2e-3, 1500, 10_000, 200),
+    "full": Sizes(PLANS["standard"], LARGE, 20_000, 128, 1e-3, 10_000, 10_000, 200),
+}
+
+
+def open_images(sizes: Sizes, options: argparse.Namespace) -> tuple[Any, Any]:
+    """Open the training images, and as many held-out ones as are measured."""
+    side = sizes.tokenizer.ddconfig["resolution"]
+    train = images_of(options.train, "train", side, train=True)
+    test = images_of(options.test, "test", side, train=False)
+    return train, first(test, sizes.tokenizer.test_images)
+
+
+def tokenizer_of(sizes: Sizes, train: Any, options: argparse.Namespace) -> VQModel:
+    """Train the tokenizer and set it to two turns per site on average."""
+    plan = sizes.tokenizer
+    contender = contenders(plan.codes, plan.channels)["loopy-2"]
+    model = trained_tokenizer(plan, contender, 0, train, options.outdir, options.precision)
+    still = first(train, plan.calibration_images)
+    images = [model.get_input(b, "image").to(model.device) for b in loader(still, 100)]
+    model.quantize.threshold = threshold_for_mean(model, images, 2.0)
+    return model
+
+
+def trained_prior(
+    name: str, sizes: Sizes, tokenizer: VQModel, train: Any, options: argparse.Namespace
+) -> Any:
+    """Train a prior, or load what an earlier call trained."""
+    pl.seed_everything(0, verbose=False)
+    file, device = options.outdir / f"{name}.pt", tokenizer.device
+    model: Any = build_prior(name, sizes.networks, tokenizer, sizes.steps)
+    if file.exists():
+        model.load_state_dict(torch.load(file))
+    else:
+        start = time.monotonic()
+        model.learning_rate = sizes.learning_rate
+        fit(model, loader(train, sizes.batch_size, shuffle=True), sizes.steps, options.precision)
+        logger.info("trained %s in %.1f minutes", name, (time.monotonic() - start) / 60)
+        torch.save(model.state_dict(), file)
+    return model.to(device).eval()
+
+
+def draw(model: Any, amount: int, guidance: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draw images (B, 3, H, W) of classes (B,), as many of each class."""
+    for part in tqdm(torch.arange(amount).split(100), desc="samples", leave=False):
+        labels = (part % 10).to(model.device)
+        codes = empty_codes(model, len(part), trained_grid(model))
+        drawing = Drawing(guidance=guidance, generators=generators_of(0, part.tolist()))
+        for _ in write_codes(model, seen_whole(labels[:, None]), codes, drawing):
+            pass
+        images = decode_codes(model, codes)
+        assert images.isfinite().all()
+        yield images, labels
+
+
+@torch.no_grad()
+def reconstructions(
+    tokenizer: VQModel, batches: Iterator[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Encode and decode images (B, 3, H, W) of classes (B,)."""
+    for x, labels in batches:
+        yield tokenizer(x)[0], labels
+
+
+@torch.no_grad()
+def complete(model: Any, test: Any, masked: bool) -> Row:
+    """Complete held-out images from their upper half, or from sites here and there.
+
+    Returns:
+        Share of known sites whose codes changed; PSNR in dB of the upper quarter of the images, of
+        completions and of reconstructions.
+    """
+    x, labels = next(labelled(loader(test, len(test)), model.device))
+    given, (h, w) = encode_codes(model, x), trained_grid(model)
+    known = torch.arange(h, device=x.device)[:, None].expand(h, w) < h // 2
+    if masked:
+        known = torch.rand(h, w, generator=torch.Generator().manual_seed(0)).to(x.device) < 0.5
+    codes = given.masked_fill(~known[..., None], -1)
+    for _ in write_codes(model, seen_whole(labels[:, None]), codes, Drawing(), known):
+        pass
+    rows = x.shape[2] // 4  # below them, the decoder sees what was drawn
+    psnr = [
+        float(peak_signal_noise_ratio(image[:, :, :rows], x[:, :, :rows], data_range=2.0))
+        for image in (decode_codes(model, c).clamp(-1, 1) for c in (codes, given))
+    ]
+    changed = float((codes != given)[:, known].float().mean())
+    return {"changed": changed, "psnr": psnr[0], "psnr_of_reconstructions": psnr[1]}
+
+
+def measure_prior(
+    name: str, model: Any, sizes: Sizes, test: Any, judges: tuple[Classifier, Judgement]
+) -> Row:
+    """Measure one prior."""
+    classifier, real = judges
+    row: Row = {"name": name, "bits": bits_per_image(model, loader(test, 100))}
+    row["parameters"] = count_params(model) - count_params(model.first_stage_model)
+    start = time.monotonic()
+    result = judge(classifier, draw(model, sizes.samples))
+    row["seconds_per_sample"] = (time.monotonic() - start) / sizes.samples
+    row |= {"recognised": result.accuracy, "distance": result.distance(real)}
+    if isinstance(model, Net2NetTransformer):  # the accuracy of fewer will do
+        row["guided"] = judge(classifier, draw(model, sizes.samples // 5, 2.0)).accuracy
+    some = first(test, sizes.completions)
+    row["upper_half"] = complete(model, some, masked=False)
+    row["mask"] = complete(model, some, masked=True)
+    return row
+
+
+def report(rows: list[Row], references: Row) -> str:
+    """Markdown table of all priors."""
+    lines = [
+        f"Frequencies of tokens by depth: {references['order_zero']:.0f} bits per image. "
+        f"Recognised: {references['real']:.1%} of real images, {references['reconstructed']:.1%} "
+        "of reconstructions. Distances are to reconstructions, in this classifier's features; "
+        "they compare with nothing outside this table. Guided: recognised, at a scale of 2.",
+        "",
+        "| prior | parameters | bits per image | fewer than by frequency | recognised | guided "
+        "| distance | known codes changed | PSNR, completed | reconstructed |",
+        "|" + "---|" * 10,
+    ]
+    for row in rows:
+        saved, half = 1 - row["bits"] / references["order_zero"], row["upper_half"]
+        guided = f"{row['guided']:.1%}" if "guided" in row else ""
+        changed = max(half["changed"], row["mask"]["changed"])
+        lines.append(
+            f"| {row['name']} | {row['parameters'] / 1e6:.1f} M | {row['bits']:.0f} | {saved:.1%} "
+            f"| {row['recognised']:.1%} | {guided} | {row['distance']:.2f} | {changed:.0%} "
+            f"| {half['psnr']:.2f} | {half['psnr_of_reconstructions']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def compare(sizes: Sizes, names: list[str], options: argparse.Namespace) -> list[Row]:
+    """Train and measure everything; writes ``measurements.json`` and ``report.md``."""
+    train, test = open_images(sizes, options)
+    tokenizer = tokenizer_of(sizes, train, options)
+    file = options.outdir / "classifier.pt"
+    classifier = trained_classifier(train, sizes.classifier_steps, file, tokenizer.device)
+
+    sequence = tokenizer.quantize.sequence
+
+    def tokens(data: Any) -> Iterator[Tensor]:
+        for x, _ in labelled(loader(data, 100), tokenizer.device):
+            codes = tokenizer.encode(x).info.indices
+            yield sequence.encode(codes)[0]
+
+    with torch.no_grad():
+        counted = OrderZero(sequence, tokens(first(train, 20 * len(test))))
+        bits = sum(counted.bits(part) for part in tokens(test)) / len(test)
+    batches = loader(test, 100)
+    real = judge(classifier, labelled(batches, tokenizer.device))
+    rebuilt = judge(classifier, reconstructions(tokenizer, labelled(batches, tokenizer.device)))
+    references = {"order_zero": bits, "real": real.accuracy, "reconstructed": rebuilt.accuracy}
+    rows = []
+    for name in names:
+        model = trained_prior(name, sizes, tokenizer, train, options)
+        rows.append(measure_prior(name, model, sizes, test, (classifier, rebuilt)))
+        found = {"references": references, "priors": rows}
+        (options.outdir / "measurements.json").write_text(json.dumps(found, indent=2))
+        (options.outdir / "report.md").write_text(report(rows, references) + "\n")
+    return rows
+
+
+def main() -> None:
+    """Read the command line, compare, and show the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    for name in SIZES:
+        which.add_argument(f"--{name}", dest="sizes", action="store_const", const=name)
+    parser.add_argument("--train", help="Parquet file; default: CIFAR-10 by download")
+    parser.add_argument("--test", help="Parquet file, held out")
+    parser.add_argument("-o", "--outdir", type=Path, help="default: results/priors/SIZES")
+    parser.add_argument("--only", nargs="*", default=NAMES, choices=NAMES, help="priors to compare")
+    parser.add_argument("--steps", type=int, help="training steps of each prior")
+    parser.add_argument("--precision", default="32-true", help="of training, as bf16-mixed")
+    options = parser.parse_args()
+    sizes = SIZES[options.sizes]
+    if options.steps:
+        sizes = replace(sizes, steps=options.steps)
+    options.outdir = options.outdir or Path("results/priors", options.sizes)
+    options.outdir.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    compare(sizes, list(options.only), options)
+    logger.info("%s", (options.outdir / "report.md").read_text())
+
+
+if __name__ == "__main__":
+    run(main)

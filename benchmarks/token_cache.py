@@ -1,0 +1,91 @@
+"""How much time does a prior's epoch take from images, and how much from cached tokens?
+
+python scripts/encode.py -r logs/<run of the tokenizer> -o cache
+python benchmarks/token_cache.py -r logs/<run of the prior> --cache cache/train
+
+Prints seconds per image: until its tokens are there, and for a whole training step. What an epoch
+gains follows from how much of a step is the transformer's own work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from taming.data.tokens import TokenCache
+from taming.data.utils import custom_collate
+from taming.experiment import data_from_run, model_from_run
+from taming.models.stages import Prior
+from taming.script import choose_device, run
+
+logger = logging.getLogger("taming.benchmark")
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Bring the tensors of a batch to a device."""
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def seconds_per_image(
+    loader: DataLoader[Any], batches: int, work: Callable[[Mapping[str, Any]], None]
+) -> float:
+    """Time that an image takes, reading included, after one batch to warm up."""
+    images, start = 0, 0.0
+    for number, batch in enumerate(tqdm(loader, total=batches + 1, leave=False)):
+        work(batch)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if number == 0:
+            start = time.monotonic()
+        else:
+            images += len(next(iter(batch.values())))
+        if number == batches:
+            break
+    return (time.monotonic() - start) / images
+
+
+def main() -> None:
+    """Time both, and print what they take."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("-r", "--resume", required=True, help="run of the prior")
+    parser.add_argument("--cache", required=True, help="folder of its training images' tokens")
+    parser.add_argument("--batches", type=int, default=50, help="how many to time")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    options = parser.parse_args()
+    data, model = data_from_run(options.resume), model_from_run(options.resume)
+    if not isinstance(model, Prior):
+        raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
+    model = model.to(choose_device(options.device)).train()
+
+    def see(batch: Mapping[str, Any]) -> None:
+        model.see(on_device(batch, model.device))
+
+    def step(batch: Mapping[str, Any]) -> None:
+        nats, _ = model.likelihood(model.see(on_device(batch, model.device)))
+        nats.mean().backward()
+        model.zero_grad()
+
+    cached = TokenCache(options.cache)
+    loaders = [
+        DataLoader(d, data.batch_size, shuffle=True, collate_fn=custom_collate)
+        for d in (data.datasets["train"], cached)
+    ]
+    for title, work in (("until the tokens are there", see), ("for a training step", step)):
+        images, tokens = (seconds_per_image(it, options.batches, work) for it in loaders)
+        logger.info(
+            "%s: %.2f ms per image from images, %.2f ms from tokens: %.1f times faster",
+            *(title, 1000 * images, 1000 * tokens, images / tokens),
+        )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,99 @@
+"""Compute the tokens of a data set once, so that priors need neither images nor tokenizer time.
+
+python scripts/encode.py -r logs/<run of the tokenizer> -o cache
+python scripts/encode.py -r logs/<run> -o cache --passes 4 data.params.batch_size=64
+
+Reads the data of the tokenizer's run, or what -b and key=value items say instead, and writes
+<outdir>/train and <outdir>/validation, for taming.data.tokens.TokenCache. With random crops or
+mirroring, several passes keep some of their variety.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from taming.data.tokens import CacheInfo, TokenCacheWriter
+from taming.data.utils import custom_collate
+from taming.models.cached_tokens import fingerprint
+from taming.models.vqgan import VQModel
+from taming.models.vqvae2 import VQVAE2
+from taming.script import choose_device, parse_run, run, run_parser
+
+logger = logging.getLogger("taming.encode")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Declare the command line."""
+    parser = run_parser(__doc__)
+    parser.add_argument("-o", "--outdir", type=Path, required=True)
+    parser.add_argument("--passes", type=int, default=1, help="over the training set")
+    parser.add_argument("-s", "--seed", type=int, default=23, help="of random crops")
+    return parser
+
+
+def columns_of(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What a batch says of each image in one number or text."""
+    numbers = {k: v.tolist() for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 1}
+    texts = {
+        k: v for k, v in batch.items() if isinstance(v, list) and all(isinstance(t, str) for t in v)
+    }
+    return numbers | texts
+
+
+@torch.no_grad()
+def encode(model: VQModel, loader: DataLoader[Any], folder: Path, passes: int) -> None:
+    """Write the tokens of a data set.
+
+    Raises:
+        ValueError: Images differ in size, or the folder holds a cache already.
+    """
+    sequence, own = model.quantize.sequence, fingerprint(model, model.quantize.sequence)
+    writer = None
+    for _ in range(passes):
+        for batch in tqdm(loader, desc=folder.name):
+            x = model.get_input(batch, model.image_key).to(model.device)
+            quant, _, info = model.encode(x)
+            grid = [*quant.shape[2:]]
+            about = CacheInfo(own, grid, x.shape[2] * x.shape[3])
+            columns = columns_of(batch)
+            if writer is None:
+                writer = TokenCacheWriter(folder, about, sequence.vocab_size)
+                if left := [key for key in batch if key not in (*columns, model.image_key)]:
+                    logger.info("left out, being no number or text: %s", ", ".join(left))
+            if about != writer.info:
+                raise ValueError(f"images of {grid} sites come after those of {writer.info.grid}")
+            writer.add(sequence.encode(info.indices.reshape(len(x), *grid, -1))[0], columns)
+    if writer is not None:
+        writer.close()
+
+
+def main() -> None:
+    """Encode all splits."""
+    options, saved = parse_run(build_parser())
+    if options.passes < 1:
+        raise ValueError("--passes must be at least 1")
+    device = choose_device(options.device)
+    pl.seed_everything(options.seed, verbose=False)
+    model, data = saved.model().to(device), saved.data()
+    if not isinstance(model, VQModel) or isinstance(model, VQVAE2):
+        raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a VQModel")
+    for split, dataset in data.datasets.items():
+        loader = DataLoader(
+            dataset, data.batch_size, num_workers=data.num_workers, collate_fn=custom_collate
+        )
+        encode(model, loader, options.outdir / split, options.passes if split == "train" else 1)
+    logger.info("tokens in %s", options.outdir)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,275 @@
+"""What is around a prior: images and conditions become tokens, and tokens images.
+
+Axis letters: B images, C channels, H W image, D latent channels, h w grid, S = h w sites, T turns,
+L tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from taming.checkpoint import freeze
+from taming.models.cached_tokens import cached_codes, fingerprint, is_cached
+from taming.models.conditions import condition_pictures
+from taming.models.likelihood import log_likelihood
+from taming.models.vqgan import VQModel
+from taming.modules.transformer.permuter import Identity
+from taming.modules.util import SOSProvider
+from taming.modules.vqvae.sequence import PAD, TokenSequence
+from taming.util import instantiate_from_config
+
+Grid = tuple[int, int]
+
+
+class Seen(NamedTuple):
+    """What a prior sees of a batch.
+
+    Attributes:
+        codes: (B, h, w, T) int64.
+        tokens: (B, L) int64, -1 after each sequence's end.
+        c: The conditions, as their stage takes them.
+        quant_c: What the stage made of them.
+        condition: (B, L) int64, their tokens.
+        pixels: H W of an image.
+    """
+
+    codes: Tensor
+    tokens: Tensor
+    c: Tensor
+    quant_c: Tensor
+    condition: Tensor
+    pixels: int
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of sites."""
+        return self.codes.shape[1], self.codes.shape[2]
+
+
+class Prior(pl.LightningModule, ABC):
+    """A prior with a frozen tokenizer and a condition stage, and the tokens between them.
+
+    What kind of network the prior is, subclasses say.
+
+    Args:
+        first_stage_config: See `Net2NetTransformer`, as all others.
+
+    Raises:
+        ValueError: The parts do not fit each other.
+    """
+
+    def __init__(
+        self,
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any] | str,
+        permuter_config: Mapping[str, Any] | None,
+        sequence_config: Mapping[str, Any] | None,
+        first_stage_key: str,
+        cond_stage_key: str,
+        downsample_cond_size: int,
+        sos_token: int,
+        unconditional: bool,
+    ) -> None:
+        super().__init__()
+        self.be_unconditional = unconditional or cond_stage_config == "__is_unconditional__"
+        self.sos_token = sos_token
+        self.first_stage_key = first_stage_key
+        self.cond_stage_key = first_stage_key if self.be_unconditional else cond_stage_key
+        self.downsample_cond_size = downsample_cond_size
+        self.first_stage_model: VQModel = freeze(instantiate_from_config(first_stage_config))
+        self.cond_stage_model = self._build_cond_stage(cond_stage_config)
+        self.permuter: nn.Module = (
+            Identity() if permuter_config is None else instantiate_from_config(permuter_config)
+        )
+        own = self.first_stage_model.quantize.sequence
+        self.sequence: TokenSequence = (
+            own if sequence_config is None else instantiate_from_config(sequence_config)
+        )
+        if (self.sequence.n_e, self.sequence.max_loops) != (own.n_e, own.max_loops):
+            raise ValueError(
+                f"the sequence is for n_e={self.sequence.n_e}, max_loops="
+                f"{self.sequence.max_loops}, but the tokenizer has n_e={own.n_e}, "
+                f"max_loops={own.max_loops}"
+            )
+
+    def _build_cond_stage(self, config: Mapping[str, Any] | str) -> Any:
+        """What encodes conditions; frozen, and possibly the tokenizer itself."""
+        if self.be_unconditional:
+            return SOSProvider(self.sos_token)
+        if config == "__is_first_stage__":
+            return self.first_stage_model
+        if isinstance(config, str):
+            raise ValueError(
+                f"cond_stage_config {config!r}: expected a block with a 'target', "
+                "'__is_first_stage__' or '__is_unconditional__'"
+            )
+        stage = instantiate_from_config(config)
+        return freeze(stage) if isinstance(stage, nn.Module) else stage
+
+    # --- training --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def likelihood(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """Measure images: -log p (B,) float32 in nats, lengths included, and tokens (B,) int64."""
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Train on one batch."""
+        return self._shared_step(batch, "train")
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Measure one batch."""
+        return self._shared_step(batch, "val")
+
+    def _shared_step(self, batch: Mapping[str, Any], split: str) -> Tensor:
+        """Mean -log p of a token (nats); see `log_likelihood` for what is logged."""
+        seen = self.see(batch)
+        return log_likelihood(self, split, *self.likelihood(seen), seen.pixels)
+
+    # --- batches ---------------------------------------------------------------------------------
+
+    def get_input(self, key: str, batch: Mapping[str, Any]) -> Tensor:
+        """Take a value out of a batch; images (B, H, W, C) and (B, H, W) become (B, C, H, W)."""
+        x = batch[key]
+        if x.ndim == 3:
+            x = x[..., None]
+        if x.ndim == 4:
+            x = x.permute(0, 3, 1, 2).contiguous()
+        return x.float() if x.dtype == torch.float64 else x
+
+    def get_xc(self, batch: Mapping[str, Any], N: int | None = None) -> tuple[Tensor, Tensor]:
+        """Take the first N (all, if None) images and conditions out of a batch."""
+        x = self.get_input(self.first_stage_key, batch)
+        c = self.get_input(self.cond_stage_key, batch)
+        return x[:N], c[:N]
+
+    @torch.no_grad()
+    def see(self, batch: Mapping[str, Any]) -> Seen:
+        """Encode a batch of images, or take one of cached tokens as it is.
+
+        Raises:
+            ValueError: Tokens are another tokenizer's, or lack the condition.
+        """
+        if is_cached(batch):
+            own = self.first_stage_model.quantize.sequence
+            codes, pixels = cached_codes(batch, own, self.fingerprint)
+            key = "tokens" if self.be_unconditional else self.cond_stage_key
+            if key not in batch:
+                raise ValueError(
+                    f"the token cache has no {key!r}, which the prior needs as its condition, only "
+                    f"{', '.join(batch)}"
+                )
+            c = self.get_input(key, batch)
+        else:
+            x, c = self.get_xc(batch)
+            codes, pixels = self.encode_to_codes(x)[1], x.shape[2] * x.shape[3]
+        return Seen(codes, self.write_tokens(codes), c, *self.encode_to_c(c), pixels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells the tokenizer's tokens from those of others."""
+        return fingerprint(self.first_stage_model, self.first_stage_model.quantize.sequence)
+
+    # --- images <-> codes <-> tokens -------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_to_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn images (B, C, H, W) in [-1, 1] into z_q (B, D, h, w) and codes (B, h, w, T)."""
+        quant_z, _, info = self.first_stage_model.encode(x)
+        batch, _, h, w = quant_z.shape
+        return quant_z, info.indices.reshape(batch, h, w, -1)
+
+    def write_tokens(self, codes: Tensor) -> Tensor:
+        """Write codes (B, h, w, T) as tokens (B, L), in the prior's order of sites."""
+        ordered = self.permuter(codes.flatten(1, 2)).reshape(codes.shape)
+        return self.sequence.encode(ordered)[0]
+
+    @torch.no_grad()
+    def encode_to_z(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn images into token sequences.
+
+        Args:
+            x: (B, C, H, W) in [-1, 1].
+
+        Returns:
+            z_q (B, D, h, w) and tokens (B, L) int64, -1 after each sequence's end.
+        """
+        quant_z, codes = self.encode_to_codes(x)
+        return quant_z, self.write_tokens(codes)
+
+    @torch.no_grad()
+    def encode_to_c(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn conditions into tokens.
+
+        Args:
+            c: A batch of conditions, as the condition stage takes them.
+
+        Returns:
+            What the stage made of them, and tokens (B, Lc) int64, all of one length.
+        """
+        if self.downsample_cond_size > -1:
+            c = F.interpolate(c, size=(self.downsample_cond_size, self.downsample_cond_size))
+        quant_c, _, (_, _, indices) = self.cond_stage_model.encode(c)
+        tokens = indices.reshape(len(c), -1)
+        if (tokens < 0).any():
+            raise ValueError(
+                "the condition's quantizer writes sequences of different lengths; a condition "
+                "needs one of fixed length, such as VectorQuantizer2"
+            )
+        return quant_c, tokens
+
+    @torch.no_grad()
+    def decode_to_img(self, index: Tensor, zshape: Sequence[int]) -> Tensor:
+        """Turn token sequences back into images.
+
+        Args:
+            index: (B, L) int64.
+            zshape: (B, D, h, w).
+
+        Returns:
+            (B, C, H, W), about in [-1, 1].
+
+        Raises:
+            ValueError: A sequence breaks the grammar.
+        """
+        _, channels, h, w = zshape
+        codes = self.decode_to_codes(index, (h, w))
+        return self.first_stage_model.decode_code(codes, (len(index), h, w, channels))
+
+    @torch.no_grad()
+    def decode_to_codes(self, index: Tensor, grid: Grid) -> Tensor:
+        """Turn token sequences (B, L) back into codes (B, h, w, T); see `decode_to_img`."""
+        codes = self.sequence.decode(index, grid)
+        return self.permuter(codes.flatten(1, 2), reverse=True).reshape(codes.shape)
+
+    def draw_picture(self, index: Tensor, zshape: Sequence[int], quant_c: Tensor) -> Tensor:
+        """Turn tokens into images, as `decode_to_img` does, knowing their conditions.
+
+        Args:
+            index: See `decode_to_img`, as ``zshape``.
+            quant_c: What the condition stage made of the conditions; here, it plays no part.
+        """
+        return self.decode_to_img(index, zshape)
+
+    def show_condition(self, seen: Seen, images: Tensor) -> dict[str, Tensor]:
+        """Pictures (B, C, H, W) of the conditions, of the size of images; none of a class."""
+        size = images.shape[3], images.shape[2]
+        stage, key, c = self.cond_stage_model, self.cond_stage_key, seen.c
+        return condition_pictures(stage, key, c, seen.quant_c, size, self._trainer)
+
+    def to_rgb(self, picture: Tensor) -> Tensor:
+        """Colour a picture of other than 3 channels as the model it belongs to does."""
+        stage = self.cond_stage_model if isinstance(self.cond_stage_model, VQModel) else None
+        return (stage or self.first_stage_model).to_rgb(picture)
+
+    def first_sites(self, tokens: Tensor, sites: int) -> Tensor:
+        """Keep what (B, L) sequences write for their first sites; -1 and cut off after that."""
+        kept = tokens.masked_fill(self.sequence.states(tokens).site >= sites, PAD)
+        return kept[:, : int((kept >= 0).sum(dim=1).max())]

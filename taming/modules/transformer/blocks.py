@@ -1,0 +1,228 @@
+"""Building blocks of the transformer: sizes, attention, and places.
+
+Axis letters: B sequences, L tokens, P cached tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from taming.modules.transformer.cache import KVCache
+from taming.modules.transformer.rotary import rotate
+
+
+@dataclass
+class GPTConfig:
+    """Sizes and options of a `GPT`; with the defaults of all options, it is the original's.
+
+    Attributes:
+        vocab_size: V, number of different tokens.
+        block_size: Longest sequence, conditions included.
+        n_layer: Blocks.
+        n_head: Attention heads.
+        n_embd: C, channels of a token.
+        embd_pdrop: Dropout of embeddings, in [0, 1).
+        resid_pdrop: Dropout of each residual branch.
+        attn_pdrop: Dropout of attention weights.
+        n_unmasked: First tokens that all see each other, such as a condition.
+        site_shape: (rows, columns, depths) of the tables that embed each token's place; None for
+            none, as in the original.
+        rms_norm: Divide by the root mean square (Zhang and Sennrich 2019, arXiv:1910.07467) where
+            the original normalizes layers.
+        rotary: Turn queries and keys by their row, column and depth; see `RotaryEmbedding`.
+        qk_norm: Normalize queries and keys, which keeps attention from saturating (Dehghani et al.
+            2023, arXiv:2302.05442, section 2).
+        swiglu: Gated units (Shazeer 2020, arXiv:2002.05202) of as many parameters in place of the
+            original's hidden layer.
+        adaptive_norm: Scale, shift and gate every block by the first token, such as a class
+            (Peebles and Xie 2023, arXiv:2212.09748; one layer for all blocks as in Chen et al.
+            2023, arXiv:2310.00426, section 2.3).
+    """
+
+    vocab_size: int
+    block_size: int
+    n_layer: int = 12
+    n_head: int = 8
+    n_embd: int = 256
+    embd_pdrop: float = 0.0
+    resid_pdrop: float = 0.0
+    attn_pdrop: float = 0.0
+    n_unmasked: int = 0
+    site_shape: tuple[int, int, int] | None = None
+    rms_norm: bool = False
+    rotary: bool = False
+    qk_norm: bool = False
+    swiglu: bool = False
+    adaptive_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of one attention head."""
+        return self.n_embd // self.n_head
+
+
+@dataclass
+class GPT1Config(GPTConfig):
+    """The sizes of GPT-1, about 125 million parameters."""
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+
+
+class Context(NamedTuple):
+    """What blocks are told besides their input.
+
+    Attributes:
+        cache: Keys and values of the tokens before; extended by these.
+        rotation: (2, B, 1, L, C / heads / 2), see `RotaryEmbedding`.
+        modulation: (B, 6, C), what adaptive norms make of the first token.
+    """
+
+    cache: KVCache | None = None
+    rotation: Tensor | None = None
+    modulation: Tensor | None = None
+
+
+ALONE = Context()
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head self-attention in which a token sees itself and the tokens before it."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.key = nn.Linear(config.n_embd, config.n_embd)
+        self.query = nn.Linear(config.n_embd, config.n_embd)
+        self.value = nn.Linear(config.n_embd, config.n_embd)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_drop = nn.Dropout(config.resid_pdrop)
+        self.q_norm = nn.RMSNorm(config.head_channels) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_channels) if config.qk_norm else None
+        self.n_head = config.n_head
+        self.attn_pdrop = config.attn_pdrop
+        self.n_unmasked = config.n_unmasked
+        self.layer = layer
+
+    def forward(self, x: Tensor, context: Context = ALONE) -> Tensor:
+        """Mix tokens (B, L, C), which follow the P cached ones."""
+        q, k, v = (
+            rearrange(project(x), "b l (n c) -> b n l c", n=self.n_head)
+            for project in (self.query, self.key, self.value)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q.float()), self.k_norm(k.float())
+        if context.rotation is not None:
+            q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+        q, k, past = q.type_as(v), k.type_as(v), 0
+        if context.cache is not None:
+            past = context.cache.length
+            k, v = context.cache.extend(self.layer, k, v)
+        mask = self._mask(q.shape[2], past, x.device)
+        mixed = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and q.shape[2] > 1,
+            dropout_p=self.attn_pdrop if self.training else 0.0,
+        )
+        return self.resid_drop(self.proj(rearrange(mixed, "b n l c -> b l (n c)")))
+
+    def _mask(self, length: int, past: int, device: torch.device) -> Tensor | None:
+        """Who sees whom, (L, P + L) bool; None for plain causal order or a single new token."""
+        if length == 1 or (past == 0 and self.n_unmasked == 0):
+            return None
+        row = torch.arange(past, past + length, device=device)[:, None]
+        column = torch.arange(past + length, device=device)
+        both_first = (row < self.n_unmasked) & (column < self.n_unmasked)
+        return (column <= row) | both_first
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The original stored its causal mask; here it follows from the positions.
+        state_dict.pop(prefix + "mask", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SwiGLU(nn.Module):
+    """Gated hidden layer (arXiv:2002.05202) with about the parameters of one of 4 C units."""
+
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        hidden = -(-8 * n_embd // 3 // 8) * 8  # two thirds of 4 C, in eights
+        self.gate = nn.Linear(n_embd, hidden)
+        self.value = nn.Linear(n_embd, hidden)
+        self.proj = nn.Linear(hidden, n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (B, L, C) to the same shape."""
+        return self.proj(F.silu(self.gate(x)) * self.value(x))
+
+
+class AdaptiveBranches(nn.Module):
+    """Scales, shifts and gates the two branches of a block."""
+
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.zeros(6, n_embd))
+
+    def forward(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """Turn (B, 6, C) for all blocks into scale, shift, gate of each branch, (B, 1, C)."""
+        return (self.own + modulation)[:, :, None].unbind(1)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        norm = nn.RMSNorm if config.rms_norm else nn.LayerNorm
+        self.ln1 = norm(config.n_embd)
+        self.ln2 = norm(config.n_embd)
+        self.attn = CausalSelfAttention(config, layer)
+        hidden: list[nn.Module] = (
+            [SwiGLU(config.n_embd)]
+            if config.swiglu
+            else [
+                nn.Linear(config.n_embd, 4 * config.n_embd),
+                nn.GELU(),
+                nn.Linear(4 * config.n_embd, config.n_embd),
+            ]
+        )
+        self.mlp = nn.Sequential(*hidden, nn.Dropout(config.resid_pdrop))
+        self.adapt = AdaptiveBranches(config.n_embd) if config.adaptive_norm else None
+
+    def forward(self, x: Tensor, context: Context = ALONE) -> Tensor:
+        """Transform tokens (B, L, C)."""
+        if self.adapt is None:
+            x = x + self.attn(self.ln1(x), context)
+            return x + self.mlp(self.ln2(x))
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.adapt(context.modulation)
+        x = x + gate1 * self.attn(self.ln1(x) * (1 + scale1) + shift1, context)
+        return x + gate2 * self.mlp(self.ln2(x) * (1 + scale2) + shift2)
+
+
+class SiteEmbedding(nn.Module):
+    """Sum of learned vectors for the row, the column and the depth of a token's place."""
+
+    def __init__(self, shape: tuple[int, int, int], n_embd: int) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.tables = nn.ModuleList(nn.Embedding(size, n_embd) for size in shape)
+
+    def forward(self, sites: Tensor) -> Tensor:
+        """Embed places (B, L, 3) int64 as (B, L, C)."""
+        return sum(
+            (table(axis) for table, axis in zip(self.tables, sites.unbind(-1), strict=True)),
+            start=torch.zeros((), device=sites.device),
+        )

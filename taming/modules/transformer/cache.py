@@ -1,0 +1,56 @@
+"""Keys and values of the tokens that a transformer has read, so that it reads each only once.
+
+Axis letters: B sequences, L tokens, P cached tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens so far, in memory that is taken once.
+
+    Attributes:
+        size: Most tokens that fit.
+        keys: One (B, heads, size, C / heads) tensor per layer, made when its first keys come.
+        values: Likewise.
+        length: P, tokens that are in.
+        first: (B, C), the first input of each sequence, which adaptive norms look at.
+    """
+
+    size: int
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    length: int = 0
+    first: Tensor | None = None
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values (B, heads, L, C / heads) of new tokens of one layer.
+
+        Returns:
+            Those of all P + L tokens.
+        """
+        if layer == len(self.keys):
+            batch, heads, _, channels = key.shape
+            self.keys.append(key.new_empty(batch, heads, self.size, channels))
+            self.values.append(value.new_empty(batch, heads, self.size, channels))
+        end = self.length + key.shape[2]
+        self.keys[layer][:, :, self.length : end] = key
+        self.values[layer][:, :, self.length : end] = value
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all sequences but those numbered ``rows``, (R,) int64; they move to the front."""
+
+        def kept(part: Tensor) -> Tensor:
+            part[: len(rows), :, : self.length] = part[rows, :, : self.length]
+            return part[: len(rows)]
+
+        self.keys = [kept(part) for part in self.keys]
+        self.values = [kept(part) for part in self.values]
+        if self.first is not None:
+            self.first = self.first[rows]
