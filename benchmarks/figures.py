@@ -1,9 +1,10 @@
-"""Draw how a latent goes round the loop, in a plane of twelve codes.
+"""Draw how a latent goes round the loop, in a plane of sixteen codes.
 
 python benchmarks/figures.py docs/images/loop.png
 
-Left, `Attract`: steps toward the nearest code until it is within the threshold. Right, `Residual`:
-codes are added, each turn on a smaller scale, until their sum is within the threshold of z.
+`Attract` steps toward the nearest code until it is within the threshold. The others add codes until
+their sum is within the threshold of z; crosses are the codes as the second turn sees them, scaled
+by a number (`Residual`) or mapped by a matrix (`LinearResidual`), round the first code.
 """
 
 from __future__ import annotations
@@ -16,54 +17,64 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from taming.modules.vqvae.cascade import Cascade
 from taming.modules.vqvae.codebook import k_means
 from taming.modules.vqvae.rate import turns_within
-from taming.modules.vqvae.transforms import Residual
+from taming.modules.vqvae.transforms import LinearResidual, Residual
 
-STEP, MAX_LOOPS = 0.5, 6
+STEP, MAX_LOOPS, TAU, SIDE = 0.5, 4, 0.1, 2.4
 
 
-def scene() -> tuple[Tensor, Tensor]:
-    """Twelve codes fitted to a plane of latents, and one latent; (12, 2) and (1, 2)."""
+def scene() -> tuple[Tensor, Tensor, Tensor]:
+    """A cloud of latents (N, 2), sixteen codes fitted to it (16, 2), and one latent (1, 2)."""
     generator = torch.Generator().manual_seed(4)
-    latents = torch.randn(2000, 2, generator=generator)
-    return k_means(latents, latents[:12], iterations=30), torch.tensor([[1.05, 0.9]])
+    shape = torch.tensor([[0.9, 0.5], [-0.1, 0.35]])
+    latents = torch.randn(2000, 2, generator=generator) @ shape
+    return latents, k_means(latents, latents[:16], iterations=30), torch.tensor([[0.95, 0.3]])
 
 
-def draw_frame(axis: Axes, codebook: Tensor, z: Tensor, center: Tensor, tau: float) -> None:
-    """Draw the codes, the latent, and the circle in which the loop ends."""
-    axis.scatter(*codebook.T, color="0.6", s=18, label="codes")
-    axis.scatter(*z.T, color="tab:red", marker="*", s=130, zorder=4, label="latent z")
+def draw_frame(axis: Axes, latents: Tensor, codebook: Tensor, z: Tensor, center: Tensor) -> None:
+    """Draw latents and codes, the one latent, and the circle in which the loop ends."""
+    axis.scatter(*latents.T, color="0.9", s=3)
+    axis.scatter(*codebook.T, color="0.4", s=20, label="codes")
+    axis.scatter(*z.T, color="tab:red", marker="*", s=120, zorder=4, label="latent z")
     middle = (float(center[0]), float(center[1]))
-    axis.add_patch(plt.Circle(middle, tau, fill=False, linestyle=":", color="tab:red"))
+    axis.add_patch(plt.Circle(middle, TAU, fill=False, linestyle=":", color="tab:red", zorder=5))
     axis.set_aspect("equal")
-    axis.set(xticks=[], yticks=[], xlim=(-2.6, 2.6), ylim=(-2.6, 2.6))
+    axis.set(xticks=[], yticks=[], xlim=(-SIDE, SIDE), ylim=(-SIDE / 1.5, SIDE / 1.5))
 
 
-def draw_attract(axis: Axes, codebook: Tensor, z: Tensor, tau: float) -> None:
+def draw_attract(axis: Axes, latents: Tensor, codebook: Tensor, z: Tensor) -> None:
     """Steps r <- r + step (e_k - r); the circle is around the code."""
     code = codebook[(codebook - z).norm(dim=1).argmin()]
     points = [z[0]]
-    while (points[-1] - code).norm() > tau:
+    while (points[-1] - code).norm() > TAU:
         points.append(torch.lerp(points[-1], code, STEP))
-    draw_frame(axis, codebook, z, code, tau)
+    draw_frame(axis, latents, codebook, z, code)
     axis.plot(*torch.stack(points).T, "o-", color="tab:blue", markersize=4, linewidth=1.2)
-    dummies = ",".join(["D"] * (len(points) - 1) + ["A'"])
-    axis.set_title(f"Attract: {dummies} decodes to the code", fontsize=10)
+    axis.set_title("Attract: " + ",".join(["D"] * (len(points) - 1) + ["A'"]), fontsize=10)
 
 
-def draw_residual(axis: Axes, codebook: Tensor, z: Tensor, tau: float) -> None:
-    """Sums e_1, e_1 + s_0 e_2, ...; the circle is around the latent."""
-    residual = Residual(MAX_LOOPS)
-    residual.scales.copy_(0.45 ** torch.arange(MAX_LOOPS))
-    path = residual.walk(z, codebook, torch.zeros(1), MAX_LOOPS)
-    length = turns_within(path.distances, torch.tensor([tau]))
-    searches = residual.retrace(z, path.end_at(length), codebook)
-    draw_frame(axis, codebook, z, z[0], tau)
+def draw_cascade(
+    axis: Axes, latents: Tensor, codebook: Tensor, z: Tensor, transform: Cascade
+) -> None:
+    """Sums of codes; the circle is around the latent."""
+    everywhere = torch.zeros(len(latents))
+    for step in range(MAX_LOOPS + 100):
+        codes = transform.walk(latents, codebook, everywhere, MAX_LOOPS).codes[:, -1]
+        searches = transform.retrace(latents, codes, codebook)
+        update = transform.start if step < MAX_LOOPS else transform.learn
+        update(latents, searches, codebook)
+    path = transform.walk(z, codebook, torch.zeros(1), MAX_LOOPS)
+    length = turns_within(path.distances, torch.tensor([TAU]))
+    searches = transform.retrace(z, path.end_at(length), codebook)
+    draw_frame(axis, latents, codebook, z, z[0])
+    seen = searches.approximations[0] + transform.see(codebook, 1)
+    axis.scatter(*seen.T, color="tab:orange", marker="x", s=14, label="codes in turn 2")
     sums = torch.cat([torch.zeros(1, 2), searches.approximations])
     axis.plot(*sums.T, "o-", color="tab:blue", markersize=4, linewidth=1.2)
     codes = ",".join(f"A{turn + 1}" for turn in range(int(length)))
-    axis.set_title(f"Residual: {codes} decodes to the end of the path", fontsize=10)
+    axis.set_title(f"{type(transform).__name__}: {codes}", fontsize=10)
 
 
 def main() -> None:
@@ -74,13 +85,13 @@ def main() -> None:
     parser.add_argument("file", help="picture to write")
     options = parser.parse_args()
     matplotlib.use("agg")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.6))
-    codebook, z = scene()
-    draw_attract(left, codebook, z, tau=0.12)
-    draw_residual(right, codebook, z, tau=0.12)
-    left.legend(loc="lower left", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(options.file, dpi=110)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3), layout="constrained")
+    latents, codebook, z = scene()
+    draw_attract(axes[0], latents, codebook, z)
+    draw_cascade(axes[1], latents, codebook, z, Residual(MAX_LOOPS))
+    draw_cascade(axes[2], latents, codebook, z, LinearResidual(MAX_LOOPS, 2))
+    axes[2].legend(loc="lower right", fontsize=7)
+    figure.savefig(options.file, dpi=100)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ from race.training import first, loader, prior_bits, trained_tokenizer
 from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
+from taming.modules.vqvae.cascade import Cascade
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
-from taming.modules.vqvae.transforms import Residual
 from taming.script import run
 
 logger = logging.getLogger("taming.benchmark")
@@ -78,7 +78,7 @@ def race(plan: Plan, name: str, seed: int, options: argparse.Namespace) -> list[
     still = first(images_of(options.train, "train", size, train=False), plan.calibration_images)
     model = trained_tokenizer(plan, contender, seed, train, options.outdir, options.precision)
     if contender.beam is not None:
-        assert isinstance(model.quantize.transform, Residual)
+        assert isinstance(model.quantize.transform, Cascade)
         model.quantize.transform.beam = contender.beam  # costs nothing in training
 
     def batches(data: Any) -> list[torch.Tensor]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from taming.experiment import data_from_run, model_from_run
 from taming.models.vqgan import VQModel
+from taming.models.vqvae2 import VQVAE2
 from taming.script import choose_device, run
 from taming.trainer import quiet_lightning
 
@@ -73,7 +74,7 @@ def main() -> None:
     for name, value in sorted(metrics.items()):
         logger.info("%-30s %.4f", name, value)
     metrics["histograms"] = keep.histograms
-    if isinstance(model, VQModel):
+    if isinstance(model, VQModel) and not isinstance(model, VQVAE2):  # its levels have sequences
         metrics["tokens_per_image"] = tokens_per_image(model.to(device).eval(), data)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(metrics, indent=2))

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -112,7 +113,8 @@ def choose_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Choose how several processes train together.
 
     Frozen stages and a GAN's two optimizers leave parameters without gradient, which plain DDP
-    does not survive, so DDP always looks for unused parameters. On CPUs it talks through gloo.
+    does not survive, so DDP always looks for unused parameters. It talks through gloo on CPUs, and
+    on GPUs where there is no NCCL, such as on Windows.
 
     Args:
         arguments: Trainer arguments.
@@ -128,7 +130,10 @@ def choose_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:
     several = devices * arguments.get("num_nodes", 1) > 1
     if strategy == "ddp" or (strategy == "auto" and several):
         logger.info("strategy %s: DDP that allows parameters without gradient", strategy)
-        return {"strategy": "ddp_find_unused_parameters_true"}
+        if torch.distributed.is_nccl_available():
+            return {"strategy": "ddp_find_unused_parameters_true"}
+        gloo = DDPStrategy(find_unused_parameters=True, process_group_backend="gloo")
+        return {"strategy": gloo}
     return {}
 
 

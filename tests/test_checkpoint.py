@@ -4,11 +4,10 @@ import copy
 import logging
 import pickle
 import shutil
-import sys
-import types
 
 import pytest
 import torch
+from lightning1 import save_as_lightning_1
 from tiny import DDCONFIG, GAN, GPT, PLAIN, images, trainer
 from tiny_runs import run_main
 from torch import nn
@@ -40,21 +39,6 @@ def test_reads_back_what_torch_saved(path):
     found = load_checkpoint(path)
     assert torch.equal(found["state_dict"].pop("w"), torch.arange(3))
     assert found == {"state_dict": {}, "epoch": 2, "hyper": {"lr": [0.1, "x"]}}
-
-
-def save_as_lightning_1(path, content):
-    """Write a checkpoint as Lightning 1.0 did: a callback's class is the key of its state."""
-    name = "pytorch_lightning.callbacks.model_checkpoint"
-    callback = type("ModelCheckpoint", (), {"__module__": name})
-    module = types.ModuleType(name)
-    module.ModelCheckpoint = callback
-    state = {"monitor": "val/rec_loss", "best_model_score": torch.tensor(0.3)}
-    state |= {"best_model_path": "a", "current_score": torch.tensor(0.4), "dirpath": "b"}
-    with pytest.MonkeyPatch.context() as patch:
-        for package in ("pytorch_lightning", "pytorch_lightning.callbacks"):
-            patch.setitem(sys.modules, package, types.ModuleType(package))
-        patch.setitem(sys.modules, name, module)
-        torch.save({"callbacks": {callback: state}, **content}, path)
 
 
 def test_reads_checkpoints_of_lightning_1(path):

@@ -99,6 +99,7 @@ def test_help_lists_every_flag_and_hides_old_ones(capsys):
     for name in set(inspect.signature(pl.Trainer).parameters) - {"callbacks", "plugins"}:
         assert f"--{name}" in text
     assert "--distributed_backend" not in text
+    assert "in PowerShell, quote a value with a comma" in " ".join(text.split())
 
 
 def test_numbers_of_the_trainer_are_numbers() -> None:

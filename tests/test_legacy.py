@@ -68,14 +68,17 @@ def test_gone_backends_are_refused():
         translate(distributed_backend="dp")
 
 
-def test_targets_anywhere():
+def test_targets_anywhere(caplog):
+    caplog.set_level("INFO")
     old = {
         "a": [{"target": "pytorch_lightning.loggers.TestTubeLogger"}],
         "b": {"target": "pytorch_lightning.callbacks.EarlyStopping", "params": {"monitor": "x"}},
         "c": {"target": "taming.models.vqgan.VQModel"},
+        "d": {"target": "cutlit.DataModuleFromConfig"},
     }
     new = modernize(old)
     assert new["a"][0]["target"] == "lightning.pytorch.loggers.TensorBoardLogger"
     assert new["b"]["target"] == "lightning.pytorch.callbacks.EarlyStopping"
-    assert new["c"] == old["c"]
+    assert new["c"] == old["c"] and new["d"]["target"] == "main.DataModuleFromConfig"
+    assert "TestTubeLogger becomes lightning.pytorch.loggers.TensorBoardLogger" in caplog.text
     assert old["a"][0]["target"].startswith("pytorch_lightning")

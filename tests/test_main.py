@@ -91,7 +91,7 @@ def test_a_run_leaves_what_it_promises(folder):
     assert last(run)["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.02)
 
 
-def test_resume_continues_and_keeps_the_best_three(folder):
+def test_resume_continues_and_keeps_the_best_three(folder, caplog):
     program.main(["-b", "toy.yaml", "-t", "-n", "a", *CPU])
     run = only_run()
     program.main(["-r", str(run), "-t", "--max_epochs", "3"])
@@ -99,6 +99,7 @@ def test_resume_continues_and_keeps_the_best_three(folder):
     assert only_run() == run and last(run)["global_step"] == 20
     assert len(list(run.glob("checkpoints/epoch=*"))) == 3
     assert len(list(run.glob("configs/*-project.yaml"))) == 3
+    assert "optimizers keep the learning rates stored there" in caplog.text
 
 
 def test_resume_from_checkpoint_in_a_new_run(folder):

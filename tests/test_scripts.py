@@ -1,11 +1,9 @@
 """What scripts write, for a tokenizer and priors of two steps of training."""
 
 import base64
-import importlib
 import io
 import json
 import math
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,36 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
-from tiny_runs import TinyRuns
+from programs import call, fails, pixels
+from tiny_runs import CONFIGS, TRAINER, TinyRuns, run_main
 
+from taming.data.tokens import TokenCache
+from taming.experiment import data_from_run, model_from_run
 from taming.models.cond_transformer import Net2NetTransformer
-from taming.script import run
+from taming.models.sampling import sample_images
 
 SIDE, TURNS, PIXELS = 4, 5, 16  # of the demo's models at tiny sizes
 GAP = 2  # pixels around every picture of a grid
-
-
-def call(script: str, *argv: Any) -> None:
-    """Run a script of ``scripts/`` as from the command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, argv)])
-        importlib.import_module(f"scripts.{script}").main()
-
-
-def fails(capsys: pytest.CaptureFixture[str], script: str, *argv: Any) -> str:
-    """Return the one line that a script ends with."""
-    with pytest.raises(SystemExit) as stop:
-        run(lambda: call(script, *argv))
-    assert stop.value.code == 2
-    error = capsys.readouterr().err.rpartition("error: ")[2]
-    assert error.count("\n") == 1
-    return error
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture)
 
 
 def tiles(path: Path, count: int) -> list[np.ndarray]:
@@ -136,8 +116,10 @@ def test_reconstructions(
         turns = values["turns"]
         assert values["size"] == [width, height]
         assert values["sites"] == sum(turns) == width * height // 16
-        assert values["tokens"] == sum(min(n + 1, TURNS) * c for n, c in enumerate(turns, 1))
-        assert values["bits"] == pytest.approx(values["tokens"] * math.log2(17))
+        assert values["tokens"] == sum(n * c for n, c in enumerate(turns, 1))
+        written = sum(min(n + 1, TURNS) * c for n, c in enumerate(turns, 1))  # with every end
+        assert values["sequence_length"] == written
+        assert values["bits"] == pytest.approx(written * math.log2(17))
         mean = sum(n * count for n, count in enumerate(turns, 1)) / sum(turns)
         assert values["turns_per_site"] == pytest.approx(mean)
         assert math.isfinite(values["psnr"])
@@ -156,9 +138,9 @@ def test_reconstructions_of_a_tokenizer_without_a_loop(
 def test_samples_follow_from_the_seed(prior: Path, tmp_path: Path) -> None:
     names = ["000000.png", "000001.png", "000002.png", "grid.png"]
     pictures = {}
-    for folder, seed in (("first", 5), ("again", 5), ("other", 6)):
+    for folder, seed, batch in (("first", 5, 2), ("again", 5, 3), ("other", 6, 2)):
         out = tmp_path / folder
-        call("sample", "-r", prior, "-n", 3, "--batch_size", 2, "-s", seed, "-o", out)
+        call("sample", "-r", prior, "-n", 3, "--batch_size", batch, "-s", seed, "-o", out)
         assert sorted(path.name for path in out.iterdir()) == names
         pictures[folder] = [(out / name).read_bytes() for name in names]
     assert pictures["first"] == pictures["again"] != pictures["other"]
@@ -167,12 +149,20 @@ def test_samples_follow_from_the_seed(prior: Path, tmp_path: Path) -> None:
         assert (one == tile).all()
 
 
-def test_samples_of_classes(tiny_runs: TinyRuns, tmp_path: Path) -> None:
-    run = tiny_runs.class_conditional()
+@pytest.mark.parametrize("kind", ["transformer", "pixelcnn"])
+def test_samples_of_classes(kind: str, tiny_runs: TinyRuns, tmp_path: Path) -> None:
+    pixelcnn = kind == "pixelcnn"
+    run = tiny_runs.of("pixelcnn_cifar10.yaml") if pixelcnn else tiny_runs.class_conditional()
     call("sample", "-r", run, "-n", 2, "--classes", "3,7", "--top_k", 9, "-o", tmp_path)
     names = sorted(path.name for path in tmp_path.glob("0*.png"))
     assert names == [f"00000{i}_class{c}.png" for i, c in enumerate((3, 3, 7, 7))]
     assert len(tiles(tmp_path / "grid.png", 4)) == 4
+
+
+def test_samples_larger_than_the_trained_grid(prior: Path, tmp_path: Path) -> None:
+    call("sample", "-r", prior, "-n", 1, "--grid", "5,7", "-o", tmp_path)
+    site = PIXELS // SIDE
+    assert pixels(tmp_path / "000000.png").shape == (5 * site, 7 * site, 3)
 
 
 @pytest.mark.parametrize("rows", [0, 2, 4])
@@ -181,31 +171,72 @@ def test_a_completion_keeps_what_is_known(
 ) -> None:
     seen = {}
 
-    def encode(self: Net2NetTransformer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        seen["given"] = encode_to_z(self, x)
-        return seen["given"]
+    def draw(
+        model: Net2NetTransformer, condition: Any, codes: torch.Tensor, *options: Any
+    ) -> torch.Tensor:
+        seen["given"] = codes.clone()
+        images = sample_images(model, condition, codes, *options)
+        seen["drawn"] = codes
+        return images
 
-    def decode(self: Net2NetTransformer, index: torch.Tensor, zshape: Any) -> torch.Tensor:
-        seen["codes"] = self.sequence.decode(index, zshape[2:])
-        seen["given codes"] = self.sequence.decode(seen["given"][1], zshape[2:])
-        return decode_to_img(self, index, zshape)
-
-    encode_to_z, decode_to_img = Net2NetTransformer.encode_to_z, Net2NetTransformer.decode_to_img
-    monkeypatch.setattr(Net2NetTransformer, "encode_to_z", encode)
-    monkeypatch.setattr(Net2NetTransformer, "decode_to_img", decode)
+    monkeypatch.setattr("scripts.sample.sample_images", draw)
     known = ("--known", rows / SIDE)
     call("sample", "-r", prior, "--complete", photo, "-n", 3, *known, "-o", tmp_path)
 
-    codes, given = seen["codes"], seen["given codes"]
-    assert codes.shape == (3, SIDE, SIDE, TURNS)
-    assert (codes[:, :rows] == given[:, :rows]).all()
+    drawn, given = seen["drawn"], seen["given"]
+    assert drawn.shape == (3, SIDE, SIDE, TURNS)
+    assert (drawn[:, :rows] == given[:, :rows]).all()
     if rows < SIDE:
-        assert not (codes[:, rows:] == given[:, rows:]).all()
+        assert not (drawn[:, rows:] == given[:, rows:]).all()
     picture, shown, *completed = tiles(tmp_path / "0_completed.png", 2 + 3)
     limit = rows * PIXELS // SIDE
     assert (shown[:limit] == picture[:limit]).all() and (shown[limit:] == 255).all()
     if rows == SIDE:
         assert all((image == completed[0]).all() for image in completed)
+
+
+def test_a_mask_says_what_is_known(prior: Path, photo: Path, tmp_path: Path) -> None:
+    known = np.zeros((SIDE, SIDE), np.uint8)
+    known[1:3, 2:] = 255
+    Image.fromarray(known).resize((40, 40), Image.Resampling.NEAREST).save(tmp_path / "mask.png")
+    call("sample", "-r", prior, "--complete", photo, "-n", 2, "--mask", "mask.png", "-o", "out")
+    picture, shown, *_ = tiles(tmp_path / "out/0_completed.png", 2 + 2)
+    inside = known.repeat(PIXELS // SIDE, 0).repeat(PIXELS // SIDE, 1) > 0
+    assert (shown[inside] == picture[inside]).all() and (shown[~inside] == 255).all()
+
+
+def test_tokens_are_computed_once(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("encode", "-r", tokenizer, "-o", "cache", "--passes", 2)
+    train, validation = (TokenCache(str(tmp_path / "cache" / s)) for s in ("train", "validation"))
+    assert (len(train), len(validation)) == (2 * 8, 4)
+    model, images = model_from_run(tokenizer), data_from_run(tokenizer).datasets["validation"]
+    for cached, item in zip(validation, images, strict=True):
+        x = torch.from_numpy(item["image"]).permute(2, 0, 1)[None]
+        tokens, _ = model.quantize.sequence.encode(model.encode(x).info.indices)
+        assert cached["tokens"][cached["tokens"] >= 0].tolist() == tokens[0].tolist()
+        assert cached["grid"].tolist() == [SIDE, SIDE] and cached["pixels"] == PIXELS**2
+    error = fails(capsys, "encode", "-r", tokenizer, "-o", "cache")
+    assert "already holds a token cache" in error
+
+
+def test_a_prior_trains_from_cached_tokens(
+    tokenizer: Path, tiny_runs: TinyRuns, tmp_path: Path
+) -> None:
+    call("encode", "-r", tokenizer, "-o", "cache")
+    config: Any = OmegaConf.load(CONFIGS / "demo/loopy_transformer.yaml")
+    for split in ("train", "validation"):
+        params = {"path": str(tmp_path / "cache" / split)}
+        config.data.params[split] = {"target": "taming.data.tokens.TokenCache", "params": params}
+    OmegaConf.save(config, "cached.yaml")
+    sizes = [o for o in tiny_runs.overrides["demo/loopy_transformer.yaml"] if "data." not in o]
+    stage = f"model.params.first_stage_config.params.run={tokenizer}"
+    start = ("-b", "cached.yaml", "-t", "-n", "cached", "--max_steps=2")
+    run_main(tmp_path, *start, *TRAINER, *sizes, stage)
+    (run,) = (tmp_path / "logs").glob("*_cached")
+    assert list(run.glob("images/val/samples_half_*.png"))
+    assert model_from_run(run).first_stage_key == "image"  # and goes on from images, if need be
 
 
 class Sources(HTMLParser):
@@ -292,7 +323,6 @@ def test_models_are_not_mixed_up(
         (["--known", "1.5"], "--known must be in [0, 1], got 1.5"),
         (["--grid", "4x4"], "--grid expects rows,columns such as 16,16, got '4x4'"),
         (["--grid", "0,4"], "--grid expects rows,columns such as 16,16, got '0,4'"),
-        (["--grid", "4,9"], "--grid 4,9: this prior knows at most 4x4 sites"),
         (["--temperature", "-1"], "temperature"),
         (["--top_p", "2"], "top_p"),
         (["--complete", "nowhere.png"], "there is no image or folder nowhere.png"),
@@ -309,8 +339,8 @@ def test_mistakes_about_samples(
     [
         ([], "class-conditional: give --classes, such as 3,7"),
         (["--complete", "x.png"], "--complete needs an unconditional prior"),
-        (["--classes", "cat"], "--classes expects labels such as 3,7, got 'cat'"),
-        (["--classes", "3,10"], "--classes: this prior knows the labels 0 to 9, got 10"),
+        (["--classes", "cat"], "expected class labels such as 3,7, got 'cat'"),
+        (["--classes", "3,10"], "there is no class 10: this prior knows the labels 0 to 9"),
     ],
 )
 def test_mistakes_about_classes(

@@ -42,7 +42,16 @@ def build(run, model=None, **lightning):
 )
 def test_strategy(monkeypatch, arguments, strategy):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
     assert building.choose_strategy(arguments).get("strategy") == strategy
+
+
+def test_gpus_without_nccl_talk_through_gloo(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
+    strategy = building.choose_strategy({"accelerator": "gpu", "devices": 2})["strategy"]
+    assert strategy.process_group_backend == "gloo"
+    assert strategy._ddp_kwargs == {"find_unused_parameters": True}
 
 
 @pytest.mark.parametrize(

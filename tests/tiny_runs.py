@@ -10,17 +10,39 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from omegaconf import OmegaConf
+from conftest import SHARED
+from miniatures import write_coco, write_faces, write_imagenet
 from PIL import Image
 
 import main as program
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TOKENIZER_OF = {
+    "cifar10_transformer.yaml": "cifar10_loopy.yaml",
     "loopy_transformer.yaml": "loopy_vqgan.yaml",
     "demo/loopy_transformer.yaml": "demo/loopy_vqgan.yaml",
     "custom_transformer.yaml": "custom_vqgan.yaml",
+    "imagenet_transformer.yaml": "imagenet_vqgan.yaml",
+    "sflckr_transformer.yaml": "custom_vqgan.yaml",
+    "pixelcnn_cifar10.yaml": "cifar10_loopy.yaml",
+    "vqvae2_bottom_prior.yaml": "vqvae2_cifar10.yaml",
+    "vqvae2_top_prior.yaml": "vqvae2_cifar10.yaml",
+    # The original's name a checkpoint instead of a run.
+    "coco_scene_images_transformer.yaml": "imagenet_vqgan.yaml",
+    "drin_transformer.yaml": "imagenet_vqgan.yaml",
+    "faceshq_transformer.yaml": "faceshq_vqgan.yaml",
+    "open_images_scene_images_transformer.yaml": "imagenet_vqgan.yaml",
 }
+CONDITION_OF = {
+    "drin_transformer.yaml": "imagenetdepth_vqgan.yaml",
+    "sflckr_transformer.yaml": "sflckr_cond_stage.yaml",
+}
+ORIGINALS = [
+    *("coco_cond_stage.yaml", "sflckr_cond_stage.yaml", "custom_vqgan.yaml", "faceshq_vqgan.yaml"),
+    *("imagenet_vqgan.yaml", "imagenetdepth_vqgan.yaml", "drin_transformer.yaml"),
+    *("faceshq_transformer.yaml", "coco_scene_images_transformer.yaml"),
+    "open_images_scene_images_transformer.yaml",
+]
 TRAINER = [
     *("--accelerator", "cpu", "--devices", "1"),
     *("--limit_train_batches", "2", "--limit_val_batches", "1"),
@@ -30,39 +52,63 @@ TRAINER = [
     "data.params.batch_size=2",
     "data.params.num_workers=0",
 ]
-LOOPY = [f"model.params.quantizer_config.params.{size}" for size in ("n_e=16", "e_dim=8")]
+CODEBOOK = [f"model.params.quantizer_config.params.{size}" for size in ("n_e=16", "e_dim=8")]
+LOOPY = [*CODEBOOK, "model.params.quantizer_config.params.transform_config.params.e_dim=8"]
 GAN = [
     f"model.params.lossconfig.params.{item}"
     for item in ("perceptual_weight=0.0", "disc_ndf=8", "disc_start=1")
 ]
+STACKS = [f"model.params.stacks_config.params.{size}" for size in ("channels=8", "layers=2")]
+LEVELS = [
+    f"model.params.quantizer_config.params.{item}"
+    for item in (
+        *(
+            f"quantizers.{n}.params.{size}"
+            for n in ("top", "bottom")
+            for size in ("n_e=8", "e_dim=4")
+        ),
+        *("ddconfig.ch=32", "ddconfig.resolution=4", "ddconfig.num_res_blocks=1"),
+    )
+]
 PHOTOS = ["data.params.train.params.length=8", "data.params.validation.params.length=4"]
 
 
-def tokenizer(size: int, levels: int) -> list[str]:
+def vqmodel(size: int, levels: int, path: str = "model") -> list[str]:
     """A VQModel of 16 codes for images of ``size`` pixels, f = 2^(levels - 1)."""
     sizes = ["ch=32", f"ch_mult={[1] * levels}", "num_res_blocks=1", "attn_resolutions=[]"]
+    sizes += ["z_channels=8", f"resolution={size}"]
     return [
-        *(f"model.params.ddconfig.{item}" for item in (*sizes, "z_channels=8")),
-        *(f"model.params.{item}" for item in ("n_embed=16", "embed_dim=8")),
-        f"model.params.ddconfig.resolution={size}",
-        *pixels(size),
+        *(f"{path}.params.ddconfig.{item}" for item in sizes),
+        *(f"{path}.params.{item}" for item in ("n_embed=16", "embed_dim=8")),
     ]
+
+
+def tokenizer(size: int, levels: int) -> list[str]:
+    """A VQModel and images of its size."""
+    return [*vqmodel(size, levels), *pixels(size)]
 
 
 def prior(size: int, side: int, vocab_size: int, turns: int) -> list[str]:
     """A GPT for ``side`` x ``side`` sites of up to ``turns`` tokens."""
     shape = [side, side, turns]
     sizes = [f"vocab_size={vocab_size}", f"block_size={side**2 * turns + 1}", f"site_shape={shape}"]
-    return [
-        *(f"model.params.transformer_config.params.{item}" for item in sizes),
-        *(f"model.params.transformer_config.params.{n}" for n in ("n_layer=1", "n_head=2")),
-        "model.params.transformer_config.params.n_embd=8",
-        *pixels(size),
-    ]
+    return [*gpt(*sizes), *pixels(size)]
 
 
-def pixels(size: int) -> list[str]:
-    return [f"data.params.{split}.params.size={size}" for split in ("train", "validation")]
+def gpt(*sizes: str) -> list[str]:
+    """A GPT of one layer."""
+    path = "model.params.transformer_config.params"
+    return [f"{path}.{item}" for item in (*sizes, "n_layer=1", "n_head=2", "n_embd=8")]
+
+
+def pixels(size: int, *names: str) -> list[str]:
+    """Sizes of the images, under other names than ``size`` if given."""
+    return both(*(f"{name}={size}" for name in names or ("size",)))
+
+
+def both(*items: str) -> list[str]:
+    """Parameters of both data sets."""
+    return [f"data.params.{s}.params.{item}" for s in ("train", "validation") for item in items]
 
 
 def shipped() -> list[str]:
@@ -76,38 +122,99 @@ def overrides(data: Path) -> dict[str, list[str]]:
         f"data.params.train.params.training_images_list_file={data / 'list.txt'}",
         f"data.params.validation.params.test_images_list_file={data / 'list.txt'}",
     ]
-    splits = ("train", "validation")
-    folder = [f"data.params.{split}.params.root={data / 'images'}" for split in splits]
-    folder += [f"data.params.{split}.params.validation_fraction=0.5" for split in splits]
-    parquet = [f"data.params.{split}.params.path={data / 'images.parquet'}" for split in splits]
-    return {
+    folder = both(f"root={data / 'images'}", "validation_fraction=0.5")
+    parquet = both(f"path={data / 'images.parquet'}")
+    return originals() | {
         "cifar10_loopy.yaml": [*tokenizer(16, 3), *LOOPY, *parquet],
+        "cifar10_transformer.yaml": [*prior(16, 4, 17, 6), *parquet],
         "custom_loopy_vqgan.yaml": [*tokenizer(32, 5), *LOOPY, *GAN, *folder],
         "custom_transformer.yaml": [*prior(32, 2, 16, 1), *lists],
         "custom_vqgan.yaml": [*tokenizer(32, 5), *GAN, *lists],
         "demo/loopy_transformer.yaml": [*prior(16, 4, 17, 5), *PHOTOS],
         "demo/loopy_vqgan.yaml": [*tokenizer(16, 3), *LOOPY, *GAN, *PHOTOS],
+        "imagenet_gumbel_vqgan.yaml": [*vqmodel(32, 4), *GAN, *pixels(32, "config.size")],
+        "imagenet_transformer.yaml": [
+            *gpt("vocab_size=1000", "block_size=5", "site_shape=[2,2,1]"),
+            *pixels(32, "config.size"),
+        ],
         "loopy_transformer.yaml": [*prior(32, 4, 17, 6), *PHOTOS],
         "loopy_vqgan.yaml": [*tokenizer(32, 4), *LOOPY, *GAN, *PHOTOS],
+        "pixelcnn_cifar10.yaml": [*STACKS, *pixels(16), *parquet],
+        "vqvae2_bottom_prior.yaml": [*prior(16, 4, 9, 1), *gpt("block_size=20"), *parquet],
+        "vqvae2_cifar10.yaml": [*tokenizer(16, 3), *LEVELS, *parquet],
+        "vqvae2_top_prior.yaml": [*prior(16, 2, 9, 1), *parquet],
+        "vqvae_cifar10.yaml": [*tokenizer(16, 3), *CODEBOOK, *parquet],
+        "vqvae_mnist.yaml": [*tokenizer(16, 3), *CODEBOOK, *parquet],
+        "vqvae_single_code.yaml": [*tokenizer(32, 6), *CODEBOOK, *parquet],
     }
 
 
+def originals() -> dict[str, list[str]]:
+    """The same for the original's data sets, at 32 pixels and 2 x 2 sites."""
+    first, condition = (f"model.params.{stage}_stage_config" for stage in ("first", "cond"))
+    examples = SHARED / "data/taming"
+    scenes = [
+        *vqmodel(32, 5, first),
+        *gpt("block_size=96"),
+        *pixels(32, "target_image_size"),
+    ]
+    return {
+        "coco_cond_stage.yaml": [*vqmodel(32, 5), *pixels(32, "size", "crop_size")],
+        "coco_scene_images_transformer.yaml": [
+            *scenes,
+            *both(f"data_path={examples / 'coco_annotations_100'}"),
+        ],
+        "drin_transformer.yaml": [
+            *vqmodel(32, 5, first),
+            *vqmodel(32, 5, condition),
+            *gpt("vocab_size=16", "block_size=8"),
+            *pixels(32),
+        ],
+        "faceshq_transformer.yaml": [
+            *vqmodel(32, 5, first),
+            f"{condition}.params.n_embed=16",
+            *gpt("vocab_size=16", "block_size=8"),
+            *pixels(32, "size", "crop_size"),
+        ],
+        "faceshq_vqgan.yaml": [*vqmodel(32, 5), *GAN, *pixels(32, "size", "crop_size")],
+        "imagenet_vqgan.yaml": [*vqmodel(32, 5), *GAN, *pixels(32, "config.size")],
+        "imagenetdepth_vqgan.yaml": [*vqmodel(32, 5), *GAN, *pixels(32)],
+        "open_images_scene_images_transformer.yaml": [
+            *scenes,
+            *both(f"data_path={examples / 'open_images_annotations_100'}"),
+        ],
+        "sflckr_cond_stage.yaml": [*vqmodel(32, 5), *pixels(32), *both(f"root={examples}")],
+        "sflckr_transformer.yaml": [
+            *gpt("vocab_size=16", "block_size=8", "site_shape=[2,2,1]"),
+            *pixels(32),
+            *both(f"root={examples}"),
+        ],
+    }
+
+
+def picture(number: int) -> Image.Image:
+    """A smooth picture of 48x40 pixels, the same for the same number."""
+    coarse = np.random.default_rng(number).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC)
+
+
 def write_data(folder: Path) -> None:
-    """Write ``images/``, a ``list.txt`` of them, and an ``images.parquet`` with ten classes."""
+    """Write ``images/``, a ``list.txt`` of them, an ``images.parquet``, and the originals' data."""
     (folder / "images").mkdir(parents=True)
-    generator = np.random.default_rng(0)
     paths, rows = [], []
     for number in range(12):
-        coarse = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC)
+        image = picture(number)
         paths.append(folder / "images" / f"{number}.png")
-        picture.save(paths[-1])
+        image.save(paths[-1])
         buffer = io.BytesIO()
-        picture.resize((32, 32)).save(buffer, "PNG")
+        image.resize((32, 32)).save(buffer, "PNG")
         rows.append({"bytes": buffer.getvalue(), "path": paths[-1].name})
     (folder / "list.txt").write_text("\n".join(map(str, paths)))
-    table = pa.table({"img": rows, "label": [number % 10 for number in range(12)]})
+    table = pa.table({"img": rows, "image": rows, "label": [number % 10 for number in range(12)]})
     pq.write_table(table, folder / "images.parquet")
+    write_imagenet(folder)
+    write_faces(folder)
+    write_coco(folder, number=4)
 
 
 def run_main(folder: Path, *argv: str | Path) -> None:
@@ -124,45 +231,47 @@ class TinyRuns:
 
     Args:
         folder: Where data and logs go.
+
+    Attributes:
+        data: What TAMING_DATA is for the original's configurations.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.overrides = overrides(folder / "data")
+        self.data = folder / "data"
+        self.overrides = overrides(self.data)
         self.runs: dict[str, Path] = {}
-        write_data(folder / "data")
+        write_data(self.data)
 
     def of(self, name: str) -> Path:
         """Run of a shipped configuration."""
         if name not in self.runs:
-            first_stage = self.first_stage(TOKENIZER_OF[name]) if name in TOKENIZER_OF else []
-            arguments = [*self.overrides[name], *first_stage]
+            arguments = [*self.overrides[name], *self._stages(name)]
+            if str(SHARED) in "".join(arguments) and not SHARED.is_dir():
+                pytest.skip(f"example data not found: {SHARED} does not exist")
             self.runs[name] = self._train(CONFIGS / name, arguments)
         return self.runs[name]
 
     def class_conditional(self) -> Path:
         """Run of a prior over the CIFAR-10 tokenizer's tokens, given the class."""
-        name = "class_conditional"
-        if name not in self.runs:
-            images = OmegaConf.load(CONFIGS / "cifar10_loopy.yaml")
-            config = OmegaConf.load(CONFIGS / "loopy_transformer.yaml")
-            config.data = images.data
-            config.model.params.cond_stage_key = "class_label"
-            config.model.params.cond_stage_config = {
-                "target": "taming.modules.util.Labelator",
-                "params": {"n_classes": 10},
-            }
-            OmegaConf.save(config, self.folder / f"{name}.yaml")
-            parquet = [o for o in self.overrides["cifar10_loopy.yaml"] if o.startswith("data")]
-            arguments = [*prior(16, 4, 17, 6), *parquet, *self.first_stage("cifar10_loopy.yaml")]
-            self.runs[name] = self._train(self.folder / f"{name}.yaml", arguments)
-        return self.runs[name]
+        return self.of("cifar10_transformer.yaml")
 
-    def first_stage(self, name: str) -> list[str]:
-        return [f"model.params.first_stage_config.params.run={self.of(name)}"]
+    def _stages(self, name: str) -> list[str]:
+        """What a prior finds its trained stages by."""
+        stages = {"first": TOKENIZER_OF.get(name), "cond": CONDITION_OF.get(name)}
+        paths = {
+            f"model.params.{s}_stage_config.params": self.of(r) for s, r in stages.items() if r
+        }
+        if name in ORIGINALS:
+            return [f"{k}.ckpt_path={run / 'checkpoints/last.ckpt'}" for k, run in paths.items()]
+        level = "model_config.params." if name.startswith("vqvae2") else ""
+        return [f"{key}.{level}run={run}" for key, run in paths.items()]
 
     def _train(self, config: Path, arguments: Sequence[str]) -> Path:
-        name = f"run{len(self.runs)}"
-        run_main(self.folder, "-b", config, "-t", "-n", name, "--max_steps=2", *TRAINER, *arguments)
+        name = f"run{len(list(self.folder.glob('logs/*')))}"  # also after one that failed
+        start = ("-b", config, "-t", "-n", name, "--max_steps=2")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TAMING_DATA", str(self.data))
+            run_main(self.folder, *start, *TRAINER, *arguments)
         (run,) = (self.folder / "logs").glob(f"*_{name}")
         return run

@@ -1,11 +1,13 @@
 """ImageNet and its variants, from a miniature in the layout of its folder."""
 
+import ast
 from pathlib import Path
 
 import numpy as np
 import pytest
 from miniatures import write_imagenet
 
+import taming.data
 from taming.data import imagenet_base
 from taming.data.imagenet import (
     DRINExamples,
@@ -202,3 +204,10 @@ def test_edges(root, variant):
     assert item["lr"].shape == item["image"].shape == (16, 16, 3)
     assert set(np.unique(item["lr"])) == {0, 1}
     assert (item["lr"][..., :1] == item["lr"]).all()
+
+
+def test_scikit_image_is_imported_only_where_edges_are_found():
+    for file in Path(taming.data.__path__[0]).rglob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert "skimage" not in ast.unparse(node), file

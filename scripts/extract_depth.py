@@ -1,0 +1,81 @@
+"""Estimate depth maps of ImageNet with MiDaS, for data sets and configurations with depth.
+
+python scripts/extract_depth.py
+python scripts/extract_depth.py --root /data --outdir /data/imagenet_depth --splits val
+
+Writes <outdir>/{val,train}/<synset>/<name>.png: float32, stored as the bytes of an RGBA image. What
+is already there is not made again. The maps take more room than ImageNet itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from taming.data.imagenet import ImageNetTrain, ImageNetValidation
+from taming.data.roots import data_root
+from taming.script import choose_device, load_network, run, script_parser
+
+logger = logging.getLogger("taming.extract_depth")
+
+SPLITS = {"val": ImageNetValidation, "train": ImageNetTrain}
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = script_parser(__doc__)
+    parser.add_argument("-o", "--outdir", type=Path, help="default: imagenet_depth in the data")
+    parser.add_argument("--splits", nargs="+", choices=list(SPLITS), default=list(SPLITS))
+    parser.add_argument("--root", help="folder of ImageNet's folders; default: TAMING_DATA")
+    parser.add_argument(
+        "--hub", default="intel-isl/MiDaS", help="torch hub repository, or a folder with one"
+    )
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def estimate_depth(
+    network: nn.Module, prepare: Callable[[np.ndarray], Tensor], image: np.ndarray
+) -> np.ndarray:
+    """Estimate the inverse depth of an image (H, W, 3) in [-1, 1]; (H, W) float32."""
+    device = next(network.parameters()).device
+    depth = network(prepare((image + 1) * 127.5).to(device))
+    depth = F.interpolate(depth[:, None], image.shape[:2], mode="bicubic", align_corners=False)
+    return depth[0, 0].float().cpu().numpy()
+
+
+def save_depth(depth: np.ndarray, path: Path) -> None:
+    """Write (H, W) float32 as the bytes of an RGBA image; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(depth[..., None], "<f4").view(np.uint8)).save(path)
+
+
+def main() -> None:
+    """Write a map for every image that has none."""
+    options = parse_options()
+    device = choose_device(options.device)
+    outdir = options.outdir or data_root(options.root) / "imagenet_depth"
+    datasets = {split: SPLITS[split]({"root": options.root}) for split in options.splits}
+    network = load_network(options.hub, "MiDaS").eval().to(device)
+    prepare = load_network(options.hub, "transforms").default_transform
+    for split, dataset in datasets.items():
+        names = dataset.data.labels["relpath"]
+        paths = [(outdir / split / name).with_suffix(".png") for name in names]
+        missing = [number for number, path in enumerate(paths) if not path.exists()]
+        for number in tqdm(missing, desc=split):
+            depth = estimate_depth(network, prepare, dataset[number]["image"])
+            save_depth(depth, paths[number])
+    logger.info("depth maps in %s", outdir)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,106 @@
+"""Segment images into the 182 classes of COCO-Stuff with DeepLab.
+
+python scripts/extract_segmentation.py data/sflckr_segmentations
+python scripts/extract_segmentation.py my/segmentations --images my/images
+
+Writes <dest>/<name>.png with a class from 0 to 181 per pixel. The weights are those of
+https://github.com/kazuto1011/deeplab-pytorch/releases/tag/v1.0
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from taming.checkpoint import load_checkpoint
+from taming.data.custom import find_files
+from taming.data.preprocessing import decode_image
+from taming.data.roots import data_root, read_list
+from taming.script import choose_device, load_network, run, script_parser
+
+logger = logging.getLogger("taming.extract_segmentation")
+
+N_LABELS = 182
+MEAN = torch.tensor([104.008, 116.669, 122.675])[:, None, None]  # blue, green, red
+WEIGHTS = "downloads/deeplabv2_resnet101_msc-cocostuff164k-100000.pth"
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = script_parser(__doc__)
+    parser.add_argument("dest", type=Path, help="folder to write to")
+    parser.add_argument(
+        "prefix", nargs="?", default="sflckr", help="data set whose examples to take"
+    )
+    parser.add_argument("--images", type=Path, help="folder of images to take instead")
+    parser.add_argument("--root", help="folder of the data sets; default: TAMING_DATA, or data")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help=f"default: {WEIGHTS}")
+    parser.add_argument(
+        "--hub",
+        default="kazuto1011/deeplab-pytorch",
+        help="torch hub repository, or a folder with one",
+    )
+    return parser.parse_args()
+
+
+def images_of(options: argparse.Namespace) -> dict[Path, Path]:
+    """Image -> where its segmentation goes."""
+    root = data_root(options.root)
+    folder = options.images or root / f"{options.prefix}_images"
+    if options.images:
+        names = [path.relative_to(folder) for path in find_files([str(folder)])]
+    else:
+        names = list(map(Path, read_list(root / f"{options.prefix}_examples.txt")))
+    return {folder / name: options.dest / name.with_suffix(".png") for name in names}
+
+
+def load_segmenter(options: argparse.Namespace) -> nn.Module:
+    """Load DeepLab with its weights."""
+    if not options.weights.is_file():
+        raise FileNotFoundError(
+            f"there are no weights {options.weights}: get them from https://github.com/kazuto1011/"
+            f"deeplab-pytorch/releases/download/v1.0/{Path(WEIGHTS).name}"
+        )
+    network = load_network(options.hub, "deeplabv2_resnet101", n_classes=N_LABELS)
+    network.load_state_dict(load_checkpoint(options.weights))
+    return network.eval()
+
+
+@torch.no_grad()
+def segment(network: nn.Module, image: Tensor) -> np.ndarray:
+    """Find the class of each pixel of an image (3, H, W) uint8; (H, W) uint8."""
+    x = image.flip(0) - MEAN.to(image.device)
+    scores = network(x[None])
+    scores = F.interpolate(scores, image.shape[1:], mode="bilinear", align_corners=True)
+    return scores[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
+
+
+def main() -> None:
+    """Write a segmentation for every image; name those that cannot be read, and go on."""
+    options = parse_options()
+    device = choose_device(options.device)
+    paths = images_of(options)
+    network = load_segmenter(options).to(device)
+    done = 0
+    for path, target in tqdm(paths.items(), desc="images"):
+        try:
+            image = decode_image(path)
+        except ValueError as error:
+            logger.warning("%s %s", path, error)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(segment(network, image.to(device))).save(target)
+        done += 1
+    logger.info("%d of %d segmentations in %s", done, len(paths), options.dest)
+
+
+if __name__ == "__main__":
+    run(main)

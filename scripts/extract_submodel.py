@@ -1,0 +1,41 @@
+"""Take one part of a model, such as its tokenizer, out of a checkpoint.
+
+python scripts/extract_submodel.py logs/<run>/checkpoints/last.ckpt first.ckpt first_stage_model
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+import torch
+
+from taming.checkpoint import load_checkpoint
+from taming.script import run
+
+logger = logging.getLogger("taming.extract_submodel")
+
+
+def main() -> None:
+    """Write a checkpoint with the weights of the part alone."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("inpath", help="checkpoint to read")
+    parser.add_argument("outpath", help="checkpoint to write")
+    parser.add_argument("submodel", nargs="?", default="cond_stage_model", help="name of the part")
+    options = parser.parse_args()
+
+    checkpoint = load_checkpoint(options.inpath)
+    weights = checkpoint.get("state_dict", checkpoint)
+    prefix = f"{options.submodel}."
+    part = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    if not part:
+        names = sorted({key.partition(".")[0] for key in weights})
+        raise ValueError(f"{options.inpath} has no part {options.submodel!r}, only {names}")
+    torch.save({"state_dict": part}, options.outpath)
+    logger.info("%d weights of %s in %s", len(part), options.submodel, options.outpath)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,75 @@
+"""Draw an image for every item of a data set, given its condition.
+
+python scripts/make_samples.py -r logs/<run> --outdir results
+python scripts/make_samples.py -r logs/<run> --outdir results --ignore_base_data \\
+    data='{target: main.DataModuleFromConfig, params: {batch_size: 1, validation: {target: \\
+    taming.data.ade20k.Examples}}}'
+
+Writes <outdir>/<step>_<top k>_<temperature>/{originals,reconstructions,samples}. Images larger than
+those that the prior was trained for are drawn through a sliding window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+import lightning.pytorch as pl
+from tqdm import tqdm
+
+from taming.data.utils import custom_collate
+from taming.models.cond_transformer import Net2NetTransformer
+from taming.models.sampling import (
+    Drawing,
+    condition_windows,
+    decode_codes,
+    empty_codes,
+    encode_codes,
+    sample_images,
+)
+from taming.pictures import save_picture
+from taming.script import choose_device, parse_run, run, samples_folder, samples_parser
+
+logger = logging.getLogger("taming.make_samples")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Declare the command line."""
+    parser = samples_parser(__doc__, seed=23)
+    parser.add_argument("--split", help="train, validation or test; default: the first of these")
+    return parser
+
+
+def main() -> None:
+    """Draw one image after the other."""
+    options, saved = parse_run(build_parser())
+    device = choose_device(options.device)
+    pl.seed_everything(options.seed, verbose=False)
+    datasets = saved.data().datasets
+    split = options.split or min(datasets)
+    if split not in datasets:
+        raise ValueError(f"--split {split}: the data has only {', '.join(datasets)}")
+    model = saved.model().to(device)
+    if not isinstance(model, Net2NetTransformer):
+        raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
+    drawing = Drawing(options.temperature, options.top_k)
+    target = samples_folder(options, saved)
+
+    for number in tqdm(range(len(datasets[split])), desc=split):
+        batch = custom_collate([datasets[split][number]])
+        x, c = (part.to(device) for part in model.get_xc(batch))
+        codes = encode_codes(model, x)
+        grid = codes.shape[1], codes.shape[2]
+        condition = condition_windows(model, c, grid)
+        pictures = {
+            "originals": x,
+            "reconstructions": decode_codes(model, codes),
+            "samples": sample_images(model, condition, empty_codes(model, 1, grid), drawing),
+        }
+        for name, picture in pictures.items():
+            save_picture(picture[0], target / name / f"{number:06}.png")
+    logger.info("pictures in %s", target)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,118 @@
+"""Draw images of scenes, given where which objects are.
+
+python scripts/make_scene_samples.py -r logs/<run> --outdir results
+python scripts/make_scene_samples.py -r logs/<run> --outdir results -R 512,384 -N 8
+
+Writes <outdir>/<step>_<top k>_<temperature>/<batch>_<item>.png: samples, and the layout. Images
+larger than those that the prior was trained for are drawn through a sliding window, in which the
+layout is told anew at every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from taming.data.annotated_objects_dataset import AnnotatedObjectsDataset
+from taming.data.conditional_builder.builder import ObjectsConditionalBuilder
+from taming.data.helper_types import Annotation
+from taming.models.cond_transformer import Grid, Net2NetTransformer
+from taming.models.sampling import (
+    Condition,
+    Drawing,
+    Window,
+    empty_codes,
+    sample_images,
+    trained_grid,
+)
+from taming.pictures import save_picture, tile
+from taming.script import choose_device, parse_run, run, samples_folder, samples_parser
+
+logger = logging.getLogger("taming.make_scene_samples")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Declare the command line."""
+    parser = samples_parser(__doc__, seed=42424242)
+    parser.add_argument(
+        "-R", "--resolution", default="256,256", help="height,width of the images in pixels"
+    )
+    parser.add_argument(
+        "-C", "--conditional", default="objects_bbox", help="objects_bbox or objects_center_points"
+    )
+    parser.add_argument("-N", "--n_samples_per_layout", type=int, default=4)
+    return parser
+
+
+def grid_of(model: Net2NetTransformer, resolution: str) -> Grid:
+    """Rows and columns of sites for a resolution, at least those that the prior was trained for."""
+    sides = resolution.split(",")
+    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+        raise ValueError(f"--resolution expects height,width such as 256,256, got {resolution!r}")
+    factor = model.first_stage_model.encoder.factor
+    rows, columns = (round(int(side) / factor) for side in sides)
+    height, width = trained_grid(model)
+    return max(rows, height), max(columns, width)
+
+
+def layout_windows(
+    builder: ObjectsConditionalBuilder[Any],
+    annotations: Sequence[Annotation],
+    grid: Grid,
+    like: Tensor,
+) -> Condition:
+    """Tell the layout in a window to each of the samples (B, ...) in ``like``."""
+
+    def tokens(window: Window) -> Tensor:
+        (h, w), (top, left, height, width) = grid, window
+        crop = (left / w, top / h, width / w, height / h)
+        return builder.build(annotations, crop).to(like.device).repeat(len(like), 1)
+
+    return tokens
+
+
+def main() -> None:
+    """Draw samples for one layout after the other."""
+    options, saved = parse_run(build_parser())
+    device = choose_device(options.device)
+    pl.seed_everything(options.seed, verbose=False)
+    data = saved.data()
+    scenes = data.datasets.get("validation")
+    if not isinstance(scenes, AnnotatedObjectsDataset):
+        raise ValueError("layouts come from data.params.validation, which is no annotated objects")
+    if options.conditional not in scenes.conditional_builders:
+        known = ", ".join(scenes.conditional_builders)
+        raise ValueError(f"--conditional {options.conditional}: the data has {known}")
+    builder = scenes.conditional_builders[options.conditional]
+    model = saved.model().to(device)
+    if not isinstance(model, Net2NetTransformer):
+        raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
+    grid, drawing = grid_of(model, options.resolution), Drawing(options.temperature, options.top_k)
+    target = samples_folder(options, saved)
+
+    for batch_number, batch in enumerate(tqdm(data.val_dataloader(), desc="batches")):
+        for number, objects in enumerate(tqdm(batch["annotations"], desc="layouts", leave=False)):
+            annotations = [
+                o._replace(category_no=scenes.get_category_number(o.category_id)) for o in objects
+            ]
+            codes = empty_codes(model, options.n_samples_per_layout, grid)
+            images = sample_images(
+                model, layout_windows(builder, annotations, grid, codes), codes, drawing
+            ).cpu()
+            size = images.shape[3], images.shape[2]
+            label = scenes.get_textual_label_for_category_no
+            layout = builder.plot(builder.build(annotations), label, size)
+            row = tile(torch.cat([images, layout[None]]), len(images) + 1)
+            save_picture(row, target / f"{batch_number:04}_{number:02}.png")
+    logger.info("pictures in %s", target)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,147 @@
+"""The page draws what its form asks for, seen from outside and from a browser."""
+
+import base64
+import io
+import json
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+import pytest
+from browser import chromium
+from PIL import Image
+from programs import call, fails
+from tiny_runs import TinyRuns
+
+SIDE = 80  # pixels of the examples: 5 x 5 sites for a prior of 2 x 2
+
+
+@contextmanager
+def page(run: Path, *options: str) -> Iterator[str]:
+    """Serve a run as the script does; gives the address."""
+    from scripts import sample_conditional
+
+    begun: list[Any] = []
+    ready = threading.Event()
+
+    class Watched(sample_conditional.Server):
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            begun.append(self)
+            ready.set()
+            super().serve_forever(0.01)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_conditional, "Server", Watched)
+        arguments = ("sample_conditional", "-r", run, "--port", 0, "--no_browser", *options)
+        thread = threading.Thread(target=call, args=arguments, daemon=True)
+        thread.start()
+        assert ready.wait(60)
+        try:
+            yield f"http://127.0.0.1:{begun[0].server_port}"
+        finally:
+            begun[0].shutdown()
+            thread.join()
+
+
+def rows(address: str, **wish: Any) -> list[dict[str, Any]]:
+    with urllib.request.urlopen(f"{address}?{urlencode(wish)}", timeout=60) as answer:
+        return [json.loads(line) for line in answer]
+
+
+def decoded(source: str) -> np.ndarray:
+    head, _, code = source.partition(",")
+    assert head == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(code))) as picture:
+        return np.asarray(picture)
+
+
+@pytest.fixture
+def examples(shared: Path) -> str:
+    """A data set with depth, on the command line."""
+    root = shared / "data/taming"
+    split = f"{{target: taming.data.imagenet.DRINExamples, params: {{size: {SIDE}, root: {root}}}}}"
+    return f"data={{target: main.DataModuleFromConfig, params: {{batch_size: 1, test: {split}}}}}"
+
+
+def test_images_are_drawn_for_depth_maps(tiny_runs: TinyRuns, examples: str) -> None:
+    run = tiny_runs.of("drin_transformer.yaml")
+    with page(run, "--ignore_base_data", examples) as address:
+        (about,) = rows(f"{address}/about")
+        assert about["kind"] == "image" and about["condition"] == "depth"
+        assert about["grid"] == [2, 2] and about["step"] == 2 and list(about["splits"]) == ["test"]
+        (shown,) = rows(f"{address}/example", split="test", index=1)
+        assert list(shown) == ["image", "reconstruction", "depth"]
+        assert all(decoded(picture).shape == (SIDE, SIDE, 3) for picture in shown.values())
+        half = {"split": "test", "index": 1, "every": 4, "known": 0.6, "seed": 3}
+        drawn = rows(f"{address}/sample", **half)
+        assert drawn[-1]["done"] == drawn[-1]["of"] == 25
+        assert len(drawn) > 2 and [row["done"] for row in drawn] == sorted(r["done"] for r in drawn)
+        assert drawn == rows(f"{address}/sample", **half)
+        assert drawn[-1] != rows(f"{address}/sample", **{**half, "seed": 4})[-1]
+        larger = rows(f"{address}/sample", split="test", scale=1.5, every=100)
+        assert decoded(larger[-1]["picture"]).shape == (128, 128, 3)  # whole sites of 16 pixels
+        (error,) = rows(f"{address}/sample", split="test", index=10**6)
+        assert "there is no example 1000000 of 'test'" in error["error"]
+        (error,) = rows(f"{address}/sample", split="test", temperature=0)
+        assert "temperature" in error["error"]
+        (error,) = rows(f"{address}/sample", split="test", scale=9)
+        assert "scale must be in (0, 8]" in error["error"]
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{address}/nowhere")
+
+
+def test_classes_need_no_data(tiny_runs: TinyRuns) -> None:
+    with page(tiny_runs.class_conditional(), "--ignore_base_data") as address:
+        (about,) = rows(f"{address}/about")
+        assert about["kind"] == "class" and about["classes"] == 10 and about["splits"] == {}
+        assert rows(f"{address}/example") == [{}]
+        pictures = [rows(f"{address}/sample", label=label)[-1]["picture"] for label in (3, 3, 7)]
+        assert pictures[0] == pictures[1] and decoded(pictures[0]).shape == (16, 16, 3)
+        (error,) = rows(f"{address}/sample", label=10)
+        assert error == {"error": "there is no class 10: this prior knows the labels 0 to 9"}
+
+
+def test_runs_that_the_page_cannot_use(
+    tiny_runs: TinyRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = fails(
+        capsys, "sample_conditional", "-r", tiny_runs.of("imagenet_vqgan.yaml"), "-c", "x.yaml"
+    )
+    assert "there is no configuration file x.yaml" in error
+    run = tiny_runs.of("drin_transformer.yaml")
+    error = fails(capsys, "sample_conditional", "-r", run, "--ignore_base_data")
+    assert "this prior's condition is an image: name a data set" in error
+
+
+def test_a_browser_draws_and_completes(tiny_runs: TinyRuns, examples: str, tmp_path: Path) -> None:
+    run = tiny_runs.of("drin_transformer.yaml")
+    with (
+        page(run, "--ignore_base_data", examples) as address,
+        chromium(tmp_path / "profile") as tab,
+    ):
+        tab.open(address)
+        tab.wait("document.querySelectorAll('#example img').length == 3")
+        assert "given depth; 2 × 2 sites; step 2" in tab.run("return document.body.innerText")
+        before = tab.run("return document.querySelector('#example img').src")
+        tab.run(
+            "const f = document.forms[0]; f.index.value = 2; f.known.value = 0.4;"
+            "f.index.dispatchEvent(new Event('change', {bubbles: true}))"
+        )
+        tab.wait(f"document.querySelector('#example img').src != {json.dumps(before)}")
+        tab.click("#go")
+        tab.wait("document.body.dataset.state == 'done'")
+        assert tab.run("return document.getElementById('count').innerText") == "25 of 25 sites"
+        assert tab.run("return document.getElementById('picture').naturalWidth") == SIDE
+        assert tab.run("return document.getElementById('save').href").startswith("data:image/png")
+        tab.screenshot(tmp_path / "page.png")
+        with Image.open(tmp_path / "page.png") as shot:
+            assert len(np.unique(np.asarray(shot.convert("L")))) > 50  # pictures, not a blank page
+        tab.run("document.forms[0].temperature.min = ''; document.forms[0].temperature.value = 0")
+        tab.click("#go")
+        tab.wait("document.getElementById('error').innerText.includes('temperature')")
