@@ -240,7 +240,7 @@ class VQModel(QuantizedAutoencoder):
         return pictures | self.code_pictures(quantized, (x.shape[2], x.shape[3]))
 
     def code_pictures(self, quantized: QuantizerOutput, size: tuple[int, int]) -> dict[str, Tensor]:
-        """Pictures of the codes: their depths, for a loopy quantizer.
+        """Pictures of the codes: their depths, for a loopy quantizer of several turns.
 
         Args:
             quantized: What `encode` returned.
@@ -249,10 +249,10 @@ class VQModel(QuantizedAutoencoder):
         Returns:
             Name -> (B, 3, H, W) in [-1, 1].
         """
-        trace = quantized.info.encodings
-        if not isinstance(trace, LoopTrace):
+        trace, turns = quantized.info.encodings, self.quantize.sequence.max_loops
+        if not isinstance(trace, LoopTrace) or turns == 1:
             return {}
-        return {"depths": depth_heat_map(trace.lengths, self.quantize.sequence.max_loops, size)}
+        return {"depths": depth_heat_map(trace.lengths, turns, size)}
 
     def to_rgb(self, x: Tensor) -> Tensor:
         """Colour images (B, C, H, W) of other than 3 channels by a fixed random projection.
