@@ -115,7 +115,7 @@ class LinearResidual(Cascade):
 
     The maps are the least-squares fit of A_t e_k to what was searched in turn t, followed by a
     damped Newton step for each batch, so that maps and codebook together go down in |z - z_q|^2.
-    T - 1 maps of D x D numbers do nearly what T separate codebooks of K x D would.
+    T - 1 maps of D x D numbers stand in for T separate codebooks of K x D.
 
     Args:
         max_loops: T.
