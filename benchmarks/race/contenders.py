@@ -123,4 +123,9 @@ def contenders(codes: int, channels: int) -> dict[str, Contender]:
         many_rates.append(
             Contender(f"loopy-{length}", "loopy, dedicated", quantizer, (length,), beam=4)
         )
+    for factor in (4, 16):
+        quantizer = _loopy("LinearResidual", factor * codes, channels, target_length=2)
+        many_rates.append(
+            Contender(f"loopy-2-{factor}k", "loopy, more codes", quantizer, (2,), beam=4)
+        )
     return {contender.name: contender for contender in one_rate + many_rates}

@@ -77,7 +77,7 @@ PLANS = {
         ("vq", "rvq-2-separate", "rvq-4-separate", "loopy-one"), 500, 500,
     ),
     "standard": Plan(
-        SMALL, 16, 256, 3000, 32, 2e-3, 250, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
+        SMALL, 16, 256, 4000, 16, 2e-3, 500, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
     ),
     "full": Plan(LARGE, 32, 1024, 50_000, 16, 4e-4, 20_000, LARGE_PRIOR, 3, ALL, 10_000, 2000),
 }  # fmt: skip
