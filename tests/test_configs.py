@@ -70,10 +70,13 @@ def test_a_prior_fits_its_tokenizer(name: str) -> None:
     model = tokenizer["model"]["params"]
     sequence, ddconfig = sequence_of(model), model["ddconfig"]
     side = ddconfig["resolution"] // 2 ** (len(ddconfig["ch_mult"]) - 1)
-    assert gpt["vocab_size"] == sequence.vocab_size
+    hidden = prior["model"]["params"].get("condition_dropout", 0) > 0
+    assert gpt["vocab_size"] == sequence.vocab_size + hidden
     assert gpt["site_shape"] == [side, side, sequence.site_tokens]
     condition = side * side if name in CONDITION_OF else 1
-    assert gpt["block_size"] == side * side * sequence.site_tokens + condition
+    two_level = "depth" in gpt
+    written = side * side * (1 if two_level else sequence.site_tokens)
+    assert gpt["block_size"] == written + condition
     for config in (prior, tokenizer):
         for split in ("train", "validation"):
             data = config["data"]["params"][split]["params"]

@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tiny_runs import CONFIGS, TRAINER, TinyRuns, overrides
 from torch import Tensor
 
+from taming.models.vqgan import VQModel
 from taming.modules.vqvae.metrics import CodebookMetrics
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 
@@ -110,35 +112,52 @@ class RanksAgree(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert trainer.world_size == 2
-        quantizer = {f"quantize.{k}": v for k, v in pl_module.quantize.state_dict().items()}
-        for name, value in {**dict(pl_module.named_parameters()), **quantizer}.items():
+        state = dict(pl_module.named_parameters())
+        if isinstance(pl_module, VQModel):
+            state |= {f"quantize.{k}": v for k, v in pl_module.quantize.state_dict().items()}
+        for name, value in state.items():
             values = [torch.empty_like(value) for _ in range(2)]
             dist.all_gather(values, value.detach().contiguous())
             if not values[0].equal(values[1]):
                 raise ValueError(f"{name} differs between processes")
 
 
-@pytest.mark.parametrize("ema_decay", ["0.95", "null"])
-def test_main_trains_a_loopy_vqgan(ema_decay: str, tmp_path: Path) -> None:
-    from tiny_runs import CONFIGS, TRAINER, overrides
-
+def train_on_two(folder: Path, config: str, *overrides: str) -> dict[str, Any]:
+    """Train a tiny version of a shipped configuration for two steps; returns its checkpoint."""
     result = subprocess.run(
         [
-            *(sys.executable, str(ROOT / "main.py"), "-t"),
-            *("-b", str(CONFIGS / "demo/loopy_vqgan.yaml"), *TRAINER),
-            *overrides(tmp_path)["demo/loopy_vqgan.yaml"],
-            *("--devices", "2", "--strategy", "ddp", "--max_steps", "2"),
-            f"model.params.quantizer_config.params.ema_decay={ema_decay}",
+            *(sys.executable, str(ROOT / "main.py"), "-t", "-b", str(CONFIGS / config), *TRAINER),
+            *("--devices", "2", "--strategy", "ddp", "--max_steps", "2", *overrides),
             "lightning.callbacks.agree.target=test_ddp.RanksAgree",
         ],
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    (checkpoint,) = tmp_path.glob("logs/*/checkpoints/last.ckpt")
+    (checkpoint,) = folder.glob("logs/*/checkpoints/last.ckpt")
     saved = torch.load(checkpoint, weights_only=True)
-    assert saved["global_step"] == 2 and saved["state_dict"]["quantize.embedding.steps"] == 2
+    assert saved["global_step"] == 2
+    return saved
+
+
+@pytest.mark.parametrize("ema_decay", ["0.95", "null"])
+def test_main_trains_a_loopy_vqgan(ema_decay: str, tmp_path: Path) -> None:
+    config = "demo/loopy_vqgan.yaml"
+    decay = f"model.params.quantizer_config.params.ema_decay={ema_decay}"
+    saved = train_on_two(tmp_path, config, *overrides(tmp_path)[config], decay)
+    assert saved["state_dict"]["quantize.embedding.steps"] == 2
     assert list(tmp_path.glob("logs/*/images/val/depths_*.png"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["cifar10_transformer.yaml", "cifar10_two_level_transformer.yaml", "pixelcnn_cifar10.yaml"],
+)
+def test_main_trains_a_prior(config: str, tmp_path: Path, tiny_runs: TinyRuns) -> None:
+    saved = train_on_two(tmp_path, config, *tiny_runs.overrides[config], *tiny_runs.stages(config))
+    before = torch.load(tiny_runs.of(config) / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == before["state_dict"].keys()
+    assert list(tmp_path.glob("logs/*/images/val/samples_nopix_*.png"))

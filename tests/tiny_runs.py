@@ -19,6 +19,7 @@ import main as program
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TOKENIZER_OF = {
     "cifar10_transformer.yaml": "cifar10_loopy.yaml",
+    "cifar10_two_level_transformer.yaml": "cifar10_loopy.yaml",
     "loopy_transformer.yaml": "loopy_vqgan.yaml",
     "demo/loopy_transformer.yaml": "demo/loopy_vqgan.yaml",
     "custom_transformer.yaml": "custom_vqgan.yaml",
@@ -59,6 +60,10 @@ GAN = [
     for item in ("perceptual_weight=0.0", "disc_ndf=8", "disc_start=1")
 ]
 STACKS = [f"model.params.stacks_config.params.{size}" for size in ("channels=8", "layers=2")]
+TWO_LEVELS = [
+    f"model.params.transformer_config.params.{size}"
+    for size in ("n_embd=16", "depth.n_head=2", "depth.n_embd=8")
+]
 LEVELS = [
     f"model.params.quantizer_config.params.{item}"
     for item in (
@@ -127,6 +132,7 @@ def overrides(data: Path) -> dict[str, list[str]]:
     return originals() | {
         "cifar10_loopy.yaml": [*tokenizer(16, 3), *LOOPY, *parquet],
         "cifar10_transformer.yaml": [*prior(16, 4, 17, 6), *parquet],
+        "cifar10_two_level_transformer.yaml": [*prior(16, 4, 18, 6), *TWO_LEVELS, *parquet],
         "custom_loopy_vqgan.yaml": [*tokenizer(32, 5), *LOOPY, *GAN, *folder],
         "custom_transformer.yaml": [*prior(32, 2, 16, 1), *lists],
         "custom_vqgan.yaml": [*tokenizer(32, 5), *GAN, *lists],
@@ -246,7 +252,7 @@ class TinyRuns:
     def of(self, name: str) -> Path:
         """Run of a shipped configuration."""
         if name not in self.runs:
-            arguments = [*self.overrides[name], *self._stages(name)]
+            arguments = [*self.overrides[name], *self.stages(name)]
             if str(SHARED) in "".join(arguments) and not SHARED.is_dir():
                 pytest.skip(f"example data not found: {SHARED} does not exist")
             self.runs[name] = self._train(CONFIGS / name, arguments)
@@ -256,7 +262,7 @@ class TinyRuns:
         """Run of a prior over the CIFAR-10 tokenizer's tokens, given the class."""
         return self.of("cifar10_transformer.yaml")
 
-    def _stages(self, name: str) -> list[str]:
+    def stages(self, name: str) -> list[str]:
         """What a prior finds its trained stages by."""
         stages = {"first": TOKENIZER_OF.get(name), "cond": CONDITION_OF.get(name)}
         paths = {
