@@ -3,7 +3,8 @@
 Measures a trained loopy tokenizer on held-out images: rank correlations of tokens per site with
 local contrast, gradient energy and the error after one turn; of tokens per image with its JPEG and
 PNG size; tokens under added noise and blur; tokens at three fixed errors, with the rate at which
-they are violated; and images of kinds that it never saw.
+they are violated; whether max_tokens and target_psnr keep what they promise; and images of kinds
+that it never saw.
 
 python benchmarks/adaptivity.py --race results/rate_distortion/standard --test test.parquet
 python benchmarks/adaptivity.py -r logs/<run> --test photos/val --size 256
@@ -125,18 +126,40 @@ def tokens_per_image(model: VQModel, batches: Sequence[Tensor]) -> float:
 
 @torch.no_grad()
 def fixed_error(model: VQModel, batches: Sequence[Tensor], psnr: float) -> dict[str, float]:
-    """Tokens that images need for a PSNR, and the share of images that never reach it."""
-    tokens, reached = [], []
+    """Tokens that images need for a PSNR, the share of images that never reach it, and the number
+    of those that did not go round to the last turn for it (which must be none)."""
+    tokens, reached, most = [], [], model.quantize.sequence.max_loops
     for x in tqdm(batches, desc=f"{psnr:.1f} dB", leave=False):
         quantized = model.encode(x, target_psnr=psnr)
         x_rec = model.decode(quantized.z_q).clamp(-1, 1)
         got = peak_signal_noise_ratio(x_rec, x, data_range=2.0, dim=(1, 2, 3), reduction="none")
-        tokens.append(lengths_of(quantized.info.indices).sum((1, 2)))
+        lengths = lengths_of(quantized.info.indices)
+        tokens.append(lengths.sum((1, 2)))
         reached.append(got >= psnr)
-    counts = torch.cat(tokens).float()
+        most_tokens = most * lengths[0].numel()
+    counts, missed = torch.cat(tokens).float(), ~torch.cat(reached)
     low, high = counts.quantile(torch.tensor([0.1, 0.9], device=counts.device)).tolist()
-    violations = 1 - float(torch.cat(reached).float().mean())
-    return {"mean": float(counts.mean()), "10%": low, "90%": high, "violations": violations}
+    return {
+        "mean": float(counts.mean()),
+        "10%": low,
+        "90%": high,
+        "violations": float(missed.float().mean()),
+        "gave up early": int((missed & (counts < most_tokens)).sum()),
+    }
+
+
+@torch.no_grad()
+def token_limits(model: VQModel, batches: Sequence[Tensor]) -> dict[str, dict[str, float]]:
+    """For limits on the tokens of an image: how many images exceed it, and the mean used of it."""
+    latents = [model.encode_to_prequant(x) for x in batches]
+    sites, found = latents[0][0, 0].numel(), {}
+    for share in (1.0, 1.1, 1.5, 2.0, 3.3, 5.0):
+        limit = int(share * sites)
+        used = [model.quantize(z, max_tokens=limit).info.indices for z in latents]
+        counts = torch.cat([lengths_of(codes).sum((1, 2)) for codes in used])
+        mean = float(counts.float().mean())
+        found[str(limit)] = {"exceeded": int((counts > limit).sum()), "mean used": mean}
+    return found
 
 
 @torch.no_grad()
@@ -152,15 +175,21 @@ def pictures(model: VQModel, x: Tensor, file: Path) -> None:
 
 
 def load(options: argparse.Namespace) -> tuple[VQModel, int]:
-    """Load the tokenizer of a run or of a race, and the size of the images that it is for."""
+    """Load the tokenizer of a run or of a race, and the size of the images that it is for.
+
+    Raises:
+        ValueError: There is no loopy tokenizer.
+    """
     if options.resume:
         model = model_from_run(options.resume)
         if not isinstance(model, VQModel) or not isinstance(model.quantize, LoopyVectorQuantizer):
             raise ValueError(f"{options.resume} holds no loopy tokenizer")
         return model, options.size or model.encoder.resolution
-    plan = PLANS[options.race.name]
+    plan, file = PLANS[options.plan], options.race / "loopy-one-0.pt"
+    if not file.is_file():
+        raise ValueError(f"{options.race} has no {file.name}: race loopy-one there first")
     model = build_tokenizer(plan, contenders(plan.codes, plan.channels)["loopy-one"])
-    model.load_state_dict(torch.load(options.race / "loopy-one-0.pt"))
+    model.load_state_dict(torch.load(file, map_location="cpu"))
     return model.eval(), plan.ddconfig["resolution"]
 
 
@@ -172,12 +201,49 @@ def parse() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("-r", "--resume", help="run of a loopy tokenizer")
     which.add_argument("--race", type=Path, help="results of rate_distortion.py; its loopy-one")
+    parser.add_argument("--plan", default="standard", choices=PLANS, help="of that race")
     parser.add_argument("--test", help="Parquet file, or folder of images; default CIFAR-10")
     parser.add_argument("--size", type=int, help="side of the images in pixels")
     parser.add_argument("-n", type=int, default=1000, help="number of images")
     parser.add_argument("-o", "--outdir", type=Path, default=Path("results/adaptivity"))
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser.parse_args()
+
+
+def changed_images(batches: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """Add noise (its deviation is a share of the range from black to white) or blur to images."""
+    generator = torch.Generator().manual_seed(0)
+    changed = {"as they are": list(batches)}
+    for level in (0.05, 0.1, 0.2):
+        added = [torch.randn(x.shape, generator=generator).to(x) * 2 * level for x in batches]
+        noisy = [(x + n).clamp(-1, 1) for x, n in zip(batches, added, strict=True)]
+        changed[f"noise of {level:.0%}"] = noisy
+    for sigma in (0.5, 1.0, 2.0):
+        blurred = [gaussian_blur(x, [4 * round(sigma + 0.5) + 1] * 2, [sigma] * 2) for x in batches]
+        changed[f"blur of {sigma} pixels"] = blurred
+    return changed
+
+
+@torch.no_grad()
+def error_levels(model: VQModel, batches: Sequence[Tensor]) -> list[float]:
+    """Three PSNRs in dB around the median of the images at the model's own threshold."""
+    own = [(model(x)[0].clamp(-1, 1) - x).square().mean((1, 2, 3)) for x in batches]
+    middle = float(-10 * torch.log10(torch.cat(own).median() / 4))
+    return [round(middle + step, 1) for step in (-2.0, 0.0, 1.0)]
+
+
+@torch.no_grad()
+def never_seen(model: VQModel, size: int, file: Path) -> dict[str, Any]:
+    """Tokens of images of other kinds, and whether what is written for them can be read again."""
+    strange = strange_images(size)
+    x = torch.stack(list(strange.values())).to(model.device)
+    codes, sequence = model.encode(x).info.indices, model.quantize.sequence
+    tokens, _ = sequence.encode(codes)
+    _, h, w, _ = codes.shape
+    valid = torch.equal(sequence.decode(tokens, (h, w)), codes)
+    pictures(model, x, file)
+    counts = lengths_of(codes).sum((1, 2)).tolist()
+    return dict(zip(strange, counts, strict=True)) | {"valid sequences": valid}
 
 
 def main() -> None:
@@ -188,40 +254,16 @@ def main() -> None:
     data = first(images_of(options.test, "test", size, train=False), options.n)
     batches = [model.get_input(b, "image").to(model.device) for b in loader(data, 50)]
     options.outdir.mkdir(parents=True, exist_ok=True)
-
-    report: dict[str, Any] = {"rank correlation": correlations(model, batches)}
-    noise = torch.Generator().manual_seed(0)
-    changed = {"as they are": batches}
-    for level in (0.05, 0.1, 0.2):
-        added = [torch.randn(x.shape, generator=noise).to(x) * 2 * level for x in batches]
-        noisy = [(x + n).clamp(-1, 1) for x, n in zip(batches, added, strict=True)]
-        changed[f"noise of {level:.0%}"] = noisy
-    for sigma in (0.5, 1.0, 2.0):
-        blurred = [gaussian_blur(x, [4 * round(sigma + 0.5) + 1] * 2, [sigma] * 2) for x in batches]
-        changed[f"blur of {sigma} pixels"] = blurred
-    report["tokens per image"] = {k: tokens_per_image(model, v) for k, v in changed.items()}
-
-    with torch.no_grad():
-        own = [(model(x)[0].clamp(-1, 1) - x).square().mean((1, 2, 3)) for x in batches]
-    middle = float(-10 * torch.log10(torch.cat(own).median() / 4))
-    levels = [round(middle + step, 1) for step in (-2.0, 0.0, 1.0)]
-    report["fixed error"] = {f"{p} dB": fixed_error(model, batches, p) for p in levels}
-
-    strange = strange_images(size)
-    unseen = torch.stack(list(strange.values())).to(model.device)
-    with torch.no_grad():
-        quantized = model.encode(unseen)
-    sequence, codes = model.quantize.sequence, quantized.info.indices
-    tokens, _ = sequence.encode(codes)
-    _, h, w, _ = codes.shape
-    valid = torch.equal(sequence.decode(tokens, (h, w)), codes)
-    counts = lengths_of(codes).sum((1, 2)).tolist()
-    report["never seen"] = dict(zip(strange, counts, strict=True)) | {"valid sequences": valid}
-
+    levels, changed = error_levels(model, batches), changed_images(batches)
+    report = {
+        "images": len(data),
+        "rank correlation": correlations(model, batches),
+        "tokens per image": {k: tokens_per_image(model, v) for k, v in changed.items()},
+        "fixed error": {f"{psnr} dB": fixed_error(model, batches, psnr) for psnr in levels},
+        "token limits": token_limits(model, batches),
+        "never seen": never_seen(model, size, options.outdir / "new.png"),
+    }
     pictures(model, batches[0][:12], options.outdir / "images.png")
-    pictures(
-        model, torch.stack(list(strange.values())).to(model.device), options.outdir / "new.png"
-    )
     (options.outdir / "adaptivity.json").write_text(json.dumps(report, indent=2))
     logger.info("%s\nwritten to %s", json.dumps(report, indent=2), options.outdir)
 

@@ -2,10 +2,13 @@
 
 import argparse
 import io
+import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import adaptivity
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,6 +123,29 @@ def test_bits_are_those_of_the_entropy() -> None:
     assert code_bits(codes) == pytest.approx(4 * 2)  # the second code and the length are certain
     codes[:2, 1] = -1
     assert code_bits(codes) == pytest.approx(4 * 2 + 4 * 1)  # now the length is worth a bit a site
+
+
+def test_adaptivity_of_a_races_tokenizer(
+    plan, parquet, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PLANS, "quick", plan)
+    out = tmp_path / "out"
+    words = f"adaptivity.py --race {tmp_path} --plan quick --test {parquet} -n 10 -o {out}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(ValueError, match=r"has no loopy-one-0\.pt"):
+        adaptivity.main()
+    model = build_tokenizer(plan, contenders(16, 8)["loopy-one"])
+    model.quantize.train()(torch.randn(2, 8, 8, 8))
+    torch.save(model.state_dict(), tmp_path / "loopy-one-0.pt")
+    adaptivity.main()
+    found = json.loads((out / "adaptivity.json").read_text())
+    assert {len(found["tokens per image"]), len(found["rank correlation"])} == {7, 5}
+    for limit, row in found["token limits"].items():
+        assert row["exceeded"] == 0 and 64 <= row["mean used"] <= int(limit)
+    for row in found["fixed error"].values():
+        assert row["gave up early"] == 0 and row["10%"] <= row["mean"] <= 8 * 64
+    assert found["never seen"]["valid sequences"] is True
+    assert (out / "images.png").is_file() and (out / "new.png").is_file()
 
 
 def test_rank_correlation_equals_scipys() -> None:
