@@ -1,8 +1,8 @@
 """Which quantizer gives the best images for its tokens and for its bits?
 
-Trains the same encoder and decoder with each quantizer, for as many steps and on the same seeds,
-measures held-out images, and writes a CSV, a table, a plot and the verdicts. What was trained or
-measured before is kept in the folder of results and not done again.
+Trains an autoencoder without codes for each seed, then goes on from it with each quantizer, for as
+many steps, measures held-out images, and writes a CSV, a table, a plot and the verdicts. What was
+trained or measured before is kept in the folder of results and not done again.
 
 python benchmarks/rate_distortion.py --quick --train train.parquet --test test.parquet
 python benchmarks/rate_distortion.py --standard
@@ -38,7 +38,7 @@ from race.measure import (
 from race.peers import ResidualVQ
 from race.plans import PLANS, Plan, images_of
 from race.report import write_report
-from race.training import first, loader, prior_bits, trained_tokenizer
+from race.training import first, loader, prior_bits, trained_base, trained_tokenizer
 from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
@@ -65,6 +65,14 @@ def settings(
             assert isinstance(model.quantize, ResidualVQ)
             model.quantize.cut = int(length)
         yield str(length)
+
+
+def train_base(plan: Plan, seed: int, options: argparse.Namespace) -> None:
+    """Train what all contenders of a seed start from."""
+    torch.set_num_threads(options.threads)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    train = images_of(options.train, "train", plan.ddconfig["resolution"], train=True)
+    trained_base(plan, seed, train, options.outdir, options.precision)
 
 
 def race(plan: Plan, name: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -145,6 +153,10 @@ def main() -> None:
     ]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        seeds = sorted({seed for _, seed in wanted})
+        bases = [pool.submit(train_base, plan, seed, options) for seed in seeds]
+        for finished in tqdm(as_completed(bases), total=len(bases), desc="autoencoders"):
+            finished.result()
         races = [pool.submit(race, plan, name, seed, options) for name, seed in wanted]
         for finished in tqdm(as_completed(races), total=len(races), desc="contenders"):
             rows += finished.result()

@@ -19,9 +19,9 @@ from PIL import Image
 from race.contenders import contenders
 from race.measure import code_bits, cut_by, fixed_length, shuffled_lengths, whole_path
 from race.peers import FSQ, ResidualVQ
-from race.plans import PLANS, Plan
+from race.plans import PLANS, Plan, images_of
 from race.report import average, best_at, margins, write_report
-from race.training import build_tokenizer
+from race.training import BASE, build_tokenizer, trained_base, trained_tokenizer
 from rate_distortion import race
 from scipy.stats import spearmanr
 
@@ -30,7 +30,7 @@ from taming.modules.vqvae.base import Quantizer
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    sizes = {"steps": 2, "prior_steps": 2, "batch_size": 4, "test_images": 6}
+    sizes = {"base_steps": 2, "steps": 2, "prior_steps": 2, "batch_size": 4, "test_images": 6}
     ddconfig = {**PLANS["quick"].ddconfig, "ch": 8, "ch_mult": [1, 1, 1], "z_channels": 8}
     return replace(
         PLANS["quick"], ddconfig=ddconfig, channels=8, codes=16, calibration_images=6, **sizes
@@ -90,6 +90,19 @@ def test_codes_of_every_contender_decode_to_what_it_gave(plan, name) -> None:
     codes = out.info.indices.reshape(2, 4, 4, -1)
     tokens, _ = quantizer.sequence.encode(codes)
     assert torch.equal(quantizer.sequence.decode(tokens, (4, 4)), codes)
+
+
+def test_contenders_of_a_seed_start_from_one_autoencoder(plan, parquet, tmp_path) -> None:
+    data = images_of(str(parquet), "train", 32, train=True)
+    where = (0, data, tmp_path, "32-true")
+    base = trained_base(plan, *where)
+    assert {name.split(".")[0] for name in base} == set(BASE)
+    still = replace(plan, learning_rate=0.0)
+    for name in ("rvq-2-shared", "loopy-2"):
+        state = trained_tokenizer(still, contenders(16, 8)[name], *where).state_dict()
+        assert all(torch.equal(state[k], value) for k, value in base.items())
+    state = trained_tokenizer(still, contenders(16, 8)["vq"], *where).state_dict()
+    assert not torch.equal(state["encoder.conv_in.weight"], base["encoder.conv_in.weight"])
 
 
 def test_peers_are_cut_to_fewer_turns() -> None:

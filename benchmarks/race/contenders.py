@@ -23,6 +23,8 @@ class Contender:
         lengths: Mean turns per site at which the trained model is measured; None measures it once,
             at its only rate.
         beam: Width of the search once it is trained, for a loopy Residual.
+        from_scratch: Train it for as many steps in all, but on codes from the first step on: codes
+            that start near zero and learn by gradient cannot follow latents that are there already.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Contender:
     quantizer: Mapping[str, Any]
     lengths: tuple[float, ...] | None = field(default=None)
     beam: int | None = None
+    from_scratch: bool = False
 
 
 def _block(target: str, **params: Any) -> dict[str, Any]:
@@ -80,6 +83,7 @@ def contenders(codes: int, channels: int) -> dict[str, Contender]:
                 beta=BETA,
                 legacy=False,
             ),
+            from_scratch=True,
         )
     ]
     for factor in (1, 4):

@@ -19,9 +19,12 @@ class Plan:
         ddconfig: See `taming.modules.diffusionmodules.model.Encoder`.
         channels: D, channels of a latent.
         codes: K.
-        steps: Training steps of a tokenizer.
+        base_steps: Training steps of the autoencoder without codes from which, for each seed, all
+            contenders start. Without it, nothing that a short training gives could tell them apart:
+            latents that are quantized from the first step on learn few directions to write along.
+        steps: Further steps of each contender.
         batch_size: Images per step.
-        learning_rate: Of the tokenizers; falls to 2% along a cosine.
+        learning_rate: Of the autoencoder, a quarter of it after that; falls to 2% along a cosine.
         prior_steps: Training steps of a prior.
         prior: Sizes of its GPT.
         seeds: Number of seeds.
@@ -33,6 +36,7 @@ class Plan:
     ddconfig: dict[str, Any]
     channels: int
     codes: int
+    base_steps: int
     steps: int
     batch_size: int
     learning_rate: float
@@ -67,19 +71,21 @@ LARGE = SMALL | {
 SMALL_PRIOR = {"n_layer": 2, "n_head": 4, "n_embd": 96}
 LARGE_PRIOR = {"n_layer": 8, "n_head": 8, "n_embd": 512}
 DECISIVE = (
-    *("vq", "ema-vq-4k", "rvq-2-separate", "rvq-3-separate", "rvq-4-separate", "rvq-2-shared"),
-    *("rvq-dropout", "attract", "loopy-one", "loopy-2", "loopy-3", "loopy-4"),
+    *("loopy-one", "rvq-dropout", "rvq-2-separate", "rvq-3-separate", "rvq-4-separate"),
+    *("loopy-2", "loopy-3", "loopy-4", "ema-vq-4k", "attract", "vq"),
 )
 ALL = tuple(contenders(256, 16))
 PLANS = {
     "quick": Plan(
-        SMALL, 16, 256, 250, 32, 1e-3, 60, SMALL_PRIOR, 1,
+        SMALL, 16, 256, 400, 150, 32, 1e-3, 60, SMALL_PRIOR, 1,
         ("vq", "rvq-2-separate", "rvq-4-separate", "loopy-one"), 500, 500,
     ),
     "standard": Plan(
-        SMALL, 16, 256, 4000, 16, 2e-3, 500, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
+        SMALL, 16, 256, 6000, 1500, 16, 2e-3, 500, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
     ),
-    "full": Plan(LARGE, 32, 1024, 50_000, 16, 4e-4, 20_000, LARGE_PRIOR, 3, ALL, 10_000, 2000),
+    "full": Plan(
+        LARGE, 32, 1024, 100_000, 50_000, 16, 4e-4, 20_000, LARGE_PRIOR, 3, ALL, 10_000, 2000
+    ),
 }  # fmt: skip
 
 

@@ -174,7 +174,8 @@ def write_report(rows: Sequence[Point], plan: Any, folder: Path) -> None:
     """Write ``report.md`` and ``rate_distortion.png``, and show the report."""
     points = average(rows)
     head = (
-        f"K = {plan.codes}, D = {plan.channels}, {plan.steps} steps of {plan.batch_size} images, "
+        f"K = {plan.codes}, D = {plan.channels}; {plan.base_steps} steps without codes, then "
+        f"{plan.steps} with each quantizer, of {plan.batch_size} images; "
         f"{plan.test_images} held-out images"
     )
     text = "\n\n".join([head, table(points), "\n".join(verdicts(rows, points))])

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from race.contenders import Contender
+from race.contenders import Contender, contenders
 from race.plans import Plan
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.stages import Prior
@@ -21,6 +21,8 @@ from taming.trainer import quiet_lightning
 from taming.util import instantiate_from_config
 
 logger = logging.getLogger("taming.benchmark")
+
+BASE = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 
 
 def schedule(steps: int) -> dict[str, Any]:
@@ -59,8 +61,17 @@ def fit(model: pl.LightningModule, data: DataLoader, steps: int, precision: str)
     trainer.fit(model, data)
 
 
-def build_tokenizer(plan: Plan, contender: Contender) -> VQModel:
-    """Build a contender's tokenizer: all have the same encoder, decoder and loss."""
+def build_tokenizer(
+    plan: Plan, contender: Contender, steps: int | None = None, quantize_start: int = 0
+) -> VQModel:
+    """Build a contender's tokenizer: all have the same encoder, decoder and loss.
+
+    Args:
+        plan: Sizes.
+        contender: Its quantizer.
+        steps: Training steps, for the learning rate; None for the plan's.
+        quantize_start: See `QuantizedAutoencoder`.
+    """
     block = contender.quantizer
     n_e = instantiate_from_config(block).n_e
     return VQModel(
@@ -73,8 +84,26 @@ def build_tokenizer(plan: Plan, contender: Contender) -> VQModel:
         embed_dim=plan.channels,
         quantizer_config=block,
         betas=(0.9, 0.99),
-        scheduler_config=schedule(plan.steps),
+        scheduler_config=schedule(steps or plan.steps),
+        quantize_start=quantize_start,
     )
+
+
+def trained_base(
+    plan: Plan, seed: int, data: Any, folder: Path, precision: str
+) -> dict[str, torch.Tensor]:
+    """Train an encoder and a decoder without codes, or load what an earlier call trained."""
+    file = folder / f"base-{seed}.pt"
+    if not file.exists():
+        logger.info("training the autoencoder of seed %d", seed)
+        pl.seed_everything(seed, verbose=False)
+        some = contenders(plan.codes, plan.channels)["vq"]  # its codes are never decoded
+        model = build_tokenizer(plan, some, plan.base_steps, quantize_start=plan.base_steps)
+        model.learning_rate = plan.learning_rate
+        fit(model, loader(data, plan.batch_size, shuffle=True), plan.base_steps, precision)
+        state = {k: v for k, v in model.state_dict().items() if k.split(".")[0] in BASE}
+        torch.save(state, file)
+    return torch.load(file)
 
 
 def trained_tokenizer(
@@ -82,14 +111,18 @@ def trained_tokenizer(
 ) -> VQModel:
     """Train a contender, or load what an earlier call trained."""
     file = folder / f"{contender.name}-{seed}.pt"
+    scratch = contender.from_scratch
+    base = {} if scratch or file.exists() else trained_base(plan, seed, data, folder, precision)
+    steps = plan.steps + (plan.base_steps if scratch else 0)
     pl.seed_everything(seed, verbose=False)
-    model = build_tokenizer(plan, contender)
+    model = build_tokenizer(plan, contender, steps)
     if file.exists():
         model.load_state_dict(torch.load(file))
     else:
         logger.info("training %s, seed %d", contender.name, seed)
-        model.learning_rate = plan.learning_rate
-        fit(model, loader(data, plan.batch_size, shuffle=True), plan.steps, precision)
+        model.load_state_dict(base, strict=False)
+        model.learning_rate = plan.learning_rate * (1 if scratch else 0.25)
+        fit(model, loader(data, plan.batch_size, shuffle=True), steps, precision)
         torch.save(model.state_dict(), file)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

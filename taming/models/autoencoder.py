@@ -34,6 +34,9 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
         image_key: Key of the image in a batch.
         betas: Of both Adam optimizers.
         schedule: Factor of both learning rates by step; None for none.
+        quantize_start: Generator step from which the decoder sees codes while training. Before it,
+            the decoder sees the latents as they are, and the quantizer learns from them without
+            asking anything of the encoder, which so finds more directions to write along.
 
     Attributes:
         learning_rate: Set by the caller before training.
@@ -49,6 +52,7 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
         image_key: str,
         betas: tuple[float, float],
         schedule: Callable[[int], float] | None,
+        quantize_start: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -58,6 +62,7 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
         self.gradient_clip_algorithm = "norm"
         self.betas = betas
         self.schedule = schedule
+        self.quantize_start = quantize_start
         self.image_key = image_key
         self.loss = loss
         self.quantize = quantize
@@ -132,14 +137,15 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
     def _reconstruct(self, x: Tensor) -> tuple[Tensor, QuantizerOutput, Tensor]:
         """Latents, codes and reconstruction; stops at the first value that is not finite."""
         z = self.encode_to_prequant(x)
+        continuous = self.training and self.global_step < self.quantize_start
         try:
-            quantized = self.quantize(z)
+            quantized = self.quantize(z.detach() if continuous else z)
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"{error} at step {self.global_step}; the first module whose output is not finite "
                 f"is {self._culprit(x)}"
             ) from error
-        return z, quantized, self.decode(quantized.z_q)
+        return z, quantized, self.decode(z if continuous else quantized.z_q)
 
     def _culprit(self, x: Tensor) -> str | None:
         """Name the first module whose output is not finite; in eval mode, which learns nothing."""

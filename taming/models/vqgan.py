@@ -69,6 +69,7 @@ class VQModel(QuantizedAutoencoder):
             short run, (0.9, 0.99) learns faster.
         scheduler_config: ``{target, params}`` of a factor of both learning rates by step.
         trust_checkpoint: See `load_checkpoint`, for ``ckpt_path``.
+        quantize_start: See `QuantizedAutoencoder`; 0 quantizes from the first step on.
 
     Raises:
         ValueError: The parts do not fit each other, or the checkpoint.
@@ -93,6 +94,7 @@ class VQModel(QuantizedAutoencoder):
         betas: tuple[float, float] = (0.5, 0.9),
         scheduler_config: Mapping[str, Any] | None = None,
         trust_checkpoint: bool = False,
+        quantize_start: int = 0,
     ) -> None:
         if ddconfig.get("double_z", True):
             raise ValueError("ddconfig of a VQ model needs double_z: false, for one z, not two")
@@ -103,6 +105,7 @@ class VQModel(QuantizedAutoencoder):
             image_key,
             betas,
             None if scheduler_config is None else instantiate_from_config(scheduler_config),
+            quantize_start,
         )
         self.monitor = monitor
         self.encoder = Encoder(**ddconfig)

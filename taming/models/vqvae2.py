@@ -56,6 +56,8 @@ class VQVAE2(VQModel):
         super().__init__(
             ddconfig, lossconfig, n_embed, embed_dim, quantizer_config=quantizer_config, **kwargs
         )
+        if self.quantize_start:
+            raise ValueError("VQVAE2 has no quantize_start: its decoder sees more than one z")
         if not isinstance(self.quantize, Hierarchy):
             raise ValueError(
                 f"VQVAE2 needs a Hierarchy of quantizers, not a {type(self.quantize).__name__}; "

@@ -91,6 +91,36 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path) -> None:
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("ema_decay", [0.9, None], ids=["ema", "gradient"])
+def test_before_quantize_start_only_the_quantizer_knows_of_codes(tmp_path, ema_decay) -> None:
+    torch.manual_seed(1)
+    state = model(PLAIN).state_dict()
+
+    def trained(quantize_start: int, threshold: float) -> VQModel:
+        params = {**LOOPY["params"], "threshold": threshold, "ema_decay": ema_decay}
+        tokenizer = model(PLAIN, LOOPY | {"params": params}, quantize_start=quantize_start)
+        tokenizer.load_state_dict({**state, "quantize.threshold": torch.tensor(threshold)}, False)
+        tokenizer.learning_rate = 1e-3
+        trainer(tmp_path).fit(tokenizer, images(6), images(2))
+        return tokenizer
+
+    def differ(a: VQModel, b: VQModel) -> set[str]:
+        parts = ("encoder", "decoder", "quant_conv", "post_quant_conv", "quantize.embedding.weight")
+        ours, theirs = a.state_dict(), b.state_dict()
+        same = {p: all(ours[n].equal(theirs[n]) for n in ours if n.startswith(p)) for p in parts}
+        return {part for part, equal in same.items() if not equal}
+
+    # Thresholds change the codes, and with them all that knows of codes.
+    assert differ(trained(3, 0.1), trained(3, 9.0)) == {"quantize.embedding.weight"}
+    assert "decoder" in differ(trained(2, 0.1), trained(2, 9.0))
+    whole = trained(0, 0.1).eval()
+    continuous = model(PLAIN, LOOPY, quantize_start=9).eval()
+    continuous.load_state_dict(whole.state_dict(), strict=False)
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(continuous._reconstruct(x)[2], whole._reconstruct(x)[2])
+
+
 def test_a_rest_of_batches_is_not_lost(tmp_path) -> None:
     tokenizer, fit = model(PLAIN, None), trainer(tmp_path)
     tokenizer.accumulate_grad_batches = 3
