@@ -140,8 +140,15 @@ def test_training_moves_every_part_and_counts_every_level(kinds: tuple[str, ...]
             lambda: VQVAE2(DDCONFIG, PLAIN, 16, 4, QUANTIZERS["flat"]),
             "VQVAE2 needs a Hierarchy of quantizers, not a VectorQuantizer2",
         ),
+        (
+            lambda: VQVAE2(**model_config("ema", "flat")["params"], quantize_start=9),
+            "VQVAE2 has no quantize_start",
+        ),
     ],
-    ids=["one level", "odd grid", "no codes", "other grid", "sequence", "no hierarchy"],
+    ids=[
+        *("one level", "odd grid", "no codes", "other grid", "sequence", "no hierarchy"),
+        "continuous",
+    ],
 )
 def test_what_does_not_fit_is_refused(wrong, message: str) -> None:
     with pytest.raises(ValueError, match=message):
