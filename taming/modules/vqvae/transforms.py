@@ -14,6 +14,7 @@ from taming.modules.vqvae.loop import ABSENT, Path, Searches, Transform
 from taming.modules.vqvae.nearest import nearest_codes
 
 MOMENTUM = 0.95  # weight of the old value in running statistics
+RIDGE = 1e-2  # of least squares, relative to the mean square of a code's coordinates
 
 
 class Attract(Transform):
@@ -115,6 +116,7 @@ class LinearResidual(Cascade):
 
     The maps are the least-squares fit of A_t e_k to what was searched in turn t, followed by a
     damped Newton step for each batch, so that maps and codebook together go down in |z - z_q|^2.
+    A ridge keeps axes in which codes hardly differ, and turns that few latents take, from noise.
     T - 1 maps of D x D numbers stand in for T separate codebooks of K x D.
 
     Args:
@@ -168,18 +170,22 @@ class LinearResidual(Cascade):
     @torch.no_grad()
     def learn(self, z: Tensor, searches: Searches, codebook: Tensor) -> None:
         """Step toward the least-squares maps of a batch of all ranks (see `Transform`)."""
-        cross, moments = self._statistics(z, searches, codebook)
-        self.moments.lerp_(moments, 1 - MOMENTUM)
+        cross, moments, counts = self._statistics(z, searches, codebook)
+        # Few searches say little about a matrix.
+        rate = ((1 - MOMENTUM) * counts / (counts + z.shape[1]))[:, None, None]
+        self.moments.lerp_(moments, rate)
         # Without the ridge, axes in which codes hardly differ would get maps made of noise.
-        ridge = 1e-3 * self.moments.diagonal(dim1=1, dim2=2).mean(dim=1)
-        damped = self.moments + ridge[:, None, None] * torch.eye(z.shape[1], device=z.device)
-        step = torch.linalg.solve(damped, cross.mT).mT
+        mean = self.moments.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+        damped = self.moments + RIDGE * mean * torch.eye(z.shape[1], device=z.device)
+        step = torch.linalg.solve(damped, (cross - RIDGE * mean * self.maps).mT).mT
         step[0] = 0
         # A new tensor: the step's backward pass may need the old one.
-        self.maps = self.maps + (1 - MOMENTUM) * step
+        self.maps = self.maps + rate * step
 
-    def _statistics(self, z: Tensor, searches: Searches, codebook: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean of (z - z_q) e^T and of e e^T by turn, each (T, D, D), over all ranks.
+    def _statistics(
+        self, z: Tensor, searches: Searches, codebook: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean of (z - z_q) e^T and of e e^T by turn, each (T, D, D); searches (T,); of all ranks.
 
         A turn that no latent took has no error, and keeps the moments that it has.
         """
@@ -191,7 +197,8 @@ class LinearResidual(Cascade):
         total = sum_over_ranks(torch.cat([torch.stack(sums).flatten(1), counts[:, None]], dim=1))
         means = total[:, :-1] / total[:, -1:].clamp(min=1)
         cross, moments = means.unflatten(1, (2, z.shape[1], z.shape[1])).unbind(1)
-        return cross, torch.where((total[:, -1] > 0)[:, None, None], moments, self.moments)
+        counts = total[:, -1]
+        return cross, torch.where((counts > 0)[:, None, None], moments, self.moments), counts
 
 
 def relative_sizes(searches: Searches, default: Tensor) -> Tensor:
