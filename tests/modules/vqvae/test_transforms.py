@@ -200,6 +200,18 @@ def test_maps_become_the_least_squares_fit_and_beat_scales() -> None:
     assert errors[1] < 0.5 * errors[0]
 
 
+def test_maps_stay_small_where_codes_hardly_differ_and_latents_move() -> None:
+    axes = torch.tensor([1.0, 1.0, 0.5, 0.5, 1e-3, 1e-3, 1e-3, 1e-3])
+    transform = LinearResidual(5, 8)
+    codebook = k_means(torch.randn(500, 8) * axes, torch.randn(16, 8) * axes)
+    for step in range(300):
+        z = torch.randn(64, 8) * axes * (1 + 0.2 * math.sin(step / 20))
+        codes = transform.walk(z, codebook, torch.full((64,), 0.5), 5).codes
+        searches = transform.retrace(z, codes[:, -1], codebook)
+        (transform.start if step < 4 else transform.learn)(z, searches, codebook)
+    assert torch.linalg.matrix_norm(transform.maps, ord=2).max() < 2
+
+
 @pytest.mark.parametrize(
     "transform, short, long",
     [
