@@ -43,9 +43,10 @@ def table(points: Sequence[Point]) -> str:
     ]
     for p in points:
         prior = "" if p["prior_bits"] is None else f"{p['prior_bits']:.0f}"
+        deviation = f" ± {p['psnr_std']:.2f}" if p["seeds"] > 1 else ""
         lines.append(
             f"| {p['name']} | {p['length']} | {p['tokens']:.0f} | {p['raw_bits']:.0f} "
-            f"| {p['entropy_bits']:.0f} | {prior} | {p['psnr']:.2f} ± {p['psnr_std']:.2f} "
+            f"| {p['entropy_bits']:.0f} | {prior} | {p['psnr']:.2f}{deviation} "
             f"| {p['ssim']:.3f} | {100 * p['usage']:.0f}% |"
         )
     return "\n".join(lines)
@@ -77,7 +78,8 @@ def best_at(
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{np.mean(values):+.2f} ± {np.std(values):.2f} dB"
+    deviation = f" ± {np.std(values):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):+.2f}{deviation} dB"
 
 
 def margins(rows: Sequence[Point], peer: Point, groups: Sequence[str], rate: str) -> list[float]:
@@ -131,7 +133,8 @@ def savings(rows: Sequence[Point], points: Sequence[Point]) -> list[str]:
                         found.append(100 * (1 - share))
                         break
         if found:
-            lines.append(f"- {peer['name']}: {np.mean(found):.0f}% ± {np.std(found):.0f}%")
+            deviation = f" ± {np.std(found):.0f}" if len(found) > 1 else ""
+            lines.append(f"- {peer['name']}: {np.mean(found):.0f}{deviation}%")
     return lines
 
 
@@ -176,7 +179,7 @@ def write_report(rows: Sequence[Point], plan: Any, folder: Path) -> None:
     head = (
         f"K = {plan.codes}, D = {plan.channels}; {plan.base_steps} steps without codes, then "
         f"{plan.steps} with each quantizer, of {plan.batch_size} images; "
-        f"{plan.test_images} held-out images"
+        f"{plan.test_images} held-out images; {len({row['seed'] for row in rows})} seed(s)"
     )
     text = "\n\n".join([head, table(points), "\n".join(verdicts(rows, points))])
     (folder / "report.md").write_text(text + "\n")
