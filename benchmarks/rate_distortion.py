@@ -85,9 +85,12 @@ def race(plan: Plan, name: str, seed: int, options: argparse.Namespace) -> list[
     test = first(images_of(options.test, "test", size, train=False), plan.test_images)
     still = first(images_of(options.train, "train", size, train=False), plan.calibration_images)
     model = trained_tokenizer(plan, contender, seed, train, options.outdir, options.precision)
-    if contender.beam is not None:
-        assert isinstance(model.quantize.transform, Cascade)
-        model.quantize.transform.beam = contender.beam  # costs nothing in training
+    if contender.beam is not None:  # only now: so it costs nothing in training
+        if isinstance(model.quantize, ResidualVQ):
+            model.quantize.widen(contender.beam)
+        else:
+            assert isinstance(model.quantize.transform, Cascade)
+            model.quantize.transform.beam = contender.beam
 
     def batches(data: Any) -> list[torch.Tensor]:
         return [model.get_input(b, "image").to(model.device) for b in loader(data, 100)]

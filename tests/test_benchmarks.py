@@ -118,6 +118,17 @@ def test_peers_are_cut_to_fewer_turns() -> None:
     assert FSQ([8, 6, 5], 8).n_e == 240
 
 
+def test_a_peers_wider_search_comes_nearer() -> None:
+    peer = ResidualVQ(16, 8, 4)
+    z = torch.randn(8, 8, 4, 4)
+    peer.train()(z)
+    narrow = peer.eval()(z)
+    peer.widen(4)
+    wide = peer(z)
+    assert (wide.z_q - z).square().mean() < (narrow.z_q - z).square().mean()
+    torch.testing.assert_close(peer.get_codebook_entry(wide.info.indices), wide.z_q)
+
+
 def test_controls_keep_the_mean_length(plan) -> None:
     model = build_tokenizer(plan, contenders(16, 8)["loopy-one"]).eval()
     z = torch.randn(3, 8, 4, 4)

@@ -9,6 +9,7 @@ from typing import Any
 QUANTIZE = "taming.modules.vqvae.quantize"
 TRANSFORMS = "taming.modules.vqvae.transforms"
 MAX_LOOPS = 8
+BEAM = 4
 BETA = 0.05  # of all commitment losses; with the usual 0.25, all lose up to 1 dB in short trainings
 
 
@@ -22,7 +23,8 @@ class Contender:
         quantizer: ``{target, params}``.
         lengths: Mean turns per site at which the trained model is measured; None measures it once,
             at its only rate.
-        beam: Width of the search once it is trained, for a loopy Residual.
+        beam: Width of the search once it is trained; None where each turn takes the nearest code,
+            as it must where vector-quantize-pytorch's path is cut: its search is for the whole one.
         from_scratch: Train it for as many steps in all, but on codes from the first step on: codes
             that start near zero and learn by gradient cannot follow latents that are there already.
     """
@@ -103,10 +105,12 @@ def contenders(codes: int, channels: int) -> dict[str, Contender]:
         for shared in (False, True):
             kind = "shared" if shared else "separate"
             quantizer = _residual(depth, codes, channels, shared_codebook=shared)
-            one_rate.append(Contender(f"rvq-{depth}-{kind}", f"fixed depth, {kind}", quantizer))
+            one_rate.append(
+                Contender(f"rvq-{depth}-{kind}", f"fixed depth, {kind}", quantizer, beam=BEAM)
+            )
         # The loop without its threshold: every site takes all turns.
         own = _loopy("LinearResidual", codes, channels, depth, threshold=0.0)
-        one_rate.append(Contender(f"fixed-{depth}", "fixed depth, mapped", own))
+        one_rate.append(Contender(f"fixed-{depth}", "fixed depth, mapped", own, beam=BEAM))
     one_rate += [
         Contender("attract", "loopy Attract", _loopy("Attract", codes, channels, target_length=2)),
         Contender("scaled", "loopy, scaled", _loopy("Residual", codes, channels, target_length=2)),
@@ -119,17 +123,17 @@ def contenders(codes: int, channels: int) -> dict[str, Contender]:
             "loopy, one checkpoint",
             _loopy("LinearResidual", codes, channels, target_length=2, length_range=(1.0, 6.0)),
             (1, 1.5, 2, 3, 4, 6),
-            beam=4,
+            beam=BEAM,
         ),
     ]
     for length in (2, 3, 4):
         quantizer = _loopy("LinearResidual", codes, channels, target_length=length)
         many_rates.append(
-            Contender(f"loopy-{length}", "loopy, dedicated", quantizer, (length,), beam=4)
+            Contender(f"loopy-{length}", "loopy, dedicated", quantizer, (length,), beam=BEAM)
         )
     for factor in (4, 16):
         quantizer = _loopy("LinearResidual", factor * codes, channels, target_length=2)
         many_rates.append(
-            Contender(f"loopy-2-{factor}k", "loopy, more codes", quantizer, (2,), beam=4)
+            Contender(f"loopy-2-{factor}k", "loopy, more codes", quantizer, (2,), beam=BEAM)
         )
     return {contender.name: contender for contender in one_rate + many_rates}

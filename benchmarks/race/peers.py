@@ -67,6 +67,12 @@ class ResidualVQ(Quantizer):
             RasterSequence(n_e) if depth == 1 else UnarySequence(n_e, depth, dummies=False)
         )
 
+    def widen(self, beam: int) -> None:
+        """Keep several partial paths of a latent in evaluation, and the one that ends nearest."""
+        self.inner.eval_beam_size = beam
+        # By default it adds up what every turn leaves; only what the last one leaves is the error.
+        self.inner.beam_score_weights[:-1] = 0.01
+
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize latents z (B, D, h, w); indices (B, h, w, T), -1 from `cut` on."""
         batch, _, h, w = z.shape
