@@ -71,7 +71,7 @@ class ResidualVQ(Quantizer):
         """Keep several partial paths of a latent in evaluation, and the one that ends nearest."""
         self.inner.eval_beam_size = beam
         # By default it adds up what every turn leaves; only what the last one leaves is the error.
-        self.inner.beam_score_weights[:-1] = 0.01
+        self.inner.get_buffer("beam_score_weights")[:-1] = 0.01
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize latents z (B, D, h, w); indices (B, h, w, T), -1 from `cut` on."""
