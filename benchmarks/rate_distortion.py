@@ -156,7 +156,9 @@ def main() -> None:
     ]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        seeds = sorted({seed for _, seed in wanted})
+        # Before the contenders, of which two would otherwise train the same one at once.
+        untrained = {s for name, s in wanted if not (options.outdir / f"{name}-{s}.pt").exists()}
+        seeds = sorted(untrained)
         bases = [pool.submit(train_base, plan, seed, options) for seed in seeds]
         for finished in tqdm(as_completed(bases), total=len(bases), desc="autoencoders"):
             finished.result()
