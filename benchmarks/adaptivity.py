@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from einops import reduce
 from PIL import Image, ImageDraw
 from race.contenders import contenders
-from race.measure import fixed_length, whole_path
+from race.measure import fixed_length
 from race.plans import PLANS, images_of
 from race.training import build_tokenizer, first, loader
 from torch import Tensor
@@ -102,7 +102,7 @@ def correlations(model: VQModel, batches: Sequence[Tensor]) -> dict[str, float]:
         for name, values in site_statistics(x, h, w).items():
             per_site.setdefault(name, []).append(values)
         assert isinstance(model.quantize, LoopyVectorQuantizer)
-        path = whole_path(model.quantize, z)
+        path = model.quantize.whole_path(z)
         codes = path.end_at(fixed_length(1)(path, len(x))).reshape(*lengths.shape, -1)
         error = (model.decode(model.quantize.get_codebook_entry(codes)) - x).square().mean(dim=1)
         site_error = F.adaptive_avg_pool2d(error, (h, w))

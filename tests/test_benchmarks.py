@@ -17,7 +17,7 @@ import torch
 from adaptivity import rank_correlation, site_statistics
 from PIL import Image
 from race.contenders import contenders
-from race.measure import code_bits, cut_by, fixed_length, shuffled_lengths, whole_path
+from race.measure import code_bits, cut_by, fixed_length, shuffled_lengths
 from race.peers import FSQ, ResidualVQ
 from race.plans import PLANS, Plan, images_of
 from race.report import average, best_at, margins, write_report
@@ -132,7 +132,7 @@ def test_a_peers_wider_search_comes_nearer() -> None:
 def test_controls_keep_the_mean_length(plan) -> None:
     model = build_tokenizer(plan, contenders(16, 8)["loopy-one"]).eval()
     z = torch.randn(3, 8, 4, 4)
-    path = whole_path(model.quantize, z)
+    path = model.quantize.whole_path(z)
     tau = path.distances[:, 2].median()
     own = model.quantize(z, tau).info.encodings.lengths
     shuffled = cut_by(model, shuffled_lengths(tau))(z)[1]

@@ -93,20 +93,13 @@ def own_quantizer(model: VQModel) -> Quantize:
     return quantize
 
 
-def whole_path(quantizer: LoopyVectorQuantizer, z: Tensor) -> Path:
-    """Path of latents (B, D, h, w) through all turns."""
-    rows = z.permute(0, 2, 3, 1).reshape(-1, quantizer.e_dim)
-    codebook = quantizer.embedding.weight
-    return quantizer.transform.walk(rows, codebook, rows.new_zeros(len(rows)), quantizer.max_loops)
-
-
 def cut_by(model: VQModel, lengths_of: Callable[[Path, int], Tensor]) -> Quantize:
     """Quantize with lengths chosen by ``lengths_of(path, images) -> (N,)``, for the controls."""
     quantizer = model.quantize
     assert isinstance(quantizer, LoopyVectorQuantizer)
 
     def quantize(z: Tensor) -> tuple[Tensor, Tensor]:
-        path = whole_path(quantizer, z)
+        path = quantizer.whole_path(z)
         codes = path.end_at(lengths_of(path, len(z)))
         codes = codes.reshape(len(z), *z.shape[2:], -1)
         return quantizer.get_codebook_entry(codes), codes
@@ -141,7 +134,7 @@ def threshold_for_mean(model: VQModel, images: Iterable[Tensor], length: float) 
     The number of turns falls with the threshold, so bisection on its logarithm finds it.
     """
     assert isinstance(model.quantize, LoopyVectorQuantizer)
-    paths = [whole_path(model.quantize, model.encode_to_prequant(x)).distances for x in images]
+    paths = [model.quantize.whole_path(model.encode_to_prequant(x)).distances for x in images]
     distances = torch.cat(paths)
     low, high = 1e-6 * distances.max(), distances.max()
     for _ in range(40):

@@ -19,7 +19,7 @@ from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
 from taming.modules.vqvae.heatmap import depth_heat_map
 from taming.modules.vqvae.quantize import GumbelQuantize, LoopyVectorQuantizer, VectorQuantizer2
-from taming.modules.vqvae.rate import fewest_tokens
+from taming.modules.vqvae.rate import fewest_tokens, threshold_for, turns_within
 from taming.util import instantiate_from_config
 
 # Arguments of VQModel that go to the default quantizer.
@@ -169,8 +169,13 @@ class VQModel(QuantizedAutoencoder):
         if self.training:
             raise ValueError("target_psnr needs the model in eval mode: a search must not train it")
 
+        path = self.quantize.whole_path(z)  # walked once, then cut by each number of tokens
+        distances = path.distances.view(len(x), -1, path.distances.shape[1])
+
         def quality(tokens: Tensor) -> Tensor:
-            x_rec = self.decode(self.quantize(z, max_tokens=tokens).z_q).clamp(-1, 1)
+            tau = threshold_for(distances, tokens).repeat_interleave(distances.shape[1])
+            codes = path.end_at(turns_within(path.distances, tau))
+            x_rec = self.decode_code(codes.view(len(x), *z.shape[2:], -1)).clamp(-1, 1)
             return peak_signal_noise_ratio(
                 x_rec, x, data_range=2.0, dim=(1, 2, 3), reduction="none"
             )

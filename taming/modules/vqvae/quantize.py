@@ -174,6 +174,12 @@ class LoopyVectorQuantizer(Quantizer):
         z_q = self._grid(z_q, z)
         return QuantizerOutput(z_q if z.ndim == 2 else channels_second(z_q), loss, info)
 
+    @torch.no_grad()
+    def whole_path(self, z: Tensor) -> Path:
+        """Follow latents (B, D, h, w) or (N, D) through all turns, wherever they may end then."""
+        rows = self._rows(z).detach()
+        return self._walk(rows, rows.new_zeros(len(rows)))
+
     def get_codebook_entry(
         self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
     ) -> Tensor:
@@ -230,7 +236,7 @@ class LoopyVectorQuantizer(Quantizer):
             tau = tau.to(rows).expand(images).repeat_interleave(sites)
             return self._walk(rows, tau), tau
         # The path does not depend on the threshold, which only cuts it.
-        path = self._walk(rows, rows.new_zeros(len(rows)))
+        path = self.whole_path(rows)
         tokens = torch.as_tensor(max_tokens, device=rows.device).expand(images)
         tau = threshold_for(path.distances.view(images, sites, -1), tokens)
         return path, tau.repeat_interleave(sites)
