@@ -153,12 +153,12 @@ class LinearResidual(Cascade):
 
     def see(self, codebook: Tensor, turn: int) -> Tensor:
         """Map codes (K, D) by A_t (see `Cascade`)."""
-        return codebook if turn == 0 else codebook @ self.maps[turn].T
+        return codebook if turn == 0 else product(codebook, self.maps[turn].T)
 
     def pull(self, errors: Tensor, turn: int) -> tuple[Tensor, Tensor]:
         """Map errors (M, D) by A_t^T; and the mean square of A_t's axes (see `Cascade`)."""
         axes = self.maps[turn]
-        return errors @ axes, axes.square().sum() / len(axes)
+        return product(errors, axes), axes.square().sum() / len(axes)
 
     @torch.no_grad()
     def start(self, z: Tensor, searches: Searches, codebook: Tensor) -> None:
@@ -192,13 +192,19 @@ class LinearResidual(Cascade):
         codes = codebook[searches.found]
         errors = z[searches.sites] - searches.approximations
         turns = searches.turns == torch.arange(self.max_loops, device=z.device)[:, None]
-        sums = [torch.cat([errors[on], codes[on]], dim=1).T @ codes[on] for on in turns]
+        sums = [product(torch.cat([errors[on], codes[on]], dim=1).T, codes[on]) for on in turns]
         counts = turns.sum(dim=1).to(z)
         total = sum_over_ranks(torch.cat([torch.stack(sums).flatten(1), counts[:, None]], dim=1))
         means = total[:, :-1] / total[:, -1:].clamp(min=1)
         cross, moments = means.unflatten(1, (2, z.shape[1], z.shape[1])).unbind(1)
         counts = total[:, -1]
         return cross, torch.where((counts > 0)[:, None, None], moments, self.moments), counts
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply float32 matrices as such, whatever autocast says: codes must not be rounded."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def relative_sizes(searches: Searches, default: Tensor) -> Tensor:

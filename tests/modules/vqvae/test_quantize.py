@@ -279,12 +279,17 @@ def test_training_is_repeatable_from_its_state() -> None:
         assert torch.equal(value, run(3).state_dict()[key]), key
 
 
-def test_bfloat16_latents_give_float32_codes() -> None:
-    quantizer, z = loopy(), torch.randn(2, D, 3, 3, dtype=torch.bfloat16)
+@every_transform
+def test_quantizing_is_float32_under_autocast(transform: str) -> None:
+    quantizer, z = loopy(transform), torch.randn(2, D, 3, 3, dtype=torch.bfloat16)
+    expected = quantizer(z.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = quantizer(z)
+        entry = quantizer.get_codebook_entry(out.info.indices)
     assert out.z_q.dtype == torch.float32
-    assert torch.equal(out.info.indices, quantizer(z.float()).info.indices)
+    assert torch.equal(out.info.indices, expected.info.indices)
+    assert torch.equal(out.z_q, expected.z_q)
+    assert torch.equal(entry, out.z_q)
 
 
 @pytest.mark.parametrize(
