@@ -38,7 +38,7 @@ from race.measure import (
 from race.peers import ResidualVQ
 from race.plans import PLANS, Plan, images_of
 from race.report import write_report
-from race.training import first, loader, prior_bits, trained_base, trained_tokenizer
+from race.training import first, last, loader, prior_bits, trained_base, trained_tokenizer
 from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
@@ -82,7 +82,8 @@ def race(plan: Plan, name: str, seed: int, options: argparse.Namespace) -> list[
     contender = contenders(plan.codes, plan.channels)[name]
     size = plan.ddconfig["resolution"]
     train = images_of(options.train, "train", size, train=True)
-    test = first(images_of(options.test, "test", size, train=False), plan.test_images)
+    # The first of them were looked at while the recipe was chosen.
+    test = last(images_of(options.test, "test", size, train=False), plan.test_images)
     still = first(images_of(options.train, "train", size, train=False), plan.calibration_images)
     model = trained_tokenizer(plan, contender, seed, train, options.outdir, options.precision)
     if contender.beam is not None:  # only now: so it costs nothing in training

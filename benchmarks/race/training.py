@@ -174,3 +174,8 @@ def bits_per_image(model: Prior, data: DataLoader) -> float:
 def first(data: Any, amount: int) -> Subset:
     """Take the first images of a data set."""
     return Subset(data, range(min(amount, len(data))))
+
+
+def last(data: Any, amount: int) -> Subset:
+    """Take the last images of a data set."""
+    return Subset(data, range(max(len(data) - amount, 0), len(data)))
