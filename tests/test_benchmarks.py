@@ -20,7 +20,7 @@ from race.contenders import contenders
 from race.measure import code_bits, cut_by, fixed_length, shuffled_lengths
 from race.peers import FSQ, ResidualVQ
 from race.plans import PLANS, Plan, images_of
-from race.report import average, best_at, margins, write_report
+from race.report import average, cell, margins, quality_at, savings, tokens_at, write_report
 from race.training import BASE, build_tokenizer, trained_base, trained_tokenizer
 from rate_distortion import race
 from scipy.stats import spearmanr
@@ -144,9 +144,16 @@ def test_controls_keep_the_mean_length(plan) -> None:
 
 def test_bits_are_those_of_the_entropy() -> None:
     codes = torch.tensor([[0, 1, -1], [1, 1, -1], [2, 1, -1], [3, 1, -1]])
-    assert code_bits(codes) == pytest.approx(4 * 2)  # the second code and the length are certain
+    # The second code and the length are certain.
+    assert code_bits(codes, 4) == pytest.approx(4 * 2)
     codes[:2, 1] = -1
-    assert code_bits(codes) == pytest.approx(4 * 2 + 4 * 1)  # now the length is worth a bit a site
+    # Now the length is worth a bit a site.
+    assert code_bits(codes, 4) == pytest.approx(4 * 2 + 4 * 1)
+
+
+def test_dummies_cost_no_more_than_the_length_that_counts_them() -> None:
+    codes = torch.tensor([[0, -1], [1, 0]])  # A and D, A
+    assert code_bits(codes, 1) == pytest.approx(2 * 1)
 
 
 def test_adaptivity_of_a_races_tokenizer(
@@ -197,7 +204,16 @@ def test_margins_compare_at_the_peers_own_rate_and_never_beyond_what_was_measure
         row("peer", "theirs", 0, 128, 20.5),
         row("far", "theirs", 0, 512, 30.0),
     ]
-    assert best_at(rows, ["ours"], 0, "tokens", 128) == pytest.approx(21.0)
+    assert quality_at(rows, "ours", 0, "tokens", 128) == pytest.approx(21.0)
     peer, far = (next(p for p in average(rows) if p["name"] == n) for n in ("peer", "far"))
-    assert margins(rows, peer, ["ours"], "tokens") == pytest.approx([0.5])
-    assert margins(rows, far, ["ours"], "tokens") == []
+    assert margins(rows, peer, "ours", "tokens") == pytest.approx([0.5])
+    assert margins(rows, far, "ours", "tokens") == [None]
+    # 20.5 dB lies a quarter of the way from 64 to 256 tokens in their logarithm.
+    assert tokens_at(rows, "ours", 0, 20.5) == pytest.approx(64 * 4**0.25)
+    assert savings(rows, peer, "ours") == pytest.approx([100 * (1 - 64 * 4**0.25 / 128)])
+    assert savings(rows, far, "ours") == [None]
+
+
+def test_a_seed_without_comparison_is_named() -> None:
+    assert cell([0.5, None, 1.5], 2) == "+1.00 ± 0.71 (2 of 3 seeds)"
+    assert cell([None], 2) == ""

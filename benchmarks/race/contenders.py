@@ -23,8 +23,7 @@ class Contender:
         quantizer: ``{target, params}``.
         lengths: Mean turns per site at which the trained model is measured; None measures it once,
             at its only rate.
-        beam: Width of the search once it is trained; None where each turn takes the nearest code,
-            as it must where vector-quantize-pytorch's path is cut: its search is for the whole one.
+        beam: Width of the search once it is trained; None where each turn takes the nearest code.
         from_scratch: Train it for as many steps in all, but on codes from the first step on: codes
             that start near zero and learn by gradient cannot follow latents that are there already.
     """
@@ -91,7 +90,7 @@ def contenders(codes: int, channels: int) -> dict[str, Contender]:
     for factor in (1, 4):
         one_rate.append(
             Contender(
-                f"ema-vq-{factor}k",
+                f"ema-vq-{factor}x",
                 "one code",
                 _residual(1, factor * codes, channels),
             )
@@ -115,9 +114,9 @@ def contenders(codes: int, channels: int) -> dict[str, Contender]:
         Contender("attract", "loopy Attract", _loopy("Attract", codes, channels, target_length=2)),
         Contender("scaled", "loopy, scaled", _loopy("Residual", codes, channels, target_length=2)),
     ]
-    dropout = _residual(MAX_LOOPS, codes, channels, quantize_dropout=True)
+    dropout = _residual(6, codes, channels, quantize_dropout=True)
     many_rates = [
-        Contender("rvq-dropout", "quantize_dropout", dropout, (1, 2, 3, 4, 6)),
+        Contender("rvq-dropout", "quantize_dropout", dropout, (1, 2, 3, 4, 6), beam=BEAM),
         Contender(
             "loopy-one",
             "loopy, one checkpoint",
@@ -136,6 +135,6 @@ def contenders(codes: int, channels: int) -> dict[str, Contender]:
     for factor in (4, 16):
         quantizer = _loopy("LinearResidual", factor * codes, channels, target_length=2)
         many_rates.append(
-            Contender(f"loopy-2-{factor}k", "loopy, more codes", quantizer, (2,), beam=BEAM)
+            Contender(f"loopy-2-{factor}x", "loopy, more codes", quantizer, (2,), beam=BEAM)
         )
     return {contender.name: contender for contender in one_rate + many_rates}

@@ -39,10 +39,13 @@ def entropy(values: Tensor) -> float:
     return float(len(values) * torch.special.entr(counts / counts.sum()).sum() / math.log(2))
 
 
-def code_bits(codes: Tensor) -> float:
-    """Zero-order entropy of codes (N, T), turn by turn, and of the lengths; bits of all sites."""
+def code_bits(codes: Tensor, n_e: int) -> float:
+    """Zero-order entropy of codes (N, T), turn by turn, and of the lengths; bits of all sites.
+
+    The length says how many dummies (K) there are, so they cost no more than that.
+    """
     lengths = (codes >= 0).sum(dim=1)
-    turns = [turn[turn >= 0] for turn in codes.unbind(1)]
+    turns = [turn[(turn >= 0) & (turn < n_e)] for turn in codes.unbind(1)]
     return entropy(lengths) + sum(entropy(turn) for turn in turns if len(turn) > 0)
 
 
@@ -78,7 +81,7 @@ def measure(
         torch.as_tensor(ssim.compute()).item(),
         float((rows >= 0).sum()) / count,
         sequence_length * vocabulary / count,
-        code_bits(rows) / count,
+        code_bits(rows, model.quantize.n_e) / count,
         len(used) / model.quantize.n_e,
     )
 

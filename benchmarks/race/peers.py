@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 import vector_quantize_pytorch as vqp
 from einops import rearrange
 from torch import Tensor
@@ -25,8 +27,9 @@ OPTIONS = {
     "decay": 0.95,
     "kmeans_init": True,
     "rotation_trick": False,
-    "threshold_ema_dead_code": 2,
+    "threshold_ema_dead_code": 1,  # in use; `ResidualVQ` sets how much
 }
+REVIVE_BELOW = 0.125  # of the uniform share; with more, codes do not settle
 
 
 class ResidualVQ(Quantizer):
@@ -68,19 +71,28 @@ class ResidualVQ(Quantizer):
         )
 
     def widen(self, beam: int) -> None:
-        """Keep several partial paths of a latent in evaluation, and the one that ends nearest."""
+        """Keep several partial paths of a latent in evaluation, those that come nearest to it."""
         self.inner.eval_beam_size = beam
-        # By default it adds up what every turn leaves; only what the last one leaves is the error.
-        self.inner.get_buffer("beam_score_weights")[:-1] = 0.01
+        # By default it adds up what every turn leaves, but only what the last one leaves is an
+        # error: each turn must outweigh those before it.
+        weights = self.inner.get_buffer("beam_score_weights")
+        weights.copy_(100.0 ** torch.arange(1 - len(weights), 1))
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize latents z (B, D, h, w); indices (B, h, w, T), -1 from `cut` on."""
         batch, _, h, w = z.shape
         rows = rearrange(z.float(), "b d h w -> b (h w) d")
-        z_q, indices, losses = self.inner(rows)
-        if not self.training and self.cut < indices.shape[-1]:
-            indices[..., self.cut :] = -1
-            z_q = self.inner.get_output_from_indices(indices)
+        layers = self.inner.layers
+        for layer in layers:
+            votes = REVIVE_BELOW * rows.shape[:2].numel() / self.n_e
+            layer._codebook.threshold_ema_dead_code = votes
+            layer._codebook.reset_cluster_size = votes
+        if not self.training:
+            self.inner.layers = layers[: self.cut]
+        with torch.autocast(z.device.type, enabled=False):
+            z_q, indices, losses = self.inner(rows)
+        self.inner.layers = layers
+        indices = F.pad(indices, (0, len(layers) - indices.shape[-1]), value=-1)
         z_q = channels_second(z_q.reshape(batch, h, w, self.e_dim))
         written = indices[indices >= 0]
         info = QuantizerInfo(

@@ -72,7 +72,7 @@ SMALL_PRIOR = {"n_layer": 2, "n_head": 4, "n_embd": 96}
 LARGE_PRIOR = {"n_layer": 8, "n_head": 8, "n_embd": 512}
 DECISIVE = (
     *("loopy-one", "rvq-dropout", "rvq-2-separate", "rvq-3-separate", "rvq-4-separate"),
-    *("loopy-2", "loopy-3", "loopy-4", "ema-vq-4k", "attract", "vq"),
+    *("loopy-2", "loopy-3", "loopy-4", "ema-vq-4x", "attract", "vq"),
 )
 ALL = tuple(contenders(256, 16))
 PLANS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,22 @@ import numpy as np
 
 logger = logging.getLogger("taming.benchmark")
 
-LOOPY = ("loopy, one checkpoint", "loopy, dedicated")
-ONE = ("loopy, one checkpoint",)
-FIXED = ("fixed depth, separate", "fixed depth, shared", "fixed depth, mapped")
+ONE, DEDICATED = "loopy, one checkpoint", "loopy, dedicated"
+CONTROL = "control: "
+FIXED = "fixed depth"
+RATES = {
+    "tokens": "tokens per image",
+    "raw_bits": "bits per image (raw)",
+    "entropy_bits": "bits per image (entropy)",
+    "prior_bits": "bits per image (prior)",
+}
 NUMBERS = ("tokens", "raw_bits", "entropy_bits", "prior_bits", "psnr", "ssim", "usage")
 Point = dict[str, Any]
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation of a sample; 0 for one value or none."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def average(rows: Sequence[Point]) -> list[Point]:
@@ -30,7 +41,7 @@ def average(rows: Sequence[Point]) -> list[Point]:
         for number in NUMBERS:
             values = [float(m[number]) for m in members if m[number] not in ("", None)]
             point[number] = float(np.mean(values)) if values else None
-            point[f"{number}_std"] = float(np.std(values)) if values else None
+            point[f"{number}_std"] = deviation(values)
         points.append(point)
     return sorted(points, key=lambda point: (point["tokens"], -point["psnr"]))
 
@@ -43,10 +54,10 @@ def table(points: Sequence[Point]) -> str:
     ]
     for p in points:
         prior = "" if p["prior_bits"] is None else f"{p['prior_bits']:.0f}"
-        deviation = f" ± {p['psnr_std']:.2f}" if p["seeds"] > 1 else ""
+        spread = f" ± {p['psnr_std']:.2f}" if p["seeds"] > 1 else ""
         lines.append(
             f"| {p['name']} | {p['length']} | {p['tokens']:.0f} | {p['raw_bits']:.0f} "
-            f"| {p['entropy_bits']:.0f} | {prior} | {p['psnr']:.2f}{deviation} "
+            f"| {p['entropy_bits']:.0f} | {prior} | {p['psnr']:.2f}{spread} "
             f"| {p['ssim']:.3f} | {100 * p['usage']:.0f}% |"
         )
     return "\n".join(lines)
@@ -61,81 +72,97 @@ def curve(rows: Sequence[Point], group: str, seed: int, rate: str) -> list[tuple
     )
 
 
-def best_at(
-    rows: Sequence[Point], groups: Sequence[str], seed: int, kind: str, rate: float
+def quality_at(
+    rows: Sequence[Point], group: str, seed: int, kind: str, rate: float
 ) -> float | None:
-    """Best PSNR of some groups at a rate, linear between measurements in the rate's logarithm.
+    """PSNR of a group at a rate, linear between its measurements in the rate's logarithm.
 
-    A rate outside what a group was measured at (by more than 1%) is none of it; None if all are.
+    None at a rate outside what the group was measured at (by more than 1%).
     """
+    points = curve(rows, group, seed, kind)
+    if not points or not points[0][0] * 0.99 <= rate <= points[-1][0] * 1.01:
+        return None
+    rates, quality = zip(*points, strict=True)
+    return float(np.interp(np.log(rate), np.log(rates), quality))
+
+
+def tokens_at(rows: Sequence[Point], group: str, seed: int, psnr: float) -> float | None:
+    """Tokens with which a group reaches a PSNR; None outside what it was measured at."""
+    points = curve(rows, group, seed, "tokens")
+    if not points or not points[0][1] <= psnr <= points[-1][1]:
+        return None
+    tokens, quality = zip(*points, strict=True)
+    return float(np.exp(np.interp(psnr, quality, np.log(tokens))))
+
+
+def of_each_seed(rows: Sequence[Point], peer: Point, rate: str) -> list[Point]:
+    """Rows of a peer's point that have a rate, one for each seed."""
+    name = (peer["name"], peer["length"])
+    return [r for r in rows if (r["name"], r["length"]) == name and r[rate] not in ("", None)]
+
+
+def margins(rows: Sequence[Point], peer: Point, group: str, rate: str) -> list[float | None]:
+    """By how much a group beats a peer's point at its own rate, one number per seed, in dB."""
     found = []
-    for group in groups:
-        points = curve(rows, group, seed, kind)
-        if points and points[0][0] * 0.99 <= rate <= points[-1][0] * 1.01:
-            rates, quality = zip(*points, strict=True)
-            found.append(float(np.interp(np.log(rate), np.log(rates), quality)))
-    return max(found, default=None)
-
-
-def _spread(values: Sequence[float]) -> str:
-    deviation = f" ± {np.std(values):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):+.2f}{deviation} dB"
-
-
-def margins(rows: Sequence[Point], peer: Point, groups: Sequence[str], rate: str) -> list[float]:
-    """By how much some groups beat a peer's point at its own rate, one number per seed, in dB."""
-    found = []
-    for row in rows:
-        same = (row["name"], row["length"]) == (peer["name"], peer["length"])
-        if same and row[rate] not in ("", None):
-            best = best_at(rows, groups, int(row["seed"]), rate, float(row[rate]))
-            if best is not None:
-                found.append(best - float(row["psnr"]))
+    for row in of_each_seed(rows, peer, rate):
+        quality = quality_at(rows, group, int(row["seed"]), rate, float(row[rate]))
+        found.append(None if quality is None else quality - float(row["psnr"]))
     return found
+
+
+def savings(rows: Sequence[Point], peer: Point, group: str) -> list[float | None]:
+    """Share of a peer's tokens that a group does without at its PSNR, one per seed, in percent."""
+    found = []
+    for row in of_each_seed(rows, peer, "tokens"):
+        tokens = tokens_at(rows, group, int(row["seed"]), float(row["psnr"]))
+        found.append(None if tokens is None else 100 * (1 - tokens / float(row["tokens"])))
+    return found
+
+
+def cell(values: Sequence[float | None], digits: int) -> str:
+    """Mean and spread over the seeds; says how many, where a seed has none to compare with."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    spread = f" ± {deviation(known):.{digits}f}" if len(known) > 1 else ""
+    seeds = f" ({len(known)} of {len(values)} seeds)" if len(known) < len(values) else ""
+    return f"{np.mean(known):+.{digits}f}{spread}{seeds}"
+
+
+def comparison(
+    title: str,
+    peers: Sequence[Point],
+    rate: str,
+    compare: Callable[[Point, str], Sequence[float | None]],
+    digits: int = 2,
+) -> str:
+    """Markdown table of what the loop has over each peer, or over each control."""
+    lines = [f"| {title} | one checkpoint | dedicated |", "|---|---|---|"]
+    for peer in sorted(peers, key=lambda peer: peer["group"].startswith(CONTROL)):
+        # Not with itself.
+        found = [compare(peer, g) if g != peer["group"] else [] for g in (ONE, DEDICATED)]
+        cells = [cell(values, digits) for values in found]
+        if any(cells):
+            label = f"{peer['name']} {peer['length']}".strip()
+            lines.append(f"| {label} ({peer[rate]:.0f}) | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
 
 
 def verdicts(rows: Sequence[Point], points: Sequence[Point]) -> list[str]:
     """Say, for each peer and control, who wins at its tokens and at its bits."""
-    lines = []
-    for rate, title in (
-        ("tokens", "at equal tokens"),
-        ("entropy_bits", "at equal bits (zero-order entropy)"),
-        ("prior_bits", "at equal bits (prior)"),
-    ):
-        lines += ["", f"Loopy (the better of its models) {title}:"]
-        for peer in points:
-            if peer["group"] not in LOOPY:
-                found = margins(rows, peer, LOOPY, rate)
-                if found:
-                    label = f"{peer['name']} {peer['length']}".strip()
-                    lines.append(f"- {label} ({peer[rate]:.0f}): {_spread(found)}")
-    lines += ["", "Fewer tokens at the PSNR of fixed depth:", *savings(rows, points)]
-    lines += ["", "One checkpoint against the dedicated model at its tokens:"]
-    for peer in points:
-        if peer["group"] == "loopy, dedicated" and (found := margins(rows, peer, ONE, "tokens")):
-            lines.append(f"- {peer['name']} ({peer['tokens']:.0f}): {_spread(found)}")
-    return lines[1:]
-
-
-def savings(rows: Sequence[Point], points: Sequence[Point]) -> list[str]:
-    """Tokens that the loop needs for the PSNR of each fixed depth, as a share of its tokens."""
-    lines = []
-    for peer in points:
-        if peer["group"] not in FIXED:
-            continue
-        found = []
-        for row in rows:
-            if (row["name"], row["length"]) == (peer["name"], peer["length"]):
-                seed, wanted, tokens = int(row["seed"]), float(row["psnr"]), float(row["tokens"])
-                for share in np.arange(0.3, 1.3, 0.01):
-                    best = best_at(rows, LOOPY, seed, "tokens", share * tokens)
-                    if best is not None and best >= wanted:
-                        found.append(100 * (1 - share))
-                        break
-        if found:
-            deviation = f" ± {np.std(found):.0f}" if len(found) > 1 else ""
-            lines.append(f"- {peer['name']}: {np.mean(found):.0f}{deviation}%")
-    return lines
+    peers = [p for p in points if not p["group"].startswith("loopy")]
+    others = [p for p in points if p["group"].startswith("loopy") and p["group"] != ONE]
+    tables = []
+    for rate, title in RATES.items():
+        with_rate = [p for p in peers + others if p[rate] is not None]
+        title = f"dB above, at its {title}"
+        tables.append(
+            comparison(title, with_rate, rate, lambda p, g, rate=rate: margins(rows, p, g, rate))
+        )
+    fixed = [p for p in peers if FIXED in p["group"]]
+    title = "% fewer tokens, at the PSNR of"
+    tables.append(comparison(title, fixed, "tokens", lambda p, g: savings(rows, p, g), digits=0))
+    return tables
 
 
 def plot(points: Sequence[Point], file: Path) -> None:
@@ -145,16 +172,14 @@ def plot(points: Sequence[Point], file: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    rates = [("tokens", "tokens per image"), ("entropy_bits", "bits per image (entropy)")]
-    if any(p["prior_bits"] is not None for p in points):
-        rates.append(("prior_bits", "bits per image (prior)"))
+    rates = [(r, title) for r, title in RATES.items() if any(p[r] is not None for p in points)]
     figure, axes = plt.subplots(2, len(rates), figsize=(5 * len(rates), 8), squeeze=False)
     for row, quality in zip(axes, ("psnr", "ssim"), strict=True):
         for axis, (rate, title) in zip(row, rates, strict=True):
             for group in dict.fromkeys(p["group"] for p in points):
                 line = [p for p in points if p["group"] == group and p[rate] is not None]
                 style = "--" if group.startswith("control") else "-"
-                width = 2.5 if group in LOOPY else 1.2
+                width = 2.5 if group in (ONE, DEDICATED) else 1.2
                 axis.errorbar(
                     [p[rate] for p in line],
                     [p[quality] for p in line],
@@ -181,7 +206,7 @@ def write_report(rows: Sequence[Point], plan: Any, folder: Path) -> None:
         f"{plan.steps} with each quantizer, of {plan.batch_size} images; "
         f"{plan.test_images} held-out images; {len({row['seed'] for row in rows})} seed(s)"
     )
-    text = "\n\n".join([head, table(points), "\n".join(verdicts(rows, points))])
+    text = "\n\n".join([head, table(points), *verdicts(rows, points)])
     (folder / "report.md").write_text(text + "\n")
     plot(points, folder / "rate_distortion.png")
     logger.info("%s\n\nwritten to %s", text, folder)
