@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import logging
 import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from race.measure import (
     threshold_for_mean,
 )
 from race.peers import ResidualVQ
-from race.plans import PLANS, Plan, images_of
+from race.plans import ALL, PLANS, Plan, images_of
 from race.report import write_report
 from race.training import first, last, loader, prior_bits, trained_base, trained_tokenizer
 from tqdm import tqdm
@@ -129,7 +131,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test", help="Parquet file, or folder of images, held out")
     parser.add_argument("-o", "--outdir", type=Path, help="default: results/rate_distortion/PLAN")
     parser.add_argument("--seeds", type=int, help="number of seeds")
-    parser.add_argument("--only", nargs="*", help="names of contenders")
+    parser.add_argument("--only", nargs="*", choices=ALL, metavar="NAME", help="of contenders")
     parser.add_argument("--precision", default="32-true", help="of training, as bf16-mixed")
     parser.add_argument("--workers", type=int, help="trainings at once; default: one per CPU core")
     parser.add_argument("--no-prior", dest="prior", action="store_false", help="skip the priors")
@@ -142,6 +144,7 @@ def main() -> None:
     plan = PLANS[options.plan]
     options.outdir = options.outdir or Path("results/rate_distortion", options.plan)
     options.outdir.mkdir(parents=True, exist_ok=True)
+    claim(options.outdir, plan, options)
     gpus = torch.cuda.device_count()
     cores = os.cpu_count() or 1
     workers = options.workers or (1 if gpus else cores)
@@ -171,6 +174,25 @@ def main() -> None:
                 writer.writeheader()
                 writer.writerows(rows)
     write_report(read_rows(table), plan, options.outdir)
+
+
+def claim(folder: Path, plan: Plan, options: argparse.Namespace) -> None:
+    """Write into a folder of results what they are results of.
+
+    Raises:
+        ValueError: It holds results of something else.
+    """
+    now = {"train": options.train, "test": options.test, "precision": options.precision}
+    now = json.loads(json.dumps({**asdict(plan), **now}))
+    file = folder / "race.json"
+    before = json.loads(file.read_text()) if file.exists() else now
+    changed = [key for key in now if now[key] != before.get(key) and key not in ("seeds", "names")]
+    if changed:
+        raise ValueError(
+            f"{folder} holds results with another {', '.join(changed)} than asked for now; "
+            "give another folder with --outdir"
+        )
+    file.write_text(json.dumps(now, indent=2))
 
 
 def read_rows(table: Path) -> list[dict[str, Any]]:

@@ -236,6 +236,7 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
         if not metrics.update_called:  # a run resumed at the very end of an epoch
             return
         values = {k: v for k, v in metrics.compute().items() if v.ndim == 0}
+        values |= self.quantize.followed()
         self.log_dict({f"{split}/{key}": v for key, v in values.items()}, sync_dist=True)
         metrics.reset()
 

@@ -112,6 +112,10 @@ class Quantizer(nn.Module, ABC):
     ) -> Tensor:
         """Turn indices back into z_q; ``shape`` is (B, h, w, D) for indices that are flat."""
 
+    def followed(self) -> dict[str, Tensor]:
+        """Scalars of its state that are worth following while it trains, by name."""
+        return {}
+
     def _rows(self, z: Tensor) -> Tensor:
         """Check z and lay its latents out as rows: (B, D, h, w) or (N, D) -> (N, D) float32."""
         if z.ndim not in (2, 4) or z.shape[1] != self.e_dim:

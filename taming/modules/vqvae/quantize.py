@@ -147,8 +147,8 @@ class LoopyVectorQuantizer(Quantizer):
             indices (B, h, w, T) or (N, T).
 
         Raises:
-            ValueError: Both a threshold and a number of tokens are given, or fewer tokens than
-                sites.
+            ValueError: Both a threshold and a number of tokens are given, a threshold is negative
+                or no number, or there are fewer tokens than sites.
         """
         flat = self._rows(z)
         rows = flat.detach()
@@ -202,6 +202,10 @@ class LoopyVectorQuantizer(Quantizer):
         z_q = z_q.reshape(*grid, self.e_dim)
         return z_q if len(grid) == 1 else channels_second(z_q)
 
+    def followed(self) -> dict[str, Tensor]:
+        """Threshold relative to the latents' spread (see `Quantizer`)."""
+        return {"relative_threshold": self.threshold / self.latent_std}
+
     def _check(self, codes: Tensor) -> None:
         """Refuse codes (N, T) with a site that has no code or goes on after its end."""
         last = (codes >= 0).sum(dim=1, keepdim=True) - 1
@@ -233,6 +237,8 @@ class LoopyVectorQuantizer(Quantizer):
             max_tokens = draw_tokens(images, sites, self.length_range, rows.device)
         if max_tokens is None:
             tau = torch.as_tensor(self.threshold if threshold is None else threshold)
+            if threshold is not None and not (tau >= 0).all():
+                raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
             tau = tau.to(rows).expand(images).repeat_interleave(sites)
             return self._walk(rows, tau), tau
         # The path does not depend on the threshold, which only cuts it.

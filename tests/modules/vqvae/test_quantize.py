@@ -333,3 +333,15 @@ def test_latents_of_the_wrong_shape_or_value_are_refused() -> None:
         loopy()(torch.randn(2, 3, 4, 4))
     with pytest.raises(NonFiniteError, match="not finite"):
         loopy()(torch.full((2, D, 2, 2), float("nan")))
+
+
+@pytest.mark.parametrize("threshold", [-0.1, math.nan])
+def test_a_threshold_that_is_no_distance_is_refused(threshold: float) -> None:
+    with pytest.raises(ValueError, match="threshold must be a distance of at least 0, got"):
+        loopy()(torch.randn(1, D, 2, 2), threshold=threshold)
+
+
+def test_the_threshold_is_followed_in_units_of_the_latents_spread() -> None:
+    quantizer = loopy(threshold=0.8)
+    quantizer.latent_std.fill_(1.6)
+    assert quantizer.followed() == {"relative_threshold": torch.tensor(0.5)}
