@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 QUANTIZE = "taming.modules.vqvae.quantize"
-TRANSFORMS = "taming.modules.vqvae.transforms"
+TRANSFORMS = {
+    "Attract": "taming.modules.vqvae.transforms.Attract",
+    "Residual": "taming.modules.vqvae.transforms.Residual",
+    "LinearResidual": "taming.modules.vqvae.transforms.LinearResidual",
+    "Orbit": "taming.modules.vqvae.orbit.Orbit",
+}
 MAX_LOOPS = 8
 BEAM = 4
 BETA = 0.05  # of all commitment losses; with the usual 0.25, all lose up to 1 dB in short trainings
@@ -45,9 +50,10 @@ def _transform(name: str, depth: int, channels: int) -> dict[str, Any]:
         "Attract": {"step": 0.5},
         "Residual": {"max_loops": depth},
         "LinearResidual": {"max_loops": depth, "e_dim": channels},
+        "Orbit": {"max_loops": depth, "e_dim": channels},
     }
     embedding = {"depth_embedding": (depth, channels)}
-    return _block(f"{TRANSFORMS}.{name}", **sizes[name], **embedding)
+    return _block(TRANSFORMS[name], **sizes[name], **embedding)
 
 
 def _loopy(
@@ -111,6 +117,8 @@ def contenders(codes: int, channels: int) -> dict[str, Contender]:
         own = _loopy("LinearResidual", codes, channels, depth, threshold=0.0)
         one_rate.append(Contender(f"fixed-{depth}", "fixed depth, mapped", own, beam=BEAM))
     one_rate += [
+        # Each site takes the best of four turns: as many vectors as ema-vq-4x has.
+        Contender("orbit", "loopy Orbit", _loopy("Orbit", codes, channels, 4, threshold=0.0)),
         Contender("attract", "loopy Attract", _loopy("Attract", codes, channels, target_length=2)),
         Contender("scaled", "loopy, scaled", _loopy("Residual", codes, channels, target_length=2)),
     ]
