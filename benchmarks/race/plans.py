@@ -72,7 +72,7 @@ SMALL_PRIOR = {"n_layer": 2, "n_head": 4, "n_embd": 96}
 LARGE_PRIOR = {"n_layer": 8, "n_head": 8, "n_embd": 512}
 DECISIVE = (
     *("loopy-one", "rvq-dropout", "rvq-2-separate", "rvq-3-separate", "rvq-4-separate"),
-    *("loopy-2", "loopy-3", "loopy-4", "ema-vq-4x", "attract", "vq"),
+    *("loopy-2", "loopy-3", "loopy-4", "ema-vq-1x", "ema-vq-4x", "attract"),
 )
 ALL = tuple(contenders(256, 16))
 PLANS = {
@@ -81,7 +81,7 @@ PLANS = {
         ("vq", "rvq-2-separate", "rvq-4-separate", "loopy-one"), 500, 500,
     ),
     "standard": Plan(
-        SMALL, 16, 256, 6000, 1500, 16, 2e-3, 500, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
+        SMALL, 32, 256, 6000, 1500, 16, 2e-3, 500, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
     ),
     "full": Plan(
         LARGE, 32, 1024, 100_000, 50_000, 16, 4e-4, 20_000, LARGE_PRIOR, 3, ALL, 10_000, 2000
