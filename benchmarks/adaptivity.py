@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from race.contenders import contenders
 from race.measure import fixed_length
 from race.plans import PLANS, images_of
-from race.training import build_tokenizer, first, loader
+from race.training import build_tokenizer, last, loader, widen_search
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchvision.transforms.v2.functional import gaussian_blur
@@ -188,8 +188,10 @@ def load(options: argparse.Namespace) -> tuple[VQModel, int]:
     plan, file = PLANS[options.plan], options.race / "loopy-one-0.pt"
     if not file.is_file():
         raise ValueError(f"{options.race} has no {file.name}: race loopy-one there first")
-    model = build_tokenizer(plan, contenders(plan.codes, plan.channels)["loopy-one"])
+    contender = contenders(plan.codes, plan.channels)["loopy-one"]
+    model = build_tokenizer(plan, contender)
     model.load_state_dict(torch.load(file, map_location="cpu"))
+    widen_search(model, contender)
     return model.eval(), plan.ddconfig["resolution"]
 
 
@@ -251,7 +253,7 @@ def main() -> None:
     options = parse()
     model, size = load(options)
     model = model.to(choose_device(options.device))
-    data = first(images_of(options.test, "test", size, train=False), options.n)
+    data = last(images_of(options.test, "test", size, train=False), options.n)
     batches = [model.get_input(b, "image").to(model.device) for b in loader(data, 50)]
     options.outdir.mkdir(parents=True, exist_ok=True)
     levels, changed = error_levels(model, batches), changed_images(batches)

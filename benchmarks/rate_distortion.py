@@ -40,11 +40,18 @@ from race.measure import (
 from race.peers import ResidualVQ
 from race.plans import ALL, PLANS, Plan, images_of
 from race.report import write_report
-from race.training import first, last, loader, prior_bits, trained_base, trained_tokenizer
+from race.training import (
+    first,
+    last,
+    loader,
+    prior_bits,
+    trained_base,
+    trained_tokenizer,
+    widen_search,
+)
 from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
-from taming.modules.vqvae.cascade import Cascade
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.script import run
 
@@ -88,12 +95,7 @@ def race(plan: Plan, name: str, seed: int, options: argparse.Namespace) -> list[
     test = last(images_of(options.test, "test", size, train=False), plan.test_images)
     still = first(images_of(options.train, "train", size, train=False), plan.calibration_images)
     model = trained_tokenizer(plan, contender, seed, train, options.outdir, options.precision)
-    if contender.beam is not None:  # only now: so it costs nothing in training
-        if isinstance(model.quantize, ResidualVQ):
-            model.quantize.widen(contender.beam)
-        else:
-            assert isinstance(model.quantize.transform, Cascade)
-            model.quantize.transform.beam = contender.beam
+    widen_search(model, contender)  # only now: so it costs nothing in training
 
     def batches(data: Any) -> list[torch.Tensor]:
         return [model.get_input(b, "image").to(model.device) for b in loader(data, 100)]

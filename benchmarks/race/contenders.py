@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 QUANTIZE = "taming.modules.vqvae.quantize"
@@ -77,72 +78,61 @@ def _residual(depth: int, codes: int, channels: int, **params: Any) -> dict[str,
     return _block("race.peers.ResidualVQ", **sizes, commitment_weight=BETA, **params)
 
 
-def contenders(codes: int, channels: int) -> dict[str, Contender]:
-    """Return every contender by name, for K codes and D channels."""
-    one_rate = [
-        Contender(
-            "vq",
-            "one code",
-            _block(
-                f"{QUANTIZE}.VectorQuantizer2",
-                n_e=codes,
-                e_dim=channels,
-                beta=BETA,
-                legacy=False,
-            ),
-            from_scratch=True,
-        )
-    ]
+def _peers(codes: int, channels: int) -> list[Contender]:
+    plain = _block(
+        f"{QUANTIZE}.VectorQuantizer2", n_e=codes, e_dim=channels, beta=BETA, legacy=False
+    )
+    found = [Contender("vq", "one code", plain, from_scratch=True)]
     for factor in (1, 4):
-        one_rate.append(
-            Contender(
-                f"ema-vq-{factor}x",
-                "one code",
-                _residual(1, factor * codes, channels),
-            )
-        )
+        quantizer = _residual(1, factor * codes, channels)
+        found.append(Contender(f"ema-vq-{factor}x", "one code", quantizer))
     for levels in ([8, 6, 5], [8, 5, 5, 5]):
         name = "fsq-" + "x".join(map(str, levels))
-        one_rate.append(
-            Contender(name, "fsq", _block("race.peers.FSQ", levels=levels, e_dim=channels))
-        )
+        quantizer = _block("race.peers.FSQ", levels=levels, e_dim=channels)
+        found.append(Contender(name, "fsq", quantizer))
     for depth in (2, 3, 4, 8):
         for shared in (False, True):
             kind = "shared" if shared else "separate"
             quantizer = _residual(depth, codes, channels, shared_codebook=shared)
-            one_rate.append(
-                Contender(f"rvq-{depth}-{kind}", f"fixed depth, {kind}", quantizer, beam=BEAM)
-            )
-        # The loop without its threshold: every site takes all turns.
-        own = _loopy("LinearResidual", codes, channels, depth, threshold=0.0)
-        one_rate.append(Contender(f"fixed-{depth}", "fixed depth, mapped", own, beam=BEAM))
-    one_rate += [
-        # Each site takes the best of four turns: as many vectors as ema-vq-4x has.
-        Contender("orbit", "loopy Orbit", _loopy("Orbit", codes, channels, 4, threshold=0.0)),
-        Contender("attract", "loopy Attract", _loopy("Attract", codes, channels, target_length=2)),
-        Contender("scaled", "loopy, scaled", _loopy("Residual", codes, channels, target_length=2)),
-    ]
+            group = f"fixed depth, {kind}"
+            found.append(Contender(f"rvq-{depth}-{kind}", group, quantizer, beam=BEAM))
     dropout = _residual(6, codes, channels, quantize_dropout=True)
-    many_rates = [
-        Contender("rvq-dropout", "quantize_dropout", dropout, (1, 2, 3, 4, 6), beam=BEAM),
-        Contender(
-            "loopy-one",
-            "loopy, one checkpoint",
-            _loopy("LinearResidual", codes, channels, target_length=2, length_range=(1.0, 6.0)),
-            (1, 1.5, 2, 3, 4, 6),
-            beam=BEAM,
-        ),
-    ]
+    rates = (1, 2, 3, 4, 6)
+    found.append(Contender("rvq-dropout", "quantize_dropout", dropout, rates, beam=BEAM))
+    return found
+
+
+def _loops(codes: int, channels: int) -> list[Contender]:
+    linear = partial(_loopy, "LinearResidual")
+    one = linear(codes, channels, target_length=2, length_range=(1.0, 6.0))
+    rates: tuple[float, ...] = (1, 1.5, 2, 3, 4, 6)
+    found = [Contender("loopy-one", "loopy, one checkpoint", one, rates, beam=BEAM)]
     for length in (2, 3, 4):
-        quantizer = _loopy("LinearResidual", codes, channels, target_length=length)
+        quantizer = linear(codes, channels, target_length=length)
         # Also with 15% fewer tokens: what a fixed depth of as many turns reaches, and no more?
         rates = (0.85 * length, length)
-        many_rates.append(
-            Contender(f"loopy-{length}", "loopy, dedicated", quantizer, rates, beam=BEAM)
-        )
+        found.append(Contender(f"loopy-{length}", "loopy, dedicated", quantizer, rates, beam=BEAM))
     for factor in (4, 16):
-        quantizer = _loopy("LinearResidual", factor * codes, channels, target_length=2)
-        many_rates.append(
-            Contender(f"loopy-2-{factor}x", "loopy, more codes", quantizer, (2,), beam=BEAM)
-        )
-    return {contender.name: contender for contender in one_rate + many_rates}
+        quantizer = linear(factor * codes, channels, target_length=2)
+        name = f"loopy-2-{factor}x"
+        found.append(Contender(name, "loopy, more codes", quantizer, (2,), beam=BEAM))
+    for depth in (2, 3, 4, 8):
+        # The loop without its threshold: every site takes all turns.
+        quantizer = linear(codes, channels, depth, threshold=0.0)
+        found.append(Contender(f"fixed-{depth}", "fixed depth, mapped", quantizer, beam=BEAM))
+    # Each site takes the best of four turns: as many vectors as ema-vq-4x has.
+    orbit = _loopy("Orbit", codes, channels, 4, threshold=0.0)
+    attract = _loopy("Attract", codes, channels, target_length=2)
+    scaled = _loopy("Residual", codes, channels, target_length=2)
+    return [
+        *found,
+        Contender("orbit", "loopy Orbit", orbit),
+        Contender("attract", "loopy Attract", attract),
+        Contender("scaled", "loopy, scaled", scaled),
+    ]
+
+
+def contenders(codes: int, channels: int) -> dict[str, Contender]:
+    """Return every contender by name, for K codes and D channels."""
+    every = _peers(codes, channels) + _loops(codes, channels)
+    return {contender.name: contender for contender in every}

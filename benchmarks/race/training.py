@@ -13,10 +13,13 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from race.contenders import Contender, contenders
+from race.peers import ResidualVQ
 from race.plans import Plan
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.stages import Prior
 from taming.models.vqgan import VQModel
+from taming.modules.vqvae.cascade import Cascade
+from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.trainer import quiet_lightning
 from taming.util import instantiate_from_config
 
@@ -125,6 +128,18 @@ def trained_tokenizer(
         fit(model, loader(data, plan.batch_size, shuffle=True), steps, precision)
         torch.save(model.state_dict(), file)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def widen_search(model: VQModel, contender: Contender) -> None:
+    """Let a trained tokenizer search as widely as its contender says."""
+    if contender.beam is None:
+        return
+    if isinstance(model.quantize, ResidualVQ):
+        model.quantize.widen(contender.beam)
+    else:
+        assert isinstance(model.quantize, LoopyVectorQuantizer)
+        assert isinstance(model.quantize.transform, Cascade)
+        model.quantize.transform.beam = contender.beam
 
 
 def prior_bits(plan: Plan, tokenizer: VQModel, train: Any, test: Any, precision: str) -> float:
