@@ -96,10 +96,13 @@ def test_before_quantize_start_only_the_quantizer_knows_of_codes(tmp_path, ema_d
     torch.manual_seed(1)
     state = model(PLAIN).state_dict()
 
-    def trained(quantize_start: int, threshold: float) -> VQModel:
+    def build(quantize_start: int, threshold: float) -> VQModel:
         params = {**LOOPY["params"], "threshold": threshold, "ema_decay": ema_decay}
-        tokenizer = model(PLAIN, LOOPY | {"params": params}, quantize_start=quantize_start)
-        tokenizer.load_state_dict({**state, "quantize.threshold": torch.tensor(threshold)}, False)
+        return model(PLAIN, LOOPY | {"params": params}, quantize_start=quantize_start)
+
+    def trained(quantize_start: int, threshold: float) -> VQModel:
+        tokenizer = build(quantize_start, threshold)
+        tokenizer.load_state_dict(state, strict=False)
         tokenizer.learning_rate = 1e-3
         trainer(tmp_path).fit(tokenizer, images(6), images(2))
         return tokenizer
@@ -114,7 +117,7 @@ def test_before_quantize_start_only_the_quantizer_knows_of_codes(tmp_path, ema_d
     assert differ(trained(3, 0.1), trained(3, 9.0)) == {"quantize.embedding.weight"}
     assert "decoder" in differ(trained(2, 0.1), trained(2, 9.0))
     whole = trained(0, 0.1).eval()
-    continuous = model(PLAIN, LOOPY, quantize_start=9).eval()
+    continuous = build(9, 0.1).eval()
     continuous.load_state_dict(whole.state_dict(), strict=False)
     x = torch.rand(2, 3, 16, 16)
     with torch.no_grad():

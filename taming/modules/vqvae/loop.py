@@ -34,6 +34,32 @@ class Path(NamedTuple):
         return self.codes[torch.arange(len(lengths), device=lengths.device), lengths - 1]
 
 
+def check_codes(codes: Tensor, n_e: int, dummies: bool) -> None:
+    """Refuse codes (N, T) with a site that has no code or goes on after its end.
+
+    Args:
+        codes: (N, T) int64.
+        n_e: K.
+        dummies: See `Transform`.
+
+    Raises:
+        ValueError: They are not codes that a loop writes.
+    """
+    last = (codes >= 0).sum(dim=1, keepdim=True) - 1
+    slot = torch.arange(codes.shape[1], device=codes.device)
+    is_code = (codes >= 0) & (codes < n_e)
+    body = (codes == n_e) if dummies else is_code
+    right = torch.where(slot < last, body, torch.where(slot == last, is_code, codes == ABSENT))
+    wrong = ~right.all(dim=1) | (last.squeeze(1) < 0)
+    if wrong.any():
+        site = int(wrong.nonzero()[0])
+        form = "D,D,A'" if dummies else "A1,A2,A3"
+        raise ValueError(
+            f"site {site} reads {codes[site].tolist()}, which is no sequence of the form "
+            f"{form} with codes 0..{n_e - 1}, D = {n_e} and -1 after the end"
+        )
+
+
 class Searches(NamedTuple):
     """The searches by which codes were found: one per latent and turn for `Residual`.
 

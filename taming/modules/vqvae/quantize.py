@@ -34,7 +34,7 @@ from taming.modules.vqvae.classic import (
 from taming.modules.vqvae.codebook import Codebook
 from taming.modules.vqvae.distributed import sum_over_ranks
 from taming.modules.vqvae.gumbel import GumbelQuantize
-from taming.modules.vqvae.loop import Path, Searches, Transform
+from taming.modules.vqvae.loop import Path, Searches, Transform, check_codes
 from taming.modules.vqvae.nearest import nearest_codes
 from taming.modules.vqvae.rate import draw_tokens, threshold_for, turns_within
 from taming.modules.vqvae.sequence import UnarySequence
@@ -62,7 +62,8 @@ class LoopyVectorQuantizer(Quantizer):
         n_e: K, number of codes.
         e_dim: D, channels of a latent.
         beta: Weight of the commitment loss.
-        threshold: tau, Euclidean distance in the space of z at which a loop ends; may be inf.
+        threshold: tau, Euclidean distance in the space of z at which a loop ends; may be inf. No
+            checkpoint changes it.
         max_loops: T, most turns of a latent.
         transform_config: ``{target, params}`` of a `Transform`.
         target_length: Mean turns per latent in [1, T]: instead of a fixed ``threshold``, tau is
@@ -196,7 +197,7 @@ class LoopyVectorQuantizer(Quantizer):
             ValueError: The codes are not ones that the loop writes.
         """
         codes = indices.reshape(-1, self.max_loops)
-        self._check(codes)
+        check_codes(codes, self.n_e, self.transform.dummies)
         z_q = self.transform.decode(codes, self.embedding.weight)
         grid = indices.shape[:-1] if shape is None else shape[:3]
         z_q = z_q.reshape(*grid, self.e_dim)
@@ -206,21 +207,11 @@ class LoopyVectorQuantizer(Quantizer):
         """Threshold relative to the latents' spread (see `Quantizer`)."""
         return {"relative_threshold": self.threshold / self.latent_std}
 
-    def _check(self, codes: Tensor) -> None:
-        """Refuse codes (N, T) with a site that has no code or goes on after its end."""
-        last = (codes >= 0).sum(dim=1, keepdim=True) - 1
-        slot = torch.arange(self.max_loops, device=codes.device)
-        is_code = (codes >= 0) & (codes < self.n_e)
-        body = (codes == self.n_e) if self.transform.dummies else is_code
-        right = torch.where(slot < last, body, torch.where(slot == last, is_code, codes == -1))
-        wrong = ~right.all(dim=1) | (last.squeeze(1) < 0)
-        if wrong.any():
-            site = int(wrong.nonzero()[0])
-            form = "D,D,A'" if self.transform.dummies else "A1,A2,A3"
-            raise ValueError(
-                f"site {site} reads {codes[site].tolist()}, which is no sequence of the form "
-                f"{form} with codes 0..{self.n_e - 1}, D = {self.n_e} and -1 after the end"
-            )
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load (see `nn.Module`), except that a threshold fixed by the configuration stays."""
+        if self.target_length is None:
+            state_dict[f"{prefix}threshold"] = self.threshold
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _follow(
         self,

@@ -364,3 +364,13 @@ def test_the_threshold_is_followed_in_units_of_the_latents_spread() -> None:
     quantizer = loopy(threshold=0.8)
     quantizer.latent_std.fill_(1.6)
     assert quantizer.followed() == {"relative_threshold": torch.tensor(0.5)}
+
+
+def test_a_fixed_threshold_outlives_a_checkpoint_and_a_steered_one_comes_with_it() -> None:
+    trained = LoopyVectorQuantizer(K, D, threshold=0.8, max_loops=T).state_dict()
+    fixed = LoopyVectorQuantizer(K, D, threshold=0.3, max_loops=T)
+    steered = LoopyVectorQuantizer(K, D, target_length=2.0, max_loops=T)
+    for quantizer in (fixed, steered):
+        assert quantizer.load_state_dict(trained).missing_keys == []
+    assert fixed.threshold == torch.tensor(0.3) and steered.threshold == torch.tensor(0.8)
+    assert trained["threshold"] == torch.tensor(0.8)
