@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from taming.checkpoint import load_weights
 from taming.models.cached_tokens import is_cached
+from taming.models.fit import check_depths, check_grid, check_lengths, check_tokens
 from taming.models.optimizer import decayed_adamw
 from taming.models.stages import Grid, Prior, Seen
 from taming.modules.transformer.gpt import GPT
+from taming.modules.transformer.permuter import Identity, Permuter
 from taming.modules.transformer.sampling import (
     Drawing,
     filter_logits,
@@ -25,6 +27,7 @@ from taming.modules.transformer.sampling import (
     sample_tokens,
 )
 from taming.modules.transformer.two_level import TwoLevelGPT
+from taming.modules.util import Labelator, SOSProvider
 from taming.util import instantiate_from_config
 
 __all__ = ["Grid", "Net2NetTransformer"]
@@ -99,6 +102,8 @@ class Net2NetTransformer(Prior):
         self.condition_dropout = condition_dropout
         self.transformer: GPT | TwoLevelGPT = instantiate_from_config(transformer_config)
         self._check_fit()
+        if self.transformer.uses_sites and not isinstance(self.permuter, Identity):
+            self.transformer.site_order = self.permuter.forward_shuffle_idx
         self.schedule = (
             None if scheduler_config is None else instantiate_from_config(scheduler_config)
         )
@@ -106,26 +111,20 @@ class Net2NetTransformer(Prior):
             load_weights(self, ckpt_path, ignore_keys, trust_checkpoint)
 
     def _check_fit(self) -> None:
-        """Refuse a transformer that the sequences do not fit."""
+        """Refuse a transformer that the tokens of images or conditions do not fit."""
         config, sequence, hidden = self.transformer.config, self.sequence, self.condition_dropout
         if not 0 <= hidden < 1 or (hidden and self.be_unconditional):
             raise ValueError(
                 f"condition_dropout must be in [0, 1), and 0 without a condition, got {hidden}"
             )
-        needed = sequence.vocab_size + (hidden > 0)
-        if config.vocab_size < needed:
-            and_null = ", and condition_dropout needs one more" if hidden else ""
-            raise ValueError(
-                f"transformer vocab_size {config.vocab_size} is too small: "
-                f"{type(sequence).__name__} with n_e={sequence.n_e}, "
-                f"max_loops={sequence.max_loops} writes {sequence.vocab_size} tokens{and_null}"
-            )
-        shape = config.site_shape
-        if shape is not None and shape[2] < sequence.site_tokens:
-            raise ValueError(
-                f"transformer site_shape {tuple(shape)} has {shape[2]} depths, but a site takes up "
-                f"to {sequence.site_tokens} tokens"
-            )
+        check_tokens(config, sequence, self.cond_stage_model, spare=hidden > 0)
+        check_depths(config, sequence)
+        if isinstance(self.cond_stage_model, Labelator | SOSProvider):  # of one token
+            shape = config.site_shape or (0, 0)
+            sites = shape[0] * shape[1]
+            if isinstance(self.permuter, Permuter):
+                sites = len(self.permuter.forward_shuffle_idx)
+            check_lengths(self.transformer, sequence, 1, sites)
 
     # --- training --------------------------------------------------------------------------------
 
@@ -150,13 +149,15 @@ class Net2NetTransformer(Prior):
         """Predict the tokens (B, L) of images after those of conditions (B, Lc).
 
         Returns:
-            (N, V) logits of the tokens that there are, -inf where the grammar forbids one.
+            (N, V) logits of the tokens that there are, -inf where the grammar forbids or does not
+            know one.
         """
-        self._check_grid(grid)
+        check_grid(self.transformer.config, grid)
+        check_lengths(self.transformer, self.sequence, condition.shape[1], grid[0] * grid[1])
         states, present = self.sequence.states(tokens), tokens >= 0
         inputs = torch.where(present, self._corrupt(tokens), tokens)
         logits = self.transformer.predict(self._hide(condition), inputs, states, grid)
-        if self.sequence.restricted:
+        if self.sequence.restricted or logits.shape[-1] > self.sequence.vocab_size:
             logits = grammatical(logits, self.sequence.allowed(states)[present])
         return logits
 
@@ -200,15 +201,6 @@ class Net2NetTransformer(Prior):
                 f"the last of the transformer's vocab_size {token + 1} must be free"
             )
         return torch.full_like(condition, token)
-
-    def _check_grid(self, grid: Grid) -> None:
-        """Refuse a grid that the transformer's tables do not reach."""
-        shape = self.transformer.config.site_shape
-        if shape is not None and (grid[0] > shape[0] or grid[1] > shape[1]):
-            raise ValueError(
-                f"a grid of {grid[0]}x{grid[1]} sites does not fit the transformer's site_shape "
-                f"{tuple(shape)}"
-            )
 
     def configure_optimizers(self) -> Any:
         """AdamW with weight decay on the matrices of linear layers only."""

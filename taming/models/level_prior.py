@@ -38,7 +38,7 @@ class LowerLevelPrior(Net2NetTransformer):
         **kwargs: See `Net2NetTransformer`.
 
     Raises:
-        ValueError: The level is the top, or the transformer's vocabulary is too small.
+        ValueError: The level is the top, or the parts do not fit each other.
     """
 
     first_stage_model: Level
@@ -62,15 +62,6 @@ class LowerLevelPrior(Net2NetTransformer):
             raise ValueError(
                 "LowerLevelPrior needs a taming.models.vqvae2.Level below the top; the top's prior "
                 "is taming.models.cond_transformer.Net2NetTransformer"
-            )
-        vocab_size, needed = (
-            self.transformer.config.vocab_size,
-            self.first_stage_model.condition_size,
-        )
-        if vocab_size < needed:
-            raise ValueError(
-                f"transformer vocab_size {vocab_size} is too small for the levels above, whose "
-                f"codes are {needed} different tokens"
             )
 
     @torch.no_grad()

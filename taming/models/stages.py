@@ -21,7 +21,7 @@ from taming.models.cached_tokens import cached_codes, fingerprint, is_cached
 from taming.models.conditions import condition_pictures
 from taming.models.likelihood import log_likelihood
 from taming.models.vqgan import VQModel
-from taming.modules.transformer.permuter import Identity
+from taming.modules.transformer.permuter import Identity, Permuter
 from taming.modules.util import SOSProvider
 from taming.modules.vqvae.sequence import PAD, TokenSequence
 from taming.util import instantiate_from_config
@@ -86,7 +86,7 @@ class Prior(pl.LightningModule, ABC):
         self.downsample_cond_size = downsample_cond_size
         self.first_stage_model: VQModel = freeze(instantiate_from_config(first_stage_config))
         self.cond_stage_model = self._build_cond_stage(cond_stage_config)
-        self.permuter: nn.Module = (
+        self.permuter: Permuter | Identity = (
             Identity() if permuter_config is None else instantiate_from_config(permuter_config)
         )
         own = self.first_stage_model.quantize.sequence

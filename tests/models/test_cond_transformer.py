@@ -108,6 +108,34 @@ def test_an_order_of_sites_is_undone(kind: str) -> None:
     torch.testing.assert_close(model.decode_to_img(tokens, quant.shape), expected)
 
 
+@pytest.mark.parametrize("levels", [1, 2])
+@torch.no_grad()
+def test_a_place_is_that_of_the_site_whatever_the_order(levels: int) -> None:
+    order = {"target": "taming.modules.transformer.permuter.SpiralIn", "params": {"H": 8, "W": 8}}
+    model = prior("plain", {"site_shape": (8, 8, 4)}, levels, permuter_config=order).eval()
+    _, tokens = model.encode_to_z(torch.rand(2, 3, 16, 16))
+    condition, seen = torch.zeros(2, 1, dtype=torch.int64), []
+    model.transformer.site_emb.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model.nll(tokens, condition, (8, 8))
+    number = model.permuter(torch.arange(64)[None])[0]
+    expected = torch.stack([number // 8, number % 8, torch.zeros_like(number)], dim=1)
+    assert torch.equal(seen.pop(), expected.expand(2, -1, -1))
+    model.sample(tokens[:, :20], condition, grid=(8, 8))
+    assert torch.equal(torch.cat(seen, dim=1), expected.expand(2, -1, -1))
+    assert not any("site_order" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@torch.no_grad()
+def test_what_hides_a_class_takes_no_probability_from_images(levels: int) -> None:
+    labels = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}}
+    given = {"cond_stage_config": labels, "cond_stage_key": "class_label"}
+    model = prior("plain", levels=levels, condition_dropout=0.5, **given).eval()
+    images = torch.cartesian_prod(torch.arange(16), torch.arange(16))
+    nats = model.nll(images, torch.full((256, 1), 3), (1, 2))
+    torch.testing.assert_close(nats.neg().exp().sum(), torch.ones(()))
+
+
 @every_tokenizer
 @pytest.mark.parametrize("levels", [1, 2])
 def test_likelihoods_are_those_of_the_logits_whatever_the_batch(kind: str, levels: int) -> None:
@@ -279,33 +307,3 @@ def test_a_schedule_scales_the_learning_rate(tmp_path) -> None:
     fit = trainer(tmp_path)
     fit.fit(model, images(4, 2), images(2))
     assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 * 2 / 4)
-
-
-@pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        ({"gpt": {"vocab_size": 16}}, "vocab_size 16 is too small: UnarySequence .* writes 17"),
-        ({"gpt": {"site_shape": (8, 8, 2)}}, "has 2 depths, but a site takes up to 3 tokens"),
-        (
-            {
-                "sequence_config": {
-                    "target": "taming.modules.vqvae.sequence.UnarySequence",
-                    "params": {"n_e": 16, "max_loops": 5, "dummies": False},
-                }
-            },
-            "max_loops=5, but the tokenizer has n_e=16, max_loops=3",
-        ),
-        ({"cond_stage_config": "first_stage"}, "expected a block with a 'target'"),
-    ],
-)
-def test_parts_that_do_not_fit_are_refused(kwargs: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        prior(**kwargs)
-
-
-def test_inputs_that_do_not_fit_are_refused() -> None:
-    model = prior(gpt={"site_shape": (4, 8, 4)}).eval()
-    with pytest.raises(ValueError, match=r"8x8 sites does not fit .* \(4, 8, 4\)"):
-        model(*[torch.rand(1, 3, 16, 16)] * 2)
-    with pytest.raises(ValueError, match="needs the grid"):
-        model.sample(torch.zeros(1, 0).long(), torch.zeros(1, 1).long(), steps=4)

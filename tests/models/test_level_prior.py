@@ -138,5 +138,7 @@ def test_priors_of_levels_that_do_not_fit_are_refused() -> None:
     kinds = ("loopy", "flat")
     with pytest.raises(ValueError, match="needs a taming.models.vqvae2.Level below the top"):
         LowerLevelPrior(GPT, level_config("top", *kinds))
-    with pytest.raises(ValueError, match="vocab_size 16 is too small for the levels above.* 17"):
+    with pytest.raises(ValueError, match="vocab_size 16 is too small: .*Level writes .* up to 16$"):
         level_prior("bottom", *kinds, vocab_size=16)
+    with pytest.raises(ValueError, match="up to 16, and condition_dropout needs one more"):
+        LowerLevelPrior(GPT, level_config("bottom", *kinds), condition_dropout=0.1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from taming.modules.transformer.blocks import Block, Context, GPTConfig, SiteEmbedding
 from taming.modules.transformer.cache import KVCache
 from taming.modules.transformer.rotary import RotaryEmbedding
+from taming.modules.vqvae.grammar import GrammarState, place
 
 
 def init_weights(module: nn.Module) -> None:
@@ -27,7 +28,13 @@ class Backbone(nn.Module):
 
     Args:
         vocab_size: See `GPTConfig`, as all others.
+
+    Attributes:
+        site_order: (S,) int64, the raster number of the site that is written i-th, as in a
+            `Permuter`; None for raster order. Not part of the state.
     """
+
+    site_order: Tensor | None
 
     def __init__(
         self,
@@ -67,6 +74,7 @@ class Backbone(nn.Module):
         )
         self.config = config
         self.block_size = block_size
+        self.register_buffer("site_order", None, persistent=False)
         self.tok_emb: nn.Module = nn.Embedding(vocab_size, n_embd)
         self.pos_emb = nn.Parameter(torch.zeros(1, block_size, n_embd))
         self.site_emb = None if site_shape is None else SiteEmbedding(site_shape, n_embd)
@@ -83,6 +91,13 @@ class Backbone(nn.Module):
     def uses_sites(self) -> bool:
         """Whether it looks at the places of tokens."""
         return self.site_emb is not None or self.rotary is not None
+
+    def places(self, states: GrammarState, grid: tuple[int, int]) -> Tensor:
+        """Row, column and depth (..., 3) of the tokens that states of shape (...) wait for."""
+        if self.site_order is None:
+            return place(states, grid)
+        site = self.site_order[states.site.clamp(max=len(self.site_order) - 1)]
+        return place(states._replace(site=site), grid)
 
     def get_block_size(self) -> int:
         """Return the longest sequence that fits, conditions included."""

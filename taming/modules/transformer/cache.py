@@ -38,19 +38,20 @@ class KVCache:
             batch, heads, _, channels = key.shape
             self.keys.append(key.new_empty(batch, heads, self.size, channels))
             self.values.append(value.new_empty(batch, heads, self.size, channels))
+        # Those of sequences that were not kept stay behind the others.
+        keys, values = self.keys[layer][: len(key)], self.values[layer][: len(value)]
         end = self.length + key.shape[2]
-        self.keys[layer][:, :, self.length : end] = key
-        self.values[layer][:, :, self.length : end] = value
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
 
     def keep(self, rows: Tensor) -> None:
         """Forget all sequences but those numbered ``rows``, (R,) int64; they move to the front."""
-
-        def kept(part: Tensor) -> Tensor:
+        for part in (*self.keys, *self.values):
             part[: len(rows), :, : self.length] = part[rows, :, : self.length]
-            return part[: len(rows)]
-
-        self.keys = [kept(part) for part in self.keys]
-        self.values = [kept(part) for part in self.values]
         if self.first is not None:
             self.first = self.first[rows]
+
+    def clear(self) -> None:
+        """Forget all tokens; the memory serves as many sequences again, or fewer."""
+        self.length, self.first = 0, None

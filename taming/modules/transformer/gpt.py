@@ -17,7 +17,7 @@ from taming.modules.transformer.backbone import Backbone, init_weights
 from taming.modules.transformer.cache import KVCache
 from taming.modules.transformer.ragged import length_groups, token_numbers
 from taming.modules.transformer.writing import Beginning, Turn, Writer
-from taming.modules.vqvae.grammar import GrammarState, place
+from taming.modules.vqvae.grammar import GrammarState
 
 
 class GPT(Backbone):
@@ -89,7 +89,7 @@ class GPT(Backbone):
             (N, V) logits of the tokens that there are, one sequence after the other.
         """
         present, before = tokens >= 0, condition.shape[1] - 1
-        lengths, sites = present.sum(dim=1), place(states, grid) * present[..., None]
+        lengths, sites = present.sum(dim=1), self.places(states, grid) * present[..., None]
         inputs = torch.cat([condition, tokens.clamp(min=0)], dim=1)
         parts, numbers = [], []
         for rows in length_groups(lengths):
@@ -99,6 +99,10 @@ class GPT(Backbone):
             parts.append(self.features(x, sites[rows, :longest])[:, before:][kept])
             numbers.append(token_numbers(lengths, rows, longest)[kept])
         return self.head(torch.cat(parts)[torch.cat(numbers).argsort()])
+
+    def inputs_of(self, sites: int, site_tokens: int) -> int:
+        """Return how many inputs an image of so many sites, of up to so many tokens, becomes."""
+        return sites * site_tokens
 
     def write(self, beginning: Beginning) -> Writer:
         """Start to write sequences."""
@@ -126,11 +130,14 @@ class GPT(Backbone):
             logits, loss, and keys and values of these tokens (layers, 2, B, heads, L, C / heads).
 
         Raises:
-            ValueError: ``past`` holds another number of tokens than ``past_length``, or adaptive
-                norms would have to know the first of them.
+            ValueError: ``past`` holds another number of tokens than ``past_length``, adaptive norms
+                would have to know the first of them, or ``site_shape`` or ``rotary`` their places.
         """
-        if self.modulate is not None:
-            raise ValueError("forward_with_past cannot serve adaptive_norm; use forward's cache")
+        if self.modulate is not None or self.uses_sites:
+            raise ValueError(
+                "forward_with_past cannot serve adaptive_norm, site_shape or rotary; use forward's "
+                "cache"
+            )
         cache = self.new_cache()
         if past is not None:
             for layer, pair in enumerate(torch.cat(list(past), dim=-2)):
@@ -169,7 +176,7 @@ class TokenWriter(Writer):
     def _read(self, rows: Tensor, inputs: Tensor, states: GrammarState) -> Turn:
         """Read tokens (R, L), the last of which stand before those of ``states``."""
         x = self.model.tok_emb(inputs)
-        hidden = self.model.features(x, place(states, self.grid), self.cache)
+        hidden = self.model.features(x, self.model.places(states, self.grid), self.cache)
         return Turn(rows, self.model.head(hidden[:, -1]))
 
     def advance(self, rows: Tensor, tokens: Tensor, states: GrammarState) -> None:

@@ -79,7 +79,15 @@ def sample_with_past(
 
     Returns:
         (B, steps) int64, without those given.
+
+    Raises:
+        ValueError: The model looks at places, which these tokens do not have.
     """
+    if model.uses_sites:
+        raise ValueError(
+            "sample and sample_with_past know no places, which a model with site_shape or rotary "
+            "looks at; use taming.modules.transformer.sampling.sample_tokens"
+        )
     return sample_tokens(
         model,
         x,

@@ -34,7 +34,8 @@ class Paper:
         self.grid = grid
         self.sites = grid[0] * grid[1] if sites is None else sites
         most = self.sites * sequence.site_tokens
-        self.stop = most if steps is None else prefix.shape[1] + steps
+        given = (prefix >= 0).sum(dim=1)
+        self.stop = torch.full_like(given, most) if steps is None else given + steps
         before = sequence.states(prefix)
         kept = (prefix >= 0) & (before.site < self.sites)
         if known is not None:
@@ -90,7 +91,7 @@ class Paper:
         after = self.sequence.advance(self.state_of(rows), token)
         for field, value in zip(self.state, after, strict=True):
             field[rows] = value
-        return (self.state.site[rows] < self.sites) & (self.count[rows] < self.stop)
+        return (self.state.site[rows] < self.sites) & (self.count[rows] < self.stop[rows])
 
     def written(self) -> Tensor:
         """Everything, (B, L) int64, -1 after each sequence's end."""

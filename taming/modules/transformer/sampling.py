@@ -183,7 +183,7 @@ def sample_tokens(
         prefix: (B, L0) int64, known tokens, -1 after the end of shorter sequences.
         known: (S,) bool, sites of which the prefix is kept, in the sequence's order; the others are
             drawn anew. None keeps all.
-        steps: Most tokens to draw after the prefix; None for as many as it takes.
+        steps: Most tokens to draw after each prefix; None for as many as it takes.
         sites: Sites to write, those of the prefix included; None for all of the grid.
         without: (B, C) int64, the condition that stands for none, needed for guidance.
         callback: Called with the number of tokens that each sequence has drawn so far at most.

@@ -18,7 +18,10 @@ from taming.modules.transformer.blocks import GPTConfig
 from taming.modules.transformer.gpt import GPT
 from taming.modules.transformer.ragged import token_numbers
 from taming.modules.transformer.writing import Beginning, Turn, Writer
-from taming.modules.vqvae.grammar import PAD, GrammarState, place
+from taming.modules.vqvae.grammar import PAD, GrammarState
+
+# Options that the depth transformer has from the main one, or would have no use for.
+NOT_WITHIN_SITES = {"vocab_size", "block_size", "n_unmasked", "site_shape", "rotary"}
 
 
 class TwoLevelGPT(Backbone):
@@ -44,7 +47,8 @@ class TwoLevelGPT(Backbone):
         vocab_size: V.
         block_size: Most sites and tokens of the condition together.
         site_shape: (rows, columns, T).
-        depth: Sizes of the depth transformer: fields of `GPTConfig`.
+        depth: Sizes of the depth transformer: fields of `GPTConfig`, but those of conditions and
+            places, of which it knows none.
         **sizes: Those of the main transformer.
 
     Raises:
@@ -59,7 +63,7 @@ class TwoLevelGPT(Backbone):
         depth: Mapping[str, Any],
         **sizes: Any,
     ) -> None:
-        options = {field.name for field in fields(GPTConfig)} - {"vocab_size", "block_size"}
+        options = {field.name for field in fields(GPTConfig)} - NOT_WITHIN_SITES
         if unknown := set(depth) - options:
             raise ValueError(f"depth: unknown {', '.join(unknown)}; valid: {sorted(options)}")
         super().__init__(vocab_size, block_size, site_shape=site_shape, **sizes)
@@ -87,7 +91,7 @@ class TwoLevelGPT(Backbone):
         x = torch.cat(
             [self.tok_emb(condition), self.sum_sites(tokens, states, sites)[:, :-1]], dim=1
         )
-        hidden = self.features(x, main_places(sites, grid, x))[:, condition.shape[1] - 1 :]
+        hidden = self.features(x, self.main_places(sites, grid, x))[:, condition.shape[1] - 1 :]
         inside = by_site(tokens, states, (sites, self.depths))
         return self._within_sites(self.to_depth(hidden).flatten(0, 1), inside.flatten(0, 1))
 
@@ -118,6 +122,16 @@ class TwoLevelGPT(Backbone):
         embedded = self.embed_at(inside.clamp(min=0), depth)
         return (embedded * (inside >= 0)[..., None]).sum(dim=2)
 
+    def main_places(self, sites: int, grid: tuple[int, int], like: Tensor) -> Tensor:
+        """Places (B, S, 3) of the first S sites, on the device and for the batch of ``like``."""
+        site = torch.arange(sites, device=like.device).expand(len(like), -1)
+        zero = torch.zeros_like(site)
+        return self.places(GrammarState(site, zero, zero), grid)
+
+    def inputs_of(self, sites: int, site_tokens: int) -> int:
+        """Return how many inputs an image of so many sites becomes, whatever their tokens."""
+        return sites
+
     def write(self, beginning: Beginning) -> Writer:
         """Start to write sequences."""
         return SiteWriter(self, beginning)
@@ -142,13 +156,6 @@ def by_site(tokens: Tensor, states: GrammarState, shape: tuple[int, int]) -> Ten
     return table.scatter_(1, target, tokens)[:, :-1].unflatten(1, shape)
 
 
-def main_places(sites: int, grid: tuple[int, int], like: Tensor) -> Tensor:
-    """Places (B, S, 3) of the first S sites, on the device and for the batch of ``like``."""
-    site = torch.arange(sites, device=like.device).expand(len(like), -1)
-    zero = torch.zeros_like(site)
-    return place(GrammarState(site, zero, zero), grid)
-
-
 class SiteWriter(Writer):
     """Writes sequences that advance together, site by site.
 
@@ -163,7 +170,7 @@ class SiteWriter(Writer):
     def __init__(self, model: TwoLevelGPT, beginning: Beginning) -> None:
         self.model = model
         self.grid = beginning.grid
-        self.cache = model.new_cache()
+        self.cache, self.inner = model.new_cache(), model.depth.new_cache()
         tokens, states = beginning.tokens, beginning.states
         length = (tokens >= 0).sum(dim=1, keepdim=True)
         self.site = int(states.site.gather(1, length).min())
@@ -174,12 +181,12 @@ class SiteWriter(Writer):
 
     def _begin_site(self, rows: Tensor, x: Tensor) -> None:
         """Read what the main transformer has not read of sequences ``rows``: x (R, L, C)."""
-        sites = main_places(self.site + 1, self.grid, x)[:, -x.shape[1] :]
+        sites = self.model.main_places(self.site + 1, self.grid, x)[:, -x.shape[1] :]
         hidden = self.model.features(x, sites, self.cache)[:, -1]
         self.rows = rows
         self.sums = torch.zeros_like(hidden)
         self.waiting: list[Tensor] = []
-        self.inner = self.model.depth.new_cache()
+        self.inner.clear()
         self._begin_token(rows, self.model.to_depth(hidden))
 
     def _begin_token(self, rows: Tensor, x: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The grammar of token sequences: one sequence per image, sites in raster order.
+"""The grammar of token sequences: one sequence per image, site by site.
 
 A grammar says where each token belongs and which tokens may come next, so that a model knows the
 place of the token it predicts and every sample decodes.
@@ -22,7 +22,7 @@ class GrammarState(NamedTuple):
     """Where sequences stand before a token; all fields int64 of one shape, (B,) or (B, L).
 
     Attributes:
-        site: Sites finished, which is the number of the token's site in raster order.
+        site: Sites finished, which is the number of the token's site in the sequence's order.
         depth: Tokens already written in this site.
         left: Codes still to come in this site after its count token; 0 if none is announced.
     """
@@ -110,7 +110,7 @@ class TokenSequence(ABC):
         return GrammarState(zero, zero, zero)
 
     def sites(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Place of each token, known before the token itself.
+        """Place of each token in raster order, known before the token itself.
 
         Args:
             tokens: (B, L) int64.
@@ -152,6 +152,6 @@ def _refuse(wrong: Tensor, tokens: Tensor, why: str) -> None:
 
 
 def place(state: GrammarState, grid: tuple[int, int]) -> Tensor:
-    """Row, column and depth (..., 3) of the tokens that states of shape (...) wait for."""
+    """Row, column and depth (..., 3) of what states of shape (...) wait for, in raster order."""
     row = (state.site // grid[1]).clamp(max=grid[0] - 1)
     return torch.stack([row, state.site % grid[1], state.depth], dim=-1)

@@ -187,6 +187,16 @@ def test_sampling_takes_more_than_the_vocabulary_and_counts_from_zero() -> None:
     assert drawn.shape == (2, 5) and drawn.max() < 11 and counts == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("option", [{"site_shape": (4, 4, 3)}, {"rotary": True}], ids=str)
+def test_tokens_without_places_are_refused_by_a_model_that_looks_at_them(option: dict) -> None:
+    model, idx = gpt(**option), torch.randint(11, (2, 3))
+    for draw in (sample, sample_with_past):
+        with pytest.raises(ValueError, match=r"know no places.* use .*sampling\.sample_tokens"):
+            draw(model=model, x=idx, steps=5)
+    with pytest.raises(ValueError, match="cannot serve .* site_shape or rotary"):
+        model.forward_with_past(idx)
+
+
 def test_vectors_take_the_place_of_tokens() -> None:
     model = gpt()
     codes = CodeGPT(11, 24, in_channels=5, n_layer=2, n_head=2, n_embd=12).eval()

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from taming.modules.transformer.backbone import Backbone
+from taming.modules.transformer.cache import KVCache
 from taming.modules.transformer.gpt import GPT
 from taming.modules.transformer.sampling import (
     Drawing,
@@ -94,8 +96,9 @@ def test_cached_logits_equal_uncached(
 
 
 def test_unknown_sizes_of_the_depth_transformer_are_refused() -> None:
-    with pytest.raises(ValueError, match="depth: unknown layers; valid: .*'n_layer'"):
-        TwoLevelGPT(12, 8, site_shape=(2, 3, 4), depth={"layers": 2})
+    for name in ("layers", "n_unmasked", "rotary", "site_shape"):
+        with pytest.raises(ValueError, match=f"depth: unknown {name}; valid: .*'n_layer'"):
+            TwoLevelGPT(12, 8, site_shape=(2, 3, 4), depth={name: 2})
 
 
 @every_network
@@ -222,6 +225,30 @@ def test_steps_and_callback_count_drawn_tokens() -> None:
         callback=counts.append,
     )
     assert tokens.shape == (1, 5) and counts == [1, 2, 3]
+
+
+@every_network
+@every_sequence
+def test_steps_are_those_of_each_sequence_whatever_its_beginning(levels: int, sequence) -> None:
+    network, condition = model(levels), torch.randint(12, (2, 1))
+    prefix = sample_tokens(network, condition, sequence, GRID)[:, :3]
+    prefix[1, 1:] = -1
+    tokens = sample_tokens(network, condition, sequence, GRID, prefix=prefix, steps=2)
+    assert (tokens >= 0).sum(dim=1).tolist() == [5, 3]
+
+
+@every_network
+def test_memory_for_keys_is_taken_once(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_cache, taken = Backbone.new_cache, []
+
+    def count(self: Backbone) -> KVCache:
+        taken.append(self)
+        return new_cache(self)
+
+    monkeypatch.setattr(Backbone, "new_cache", count)
+    condition, sequence = torch.randint(12, (4, 1)), UnarySequence(K, T, False)
+    sample_tokens(model(levels), condition, sequence, GRID, Drawing(2.0))
+    assert len(taken) == levels
 
 
 def test_filters_keep_what_they_say() -> None:

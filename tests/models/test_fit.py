@@ -1,0 +1,83 @@
+"""A transformer that cannot take its tokens is refused, before anything is trained if possible."""
+
+import pytest
+import torch
+from models.test_cond_transformer import prior, tokenizer_config
+
+
+def labels(amount: int) -> dict:
+    """Parameters of a prior on so many classes."""
+    stage = {"target": "taming.modules.util.Labelator", "params": {"n_classes": amount}}
+    return {"cond_stage_config": stage, "cond_stage_key": "class_label"}
+
+
+CONDITION = tokenizer_config("plain")
+CONDITION["params"]["n_embed"] = 32
+ORDER = {"target": "taming.modules.transformer.permuter.SpiralIn", "params": {"H": 8, "W": 8}}
+ITSELF = {"cond_stage_config": "__is_first_stage__", "cond_stage_key": "image"}
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (labels(18), "vocab_size 17 .*: the condition's Labelator writes tokens up to 17$"),
+        (
+            {**labels(18), "gpt": {"vocab_size": 18}, "condition_dropout": 0.1},
+            "Labelator writes tokens up to 17, and condition_dropout needs one more",
+        ),
+        ({"sos_token": 17}, "the condition's SOSProvider writes tokens up to 17"),
+        ({"cond_stage_config": CONDITION}, "the condition's VQModel writes tokens up to 31"),
+        ({"gpt": {"block_size": 191}}, "191 is too small: 64 sites of up to 3 .* of 1 need 192"),
+        ({"levels": 2, "gpt": {"block_size": 63}}, "63 is too small: .* need 64"),
+        ({"kind": "plain", "gpt": {"block_size": 63}, "permuter_config": ORDER}, "need 64"),
+        ({"gpt": {"n_unmasked": 2}}, "n_unmasked 2 goes beyond the condition's 1 token"),
+        ({"gpt": {"vocab_size": 16}}, "vocab_size 16 is too small: UnarySequence .* writes 17"),
+        ({"gpt": {"site_shape": (8, 8, 2)}}, "has 2 depths, but a site takes up to 3 tokens"),
+        (
+            {
+                "sequence_config": {
+                    "target": "taming.modules.vqvae.sequence.UnarySequence",
+                    "params": {"n_e": 16, "max_loops": 5, "dummies": False},
+                }
+            },
+            "max_loops=5, but the tokenizer has n_e=16, max_loops=3",
+        ),
+        ({"cond_stage_config": "first_stage"}, "expected a block with a 'target'"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prior(**kwargs)
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    model = prior(gpt={"site_shape": (4, 8, 4)}).eval()
+    with pytest.raises(ValueError, match=r"8x8 sites does not fit .* \(4, 8, 4\)"):
+        model(*[torch.rand(1, 3, 16, 16)] * 2)
+    with pytest.raises(ValueError, match="needs the grid"):
+        model.sample(torch.zeros(1, 0).long(), torch.zeros(1, 1).long(), steps=4)
+
+
+@torch.no_grad()
+def test_sequences_are_refused_at_the_first_batch_however_short() -> None:
+    flat = torch.full((1, 3, 16, 16), 0.5)
+    model = prior(gpt={"site_shape": None, "block_size": 191}).eval()
+    assert model.encode_to_z(flat)[1].shape[1] < 191
+    with pytest.raises(ValueError, match="block_size 191 is too small: .* need 192"):
+        model(flat, flat)
+    with pytest.raises(ValueError, match="after a condition of 64 need 127"):
+        prior("plain", {"block_size": 126}, **ITSELF)(flat, flat)
+    with pytest.raises(ValueError, match="n_unmasked 65 goes beyond the condition's 64"):
+        prior("plain", {"n_unmasked": 65}, **ITSELF)(flat, flat)
+
+
+@torch.no_grad()
+def test_what_just_fits_is_taken() -> None:
+    x = torch.rand(1, 3, 16, 16)
+    for model in (
+        prior("plain", {"block_size": 127, "n_unmasked": 64}, **ITSELF),
+        prior(levels=2, gpt={"block_size": 64, "n_unmasked": 1}),
+        prior(gpt={"block_size": 192}, sos_token=16),
+    ):
+        assert model(x, x)[0].shape[0] == 1
+    prior(**labels(17), condition_dropout=0.1, gpt={"vocab_size": 18})
