@@ -12,6 +12,7 @@ Axis letters: B images, h w grid, T turns, V values.
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Callable
 
@@ -74,33 +75,43 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-def measure(net: PixelCNN, shape: tuple[int, ...], device: torch.device) -> dict[str, float]:
-    """Seconds to draw codes of a shape (B, h, w, T) in each way."""
+def measure(
+    net: PixelCNN, shape: tuple[int, ...], device: torch.device, repeats: int
+) -> dict[str, float]:
+    """Seconds to draw codes of a shape (B, h, w, T) in each way.
+
+    Returns:
+        Medians of as many rounds as ``repeats`` says, each of all ways in turn, after one round
+        that does not count.
+    """
     labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
-    seconds = {}
-    for name, write in WRITERS.items():
-        codes = torch.empty(shape, dtype=torch.int64, device=device)
-        start = time.perf_counter()
-        write(net, codes, labels)
-        codes.cpu()  # waits for the device
-        seconds[name] = time.perf_counter() - start
-    return seconds
+    seconds: dict[str, list[float]] = {name: [] for name in WRITERS}
+    for _ in range(1 + repeats):
+        for name, write in WRITERS.items():
+            codes = torch.empty(shape, dtype=torch.int64, device=device)
+            start = time.perf_counter()
+            write(net, codes, labels)
+            codes.cpu()  # waits for the device
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def main() -> None:
-    """Print seconds and ratios as a table."""
+    """Print median seconds and ratios as a table."""
     parser = script_parser(__doc__)
     parser.add_argument("--grid", nargs="+", type=int, default=[8, 16], help="sides, in sites")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--channels", type=int, default=128)
     parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds to take the median of")
     options = parser.parse_args()
     device = choose_device(options.device)
     site = SiteSymbols(n_e=256, max_loops=6, dummies=False)
     net = PixelCNN(site, 10, GatedStacks(options.channels, options.layers)).to(device).eval()
     logger.info("grid     %s", "  ".join(f"{name:>12}" for name in WRITERS))
     for side in options.grid:
-        seconds = measure(net, (options.batch, side, side, site.max_loops), device)
+        shape = (options.batch, side, side, site.max_loops)
+        seconds = measure(net, shape, device, options.repeats)
         cells = [f"{s:6.2f} s {s / seconds['kept']:3.0f}x" for s in seconds.values()]
         logger.info("%-8s %s", f"{side}x{side}", "  ".join(f"{cell:>12}" for cell in cells))
 

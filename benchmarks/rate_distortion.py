@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import logging
 import multiprocessing
 import os
@@ -29,6 +28,7 @@ from typing import Any
 
 import torch
 from race.contenders import MAX_LOOPS, Contender, contenders
+from race.folder import claim
 from race.measure import (
     Measurement,
     cut_by,
@@ -146,7 +146,8 @@ def main() -> None:
     plan = PLANS[options.plan]
     options.outdir = options.outdir or Path("results/rate_distortion", options.plan)
     options.outdir.mkdir(parents=True, exist_ok=True)
-    claim(options.outdir, plan, options)
+    data = {"train": options.train, "test": options.test, "precision": options.precision}
+    claim(options.outdir / "race.json", {**asdict(plan), **data}, free=("seeds", "names"))
     gpus = torch.cuda.device_count()
     cores = os.cpu_count() or 1
     workers = options.workers or (1 if gpus else cores)
@@ -176,25 +177,6 @@ def main() -> None:
                 writer.writeheader()
                 writer.writerows(rows)
     write_report(read_rows(table), plan, options.outdir)
-
-
-def claim(folder: Path, plan: Plan, options: argparse.Namespace) -> None:
-    """Write into a folder of results what they are results of.
-
-    Raises:
-        ValueError: It holds results of something else.
-    """
-    now = {"train": options.train, "test": options.test, "precision": options.precision}
-    now = json.loads(json.dumps({**asdict(plan), **now}))
-    file = folder / "race.json"
-    before = json.loads(file.read_text()) if file.exists() else now
-    changed = [key for key in now if now[key] != before.get(key) and key not in ("seeds", "names")]
-    if changed:
-        raise ValueError(
-            f"{folder} holds results with another {', '.join(changed)} than asked for now; "
-            "give another folder with --outdir"
-        )
-    file.write_text(json.dumps(now, indent=2))
 
 
 def read_rows(table: Path) -> list[dict[str, Any]]:

@@ -3,8 +3,9 @@
 python scripts/encode.py -r logs/<run of the tokenizer> -o cache
 python benchmarks/token_cache.py -r logs/<run of the prior> --cache cache/train
 
-Prints seconds per image: until its tokens are there, and for a whole training step. What an epoch
-gains follows from how much of a step is the transformer's own work.
+Prints milliseconds per image: until its tokens are there, and for a whole training step, optimizer
+included, with the batch size and as many loader processes as the prior's run. What an epoch gains
+follows from how much of a step is the transformer's own work.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from race.classifier import endless
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -26,6 +28,7 @@ from taming.models.stages import Prior
 from taming.script import choose_device, run
 
 logger = logging.getLogger("taming.benchmark")
+Work = Callable[[Mapping[str, Any]], None]  # on a batch
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -33,22 +36,38 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
-def seconds_per_image(
-    loader: DataLoader[Any], batches: int, work: Callable[[Mapping[str, Any]], None]
-) -> float:
-    """Time that an image takes, reading included, after one batch to warm up."""
+def seconds_per_image(loader: DataLoader[Any], batches: int, work: Work) -> float:
+    """Time that an image takes, reading included.
+
+    Time counts from after one batch and all those that loader processes read ahead of it. Epochs
+    follow on each other, as in training.
+    """
+    unmeasured = 1 + loader.num_workers * (loader.prefetch_factor or 0)
     images, start = 0, 0.0
-    for number, batch in enumerate(tqdm(loader, total=batches + 1, leave=False)):
+    rounds = tqdm(range(unmeasured + batches), leave=False)
+    for number, batch in zip(rounds, endless(loader), strict=False):
         work(batch)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if number == 0:
+        if number + 1 == unmeasured:
             start = time.monotonic()
-        else:
+        elif number >= unmeasured:
             images += len(next(iter(batch.values())))
-        if number == batches:
-            break
     return (time.monotonic() - start) / images
+
+
+def training_step_of(model: Prior) -> Work:
+    """Return what trains a prior on a batch, as Lightning does but for the schedule."""
+    configured: Any = model.configure_optimizers()
+    optimizer = configured[0][0] if isinstance(configured, tuple) else configured
+
+    def step(batch: Mapping[str, Any]) -> None:
+        nats, lengths = model.likelihood(model.see(on_device(batch, model.device)))
+        optimizer.zero_grad()
+        (nats.sum() / lengths.sum()).backward()
+        optimizer.step()
+
+    return step
 
 
 def main() -> None:
@@ -69,17 +88,22 @@ def main() -> None:
     def see(batch: Mapping[str, Any]) -> None:
         model.see(on_device(batch, model.device))
 
-    def step(batch: Mapping[str, Any]) -> None:
-        nats, _ = model.likelihood(model.see(on_device(batch, model.device)))
-        nats.mean().backward()
-        model.zero_grad()
-
     cached = TokenCache(options.cache)
     loaders = [
-        DataLoader(d, data.batch_size, shuffle=True, collate_fn=custom_collate)
-        for d in (data.datasets["train"], cached)
+        DataLoader(
+            dataset,
+            data.batch_size,
+            shuffle=True,
+            num_workers=data.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=custom_collate,
+        )
+        for dataset in (data.datasets["train"], cached)
     ]
-    for title, work in (("until the tokens are there", see), ("for a training step", step)):
+    for title, work in (
+        ("until the tokens are there", see),
+        ("for a training step", training_step_of(model)),
+    ):
         images, tokens = (seconds_per_image(it, options.batches, work) for it in loaders)
         logger.info(
             "%s: %.2f ms per image from images, %.2f ms from tokens: %.1f times faster",

@@ -4,8 +4,9 @@ python scripts/encode.py -r logs/<run of the tokenizer> -o cache
 python scripts/encode.py -r logs/<run> -o cache --passes 4 data.params.batch_size=64
 
 Reads the data of the tokenizer's run, or what -b and key=value items say instead, and writes
-<outdir>/train and <outdir>/validation, for taming.data.tokens.TokenCache. With random crops or
-mirroring, several passes keep some of their variety.
+<outdir>/train and <outdir>/validation, for taming.data.tokens.TokenCache. Each image's
+numbers, vectors of numbers and texts are kept, such as its class or its layout; images and maps are
+not. With random crops or mirroring, several passes keep some of their variety.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def columns_of(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """What a batch says of each image in one number or text."""
-    numbers = {k: v.tolist() for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 1}
+    """What a batch says of each image in one number, vector of numbers, or text."""
+    numbers = {
+        k: v.tolist() for k, v in batch.items() if isinstance(v, Tensor) and v.ndim in (1, 2)
+    }
     texts = {
         k: v for k, v in batch.items() if isinstance(v, list) and all(isinstance(t, str) for t in v)
     }
@@ -55,7 +58,7 @@ def encode(model: VQModel, loader: DataLoader[Any], folder: Path, passes: int) -
     """Write the tokens of a data set.
 
     Raises:
-        ValueError: Images differ in size, or the folder holds a cache already.
+        ValueError: Images differ in size, or the folder cannot be written anew.
     """
     sequence, own = model.quantize.sequence, fingerprint(model, model.quantize.sequence)
     writer = None
@@ -69,7 +72,7 @@ def encode(model: VQModel, loader: DataLoader[Any], folder: Path, passes: int) -
             if writer is None:
                 writer = TokenCacheWriter(folder, about, sequence.vocab_size)
                 if left := [key for key in batch if key not in (*columns, model.image_key)]:
-                    logger.info("left out, being no number or text: %s", ", ".join(left))
+                    logger.info("left out, being no number, vector or text: %s", ", ".join(left))
             if about != writer.info:
                 raise ValueError(f"images of {grid} sites come after those of {writer.info.grid}")
             writer.add(sequence.encode(info.indices.reshape(len(x), *grid, -1))[0], columns)

@@ -3,18 +3,33 @@
 import argparse
 import json
 import math
+import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pixelcnn_sampling
 import pytest
+import token_cache
 import torch
 from priors import SIZES, Sizes, compare
+from programs import call
 from race.classifier import Classifier, judge
-from race.networks import NAMES, OrderZero
+from race.contenders import contenders
+from race.drawing import mean_psnr
+from race.folder import claim
+from race.networks import MODERN, NAMES, OrderZero, build_prior
+from race.plans import Plan
+from race.training import build_tokenizer, fit
 from test_benchmarks import parquet, plan
-from token_cache import seconds_per_image
+from tiny import DDCONFIG, GPT, PLAIN, images
+from tiny_runs import CONFIGS, TinyRuns
+from token_cache import seconds_per_image, training_step_of
 from torch.utils.data import DataLoader
 
+from taming.config import load_config
+from taming.models.cond_transformer import Net2NetTransformer
 from taming.modules.vqvae.sequence import UnarySequence
 
 __all__ = ["parquet", "plan"]
@@ -40,12 +55,45 @@ def test_priors_are_compared(sizes: Sizes, parquet: Path, tmp_path: Path) -> Non
     assert [row["name"] for row in rows] == list(NAMES)
     for row in rows:
         assert 0 <= row["recognised"] <= 1 and row["distance"] > 0
-        assert row["upper_half"]["changed"] == row["mask"]["changed"] == 0
+        assert row["changed"] == [0, 0] and row["minutes"] > 0
         assert row["bits"] / 64 < 16 and row["bits"] > 0
     again = compare(sizes, ["pixelcnn"], options)  # from the file this time
     assert again[0]["bits"] == pytest.approx(rows[-1]["bits"])
+    assert again[0]["minutes"] == rows[-1]["minutes"]
+    assert again[0]["upper_half"] == pytest.approx(rows[-1]["upper_half"])  # drawn by seed
     assert json.loads((tmp_path / "measurements.json").read_text())["references"]["order_zero"] > 0
     assert "| pixelcnn |" in (tmp_path / "report.md").read_text()
+    with pytest.raises(ValueError, match="holds results with another steps than asked for now"):
+        compare(replace(sizes, steps=3), ["pixelcnn"], options)
+
+
+def test_a_folder_of_results_knows_what_they_are_of(tmp_path: Path) -> None:
+    file = tmp_path / "of.json"
+    claim(file, {"steps": 2, "sizes": (1, 2), "seeds": 1}, free=("seeds",))
+    claim(file, {"steps": 2, "sizes": (1, 2), "seeds": 3}, free=("seeds",))
+    for changed in ({"steps": 3, "sizes": (1, 2)}, {"steps": 2, "sizes": (1, 2), "data": "other"}):
+        with pytest.raises(ValueError, match="holds results with another (steps|data) than"):
+            claim(file, changed)
+    assert json.loads(file.read_text()) == {"steps": 2, "sizes": [1, 2], "seeds": 3}
+
+
+def test_the_psnr_of_images_is_the_mean_of_each_ones() -> None:
+    x = torch.zeros(2, 3, 4, 4)
+    off = torch.tensor([0.2, 0.02])[:, None, None, None].expand_as(x)  # 20 and 40 dB
+    assert mean_psnr(off, x) == pytest.approx(30, rel=1e-4)
+
+
+def test_modern_priors_are_those_of_the_configuration(sizes: Sizes, plan: Plan) -> None:  # noqa: F811
+    config = load_config([CONFIGS / "cifar10_two_level_transformer.yaml"]).values
+    shipped = config["model"]["params"]["transformer_config"]["params"]
+    tokenizer = build_tokenizer(plan, contenders(plan.codes, plan.channels)["loopy-2"])
+    model: Any = build_prior("two-level-modern", sizes.networks, tokenizer, 4)
+    for built, block in (
+        (model.transformer.config, shipped),
+        (model.transformer.depth.config, shipped["depth"]),
+    ):
+        assert all(getattr(built, key) == block.get(key, False) for key in MODERN)
+    assert model.transformer.rotary is not None and shipped["rotary"]
 
 
 def test_frequencies_cost_their_entropy() -> None:
@@ -72,3 +120,52 @@ def test_timing_counts_images_after_the_first_batch() -> None:
     loader = DataLoader([{"x": number} for number in range(12)], batch_size=4)
     assert seconds_per_image(loader, 1, lambda batch: seen.append(len(batch["x"]))) >= 0
     assert seen == [4, 4]
+    assert seconds_per_image(loader, 4, lambda batch: seen.append(len(batch["x"]))) >= 0
+    assert seen[2:] == [4] * 5  # beyond an epoch
+
+
+def test_the_step_that_is_timed_is_the_one_that_trains() -> None:
+    tokenizer = {"ddconfig": DDCONFIG, "lossconfig": PLAIN, "n_embed": 16, "embed_dim": 4}
+    first_stage = {"target": "taming.models.vqgan.VQModel", "params": tokenizer}
+    model = Net2NetTransformer(GPT, first_stage, "__is_unconditional__")
+    model.learning_rate = 1e-2
+    timed, data = deepcopy(model).train(), images(4)
+    step = training_step_of(timed)
+    for batch in data:
+        step(batch)
+    before = deepcopy(model.state_dict())
+    fit(model, data, len(data), "32-true")
+    assert not torch.equal(before["transformer.head.weight"], model.transformer.head.weight)
+    torch.testing.assert_close(timed.state_dict(), model.state_dict(), check_device=False)
+
+
+def test_a_prior_is_timed_on_images_and_on_their_cached_tokens(
+    tiny_runs: TinyRuns,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tokenizer, prior = (
+        tiny_runs.of(f"demo/loopy_{kind}.yaml") for kind in ("vqgan", "transformer")
+    )
+    call("encode", "-r", tokenizer, "-o", tmp_path / "cache")
+    words = ["token_cache.py", "-r", prior, "--cache", tmp_path / "cache/train", "--batches", 1]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    with caplog.at_level("INFO", "taming.benchmark"):
+        token_cache.main()
+    told = [line.partition(":")[0] for line in caplog.messages if "times faster" in line]
+    assert told == ["until the tokens are there", "for a training step"]
+
+
+def test_seconds_of_sampling_are_of_the_rounds_after_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[str] = []
+    clock = iter([0.0, 100.0] * 2 + [0.0, 1.0, 0.0, 2.0, 0.0, 5.0, 0.0, 2.0, 0.0, 9.0, 0.0, 6.0])
+    writers = {name: lambda *_, name=name: called.append(name) for name in ("a", "b")}
+    monkeypatch.setattr(pixelcnn_sampling, "WRITERS", writers)
+    monkeypatch.setattr(pixelcnn_sampling.time, "perf_counter", lambda: next(clock))
+    net: Any = None
+    seconds = pixelcnn_sampling.measure(net, (1, 2, 2, 1), torch.device("cpu"), repeats=3)
+    assert called == ["a", "b"] * 4
+    assert seconds == {"a": 5.0, "b": 2.0}

@@ -56,7 +56,7 @@ def trained_classifier(data: Any, steps: int, file: Path, device: torch.device) 
     torch.manual_seed(0)
     model = Classifier().to(device)
     if file.exists():
-        model.load_state_dict(torch.load(file))
+        model.load_state_dict(torch.load(file, map_location=device))
         return model.eval()
     logger.info("training the classifier")
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)

@@ -20,7 +20,8 @@ from taming.models.vqgan import VQModel
 from taming.modules.vqvae.sequence import TokenSequence, UnarySequence
 
 TRANSFORMER = "taming.modules.transformer"
-MODERN = {"rms_norm": True, "rotary": True, "qk_norm": True, "swiglu": True}
+MODERN = {"rms_norm": True, "qk_norm": True, "swiglu": True}
+HIDDEN = 0.1  # share of the classes that transformers do not see in training, for guidance
 NAMES = ("unary", "run-length", "unary-modern", "two-level", "two-level-modern", "pixelcnn")
 Sizes = Mapping[str, Mapping[str, Any]]
 
@@ -59,15 +60,15 @@ def build_prior(name: str, sizes: Sizes, tokenizer: VQModel, steps: int) -> pl.L
         "site_shape": (side, side, depth),
         **sizes["main"],
     }
-    if name.endswith("modern"):
-        network |= MODERN
+    modern = MODERN if name.endswith("modern") else {}
+    network |= modern | {"rotary": bool(modern)}
     if two_level:
-        network |= {"depth": sizes["depth"]}
+        network["depth"] = {**sizes["depth"], **modern}
     path = "two_level.TwoLevelGPT" if two_level else "mingpt.GPT"
     return Net2NetTransformer(
         {"target": f"{TRANSFORMER}.{path}", "params": network},
         sequence_config={"target": target, "params": params},
-        condition_dropout=0.1,
+        condition_dropout=HIDDEN,
         **common,
     )
 

@@ -3,7 +3,8 @@
 A cache is a folder of Arrow files (the IPC format, which pandas calls feather), each with one row
 per image: its ragged ``tokens`` and whatever the data set said of it, such as its class. The files
 also name the tokenizer, by its fingerprint. Reading maps them into memory: processes share what is
-read, and nothing is decoded.
+read, and nothing is decoded. The folder gets its name when all files are there, so that what was
+interrupted cannot be taken for a cache.
 
 Axis letters: B images, L tokens, h w grid.
 """
@@ -42,22 +43,32 @@ class CacheInfo(NamedTuple):
 class TokenCacheWriter:
     """Writes a cache, a file for every so many images.
 
+    Until `close`, the files are in ``<folder>.unfinished``.
+
     Args:
-        folder: Where; made if need be.
+        folder: Where; it must not exist yet, or be empty.
         info: What all images have in common.
         vocab_size: Number of different tokens.
         images_per_file: How many images go into one file.
 
     Raises:
-        ValueError: The folder holds a cache already.
+        ValueError: The folder holds a cache already, or an unfinished one stands beside it.
     """
 
     def __init__(
         self, folder: Path, info: CacheInfo, vocab_size: int, images_per_file: int = 100_000
     ) -> None:
-        if any(folder.glob("*.arrow")):
-            raise ValueError(f"{folder} already holds a token cache; remove it, or name another")
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(
+                f"{folder} already holds a token cache, or other files; remove it, or name another"
+            )
+        self.unfinished = folder.with_name(f"{folder.name}.unfinished")
+        if self.unfinished.exists():
+            raise ValueError(
+                f"{self.unfinished} is of a token cache that is still being written, or never was "
+                "to its end; if nothing writes to it, remove it"
+            )
+        self.unfinished.mkdir(parents=True)
         self.folder = folder
         self.info = info
         self.type = pa.list_(pa.uint16() if vocab_size <= 1 << 16 else pa.int32())
@@ -66,7 +77,12 @@ class TokenCacheWriter:
         self.files = 0
 
     def add(self, tokens: Tensor, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Append images: tokens (B, L), -1 after each sequence's end, and B values per column."""
+        """Append images.
+
+        Args:
+            tokens: (B, L) int64, -1 after each sequence's end.
+            columns: B values each: numbers, texts, or lists of numbers.
+        """
         sequences = [row[row >= 0].numpy() for row in tokens.cpu()]
         for number, sequence in enumerate(sequences):
             values = {name: column[number] for name, column in columns.items()}
@@ -76,16 +92,17 @@ class TokenCacheWriter:
             self.rows = self.rows[self.images_per_file :]
 
     def close(self) -> None:
-        """Write the rest."""
+        """Write the rest; from now on, the folder is a cache."""
         if self.rows:
             self._write_file(self.rows)
+        self.unfinished.rename(self.folder)
 
     def _write_file(self, rows: Sequence[Mapping[str, Any]]) -> None:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         tokens = pa.array(columns.pop("tokens"), self.type)
         batch = pa.RecordBatch.from_pydict({"tokens": tokens, **columns})
         batch = batch.replace_schema_metadata({_KEY: json.dumps(self.info._asdict())})
-        file = self.folder / f"{self.files:05}.arrow"
+        file = self.unfinished / f"{self.files:05}.arrow"
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         self.files += 1
@@ -96,7 +113,8 @@ class TokenCache(Dataset[dict[str, Any]]):
 
     An item has ``tokens`` (L,) int64, -1 after the sequence's end, with L that of the longest
     sequence; ``grid`` (2,) int64; ``pixels``; ``fingerprint``; and the data set's own values, such
-    as ``class_label``. A prior's configuration names it in the place of images:
+    as ``class_label``, of which vectors are int64 or float32 tensors. A prior's configuration names
+    it in the place of images:
 
     .. code-block:: yaml
 
@@ -141,8 +159,7 @@ class TokenCache(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.table.slice(range(len(self))[index], 1)
-        values = {name: row[name][0] for name in row.column_names}
-        sequence = values.pop("tokens").values.to_numpy()
+        sequence = row["tokens"][0].values.to_numpy()
         tokens = np.full(self.longest, -1, np.int64)
         tokens[: len(sequence)] = sequence
         return {
@@ -150,8 +167,14 @@ class TokenCache(Dataset[dict[str, Any]]):
             "grid": torch.tensor(self.info.grid),
             "pixels": self.info.pixels,
             "fingerprint": self.info.fingerprint,
-            **{name: value.as_py() for name, value in values.items()},
+            **{name: _value(row[name][0]) for name in row.column_names if name != "tokens"},
         }
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    """A number or a text; a tensor of a vector, which batches stack."""
+    value = scalar.as_py()
+    return torch.tensor(value) if isinstance(value, list) else value
 
 
 def _open(file: Path) -> Any:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from scripts.encode import columns_of
+from taming.data.helper_types import Annotation
 from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
 from taming.data.utils import custom_collate
 
@@ -50,6 +52,45 @@ def test_round_trip(vocab_size: int, tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(cache[-1]["tokens"]), tokens[-1])
     with pytest.raises(IndexError):
         cache[7]
+
+
+def test_what_a_data_set_says_in_numbers_vectors_and_texts_is_kept(tmp_path: Path) -> None:
+    items = [
+        {
+            "image": torch.rand(4, 4, 3),
+            "depth": torch.rand(4, 4),
+            "annotations": [Annotation(0.5, "1", (0, 0, 1, 1), 1, "dog")],
+            "class_label": label,
+            "objects_bbox": torch.randint(0, 8192, (15,)),
+            "place": torch.rand(4),
+            "seen": torch.rand(2) < 0.5,
+            "name": f"{label}.png",
+        }
+        for label in range(len(LENGTHS))
+    ]
+    columns = columns_of(custom_collate(items))
+    assert set(items[0]) - set(columns) == {"image", "depth", "annotations"}
+    writer = TokenCacheWriter(tmp_path / "cache", INFO, 300)
+    writer.add(sequences(), columns)
+    writer.close()
+    cache = TokenCache(str(tmp_path / "cache"))
+    (batch,) = DataLoader(cache, batch_size=len(items), collate_fn=custom_collate)
+    kept = custom_collate([{key: item[key] for key in columns} for item in items])
+    for key, value in kept.items():
+        same = torch.equal if isinstance(value, torch.Tensor) else list.__eq__
+        assert same(batch[key], value), key
+
+
+def test_what_was_interrupted_is_no_cache(tmp_path: Path) -> None:
+    writer = TokenCacheWriter(tmp_path / "cache", INFO, 300, images_per_file=3)
+    writer.add(sequences(), {})  # two files' worth, and one image more
+    with pytest.raises(FileNotFoundError, match="holds no token cache"):
+        TokenCache(str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="cache.unfinished is of a token cache that is still"):
+        TokenCacheWriter(tmp_path / "cache", INFO, 300)
+    writer.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
+    assert len(TokenCache(str(tmp_path / "cache"))) == len(LENGTHS)
 
 
 def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""What priors draw: new images, and the rest of images of which a part is known.
+
+Axis letters: B images, H W image, h w grid, T turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from tqdm import tqdm
+
+from taming.models.sampling import (
+    Drawing,
+    decode_codes,
+    empty_codes,
+    encode_codes,
+    seen_whole,
+    trained_grid,
+    write_codes,
+)
+from taming.modules.transformer.sampling import generators_of
+
+
+def draw(model: Any, amount: int, guidance: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draw images (B, 3, H, W) of classes (B,), as many of each class."""
+    for part in tqdm(torch.arange(amount).split(100), desc="samples", leave=False):
+        labels = (part % 10).to(model.device)
+        codes = empty_codes(model, len(part), trained_grid(model))
+        drawing = Drawing(guidance=guidance, generators=generators_of(0, part.tolist()))
+        for _ in write_codes(model, seen_whole(labels[:, None]), codes, drawing):
+            pass
+        images = decode_codes(model, codes)
+        assert images.isfinite().all()
+        yield images, labels
+
+
+def complete_codes(model: Any, given: Tensor, labels: Tensor, known: Tensor) -> Tensor:
+    """Draw codes (B, h, w, T) of classes (B,), of which those at known sites (h, w) are given."""
+    codes = given.masked_fill(~known[..., None], -1)
+    drawing = Drawing(generators=generators_of(0, range(len(codes))))
+    for _ in write_codes(model, seen_whole(labels[:, None]), codes, drawing, known):
+        pass
+    return codes
+
+
+def mean_psnr(images: Tensor, x: Tensor) -> float:
+    """Mean of the images' (B, 3, H, W) PSNR in dB, of values in [-1, 1]."""
+    return float(peak_signal_noise_ratio(images, x, data_range=2.0, dim=(1, 2, 3)))
+
+
+@torch.no_grad()
+def complete(model: Any, x: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Complete images (B, 3, H, W) of classes (B,) from the upper half, or from half the sites.
+
+    Returns:
+        ``changed``: shares of known sites whose codes changed, from the upper half and from sites
+        here and there. ``upper_half`` and ``upper_quarter``: mean PSNR in dB of these pixels, of
+        images completed from the upper half and of reconstructions. They differ, though the codes
+        of the upper half are the same: by the decoder's convolutions, attention and normalization,
+        each pixel depends on all codes. The upper quarter is farther from those that are drawn.
+    """
+    given, (h, w) = encode_codes(model, x), trained_grid(model)
+    upper = torch.arange(h, device=x.device)[:, None].expand(h, w) < h // 2
+    some = torch.rand(h, w, generator=torch.Generator().manual_seed(0)).to(x.device) < 0.5
+    codes = [complete_codes(model, given, labels, known) for known in (upper, some)]
+    moved = [(c != given).any(dim=3)[:, k] for c, k in zip(codes, (upper, some), strict=True)]
+    images = [decode_codes(model, c).clamp(-1, 1) for c in (codes[0], given)]
+    rows = {"upper_half": x.shape[2] // 2, "upper_quarter": x.shape[2] // 4}
+    psnr = {k: [mean_psnr(i[:, :, :n], x[:, :, :n]) for i in images] for k, n in rows.items()}
+    return {"changed": [float(m.float().mean()) for m in moved], **psnr}
