@@ -27,6 +27,7 @@ from taming.models.sampling import (
     encode_codes,
     sample_images,
 )
+from taming.modules.transformer.sampling import generators_of
 from taming.pictures import save_picture
 from taming.script import choose_device, parse_run, run, samples_folder, samples_parser
 
@@ -52,7 +53,7 @@ def main() -> None:
     model = saved.model().to(device)
     if not isinstance(model, Net2NetTransformer):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
-    drawing = Drawing(options.temperature, options.top_k)
+    filters = Drawing(options.temperature, options.top_k)
     target = samples_folder(options, saved)
 
     for number in tqdm(range(len(datasets[split])), desc=split):
@@ -61,6 +62,7 @@ def main() -> None:
         codes = encode_codes(model, x)
         grid = codes.shape[1], codes.shape[2]
         condition = condition_windows(model, c, grid)
+        drawing = filters._replace(generators=generators_of(options.seed, [number]))
         pictures = {
             "originals": x,
             "reconstructions": decode_codes(model, codes),

@@ -5,7 +5,7 @@ python scripts/make_scene_samples.py -r logs/<run> --outdir results -R 512,384 -
 
 Writes <outdir>/<step>_<top k>_<temperature>/<batch>_<item>.png: samples, and the layout. Images
 larger than those that the prior was trained for are drawn through a sliding window, in which the
-layout is told anew at every step.
+layout is told anew at every step. A sample depends on the seed, its own number and its layout's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import lightning.pytorch as pl
@@ -29,9 +30,11 @@ from taming.models.sampling import (
     Drawing,
     Window,
     empty_codes,
+    numbers_of,
     sample_images,
     trained_grid,
 )
+from taming.modules.transformer.sampling import generators_of
 from taming.pictures import save_picture, tile
 from taming.script import choose_device, parse_run, run, samples_folder, samples_parser
 
@@ -94,15 +97,19 @@ def main() -> None:
     model = saved.model().to(device)
     if not isinstance(model, Net2NetTransformer):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
-    grid, drawing = grid_of(model, options.resolution), Drawing(options.temperature, options.top_k)
-    target = samples_folder(options, saved)
+    grid, filters = grid_of(model, options.resolution), Drawing(options.temperature, options.top_k)
+    target, samples = samples_folder(options, saved), range(options.n_samples_per_layout)
+    layouts = count()
 
     for batch_number, batch in enumerate(tqdm(data.val_dataloader(), desc="batches")):
         for number, objects in enumerate(tqdm(batch["annotations"], desc="layouts", leave=False)):
             annotations = [
                 o._replace(category_no=scenes.get_category_number(o.category_id)) for o in objects
             ]
-            codes = empty_codes(model, options.n_samples_per_layout, grid)
+            codes = empty_codes(model, len(samples), grid)
+            generators = generators_of(options.seed, numbers_of(next(layouts), samples))
+            drawing = filters._replace(generators=generators)
+            torch.manual_seed(options.seed)  # objects are told in random order
             images = sample_images(
                 model, layout_windows(builder, annotations, grid, codes), codes, drawing
             ).cpu()

@@ -5,8 +5,10 @@ python scripts/sample.py -r logs/<run> -n 16 --classes 3,7
 python scripts/sample.py -r logs/<run> -n 16 --classes 3,7 --guidance 2
 python scripts/sample.py -r logs/<run> --complete folder/ --known 0.5
 python scripts/sample.py -r logs/<run> --complete folder/ --mask mask.png
+python scripts/sample.py -r logs/<run> --complete photo.jpg --classes 3
 
-A seed gives the same images whatever the batch size.
+A seed gives the same images whatever the batch size. What is known of an image to complete is its
+codes, so completions show its reconstruction there, the same in all of them.
 """
 
 from __future__ import annotations
@@ -18,23 +20,25 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from einops import rearrange
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from taming.data.base import ImagePaths
 from taming.data.custom import find_files
-from taming.data.preprocessing import decode_image
 from taming.experiment import model_from_run
 from taming.models.sampling import (
     Drawing,
     Prior,
+    decode_codes,
     empty_codes,
     encode_codes,
+    numbers_of,
+    paste,
     sample_images,
     seen_whole,
     trained_grid,
+    upper_part,
 )
 from taming.modules.transformer.sampling import generators_of
 from taming.modules.util import Labelator
@@ -59,9 +63,17 @@ def parse_options() -> argparse.Namespace:
         "--guidance", type=float, default=1.0, help="scale of classifier-free guidance; 1 for none"
     )
     parser.add_argument("--classes", help="labels, such as 3,7, of a class-conditional prior")
-    parser.add_argument("--complete", nargs="+", help="images or folders whose rest to draw")
+    parser.add_argument(
+        "--complete",
+        nargs="+",
+        help="images or folders whose rest to draw; what is known is shown as reconstructed",
+    )
     parser.add_argument("--known", type=float, default=0.5, help="known upper share of each")
-    parser.add_argument("--mask", help="picture that is bright where images are known instead")
+    parser.add_argument(
+        "--mask",
+        help="picture that is bright where images are known instead, scaled and cut as they are;\n"
+        "a site is known if all its pixels are",
+    )
     parser.add_argument("--grid", help="rows,columns of sites; default: as trained")
     parser.add_argument("-s", "--seed", type=int, default=23)
     options = parser.parse_args()
@@ -109,52 +121,61 @@ def drawing_of(options: argparse.Namespace, numbers: Iterable[int]) -> Drawing:
     )
 
 
+def draw(
+    model: Prior,
+    labels: list[int],
+    codes: Tensor,
+    options: argparse.Namespace,
+    item: int = 0,
+    known: int | Tensor = 0,
+) -> Tensor:
+    """Draw an image for each label, all from the same codes (1, h, w, T), in batches."""
+    condition, images = torch.tensor(labels, device=model.device)[:, None], []
+    numbers = torch.arange(len(labels), device=model.device)
+    for part in tqdm(numbers.split(options.batch_size), desc="batches", leave=False):
+        drawing = drawing_of(options, numbers_of(item, part.tolist()))
+        begun = codes.repeat(len(part), 1, 1, 1)
+        drawn = sample_images(model, seen_whole(condition[part]), begun, drawing, known)
+        images.append(drawn.cpu())
+    return torch.cat(images)
+
+
 def sample(model: Prior, options: argparse.Namespace) -> None:
     """Write new images, one file each, and a grid of all."""
     labels, grid = labels_of(model, options), grid_of(model, options.grid)
-    condition = torch.tensor(labels, device=model.device)[:, None]
-    images = []
-    for numbers in tqdm(torch.arange(len(labels)).split(options.batch_size), desc="batches"):
-        codes = empty_codes(model, len(numbers), grid)
-        drawing = drawing_of(options, numbers.tolist())
-        part = seen_whole(condition[numbers.to(model.device)])
-        images.append(sample_images(model, part, codes, drawing).cpu())
-    for number, (label, image) in enumerate(zip(labels, torch.cat(images), strict=True)):
+    images = draw(model, labels, empty_codes(model, 1, grid), options)
+    for number, (label, image) in enumerate(zip(labels, images, strict=True)):
         name = f"{number:06}.png" if model.be_unconditional else f"{number:06}_class{label}.png"
         save_picture(image, options.outdir / name)
-    save_picture(tile(torch.cat(images), 8), options.outdir / "grid.png")
+    save_picture(tile(images, 8), options.outdir / "grid.png")
 
 
-def known_sites(options: argparse.Namespace, grid: tuple[int, int]) -> Tensor:
-    """Which sites (h, w) are known: an upper part, or what a picture says."""
+def known_part(options: argparse.Namespace, grid: tuple[int, int], factor: int) -> Tensor:
+    """Which sites (h, w), of ``factor`` pixels, are known: an upper part, or what a mask says."""
     if options.mask is None:
-        rows = torch.arange(grid[0]) < round(options.known * grid[0])
-        return rows[:, None].expand(grid)
-    picture = decode_image(options.mask).float().mean(dim=0, keepdim=True)
-    return resize(picture, list(grid), InterpolationMode.NEAREST_EXACT)[0] > 127
+        return upper_part(options.known, grid)
+    mask = ImagePaths([options.mask], grid[0] * factor, antialias=True)[0]["image"]
+    bright = torch.from_numpy(mask).mean(dim=-1) > 0
+    return rearrange(bright, "(h f) (w g) -> h w (f g)", f=factor, g=factor).all(dim=-1)
 
 
 def complete(model: Prior, options: argparse.Namespace) -> None:
-    """Write a row for each image: input, its known part, and completions."""
-    if not model.be_unconditional:
-        raise ValueError("--complete needs an unconditional prior")
-    grid, factor = grid_of(model, options.grid), model.first_stage_model.encoder.factor
+    """Write a row for each image: input, what is known of it, and completions."""
+    labels, grid = labels_of(model, options), grid_of(model, options.grid)
     if grid[0] != grid[1]:
         raise ValueError(f"--complete needs a square grid, got {grid[0]}x{grid[1]}")
+    factor = model.first_stage_model.encoder.factor
     images = ImagePaths(find_files(options.complete), grid[0] * factor, antialias=True)
-    mask = known_sites(options, grid)
-    pixels = mask.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
-    start = torch.full((options.num_samples, 1), model.sos_token, device=model.device)
+    known = known_part(options, grid, factor)
     for number in tqdm(range(len(images)), desc="complete"):
         item = images[number]
-        x = torch.from_numpy(item["image"]).permute(2, 0, 1)[None].to(model.device)
-        codes = encode_codes(model, x).repeat(options.num_samples, 1, 1, 1)
-        first = number * options.num_samples
-        drawing = drawing_of(options, range(first, first + options.num_samples))
-        drawn = sample_images(model, seen_whole(start), codes, drawing, mask)
-        shown = x.masked_fill(~pixels.to(x.device), 1.0)
-        row = torch.cat([x, shown, drawn])
-        name = f"{Path(item['file_path_']).stem}_completed.png"
+        x = torch.from_numpy(item["image"]).permute(2, 0, 1)[None]
+        codes = encode_codes(model, x.to(model.device))
+        reconstruction = decode_codes(model, codes).cpu()
+        drawn = draw(model, labels, codes, options, number, known)
+        blank_and_drawn = torch.cat([torch.ones_like(x), drawn])
+        row = torch.cat([x, paste(blank_and_drawn, reconstruction, known)])
+        name = f"{number:06}_{Path(item['file_path_']).stem}_completed.png"
         save_picture(tile(row, len(row)), options.outdir / name)
 
 

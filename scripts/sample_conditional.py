@@ -38,8 +38,10 @@ from taming.models.sampling import (
     decode_codes,
     empty_codes,
     encode_codes,
+    paste,
     seen_whole,
     trained_grid,
+    upper_part,
     write_codes,
 )
 from taming.modules.util import Labelator
@@ -60,7 +62,7 @@ class Wish:
         index: Number of the example.
         label: Class to draw, of a prior over classes.
         scale: Size of the image to draw; 1 is the example's own, or what was trained.
-        known: Share of the example, from above, that stays.
+        known: Share of the example's reconstruction, from above, that stays.
         temperature: See `Drawing`, as top_k and greedy (0 or 1).
         every: Sites between two pictures.
         seed: Of the random numbers.
@@ -150,8 +152,6 @@ class Studio:
             return x
         factor = self.model.first_stage_model.encoder.factor
         size = [max(round(side * scale / factor), 1) * factor for side in x.shape[2:]]
-        if size == list(x.shape[2:]):
-            return x
         if x.shape[1] > 3:  # classes have no values in between
             return F.interpolate(x, size, mode="nearest-exact")
         return F.interpolate(x, size, mode="bilinear", antialias=True)
@@ -187,22 +187,21 @@ class Studio:
         example, model = self.example(wish), self.model
         if example is None:
             rows, columns = (max(round(side * wish.scale), 1) for side in trained_grid(model))
-            codes, known = empty_codes(model, 1, (rows, columns)), 0
+            codes, share = empty_codes(model, 1, (rows, columns)), 0.0
         else:
-            codes = encode_codes(model, example[0])
-            known = round(wish.known * codes.shape[1]) * codes.shape[2]
+            codes, share = encode_codes(model, example[0]), wish.known
         grid = codes.shape[1], codes.shape[2]
+        given, known = decode_codes(model, codes), upper_part(share, grid)
         if example is not None and self.kind == "image":
             condition = condition_windows(model, example[1], grid)
         else:
             condition = seen_whole(torch.tensor([[self._token(wish)]], device=model.device))
         drawing = Drawing(wish.temperature, wish.top_k, greedy=bool(wish.greedy))
-        # Sites that are still to be written are shown as code 0.
-        codes.flatten(1, 2)[:, known:] = empty_codes(model, 1, (1, 1))[0]
+        codes[:, ~known] = empty_codes(model, 1, (1, 1))[0]  # shown until others are written
         torch.manual_seed(wish.seed)
         for done in write_codes(model, condition, codes, drawing, known, wish.every):
-            picture = decode_codes(model, codes)[0]
-            yield {"done": done, "of": grid[0] * grid[1], "picture": data_url(picture)}
+            picture = paste(decode_codes(model, codes), given, known)
+            yield {"done": done, "of": grid[0] * grid[1], "picture": data_url(picture[0])}
 
 
 def data_url(image: Tensor) -> str:

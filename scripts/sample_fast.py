@@ -3,7 +3,8 @@
 python scripts/sample_fast.py -r logs/<run> -n 10 --classes 3,7
 python scripts/sample_fast.py -r logs/<run> -n 50000 -k 250 -t 1.0 -p 0.92
 
-Writes <outdir>/samples/top_k_<k>_temp_<t>_top_p_<p>/<step>/, for classes in a folder each.
+Writes <outdir>/samples/top_k_<k>_temp_<t>_top_p_<p>/<step>/, for classes in a folder each. An image
+depends on the seed, its class and its number alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import torch
 from tqdm import tqdm
 
 from taming.models.cond_transformer import Net2NetTransformer
-from taming.models.sampling import Drawing, empty_codes, sample_images, seen_whole, trained_grid
+from taming.models.sampling import (
+    Drawing,
+    empty_codes,
+    numbers_of,
+    sample_images,
+    seen_whole,
+    trained_grid,
+)
+from taming.modules.transformer.sampling import generators_of
 from taming.modules.util import Labelator
 from taming.pictures import save_picture
 from taming.script import choose_device, parse_classes, parse_run, run, run_parser
@@ -70,7 +79,7 @@ def main() -> None:
     model = saved.model().to(device)
     if not isinstance(model, Net2NetTransformer):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
-    drawing = Drawing(options.temperature, options.top_k, options.top_p)
+    filters = Drawing(options.temperature, options.top_k, options.top_p)
     name = f"top_k_{options.top_k}_temp_{options.temperature:.2f}_top_p_{options.top_p}"
     target = (options.outdir or saved.folder) / "samples" / name / str(saved.step())
 
@@ -79,6 +88,8 @@ def main() -> None:
         for part in tqdm(numbers.split(options.batch_size), desc="batches", leave=False):
             condition = torch.full((len(part), 1), token, device=device)
             codes = empty_codes(model, len(part), trained_grid(model))
+            generators = generators_of(options.seed, numbers_of(token, part.tolist()))
+            drawing = filters._replace(generators=generators)
             images = sample_images(model, seen_whole(condition), codes, drawing)
             for number, image in zip(part.tolist(), images, strict=True):
                 save_picture(image, target / folder / f"{number:06}.png")

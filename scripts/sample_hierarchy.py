@@ -1,6 +1,8 @@
 """Draw new images from the priors of all levels of a VQ-VAE-2, from the top down.
 
 python scripts/sample_hierarchy.py -r logs/<top prior's run> logs/<bottom prior's run> -n 16
+
+All levels are drawn in the same way, so there is no guidance: the top has no condition to guide it.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("-t", "--temperature", type=float, default=1.0)
     parser.add_argument("-k", "--top_k", type=int, help="draw among the k likeliest tokens")
     parser.add_argument("-p", "--top_p", type=float, help="draw among the likeliest of this mass")
+    parser.add_argument("--min_p", type=float, help="draw among those this likely, relatively")
     parser.add_argument("-s", "--seed", type=int, default=23)
     options = parser.parse_args()
     if options.num_samples < 1 or options.batch_size < 1:
@@ -60,10 +63,10 @@ def main() -> None:
     device = choose_device(options.device)
     priors = load_priors(options.resume, device)
     tokenizer: Any = priors[-1].first_stage_model
+    filters = Drawing(options.temperature, options.top_k, options.top_p, min_p=options.min_p)
     parts = []
     for part in tqdm(torch.arange(options.num_samples).split(options.batch_size), desc="batches"):
-        generators = generators_of(options.seed, part.tolist())
-        drawing = Drawing(options.temperature, options.top_k, options.top_p, generators=generators)
+        drawing = filters._replace(generators=generators_of(options.seed, part.tolist()))
         parts.append(tokenizer.model.decode_code(sample_levels(priors, len(part), drawing)).cpu())
     images = torch.cat(parts)
     for number, image in enumerate(images):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from programs import call, fails, pixels
 from tiny import GAN
 from tiny_runs import TinyRuns
 
+from taming.data.utils import custom_collate
 from taming.util import instantiate_from_config
 
 CLASSES = 5
@@ -89,6 +91,11 @@ def classes(tmp_path: Path) -> Path:
     return save_run(tmp_path / "logs/old", {"model": model}, random_weights(model))
 
 
+def same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two pictures are the same; another size of the batch may round otherwise."""
+    return bool((np.abs(one.astype(int) - other) <= 1).all())
+
+
 def test_a_published_class_conditional_prior_samples(classes: Path, shared: Path) -> None:
     checkpoint = classes / "checkpoints/last.ckpt"
     weights = random_weights(class_conditional())
@@ -99,6 +106,22 @@ def test_a_published_class_conditional_prior_samples(classes: Path, shared: Path
         f"{label}/00000{number}.png" for label in (0, 4) for number in range(3)
     ]
     assert all(pixels(path).shape == (SIZE, SIZE, 3) for path in out.rglob("*.png"))
+
+
+def test_an_image_depends_on_seed_class_and_number_alone(classes: Path) -> None:
+    """On neither the batch nor how many images there are, of which classes."""
+    images = {}
+    for batch, amount, labels in ((2, 3, "4,0"), (3, 4, "0")):
+        out = Path(f"out{batch}")
+        options = ("-n", amount, "--batch_size", batch, "--classes", labels, "-o", out)
+        call("sample_fast", "-r", classes, *options)
+        images[batch] = {(p.parent.name, p.name): pixels(p) for p in out.rglob("*.png")}
+    first, second, third = (("0", f"00000{number}.png") for number in range(3))
+    assert images[2].keys() & images[3].keys() == {first, second, third}
+    for name in (first, second, third):
+        assert same(images[2][name], images[3][name])
+    assert not same(images[2][first], images[2][second])
+    assert not same(images[2][first], images[2]["4", first[1]])
 
 
 def test_a_published_tokenizer_reconstructs(tmp_path: Path, shared: Path) -> None:
@@ -164,23 +187,41 @@ def test_missing_weights_are_named(
     assert f"lacks weights of Net2NetTransformer: {lost};" in error
 
 
-@pytest.mark.parametrize("size", [32, 80])
-def test_samples_for_a_data_set(
-    size: int, tiny_runs: TinyRuns, shared: Path, tmp_path: Path
-) -> None:
-    """At 80 pixels, the 2 x 2 sites of the prior slide over 5 x 5."""
+def draw_examples(run: Path, shared: Path, size: int, out: str) -> Path:
+    """Draw images for two of the D-RIN examples; gives the folder of what was written."""
     root = shared / "data/taming"
     split = f"{{target: taming.data.imagenet.DRINExamples, params: {{size: {size}, root: {root}}}}}"
     data = f"data={{target: main.DataModuleFromConfig, params: {{batch_size: 1, train: {split}}}}}"
-    run = tiny_runs.of("drin_transformer.yaml")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("taming.data.imagenet.DRINExamples.__len__", lambda self: 2)
-        call("make_samples", "-r", run, "--outdir", "out", "--ignore_base_data", data, "--top_k", 7)
-    out = tmp_path / "out/000002_7_1.0"
+        call("make_samples", "-r", run, "--outdir", out, "--ignore_base_data", data, "--top_k", 7)
+    return Path(out) / "000002_7_1.0"
+
+
+@pytest.mark.parametrize("size", [32, 80])
+def test_samples_for_a_data_set(size: int, tiny_runs: TinyRuns, shared: Path) -> None:
+    """At 80 pixels, the 2 x 2 sites of the prior slide over 5 x 5."""
+    out = draw_examples(tiny_runs.of("drin_transformer.yaml"), shared, size, "out")
     names = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
     kinds = ("originals", "reconstructions", "samples")
     assert names == {f"{kind}/00000{number}.png" for kind in kinds for number in range(2)}
     assert {pixels(out / name).shape for name in names} == {(size, size, 3)}
+
+
+def test_samples_for_a_data_set_do_not_depend_on_what_else_is_random(
+    tiny_runs: TinyRuns, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collate(items: Sequence[Any]) -> Any:
+        torch.rand(len(items))
+        return custom_collate(items)
+
+    run = tiny_runs.of("drin_transformer.yaml")
+    one = draw_examples(run, shared, SIZE, "one")
+    monkeypatch.setattr("scripts.make_samples.custom_collate", collate)
+    other = draw_examples(run, shared, SIZE, "other")
+    for number in range(2):
+        name = f"samples/00000{number}.png"
+        assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -221,6 +262,24 @@ def test_samples_of_scenes(
     height, width = shape
     for path in out.iterdir():
         assert pixels(path).shape == (height + 4, 3 * (width + 2) + 2, 3)
+
+
+def test_a_scene_depends_on_seed_layout_and_number_alone(
+    tiny_runs: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On neither the samples drawn before nor how many there are of a layout."""
+    run = tiny_runs.of("coco_scene_images_transformer.yaml")
+    monkeypatch.setattr(
+        "taming.data.annotated_objects_dataset.AnnotatedObjectsDataset.__len__", lambda self: 2
+    )
+    rows = {}
+    for amount in (1, 2):
+        call("make_scene_samples", "-r", run, "--outdir", str(amount), "-R", "32,32", "-N", amount)
+        files = sorted(Path(str(amount)).rglob("*.png"))
+        rows[amount] = [pixels(path)[2:-2, 2 : 2 + SIZE] for path in files]
+    assert len(rows[1]) == 2
+    assert all(same(one, other) for one, other in zip(rows[1], rows[2], strict=True))
+    assert not same(rows[1][0], rows[1][1])
 
 
 def test_mistakes_about_samples_for_a_data_set(

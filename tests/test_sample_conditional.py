@@ -14,10 +14,14 @@ from urllib.parse import urlencode
 
 import numpy as np
 import pytest
+import torch
 from browser import chromium
+from models.test_cond_transformer import prior
 from PIL import Image
 from programs import call, fails
 from tiny_runs import TinyRuns
+
+from scripts.sample_conditional import Studio, Wish
 
 SIDE = 80  # pixels of the examples: 5 x 5 sites for a prior of 2 x 2
 
@@ -105,6 +109,21 @@ def test_classes_need_no_data(tiny_runs: TinyRuns) -> None:
         assert pictures[0] == pictures[1] and decoded(pictures[0]).shape == (16, 16, 3)
         (error,) = rows(f"{address}/sample", label=10)
         assert error == {"error": "there is no class 10: this prior knows the labels 0 to 9"}
+
+
+@pytest.mark.parametrize("order", ["Identity", "SpiralIn"])
+def test_what_is_known_does_not_change(order: str) -> None:
+    params = {"H": 8, "W": 8} if order == "SpiralIn" else {}
+    permuter = {"target": f"taming.modules.transformer.permuter.{order}", "params": params}
+    image = torch.rand(16, 16, 3).numpy() * 2 - 1
+    model = prior(permuter_config=permuter).eval()
+    studio = Studio(model, {"test": [{"image": image}]}, step=0)
+    reconstruction = decoded(studio.show(Wish(split="test"))["reconstruction"])
+    half = Wish(split="test", known=0.5, every=8)
+    drawn = [decoded(row["picture"]) for row in studio.sample(half)]
+    assert len(drawn) > 1
+    assert all((picture[:8] == reconstruction[:8]).all() for picture in drawn)
+    assert not (drawn[-1][8:] == reconstruction[8:]).all()
 
 
 def test_runs_that_the_page_cannot_use(

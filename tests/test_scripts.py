@@ -5,6 +5,7 @@ import io
 import json
 import math
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from tiny_runs import CONFIGS, TRAINER, TinyRuns, run_main
 
 from taming.data.tokens import TokenCache
 from taming.experiment import data_from_run, model_from_run
-from taming.models.cond_transformer import Net2NetTransformer
-from taming.models.sampling import sample_images
+from taming.models.sampling import decode_codes, sample_images
+from taming.pictures import to_picture
 
 SIDE, TURNS, PIXELS = 4, 5, 16  # of the demo's models at tiny sizes
 GAP = 2  # pixels around every picture of a grid
@@ -170,21 +171,28 @@ def test_samples_larger_than_the_trained_grid(prior: Path, tmp_path: Path) -> No
     assert pixels(tmp_path / "000000.png").shape == (5 * site, 7 * site, 3)
 
 
-@pytest.mark.parametrize("rows", [0, 2, 4])
-def test_a_completion_keeps_what_is_known(
-    rows: int, prior: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = {}
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What ``sample.py`` had drawn: codes before and after, the mask, the first image decoded."""
+    seen: dict[str, Any] = {"batches": []}
 
     def draw(
-        model: Net2NetTransformer, condition: Any, codes: torch.Tensor, *options: Any
+        model: Any, condition: Any, codes: torch.Tensor, drawing: Any, known: torch.Tensor
     ) -> torch.Tensor:
-        seen["given"] = codes.clone()
-        images = sample_images(model, condition, codes, *options)
-        seen["drawn"] = codes
+        seen["given"], seen["known"] = codes.clone(), known
+        seen["reconstruction"] = np.asarray(to_picture(decode_codes(model, codes[:1])[0]))
+        images = sample_images(model, condition, codes, drawing, known)
+        seen["drawn"], seen["batches"] = codes, [*seen["batches"], len(codes)]
         return images
 
     monkeypatch.setattr("scripts.sample.sample_images", draw)
+    return seen
+
+
+@pytest.mark.parametrize("rows", [0, 2, 4])
+def test_a_completion_keeps_what_is_known(
+    rows: int, prior: Path, photo: Path, tmp_path: Path, seen: dict[str, Any]
+) -> None:
     known = ("--known", rows / SIDE)
     call("sample", "-r", prior, "--complete", photo, "-n", 3, *known, "-o", tmp_path)
 
@@ -193,21 +201,109 @@ def test_a_completion_keeps_what_is_known(
     assert (drawn[:, :rows] == given[:, :rows]).all()
     if rows < SIDE:
         assert not (drawn[:, rows:] == given[:, rows:]).all()
-    picture, shown, *completed = tiles(tmp_path / "0_completed.png", 2 + 3)
+    _, shown, *completed = tiles(tmp_path / "000000_0_completed.png", 2 + 3)
     limit = rows * PIXELS // SIDE
-    assert (shown[:limit] == picture[:limit]).all() and (shown[limit:] == 255).all()
-    if rows == SIDE:
-        assert all((image == completed[0]).all() for image in completed)
+    for image in (shown, *completed):  # although the decoder sees what was drawn
+        assert (image[:limit] == seen["reconstruction"][:limit]).all()
+    assert (shown[limit:] == 255).all()
+    assert len({image.tobytes() for image in completed}) == (3 if rows < SIDE else 1)
 
 
-def test_a_mask_says_what_is_known(prior: Path, photo: Path, tmp_path: Path) -> None:
+def test_a_mask_says_what_is_known(
+    prior: Path, photo: Path, tmp_path: Path, seen: dict[str, Any]
+) -> None:
     known = np.zeros((SIDE, SIDE), np.uint8)
     known[1:3, 2:] = 255
     Image.fromarray(known).resize((40, 40), Image.Resampling.NEAREST).save(tmp_path / "mask.png")
     call("sample", "-r", prior, "--complete", photo, "-n", 2, "--mask", "mask.png", "-o", "out")
-    picture, shown, *_ = tiles(tmp_path / "out/0_completed.png", 2 + 2)
+    _, shown, *completed = tiles(tmp_path / "out/000000_0_completed.png", 2 + 2)
     inside = known.repeat(PIXELS // SIDE, 0).repeat(PIXELS // SIDE, 1) > 0
-    assert (shown[inside] == picture[inside]).all() and (shown[~inside] == 255).all()
+    for image in (shown, *completed):
+        assert (image[inside] == seen["reconstruction"][inside]).all()
+    assert (shown[~inside] == 255).all()
+    assert not (completed[0][~inside] == completed[1][~inside]).all()
+
+
+def test_a_mask_lies_on_its_photo(prior: Path, seen: dict[str, Any]) -> None:
+    """A picture that is its own mask is known where all the pixels of a site are bright."""
+    pattern = np.zeros((32, 48), np.uint8)  # of which rows 0..32 and columns 8..40 are seen
+    pattern[:, 14:36] = 255
+    pattern[4:6, 28:30] = 0  # a single pixel of the image, in a site else bright
+    Image.fromarray(pattern).save("photo.png")
+    own = ("--mask", "photo.png", "-o", "out")
+    call("sample", "-r", prior, "--complete", "photo.png", "-n", 1, *own)
+    picture, *_ = tiles(Path("out/000000_photo_completed.png"), 2 + 1)
+    sites = (picture.min(axis=2) > 127).reshape(SIDE, PIXELS // SIDE, SIDE, PIXELS // SIDE)
+    assert seen["known"].tolist() == sites.all(axis=(1, 3)).tolist()
+    below = [False, True, True, False]
+    assert seen["known"].tolist() == [[False, True, False, False], below, below, below]
+
+
+@pytest.mark.parametrize("kind", ["transformer", "pixelcnn"])
+def test_completions_of_classes(
+    kind: str, tiny_runs: TinyRuns, photo: Path, tmp_path: Path, seen: dict[str, Any]
+) -> None:
+    pixelcnn = kind == "pixelcnn"
+    run = tiny_runs.of("pixelcnn_cifar10.yaml") if pixelcnn else tiny_runs.class_conditional()
+    call("sample", "-r", run, "--complete", photo, "-n", 2, "--classes", "3,7", "-o", tmp_path)
+    half = PIXELS // 2
+    _, shown, *completed = tiles(tmp_path / "000000_0_completed.png", 2 + 4)
+    assert all((image[:half] == shown[:half]).all() for image in completed)
+    assert len({image.tobytes() for image in completed}) == 4
+
+
+def test_completions_depend_on_seed_and_number_alone(
+    prior: Path, photo: Path, tmp_path: Path, seen: dict[str, Any]
+) -> None:
+    """Neither on the batch, nor on how many there are; and no other image's are overwritten."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.png").write_bytes(photo.read_bytes())
+    rows = {}
+    for amount, batch in ((3, 2), (2, 8)):
+        out = tmp_path / f"{amount}"
+        options = ("-n", amount, "--batch_size", batch, "-o", out)
+        call("sample", "-r", prior, "--complete", "a", "b/0.png", *options)
+        names = sorted(path.name for path in out.iterdir())
+        assert names == ["000000_0_completed.png", "000001_0_completed.png"]
+        rows[amount] = [tiles(out / name, 2 + amount)[2:] for name in names]
+    assert seen["batches"] == [2, 1, 2, 1, 2, 2]
+    for more, fewer in zip(rows[3], rows[2], strict=True):
+        for one, other in zip(more, fewer, strict=False):
+            assert np.allclose(one, other, atol=1)  # another size of the batch may round otherwise
+    assert not np.allclose(rows[2][0][0], rows[2][1][0], atol=1)
+
+
+@pytest.mark.parametrize("script", ["sample", "sample_hierarchy"])
+def test_min_p_cuts_off_all_but_the_likeliest(
+    script: str, prior: Path, tiny_runs: TinyRuns, tmp_path: Path
+) -> None:
+    levels = ("vqvae2_top_prior.yaml", "vqvae2_bottom_prior.yaml")
+    runs = [prior] if script == "sample" else [tiny_runs.of(name) for name in levels]
+    options = ("-n", 1, "--min_p", 1)
+    for seed in (1, 2):
+        call(script, "-r", *runs, *options, "-s", seed, "-o", tmp_path / str(seed))
+    one, other = (pixels(tmp_path / f"{seed}/000000.png") for seed in (1, 2))
+    assert (one == other).all()
+
+
+def test_without_guidance_classes_do_not_matter(
+    tiny_runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_from_run(tiny_runs.class_conditional())
+    model.condition_dropout = 0.1  # as if it had been trained so: its last token stands for none
+    with torch.no_grad():  # after two steps, it hardly looks at the class
+        for parameter in model.transformer.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    monkeypatch.setattr("scripts.sample.model_from_run", lambda run: model)
+    pictures = {}
+    for scale, label in product((0, 1, 3), (3, 7)):
+        options = ("--guidance", scale, "--classes", label, "-o", tmp_path / f"{scale}")
+        call("sample", "-r", "run", "-n", 1, *options)
+        name = f"{scale}/000000_class{label}.png"
+        pictures[scale, label] = (tmp_path / name).read_bytes()
+    assert pictures[0, 3] == pictures[0, 7]
+    assert len({pictures[0, 3], pictures[1, 3], pictures[1, 7], pictures[3, 3]}) == 4
 
 
 def test_tokens_are_computed_once(
@@ -286,7 +382,7 @@ def test_a_report_is_one_file(
         with Image.open(io.BytesIO(base64.b64decode(code))) as picture:
             picture.load()
             shown.append(picture.size)
-    files = ("reconstructions/0_compare", "samples/grid", "completions/0_completed")
+    files = ("reconstructions/0_compare", "samples/grid", "completions/000000_0_completed")
     sizes = [pixels(tmp_path / f"{file}.png").shape[1::-1] for file in files]
     assert shown == [sizes[0], (1080, 360), *sizes[1:]]
     assert f"{evaluations['tokenizer']['val/psnr']:.2f} dB" in text
@@ -343,7 +439,8 @@ def test_mistakes_about_samples(
     ("options", "message"),
     [
         ([], "class-conditional: give --classes, such as 3,7"),
-        (["--complete", "x.png"], "--complete needs an unconditional prior"),
+        (["--complete", "x.png"], "class-conditional: give --classes, such as 3,7"),
+        (["--classes", "3", "--guidance", "2"], "guidance 2.0 needs a prior that was trained with"),
         (["--classes", "cat"], "expected class labels such as 3,7, got 'cat'"),
         (["--classes", "3,10"], "there is no class 10: this prior knows the labels 0 to 9"),
     ],

@@ -6,6 +6,7 @@ Axis letters: B images, C channels, H W image, h w grid, T turns, V values.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 from taming.checkpoint import load_weights
 from taming.models.cached_tokens import is_cached
 from taming.models.optimizer import decayed_adamw
-from taming.models.sampling import Condition, Window, decode_codes, known_sites, write_codes
+from taming.models.sampling import (
+    Condition,
+    Window,
+    decode_codes,
+    known_sites,
+    sites_to_write,
+    write_codes,
+)
 from taming.models.stages import Prior, Seen
 from taming.modules.pixelcnn.model import PixelCNN
 from taming.modules.pixelcnn.site import SiteSymbols
@@ -224,7 +232,7 @@ def _(
 ) -> Iterator[int]:
     """See `write_codes`; convolutions need no window."""
     _, h, w, _ = codes.shape
-    start = int(known_sites(known, (h, w), codes.device).long().cumprod(0).sum())
+    left = sites_to_write(known_sites(known, (h, w), codes.device))
     tokens, drawn = condition(Window(0, 0, h, w)), 0
 
     def count() -> None:
@@ -233,7 +241,8 @@ def _(
         if callback is not None:
             callback(drawn)
 
-    for written in model.write(codes, tokens, drawing, known, count):
-        if written == h * w or (longest is not None and (written - start) % longest == 0):
-            yield written
+    for written in islice(model.write(codes, tokens, drawing, known, count), len(left)):
+        last = written == left.stop
+        if last or (longest is not None and (written - left.start) % longest == 0):
+            yield h * w if last else written
             drawn = 0

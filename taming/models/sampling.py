@@ -8,13 +8,14 @@ Axis letters: B images, C channels, H W image, h w grid, S = h w sites, T turns,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import singledispatch
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor
 from tqdm import tqdm
 
@@ -107,6 +108,12 @@ def condition_windows(model: Net2NetTransformer, c: Tensor, grid: Grid) -> Condi
     return seen_whole(tokens)
 
 
+def upper_part(share: float, grid: Grid) -> Tensor:
+    """Return which sites (h, w) are known, as bool, where a share of the rows is, from above."""
+    rows = torch.arange(grid[0]) < round(share * grid[0])
+    return rows[:, None].expand(grid)
+
+
 def known_sites(known: int | Tensor, grid: Grid, device: torch.device) -> Tensor:
     """Return which sites (S,) are known, in raster order, as bool.
 
@@ -125,11 +132,16 @@ def known_sites(known: int | Tensor, grid: Grid, device: torch.device) -> Tensor
     return known.bool().flatten().to(device)
 
 
+def sites_to_write(kept: Tensor) -> range:
+    """Return the sites from the first to the last that is not kept (S,), in the same order."""
+    free = (~kept).nonzero()[:, 0].tolist()
+    return range(min(free, default=0), max(free, default=-1) + 1)
+
+
 def _stretches(
-    grid: Grid, size: Grid, known: int, longest: int | None
+    grid: Grid, size: Grid, sites: range, longest: int | None
 ) -> Iterator[tuple[Window, range]]:
     """Yield windows and the sites to be written through each, neighbours in raster order."""
-    sites = range(known, grid[0] * grid[1])
     for window, group in groupby(sites, lambda s: window_around(*divmod(s, grid[1]), grid, size)):
         same = list(group)
         for start in range(0, len(same), longest or len(same)):
@@ -155,23 +167,21 @@ def write_codes(
         condition: See `condition_windows`.
         codes: (B, h, w, T) int64; what stands in sites that are still to be written is not read.
         drawing: How tokens are drawn.
-        known: Sites that stay as they are: how many at the beginning, in the model's order; or
-            (h, w) bool. What is drawn only knows of those before it.
+        known: Sites that stay as they are: how many at the beginning, in raster order; or (h, w)
+            bool. What is drawn only knows of those before it, in the model's order.
         longest: Most sites between two yields.
         callback: Called after every token with the number of tokens drawn since the last yield.
 
     Yields:
-        Number of sites that are written, the known ones at the beginning included.
+        Number of sites that are written, the known ones before and, at last, after them included.
     """
     grid = codes.shape[1], codes.shape[2]
     size = window_size(model, grid)
-    kept = known_sites(known, grid, codes.device)
-    if isinstance(known, Tensor):
-        kept = model.permuter(kept[None])[0]
-    start = int((~kept).cumsum(0).eq(0).sum())
+    kept = model.permuter(known_sites(known, grid, codes.device)[None])[0]
+    left = sites_to_write(kept)
     nothing = empty_codes(model, len(codes), grid).flatten(1, 2)
     ordered = torch.where(kept[:, None], model.permuter(codes.flatten(1, 2)), nothing)
-    for window, sites in _stretches(grid, size, start, longest):
+    for window, sites in _stretches(grid, size, left, longest):
         row, column = divmod(sites.start, grid[1])
         before = (row - window.top) * window.width + column - window.left
         end = before + len(sites)
@@ -194,7 +204,7 @@ def write_codes(
         written = model.sequence.decode(tokens, (1, end))
         ordered[:, sites.start : sites.stop] = written[:, 0, before:]
         codes.copy_(model.permuter(ordered, reverse=True).unflatten(1, grid))
-        yield sites.stop
+        yield len(kept) if sites.stop == left.stop else sites.stop
 
 
 def empty_codes(model: Prior, batch: int, grid: Grid) -> Tensor:
@@ -215,6 +225,30 @@ def decode_codes(model: Prior, codes: Tensor) -> Tensor:
     """Decode codes (B, h, w, T) to images (B, C, H, W), about in [-1, 1]."""
     first_stage, (batch, h, w, _) = model.first_stage_model, codes.shape
     return first_stage.decode_code(codes, (batch, h, w, first_stage.quantize.e_dim))
+
+
+def paste(images: Tensor, given: Tensor, known: Tensor) -> Tensor:
+    """Put the known part of given images over others.
+
+    A decoder sees the whole grid, so what is drawn also moves pixels of sites whose codes stay.
+
+    Args:
+        images: (B, C, H, W).
+        given: (B, C, H, W), or a single one; for completions, what their known codes come from,
+            decoded.
+        known: (h, w) bool sites.
+
+    Returns:
+        (B, C, H, W).
+    """
+    factor = images.shape[2] // known.shape[0]
+    pixels = repeat(known, "h w -> (h f) (w g)", f=factor, g=factor).to(images.device)
+    return torch.where(pixels, given, images)
+
+
+def numbers_of(item: int, samples: Iterable[int]) -> list[int]:
+    """Return image numbers, for `generators_of`, of samples of an item, however many it has."""
+    return [(item << 32) + sample for sample in samples]
 
 
 def sample_images(

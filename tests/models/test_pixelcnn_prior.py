@@ -173,6 +173,19 @@ def test_completion_keeps_what_is_known_and_counts_what_is_drawn(kind: str) -> N
     assert counts == [*range(1, 8 * most + 1)] * 4 + [*range(1, 2 * most + 1)]
 
 
+def test_known_sites_after_the_last_unknown_one_cost_nothing() -> None:
+    model = prior().eval()
+    given = encode_codes(model, torch.rand(2, 3, 16, 16))
+    codes, condition = given.clone(), seen_whole(torch.zeros(2, 1, dtype=torch.int64))
+    known = torch.ones(SIDE, SIDE, dtype=torch.bool)
+    known[0, 2] = known[0, 4] = False
+    written = list(write_codes(model, condition, codes, Drawing(), known, longest=1))
+    assert written == [3, 4, SIDE**2]
+    assert torch.equal(codes[:, known], given[:, known])
+    known[:] = True
+    assert list(write_codes(model, condition, given, Drawing(), known)) == []
+
+
 def test_the_filters_cut_off_what_is_unlikely() -> None:
     model, condition = prior().eval(), seen_whole(torch.zeros(4, 1, dtype=torch.int64))
     drawn = {}

@@ -16,9 +16,12 @@ from taming.models.sampling import (
     decode_codes,
     empty_codes,
     encode_codes,
+    numbers_of,
+    paste,
     sample_images,
     seen_whole,
     trained_grid,
+    upper_part,
     window_around,
     window_size,
     write_codes,
@@ -152,6 +155,58 @@ def test_a_mask_keeps_sites_anywhere(levels: int, grid: tuple[int, int], order: 
     assert (codes[..., 0] >= 0).all() and not torch.equal(codes[:, ~mask], given[:, ~mask])
     with pytest.raises(ValueError, match=r"mask of known sites is \(3, 3\), but the grid is"):
         list(write_codes(model, condition, codes, Drawing(), mask[:3, :3]))
+
+
+def test_sites_known_by_their_number_are_the_upper_ones_in_any_order() -> None:
+    order = {"target": "taming.modules.transformer.permuter.SpiralIn", "params": {"H": 8, "W": 8}}
+    model = prior(permuter_config=order).eval()
+    given = encode_codes(model, torch.rand(2, 3, 16, 16) * 2 - 1)
+    codes, condition = given.clone(), seen_whole(torch.zeros(2, 1, dtype=torch.int64))
+    list(write_codes(model, condition, codes, Drawing(), known=20))
+    before, after = (table.flatten(1, 2) for table in (given, codes))
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.equal(before[:, 20:], after[:, 20:])
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (9, 11)])
+def test_known_sites_after_the_last_unknown_one_cost_nothing(grid: tuple[int, int]) -> None:
+    model = prior().eval()
+    given = encode_codes(model, torch.rand(2, 3, 2 * grid[0], 2 * grid[1]) * 2 - 1)
+    codes, condition = given.clone(), seen_whole(torch.zeros(2, 1, dtype=torch.int64))
+    mask = torch.ones(grid, dtype=torch.bool)
+    mask[0, 2] = mask[0, 4] = False
+    written = list(write_codes(model, condition, codes, Drawing(), mask, longest=1))
+    assert written == [3, 4, mask.numel()]
+    assert torch.equal(codes[:, mask], given[:, mask])
+    mask[:] = True
+    assert list(write_codes(model, condition, given, Drawing(), mask)) == []
+
+
+def test_pixels_of_known_sites_do_not_change() -> None:
+    grid = (4, 6)
+    images, given = torch.rand(3, 3, 8, 12), torch.rand(1, 3, 8, 12)
+    mask = torch.rand(grid) < 0.5
+    pasted = paste(images, given, mask)
+    for row, column in product(range(grid[0]), range(grid[1])):
+        site = (..., slice(2 * row, 2 * row + 2), slice(2 * column, 2 * column + 2))
+        expected = given.expand(3, -1, -1, -1) if mask[row, column] else images
+        assert torch.equal(pasted[site], expected[site])
+
+
+def test_a_share_of_the_rows_is_known() -> None:
+    for share, rows in ((0.0, 0), (0.5, 4), (0.7, 6), (1.0, 8)):
+        mask = upper_part(share, (8, 3))
+        assert mask.shape == (8, 3) and mask[:rows].all() and not mask[rows:].any()
+
+
+def test_samples_of_every_item_are_numbered_apart() -> None:
+    assert numbers_of(0, range(4)) == [0, 1, 2, 3]
+    points = [
+        generator.random()
+        for item in range(3)
+        for generator in generators_of(5, numbers_of(item, range(4)))
+    ]
+    assert len(set(points)) == 12
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (9, 10)])
