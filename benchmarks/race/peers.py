@@ -82,9 +82,9 @@ class ResidualVQ(Quantizer):
         """Quantize latents z (B, D, h, w); indices (B, h, w, T), -1 from `cut` on."""
         batch, _, h, w = z.shape
         rows = rearrange(z.float(), "b d h w -> b (h w) d")
-        layers = self.inner.layers
+        layers: Any = self.inner.layers
+        votes = REVIVE_BELOW * rows.shape[:2].numel() / self.n_e
         for layer in layers:
-            votes = REVIVE_BELOW * rows.shape[:2].numel() / self.n_e
             layer._codebook.threshold_ema_dead_code = votes
             layer._codebook.reset_cluster_size = votes
         if not self.training:

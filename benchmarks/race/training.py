@@ -106,7 +106,7 @@ def trained_base(
         fit(model, loader(data, plan.batch_size, shuffle=True), plan.base_steps, precision)
         state = {k: v for k, v in model.state_dict().items() if k.split(".")[0] in BASE}
         torch.save(state, file)
-    return torch.load(file)
+    return torch.load(file, map_location="cpu")
 
 
 def trained_tokenizer(
@@ -120,7 +120,7 @@ def trained_tokenizer(
     pl.seed_everything(seed, verbose=False)
     model = build_tokenizer(plan, contender, steps)
     if file.exists():
-        model.load_state_dict(torch.load(file))
+        model.load_state_dict(torch.load(file, map_location="cpu"))
     else:
         logger.info("training %s, seed %d", contender.name, seed)
         model.load_state_dict(base, strict=False)

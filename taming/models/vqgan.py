@@ -169,6 +169,7 @@ class VQModel(QuantizedAutoencoder):
         if self.training:
             raise ValueError("target_psnr needs the model in eval mode: a search must not train it")
 
+        assert isinstance(self.quantize, LoopyVectorQuantizer)
         path = self.quantize.whole_path(z)  # walked once, then cut by each number of tokens
         distances = path.distances.view(len(x), -1, path.distances.shape[1])
 
