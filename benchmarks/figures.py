@@ -4,8 +4,7 @@ python benchmarks/figures.py docs/images/loop.png
 
 `Attract` steps toward the nearest code until it is within the threshold. The others add codes until
 their sum is within the threshold of z; crosses are the codes as the second turn sees them, scaled
-by a number (`Residual`) or mapped by a matrix (`LinearResidual`), round the first code. `Orbit`
-carries its codes (four of the sixteen) back turn by turn, until one of them is near z.
+by a number (`Residual`) or mapped by a matrix (`LinearResidual`), round the first code.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from taming.modules.vqvae.cascade import Cascade
 from taming.modules.vqvae.codebook import k_means
-from taming.modules.vqvae.orbit import Orbit
 from taming.modules.vqvae.rate import turns_within
 from taming.modules.vqvae.transforms import LinearResidual, Residual
 
@@ -79,28 +77,6 @@ def draw_cascade(
     axis.set_title(f"{type(transform).__name__}: {codes}", fontsize=10)
 
 
-def draw_orbit(axis: Axes, latents: Tensor, codebook: Tensor, z: Tensor) -> None:
-    """Codes carried back; the circle is around the latent."""
-    torch.manual_seed(4)
-    orbit = Orbit(MAX_LOOPS, 2)
-    few = latents[: len(codebook) // MAX_LOOPS].clone().requires_grad_()
-    optimizer = torch.optim.Adam([few, *orbit.parameters()], 0.02)
-    everywhere = torch.zeros(len(latents))
-    for _ in range(500):
-        codes = orbit.walk(latents, few, everywhere, MAX_LOOPS).codes[:, -1]
-        error = (orbit.compose(codes, few) - latents).square().mean()
-        optimizer.zero_grad()
-        error.backward()
-        optimizer.step()
-    with torch.no_grad():
-        seen = orbit.orbits(few)
-    draw_frame(axis, latents, seen[0], z, z[0])
-    axis.scatter(*seen[1:].flatten(0, 1).T, color="tab:orange", marker="x", s=14)
-    turn, code = divmod(int((seen - z).norm(dim=2).argmin()), len(few))
-    axis.plot(*seen[: turn + 1, code].T, "o-", color="tab:blue", markersize=4, linewidth=1.2)
-    axis.set_title("Orbit: " + ",".join(["D"] * turn + ["A'"]), fontsize=10)
-
-
 def main() -> None:
     """Write the figure."""
     parser = argparse.ArgumentParser(
@@ -109,12 +85,11 @@ def main() -> None:
     parser.add_argument("file", help="picture to write")
     options = parser.parse_args()
     matplotlib.use("agg")
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3), layout="constrained")
     latents, codebook, z = scene()
     draw_attract(axes[0], latents, codebook, z)
     draw_cascade(axes[1], latents, codebook, z, Residual(MAX_LOOPS))
     draw_cascade(axes[2], latents, codebook, z, LinearResidual(MAX_LOOPS, 2))
-    draw_orbit(axes[3], latents, codebook, z)
     axes[2].legend(loc="lower right", fontsize=7)
     figure.savefig(options.file, dpi=100)
 

@@ -8,12 +8,7 @@ from functools import partial
 from typing import Any
 
 QUANTIZE = "taming.modules.vqvae.quantize"
-TRANSFORMS = {
-    "Attract": "taming.modules.vqvae.transforms.Attract",
-    "Residual": "taming.modules.vqvae.transforms.Residual",
-    "LinearResidual": "taming.modules.vqvae.transforms.LinearResidual",
-    "Orbit": "taming.modules.vqvae.orbit.Orbit",
-}
+TRANSFORMS = "taming.modules.vqvae.transforms"
 MAX_LOOPS = 8
 BEAM = 4
 BETA = 0.05  # of all commitment losses; with the usual 0.25, all lose up to 1 dB in short trainings
@@ -51,10 +46,9 @@ def _transform(name: str, depth: int, channels: int) -> dict[str, Any]:
         "Attract": {"step": 0.5},
         "Residual": {"max_loops": depth},
         "LinearResidual": {"max_loops": depth, "e_dim": channels},
-        "Orbit": {"max_loops": depth, "e_dim": channels},
     }
     embedding = {"depth_embedding": (depth, channels)}
-    return _block(TRANSFORMS[name], **sizes[name], **embedding)
+    return _block(f"{TRANSFORMS}.{name}", **sizes[name], **embedding)
 
 
 def _loopy(
@@ -120,15 +114,12 @@ def _loops(codes: int, channels: int) -> list[Contender]:
         # The loop without its threshold: every site takes all turns.
         quantizer = linear(codes, channels, depth, threshold=0.0)
         found.append(Contender(f"fixed-{depth}", "fixed depth, mapped", quantizer, beam=BEAM))
-    # Each site takes the best of four turns: as many vectors as ema-vq-4x has.
-    orbit = _loopy("Orbit", codes, channels, 4, threshold=0.0)
     attract = _loopy("Attract", codes, channels, target_length=2)
     scaled = _loopy("Residual", codes, channels, target_length=2)
     return [
         *found,
-        Contender("orbit", "loopy Orbit", orbit),
         Contender("attract", "loopy Attract", attract),
-        Contender("scaled", "loopy, scaled", scaled),
+        Contender("scaled", "loopy, scaled", scaled, (1.7, 2), beam=BEAM),
     ]
 
 

@@ -156,13 +156,13 @@ class LoopyVectorQuantizer(Quantizer):
         if self.training and self.embedding.steps < self.start_batches:
             self._start_from_data(rows, len(z))
         path, tau = self._follow(rows, len(z), threshold, max_tokens)
-        turns = turns_within(path.distances, tau)
-        codes = path.end_at(turns)
+        lengths = turns_within(path.distances, tau)
+        codes = path.end_at(lengths)
         z_q = straight_through(flat, self.transform.decode(codes, self.embedding.weight.detach()))
         searches = self.transform.retrace(rows, codes, self.embedding.weight)
         loss = self._loss(flat, searches)
-        last = path.distances.gather(1, turns[:, None] - 1).squeeze(1)
-        trace = LoopTrace((codes >= 0).sum(dim=1), last, last <= tau)
+        last = path.distances.gather(1, lengths[:, None] - 1).squeeze(1)
+        trace = LoopTrace(lengths, last, last <= tau)
         if self.training:
             self._learn(rows, searches)
             if threshold is None:

@@ -26,18 +26,12 @@ TRANSFORMS = {
         "target": "taming.modules.vqvae.transforms.LinearResidual",
         "params": {"max_loops": T, "e_dim": D},
     },
-    "orbit": {
-        "target": "taming.modules.vqvae.orbit.Orbit",
-        "params": {"max_loops": T, "e_dim": D},
-    },
     "residual-depth": {
         "target": "taming.modules.vqvae.transforms.Residual",
         "params": {"max_loops": T, "depth_embedding": (T, D)},
     },
 }
 every_transform = pytest.mark.parametrize("transform", list(TRANSFORMS))
-# Orbit writes fewer tokens than turns where another turn than the last is the best.
-every_token_a_turn = pytest.mark.parametrize("transform", [t for t in TRANSFORMS if t != "orbit"])
 
 
 def loopy(transform: str = "residual", threshold: float = 0.8, **kwargs) -> LoopyVectorQuantizer:
@@ -148,7 +142,7 @@ def test_an_image_is_quantized_as_if_it_were_alone(transform: str) -> None:
     assert torch.equal(each[3:], quantizer(z[3:], thresholds[3]).info.indices)
 
 
-@every_token_a_turn
+@every_transform
 def test_a_lower_threshold_gives_no_fewer_tokens(transform: str) -> None:
     quantizer, image = loopy(transform), torch.randn(1, D, 3, 3)
     thresholds = torch.tensor([0.0, 0.5, 1.0, math.inf])
@@ -212,13 +206,7 @@ def test_target_length_steers_the_threshold_and_is_kept() -> None:
     assert torch.equal(other.threshold, quantizer.threshold)
 
 
-def test_tokens_of_an_orbit_are_never_more_than_wanted() -> None:
-    wanted = torch.tensor([16, 17, 30, 50, 16 * T, 999])
-    trace = loopy("orbit")(torch.randn(6, D, 4, 4), max_tokens=wanted).info.encodings
-    assert (trace.lengths.sum((1, 2)) <= wanted).all()
-
-
-@every_token_a_turn
+@every_transform
 def test_tokens_are_never_more_than_wanted_and_as_many_as_can_be(transform: str) -> None:
     quantizer, z = loopy(transform), torch.randn(6, D, 4, 4)
     wanted = torch.tensor([16, 17, 30, 50, 16 * T, 999])
@@ -233,7 +221,7 @@ def test_tokens_are_never_more_than_wanted_and_as_many_as_can_be(transform: str)
     assert torch.equal(trace.lengths, torch.cat([o.info.encodings.lengths for o in one_by_one]))
 
 
-@every_token_a_turn
+@every_transform
 def test_tokens_are_met_by_a_threshold(transform: str) -> None:
     quantizer, z = loopy(transform), torch.randn(1, D, 4, 4)
     out = quantizer(z, max_tokens=40)

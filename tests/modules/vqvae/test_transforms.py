@@ -8,7 +8,6 @@ from torch import Tensor
 
 from taming.modules.vqvae.codebook import k_means
 from taming.modules.vqvae.loop import Path, Searches, Transform
-from taming.modules.vqvae.orbit import Orbit
 from taming.modules.vqvae.rate import turns_within
 from taming.modules.vqvae.transforms import Attract, LinearResidual, Residual
 
@@ -119,7 +118,7 @@ def test_residual_distance_is_the_error_and_the_threshold_bounds_it() -> None:
 
 
 every_transform = pytest.mark.parametrize(
-    "transform", [scaled(), scaled(beam=3), mapped(), mapped(beam=3), Attract(0.3), Orbit(T, D)]
+    "transform", [scaled(), scaled(beam=3), mapped(), mapped(beam=3), Attract(0.3)]
 )
 
 
@@ -217,7 +216,6 @@ def test_maps_stay_small_where_codes_hardly_differ_and_latents_move() -> None:
     "transform, short, long",
     [
         (Attract(0.5, (T, D)), [2, -1, -1], [K, K, 2]),
-        (Orbit(T, D, (T, D)), [2, -1, -1], [K, K, 2]),
         (Residual(T, (T, D)), [2, -1, -1], [2, 5, 5]),
         (LinearResidual(T, D, (T, D)), [2, -1, -1], [2, 5, 5]),
     ],
