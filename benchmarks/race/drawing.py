@@ -18,8 +18,10 @@ from taming.models.sampling import (
     decode_codes,
     empty_codes,
     encode_codes,
+    sample_images,
     seen_whole,
     trained_grid,
+    upper_part,
     write_codes,
 )
 from taming.modules.transformer.sampling import generators_of
@@ -31,9 +33,7 @@ def draw(model: Any, amount: int, guidance: float = 1.0) -> Iterator[tuple[Tenso
         labels = (part % 10).to(model.device)
         codes = empty_codes(model, len(part), trained_grid(model))
         drawing = Drawing(guidance=guidance, generators=generators_of(0, part.tolist()))
-        for _ in write_codes(model, seen_whole(labels[:, None]), codes, drawing):
-            pass
-        images = decode_codes(model, codes)
+        images = sample_images(model, seen_whole(labels[:, None]), codes, drawing)
         assert images.isfinite().all()
         yield images, labels
 
@@ -64,7 +64,7 @@ def complete(model: Any, x: Tensor, labels: Tensor) -> dict[str, Any]:
         each pixel depends on all codes. The upper quarter is farther from those that are drawn.
     """
     given, (h, w) = encode_codes(model, x), trained_grid(model)
-    upper = torch.arange(h, device=x.device)[:, None].expand(h, w) < h // 2
+    upper = upper_part(0.5, (h, w)).to(x.device)
     some = torch.rand(h, w, generator=torch.Generator().manual_seed(0)).to(x.device) < 0.5
     codes = [complete_codes(model, given, labels, known) for known in (upper, some)]
     moved = [(c != given).any(dim=3)[:, k] for c, k in zip(codes, (upper, some), strict=True)]

@@ -19,7 +19,7 @@ from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
 from taming.modules.vqvae.heatmap import depth_heat_map
 from taming.modules.vqvae.quantize import GumbelQuantize, LoopyVectorQuantizer, VectorQuantizer2
-from taming.modules.vqvae.rate import fewest_tokens, threshold_for, turns_within
+from taming.modules.vqvae.rate import fewest_tokens, turns_within
 from taming.util import instantiate_from_config
 
 # Arguments of VQModel that go to the default quantizer.
@@ -169,12 +169,12 @@ class VQModel(QuantizedAutoencoder):
         if self.training:
             raise ValueError("target_psnr needs the model in eval mode: a search must not train it")
 
-        assert isinstance(self.quantize, LoopyVectorQuantizer)
-        path = self.quantize.whole_path(z)  # walked once, then cut by each number of tokens
-        distances = path.distances.view(len(x), -1, path.distances.shape[1])
+        quantizer = self.quantize
+        assert isinstance(quantizer, LoopyVectorQuantizer)
+        path = quantizer.whole_path(z)  # walked once, then cut by each number of tokens
 
         def quality(tokens: Tensor) -> Tensor:
-            tau = threshold_for(distances, tokens).repeat_interleave(distances.shape[1])
+            tau = quantizer.thresholds(path, tokens)
             codes = path.end_at(turns_within(path.distances, tau))
             x_rec = self.decode_code(codes.view(len(x), *z.shape[2:], -1)).clamp(-1, 1)
             return peak_signal_noise_ratio(
@@ -182,7 +182,7 @@ class VQModel(QuantizedAutoencoder):
             )
 
         target = target_psnr.to(x).expand(len(x))
-        return fewest_tokens(quality, target, z[0, 0].numel(), self.quantize.sequence.max_loops)
+        return fewest_tokens(quality, target, z[0, 0].numel(), quantizer.max_loops)
 
     def decode(self, quant: Tensor) -> Tensor:
         """Decode z_q (B, D, h, w) to images (B, C, H, W), about in [-1, 1]."""

@@ -181,6 +181,12 @@ class LoopyVectorQuantizer(Quantizer):
         rows = self._rows(z).detach()
         return self._walk(rows, rows.new_zeros(len(rows)))
 
+    @staticmethod
+    def thresholds(path: Path, tokens: Tensor) -> Tensor:
+        """Thresholds (N,) at which the images of a path write no more than ``tokens`` (B,)."""
+        distances = path.distances.unflatten(0, (len(tokens), -1))
+        return threshold_for(distances, tokens).repeat_interleave(distances.shape[1])
+
     def get_codebook_entry(
         self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
     ) -> Tensor:
@@ -232,11 +238,9 @@ class LoopyVectorQuantizer(Quantizer):
                 raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
             tau = tau.to(rows).expand(images).repeat_interleave(sites)
             return self._walk(rows, tau), tau
-        # The path does not depend on the threshold, which only cuts it.
         path = self.whole_path(rows)
         tokens = torch.as_tensor(max_tokens, device=rows.device).expand(images)
-        tau = threshold_for(path.distances.view(images, sites, -1), tokens)
-        return path, tau.repeat_interleave(sites)
+        return path, self.thresholds(path, tokens)
 
     def _walk(self, rows: Tensor, tau: Tensor) -> Path:
         """Follow latents (N, D) until they are within tau (N,)."""
