@@ -38,7 +38,7 @@ from race.folder import claim
 from race.measure import threshold_for_mean
 from race.networks import HIDDEN, NAMES, OrderZero, build_prior
 from race.plans import PLANS, Plan, images_of
-from race.training import bits_per_image, first, fit, loader, trained_tokenizer
+from race.training import bits_per_image, first, fit, last, loader, trained_tokenizer
 from torch import Tensor
 
 from taming.models.cond_transformer import Net2NetTransformer
@@ -102,7 +102,7 @@ def open_images(sizes: Sizes, options: argparse.Namespace) -> tuple[Any, Any]:
     side = sizes.tokenizer.ddconfig["resolution"]
     train = images_of(options.train, "train", side, train=True)
     test = images_of(options.test, "test", side, train=False)
-    return train, first(test, sizes.tokenizer.test_images)
+    return train, last(test, sizes.tokenizer.test_images)
 
 
 def tokenizer_of(sizes: Sizes, train: Any, options: argparse.Namespace) -> VQModel:
