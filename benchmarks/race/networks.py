@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from race.plans import MODERN
 from race.training import schedule
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.pixelcnn import PixelCNNPrior
@@ -20,7 +21,6 @@ from taming.models.vqgan import VQModel
 from taming.modules.vqvae.sequence import TokenSequence, UnarySequence
 
 TRANSFORMER = "taming.modules.transformer"
-MODERN = {"rms_norm": True, "qk_norm": True, "swiglu": True}
 HIDDEN = 0.1  # share of the classes that transformers do not see in training, for guidance
 NAMES = ("unary", "run-length", "unary-modern", "two-level", "two-level-modern", "pixelcnn")
 Sizes = Mapping[str, Mapping[str, Any]]

@@ -26,7 +26,8 @@ class Plan:
         batch_size: Images per step.
         learning_rate: Of the autoencoder, a quarter of it after that; falls to 2% along a cosine.
         prior_steps: Training steps of a prior.
-        prior: Sizes of its GPT.
+        prior_rate: Its learning rate; falls likewise.
+        prior: Parameters of its GPT.
         seeds: Number of seeds.
         names: Contenders.
         test_images: Number of held-out images.
@@ -41,6 +42,7 @@ class Plan:
     batch_size: int
     learning_rate: float
     prior_steps: int
+    prior_rate: float
     prior: dict[str, int]
     seeds: int
     names: tuple[str, ...]
@@ -68,8 +70,10 @@ LARGE = SMALL | {
     "num_res_blocks": 2,
     "num_groups": 32,
 }
-SMALL_PRIOR = {"n_layer": 2, "n_head": 4, "n_embd": 96}
-LARGE_PRIOR = {"n_layer": 8, "n_head": 8, "n_embd": 512}
+MODERN = {"rms_norm": True, "qk_norm": True, "swiglu": True}
+# Learns lengths sooner than the original's GPT.
+SMALL_PRIOR = {"n_layer": 2, "n_head": 4, "n_embd": 96, "rotary": True, **MODERN}
+LARGE_PRIOR = {"n_layer": 8, "n_head": 8, "n_embd": 512, "rotary": True, **MODERN}
 DECISIVE = (
     *("loopy-one", "rvq-dropout", "rvq-2-separate", "rvq-3-separate", "rvq-4-separate"),
     *("loopy-2", "loopy-3", "loopy-4", "ema-vq-1x", "ema-vq-4x", "attract"),
@@ -77,14 +81,15 @@ DECISIVE = (
 ALL = tuple(contenders(256, 16))
 PLANS = {
     "quick": Plan(
-        SMALL, 16, 256, 400, 150, 32, 1e-3, 60, SMALL_PRIOR, 1,
+        SMALL, 16, 256, 400, 150, 32, 1e-3, 60, 4e-3, SMALL_PRIOR, 1,
         ("vq", "rvq-2-separate", "rvq-4-separate", "loopy-one"), 500, 500,
     ),
     "standard": Plan(
-        SMALL, 32, 256, 6000, 1500, 16, 2e-3, 500, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
+        SMALL, 32, 256, 6000, 1500, 16, 2e-3, 500, 4e-3, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
     ),
     "full": Plan(
-        LARGE, 32, 1024, 100_000, 50_000, 16, 4e-4, 20_000, LARGE_PRIOR, 3, ALL, 10_000, 2000
+        LARGE, 32, 1024, 100_000, 50_000, 16, 4e-4, 20_000, 1e-3, LARGE_PRIOR, 3, ALL,
+        10_000, 2000,
     ),
 }  # fmt: skip
 

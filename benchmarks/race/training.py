@@ -165,7 +165,9 @@ def prior_bits(plan: Plan, tokenizer: VQModel, train: Any, test: Any, precision:
         cond_stage_config="__is_unconditional__",
         scheduler_config=schedule(plan.prior_steps),
     )
-    model.learning_rate = 2e-3
+    model.learning_rate = plan.prior_rate
+    if not torch.cuda.is_available():
+        precision = "32-true"  # in which so small a transformer is faster on a CPU
     fit(model, loader(train, plan.batch_size, shuffle=True), plan.prior_steps, precision)
     return bits_per_image(model.to(tokenizer.device).eval(), loader(test, 100))
 
