@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ logger = logging.getLogger("taming.benchmark")
 
 ONE, DEDICATED = "loopy, one checkpoint", "loopy, dedicated"
 CONTROL = "control: "
-FIXED = "fixed depth"
 RATES = {
     "tokens": "tokens per image",
     "raw_bits": "bits per image (raw)",
@@ -129,40 +128,28 @@ def cell(values: Sequence[float | None], digits: int) -> str:
     return f"{np.mean(known):+.{digits}f}{spread}{seeds}"
 
 
-def comparison(
-    title: str,
-    peers: Sequence[Point],
-    rate: str,
-    compare: Callable[[Point, str], Sequence[float | None]],
-    digits: int = 2,
-) -> str:
-    """Markdown table of what the loop has over each peer, or over each control."""
-    lines = [f"| {title} | one checkpoint | dedicated |", "|---|---|---|"]
+def comparison(rows: Sequence[Point], peers: Sequence[Point], group: str) -> str:
+    """Markdown table of what a group of loops has over each peer, controls last."""
+    lines = [
+        f"| {group}: dB above | at its tokens | at its raw bits | at its entropy "
+        "| at its bits of the prior | % fewer tokens at its PSNR |",
+        "|---|---|---|---|---|---|",
+    ]
     for peer in sorted(peers, key=lambda peer: peer["group"].startswith(CONTROL)):
-        # Not with itself.
-        found = [compare(peer, g) if g != peer["group"] else [] for g in (ONE, DEDICATED)]
-        cells = [cell(values, digits) for values in found]
+        cells = [cell(margins(rows, peer, group, rate), 2) for rate in RATES]
+        cells.append(cell(savings(rows, peer, group), 0))
         if any(cells):
             label = f"{peer['name']} {peer['length']}".strip()
-            lines.append(f"| {label} ({peer[rate]:.0f}) | {cells[0]} | {cells[1]} |")
+            lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def verdicts(rows: Sequence[Point], points: Sequence[Point]) -> list[str]:
     """Say, for each peer and control, who wins at its tokens and at its bits."""
-    peers = [p for p in points if not p["group"].startswith("loopy")]
-    others = [p for p in points if p["group"].startswith("loopy") and p["group"] != ONE]
-    tables = []
-    for rate, title in RATES.items():
-        with_rate = [p for p in peers + others if p[rate] is not None]
-        title = f"dB above, at its {title}"
-        tables.append(
-            comparison(title, with_rate, rate, lambda p, g, rate=rate: margins(rows, p, g, rate))
-        )
-    fixed = [p for p in peers if FIXED in p["group"]]
-    title = "% fewer tokens, at the PSNR of"
-    tables.append(comparison(title, fixed, "tokens", lambda p, g: savings(rows, p, g), digits=0))
-    return tables
+    return [
+        comparison(rows, [p for p in points if p["group"] != group], group)
+        for group in (ONE, DEDICATED)
+    ]
 
 
 def plot(points: Sequence[Point], file: Path) -> None:
