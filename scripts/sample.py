@@ -41,9 +41,8 @@ from taming.models.sampling import (
     upper_part,
 )
 from taming.modules.transformer.sampling import generators_of
-from taming.modules.util import Labelator
 from taming.pictures import save_picture, tile
-from taming.script import choose_device, parse_classes, run, script_parser
+from taming.script import choose_device, labels_of, run, script_parser
 
 logger = logging.getLogger("taming.sample")
 
@@ -94,21 +93,6 @@ def grid_of(model: Prior, wish: str | None) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
-def labels_of(model: Prior, options: argparse.Namespace) -> list[int]:
-    """The condition of each sample: its class, or the start token of an unconditional prior."""
-    if model.be_unconditional:
-        if options.classes:
-            raise ValueError("--classes: this prior is unconditional")
-        return [model.sos_token] * options.num_samples
-    stage = model.cond_stage_model
-    if not isinstance(stage, Labelator):
-        raise ValueError(f"only classes can be given here, not what a {type(stage).__name__} takes")
-    if not options.classes:
-        raise ValueError("this prior is class-conditional: give --classes, such as 3,7")
-    classes = parse_classes(options.classes, stage.n_classes)
-    return [label for label in classes for _ in range(options.num_samples)]
-
-
 def drawing_of(options: argparse.Namespace, numbers: Iterable[int]) -> Drawing:
     """How the tokens of the images with these numbers are drawn."""
     return Drawing(
@@ -142,7 +126,10 @@ def draw(
 
 def sample(model: Prior, options: argparse.Namespace) -> None:
     """Write new images, one file each, and a grid of all."""
-    labels, grid = labels_of(model, options), grid_of(model, options.grid)
+    labels, grid = (
+        labels_of(model, options.classes, options.num_samples),
+        grid_of(model, options.grid),
+    )
     images = draw(model, labels, empty_codes(model, 1, grid), options)
     for number, (label, image) in enumerate(zip(labels, images, strict=True)):
         name = f"{number:06}.png" if model.be_unconditional else f"{number:06}_class{label}.png"
@@ -161,7 +148,10 @@ def known_part(options: argparse.Namespace, grid: tuple[int, int], factor: int) 
 
 def complete(model: Prior, options: argparse.Namespace) -> None:
     """Write a row for each image: input, what is known of it, and completions."""
-    labels, grid = labels_of(model, options), grid_of(model, options.grid)
+    labels, grid = (
+        labels_of(model, options.classes, options.num_samples),
+        grid_of(model, options.grid),
+    )
     if grid[0] != grid[1]:
         raise ValueError(f"--complete needs a square grid, got {grid[0]}x{grid[1]}")
     factor = model.first_stage_model.encoder.factor

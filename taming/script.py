@@ -17,6 +17,8 @@ import torch
 from taming.checkpoint import load_checkpoint
 from taming.config import ConfigError, LoadedConfig, check_block, load_config
 from taming.experiment import RunDir, trained_model
+from taming.models.stages import Prior
+from taming.modules.util import Labelator
 from taming.util import instantiate_from_config
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.\[\]]*=")
@@ -51,6 +53,29 @@ def parse_classes(text: str, n_classes: int) -> list[int]:
             f"there is no class {max(labels)}: this prior knows the labels 0 to {n_classes - 1}"
         )
     return labels
+
+
+def labels_of(prior: Prior, classes: str | None, amount: int) -> list[int]:
+    """Return the condition of each sample: its class, or the start token of no condition.
+
+    Args:
+        prior: Unconditional or class-conditional.
+        classes: Labels, such as ``3,7``; None for an unconditional prior.
+        amount: Samples, for each class if there are any.
+
+    Raises:
+        ValueError: The classes are not what the prior takes.
+    """
+    if prior.be_unconditional:
+        if classes:
+            raise ValueError("--classes: this prior is unconditional")
+        return [prior.sos_token] * amount
+    stage = prior.cond_stage_model
+    if not isinstance(stage, Labelator):
+        raise ValueError(f"only classes can be given here, not what a {type(stage).__name__} takes")
+    if not classes:
+        raise ValueError("this prior is class-conditional: give --classes, such as 3,7")
+    return [label for label in parse_classes(classes, stage.n_classes) for _ in range(amount)]
 
 
 def script_parser(description: str | None) -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,11 @@ from tiny_runs import TinyRuns
 
 from scripts.group_by_code import purity
 from scripts.quantize_colours import quantize
+from taming.experiment import model_from_run
+from taming.modules.util import Labelator
 
 GAP = 2  # pixels around every picture of a grid
+LEVELS = ("top", "bottom")
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +110,7 @@ def test_every_level_is_evaluated(tiny_runs: TinyRuns, tmp_path: Path) -> None:
 
 
 def test_images_are_drawn_level_by_level(tiny_runs: TinyRuns, tmp_path: Path) -> None:
-    runs = [tiny_runs.of(f"vqvae2_{level}_prior.yaml") for level in ("top", "bottom")]
+    runs = [tiny_runs.of(f"vqvae2_{level}_prior.yaml") for level in LEVELS]
     drawn = {}
     for folder, seed, batch in (("first", 5, 2), ("again", 5, 3), ("other", 6, 2)):
         out = tmp_path / folder
@@ -120,10 +124,28 @@ def test_images_are_drawn_level_by_level(tiny_runs: TinyRuns, tmp_path: Path) ->
     assert not np.array_equal(drawn["first"], drawn["other"])
 
 
+def test_images_of_classes_are_drawn_level_by_level(
+    tiny_runs: TinyRuns,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    top, bottom = (model_from_run(tiny_runs.of(f"vqvae2_{level}_prior.yaml")) for level in LEVELS)
+    models: dict[str, Any] = {"top": top, "bottom": bottom}
+    monkeypatch.setattr("scripts.sample_hierarchy.model_from_run", models.get)
+    error = fails(capsys, "sample_hierarchy", "-r", "top", "bottom", "--classes", "1")
+    assert "this prior is unconditional" in error
+    top.be_unconditional, top.cond_stage_model = False, Labelator(5)
+    assert "give --classes" in fails(capsys, "sample_hierarchy", "-r", "top", "bottom")
+    call("sample_hierarchy", "-r", "top", "bottom", "-n", 2, "--classes", "4,1", "-o", tmp_path)
+    names = [f"{number:06}_class{label}.png" for number, label in enumerate((4, 4, 1, 1))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "grid.png"]
+
+
 def test_runs_that_are_no_priors_of_all_levels_are_refused(
     tiny_runs: TinyRuns, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    top, bottom = (tiny_runs.of(f"vqvae2_{level}_prior.yaml") for level in ("top", "bottom"))
+    top, bottom = (tiny_runs.of(f"vqvae2_{level}_prior.yaml") for level in LEVELS)
     for runs, message in (
         ((bottom, top), "from the top down"),
         ((top,), "got 1 priors with the levels ['top']"),

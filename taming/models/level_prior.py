@@ -1,8 +1,9 @@
 """Priors over the levels of a VQ-VAE-2 (arXiv:1906.00446, section 3.2), and sampling from all.
 
-The prior of the top level is an unconditional `Net2NetTransformer` or `PixelCNNPrior` whose
-tokenizer is that `Level`; each other level's is a `LowerLevelPrior`. `sample_levels` draws from all
-of them, from the top down.
+The prior of the top level is a `Net2NetTransformer` or `PixelCNNPrior`, unconditional or
+class-conditional, whose tokenizer is that `Level`; each other level's is a `LowerLevelPrior`, which
+knows of the class what the levels above say of it. `sample_levels` draws from all of them, from the
+top down.
 
 Axis letters: B images, C channels, H W image, L tokens. What belongs to one level has an index l;
 its stack is z_q of this level and of all above, enlarged to its grid.
@@ -26,6 +27,7 @@ from taming.models.sampling import (
 )
 from taming.models.vqvae2 import Level
 from taming.modules.transformer.sampling import Drawing
+from taming.modules.util import Labelator, SOSProvider
 
 
 class LowerLevelPrior(Net2NetTransformer):
@@ -76,32 +78,44 @@ class LowerLevelPrior(Net2NetTransformer):
         return self.first_stage_model.decode_under(self.decode_to_codes(index, (h, w)), quant_c)
 
 
-def sample_levels(priors: Sequence[Prior], batch: int, drawing: Drawing) -> tuple[Tensor, ...]:
+def sample_levels(
+    priors: Sequence[Prior], condition: Tensor, drawing: Drawing
+) -> tuple[Tensor, ...]:
     """Draw codes from the priors of all levels, each given what was drawn before.
 
     Args:
         priors: In eval mode, the top level's first.
-        batch: B.
-        drawing: How codes are drawn.
+        condition: (B, 1) int64, the top's: a class, or the start token.
+        drawing: How codes are drawn; guidance is that of the priors that were trained for it.
 
     Returns:
         Codes (B, h_l, w_l, T_l) int64 of each level, the top first, for `VQVAE2.decode_code`.
 
     Raises:
-        ValueError: See `check_priors`.
+        ValueError: See `check_priors`; or there is guidance that no prior was trained for.
     """
     check_priors(priors)
-    condition = torch.full((batch, 1), priors[0].sos_token, device=priors[0].device)
+    if drawing.guidance != 1 and not any(map(can_be_guided, priors)):
+        raise ValueError(
+            f"guidance {drawing.guidance} needs a prior that was trained with condition_dropout; "
+            "that of no level was"
+        )
     drawn: list[Tensor] = []
     for prior in priors:
         level: Any = prior.first_stage_model
         if drawn:
             condition = level.condition_tokens(drawn)
-        codes = empty_codes(prior, batch, trained_grid(prior))
-        for _ in write_codes(prior, seen_whole(condition), codes, drawing):
+        codes = empty_codes(prior, len(condition), trained_grid(prior))
+        own = drawing if can_be_guided(prior) else drawing._replace(guidance=1.0)
+        for _ in write_codes(prior, seen_whole(condition), codes, own):
             pass
         drawn.append(codes)
     return tuple(drawn)
+
+
+def can_be_guided(prior: Prior) -> bool:
+    """Return whether a prior was trained with its condition hidden now and then."""
+    return isinstance(prior, Net2NetTransformer) and prior.condition_dropout > 0
 
 
 def check_priors(priors: Sequence[Prior]) -> None:
@@ -119,8 +133,8 @@ def check_priors(priors: Sequence[Prior]) -> None:
             f"expected the priors of all levels of one VQVAE2 from the top down, {list(names)}, "
             f"got {len(stages)} priors with the levels {found}"
         )
-    if not priors[0].be_unconditional:
-        raise ValueError("the prior of the top level must be unconditional")
+    if not isinstance(priors[0].cond_stage_model, Labelator | SOSProvider):
+        raise ValueError("the prior of the top level must be unconditional or class-conditional")
     for name, prior in zip(names[1:], priors[1:], strict=True):
         if not isinstance(prior, LowerLevelPrior):
             raise ValueError(f"the prior of {name!r} must be a LowerLevelPrior, to see those above")

@@ -14,6 +14,9 @@ from taming.models.sampling import decode_codes, encode_codes, trained_grid
 from taming.models.vqvae2 import Level
 from taming.modules.transformer.sampling import Drawing
 
+START = torch.zeros(3, 1, dtype=torch.int64)
+CLASSES = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}}
+
 
 def level_prior(name: str, *kinds: str, **sizes: Any) -> Net2NetTransformer:
     """A small prior over a level; its tokenizer is the same each time."""
@@ -80,18 +83,50 @@ def test_each_level_is_drawn_given_those_above(kinds: tuple[str, ...], top: str)
     highest = level_prior("top", *kinds) if top == "transformer" else pixelcnn_prior(*kinds)
     priors = [highest, *lower]
     first, again, other = (
-        torch.manual_seed(seed) and sample_levels(priors, 3, Drawing(top_k=9)) for seed in (1, 1, 2)
+        torch.manual_seed(seed) and sample_levels(priors, START, Drawing(top_k=9))
+        for seed in (1, 1, 2)
     )
     for one, same, different in zip(first, again, other, strict=True):
         assert torch.equal(one, same) and not torch.equal(one, different)
     assert stage_of(lower[-1]).model.decode_code(first).shape == (3, 3, 16, 16)
     assert first[0].shape[:3] == (3, *trained_grid(highest))
-    greedy = sample_levels(priors, 3, Drawing(greedy=True))
+    greedy = sample_levels(priors, START, Drawing(greedy=True))
     for number, prior in enumerate(lower, 1):
         condition = stage_of(prior).condition_tokens(greedy[:number])
         grid = trained_grid(prior)
         tokens = prior.sample(condition[:, :0], condition, grid=grid)
         assert torch.equal(prior.decode_to_codes(tokens, grid), greedy[number])
+
+
+def class_prior(*kinds: str) -> Net2NetTransformer:
+    """A prior over the top level that looks at the class, and has seen it hidden."""
+    gpt = {**GPT, "params": {**GPT["params"], "vocab_size": 18, "site_shape": (4, 4, 3)}}
+    labels = {"cond_stage_config": CLASSES, "cond_stage_key": "class_label"}
+    built = Net2NetTransformer(gpt, level_config("top", *kinds), **labels, condition_dropout=0.1)
+    spread_codes(stage_of(built).model)
+    with torch.no_grad():
+        for parameter in built.transformer.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return built.eval()
+
+
+def test_the_class_is_that_of_the_top_and_guides_it() -> None:
+    priors = [class_prior("ema", "flat"), level_prior("bottom", "ema", "flat")]
+    draw = {
+        (label, scale): sample_levels(priors, START + label, Drawing(greedy=True, guidance=scale))
+        for label in (3, 7)
+        for scale in (0.0, 1.0, 3.0)
+    }
+    assert not torch.equal(draw[3, 1.0][0], draw[7, 1.0][0])
+    assert not torch.equal(draw[3, 1.0][0], draw[3, 3.0][0])
+    # At a scale of 0 only what it says without a class is left; the bottom follows the top.
+    for one, other in zip(draw[3, 0.0], draw[7, 0.0], strict=True):
+        assert torch.equal(one, other)
+    alone = [level_prior("top", "ema", "flat"), priors[1]]
+    with pytest.raises(
+        ValueError, match="guidance 3.0 needs .* that of no level was"
+    ):
+        sample_levels(alone, START, Drawing(guidance=3.0))
 
 
 @every_pair
