@@ -123,9 +123,7 @@ def test_the_class_is_that_of_the_top_and_guides_it() -> None:
     for one, other in zip(draw[3, 0.0], draw[7, 0.0], strict=True):
         assert torch.equal(one, other)
     alone = [level_prior("top", "ema", "flat"), priors[1]]
-    with pytest.raises(
-        ValueError, match="guidance 3.0 needs .* that of no level was"
-    ):
+    with pytest.raises(ValueError, match="guidance 3.0 needs .* that of no level was"):
         sample_levels(alone, START, Drawing(guidance=3.0))
 
 
