@@ -27,7 +27,7 @@ ALLOWED = {
     "experiment": {"config", "signature", "util"},
     "observers": {"config", "signature", "experiment", "util"},
     "trainer": {"checkpoint", "config", "experiment", "observers", "util"},
-    "script": {"checkpoint", "config", "experiment", "util"},
+    "script": {"checkpoint", "config", "experiment", "models", "modules", "util"},
     "cli": {"config", "legacy", "signature", "source", "util"},
 }
 PROGRAM_FILES = [ROOT / "main.py", *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
