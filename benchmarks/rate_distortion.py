@@ -53,6 +53,7 @@ from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
+from taming.modules.vqvae.sequence import UnarySequence
 from taming.script import run
 
 logger = logging.getLogger("taming.benchmark")
@@ -72,7 +73,7 @@ def settings(
             model.quantize.threshold = threshold_for_mean(model, calibration, length)
         else:
             assert isinstance(model.quantize, ResidualVQ)
-            model.quantize.cut = int(length)
+            model.quantize.shorten(int(length))
         yield str(length)
 
 
@@ -108,14 +109,17 @@ def race(plan: Plan, name: str, seed: int, options: argparse.Namespace) -> list[
         rows.append(dict(zip(FIELDS, values, strict=True)))
 
     for length in settings(model, contender, calibration):
-        bits = prior_bits(plan, model, train, test, options.precision) if options.prior else None
+        bits = None
+        if not options.no_prior:
+            bits = prior_bits(plan, model, train, test, options.precision)
         add(name, contender.group, length, measure(model, images), bits)
         if name == "loopy-one" and isinstance(model.quantize, LoopyVectorQuantizer):
             shuffled = cut_by(model, shuffled_lengths(model.quantize.threshold))
             add("shuffled", "control: shuffled", length, measure(model, images, shuffled), None)
     if name == "loopy-one":
         for turns in range(1, MAX_LOOPS - 1):
-            result = measure(model, images, cut_by(model, fixed_length(turns)))
+            sequence = UnarySequence(model.quantize.n_e, turns, dummies=False)
+            result = measure(model, images, cut_by(model, fixed_length(turns)), sequence)
             add("fixed", "control: fixed depth", str(turns), result, None)
     return rows
 
@@ -136,7 +140,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", choices=ALL, metavar="NAME", help="of contenders")
     parser.add_argument("--precision", default="32-true", help="of training, as bf16-mixed")
     parser.add_argument("--workers", type=int, help="trainings at once; default: one per CPU core")
-    parser.add_argument("--no-prior", dest="prior", action="store_false", help="skip the priors")
+    parser.add_argument("--no-prior", action="store_true", help="skip the priors")
     return parser.parse_args()
 
 
@@ -146,7 +150,7 @@ def main() -> None:
     plan = PLANS[options.plan]
     options.outdir = options.outdir or Path("results/rate_distortion", options.plan)
     options.outdir.mkdir(parents=True, exist_ok=True)
-    data = {"train": options.train, "test": options.test, "precision": options.precision}
+    data = {key: getattr(options, key) for key in ("train", "test", "precision", "no_prior")}
     claim(options.outdir / "race.json", {**asdict(plan), **data}, free=("seeds", "names"))
     gpus = torch.cuda.device_count()
     cores = os.cpu_count() or 1

@@ -17,7 +17,7 @@ import torch
 from adaptivity import rank_correlation, site_statistics
 from PIL import Image
 from race.contenders import contenders
-from race.measure import code_bits, cut_by, fixed_length, shuffled_lengths
+from race.measure import code_bits, cut_by, fixed_length, shuffled_lengths, usage
 from race.peers import FSQ, ResidualVQ
 from race.plans import PLANS, Plan, images_of
 from race.report import average, cell, margins, quality_at, savings, tokens_at, write_report
@@ -57,7 +57,7 @@ def test_a_race_measures_every_rate_and_is_reported(plan, parquet, tmp_path) -> 
         outdir=tmp_path,
         threads=1,
         precision="32-true",
-        prior=True,
+        no_prior=False,
     )
     rows = [row for name in ("rvq-2-shared", "loopy-one") for row in race(plan, name, 0, options)]
     assert len(race(plan, "rvq-2-shared", 0, options)) == 1  # from the file this time
@@ -72,6 +72,9 @@ def test_a_race_measures_every_rate_and_is_reported(plan, parquet, tmp_path) -> 
         if row["group"] == "loopy, one checkpoint":
             assert row["tokens"] / 64 == pytest.approx(float(row["length"]), abs=0.3)
             assert row["prior_bits"] > 0
+        if row["group"] == "control: fixed depth":  # no token says where a site ends
+            bits = 64 * int(row["length"]) * math.log2(17)
+            assert row["raw_bits"] == pytest.approx(bits)
     write_report(rows, plan, tmp_path)
     assert "| rvq-2-shared |  | 128 |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "rate_distortion.png").stat().st_size > 10_000
@@ -110,12 +113,31 @@ def test_peers_are_cut_to_fewer_turns() -> None:
     z = torch.randn(2, 8, 4, 4)
     peer.train()(z)
     errors = []
-    for peer.cut in (1, 2, 4):
+    for turns in (1, 2, 4):
+        peer.shorten(turns)
         out = peer.eval()(z)
-        assert ((out.info.indices >= 0).sum(-1) == peer.cut).all()
+        codes = out.info.indices
+        assert codes.shape == (2, 4, 4, turns) and (codes >= 0).all()
+        assert peer.sequence.encode(codes)[1].tolist() == [16 * turns] * 2
+        torch.testing.assert_close(peer.get_codebook_entry(codes), out.z_q)
         errors.append(float((out.z_q - z).square().mean()))
     assert errors == sorted(errors, reverse=True)
     assert FSQ([8, 6, 5], 8).n_e == 240
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_peers_gradient_to_the_latents_is_the_loops(dropout: bool) -> None:
+    peer = ResidualVQ(16, 8, 4, quantize_dropout=dropout).train()
+    for _ in range(4):  # depths are drawn
+        z = torch.randn(2, 8, 4, 4, requires_grad=True)
+        peer(z).z_q.sum().backward()
+        assert z.grad is not None and torch.equal(z.grad, torch.ones_like(z))
+
+
+def test_every_codebook_counts_in_a_peers_usage() -> None:
+    codes = torch.tensor([[0, 1], [0, 1]])
+    assert usage(codes, ResidualVQ(4, 8, 2)) == 0.25
+    assert usage(codes, ResidualVQ(4, 8, 2, shared_codebook=True)) == 0.5
 
 
 def test_a_peers_wider_search_comes_nearer() -> None:

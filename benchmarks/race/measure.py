@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
+from race.peers import ResidualVQ
 from taming.models.vqgan import VQModel
+from taming.modules.vqvae.base import Quantizer
+from taming.modules.vqvae.grammar import TokenSequence
 from taming.modules.vqvae.loop import Path
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.modules.vqvae.rate import turns_within
@@ -23,7 +26,7 @@ Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 class Measurement(NamedTuple):
     """Attributes: psnr in dB of the mean squared error over all images, ssim, tokens per image
-    (slots written), raw_bits and entropy_bits per image, and usage of the codebook in [0, 1]."""
+    (slots written), raw_bits and entropy_bits per image, and share of the codes that occur."""
 
     psnr: float
     ssim: float
@@ -51,7 +54,10 @@ def code_bits(codes: Tensor, n_e: int) -> float:
 
 @torch.no_grad()
 def measure(
-    model: VQModel, images: Iterable[Tensor], quantize: Quantize | None = None
+    model: VQModel,
+    images: Iterable[Tensor],
+    quantize: Quantize | None = None,
+    sequence: TokenSequence | None = None,
 ) -> Measurement:
     """Encode and decode images, and count what their codes cost.
 
@@ -59,9 +65,10 @@ def measure(
         model: A tokenizer in eval mode.
         images: Batches (B, 3, H, W) in [-1, 1] on the model's device.
         quantize: z (B, D, h, w) -> z_q and codes (B, h, w, T); by default the model's own.
+        sequence: How they are written, up to its turns; by default as the model does.
     """
-    if quantize is None:
-        quantize = own_quantizer(model)
+    quantize = quantize or own_quantizer(model)
+    sequence = sequence or model.quantize.sequence
     psnr = PeakSignalNoiseRatio(data_range=2.0).to(model.device)
     ssim = StructuralSimilarityIndexMeasure(data_range=2.0).to(model.device)
     written: list[Tensor] = []
@@ -73,17 +80,25 @@ def measure(
         written.append(codes)
     codes = torch.cat(written)
     count, rows = len(codes), codes.flatten(0, 2)
-    sequence_length = sum(float(model.quantize.sequence.encode(part)[1].sum()) for part in written)
-    vocabulary = math.log2(model.quantize.sequence.vocab_size)
-    used = rows[(rows >= 0) & (rows < model.quantize.n_e)].unique()
+    turns = sequence.max_loops
+    length = sum(float(sequence.encode(part[..., :turns])[1].sum()) for part in written)
     return Measurement(
         float(psnr.compute()),
         torch.as_tensor(ssim.compute()).item(),
         float((rows >= 0).sum()) / count,
-        sequence_length * vocabulary / count,
+        length * math.log2(sequence.vocab_size) / count,
         code_bits(rows, model.quantize.n_e) / count,
-        len(used) / model.quantize.n_e,
+        usage(rows, model.quantize),
     )
+
+
+def usage(codes: Tensor, quantizer: Quantizer) -> float:
+    """Share of the codes of all codebooks that occur among codes (N, T)."""
+    separate = isinstance(quantizer, ResidualVQ) and quantizer.codebooks > 1
+    found = [part[(part >= 0) & (part < quantizer.n_e)].unique() for part in codes.unbind(1)]
+    if not separate:
+        found = [torch.cat(found).unique()]
+    return sum(map(len, found)) / (len(found) * quantizer.n_e)
 
 
 def own_quantizer(model: VQModel) -> Quantize:

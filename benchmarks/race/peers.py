@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import vector_quantize_pytorch as vqp
 from einops import rearrange
 from torch import Tensor
@@ -19,6 +18,7 @@ from taming.modules.vqvae.base import (
     QuantizerOutput,
     channels_second,
     code_perplexity,
+    straight_through,
 )
 from taming.modules.vqvae.sequence import RasterSequence, UnarySequence
 
@@ -40,11 +40,12 @@ class ResidualVQ(Quantizer):
         e_dim: D, channels of a latent.
         depth: T, turns of every site.
         shared_codebook: One codebook for all turns.
-        quantize_dropout: Train every depth from 1 to T, so that `cut` may shorten all sites.
+        quantize_dropout: Train every depth from 1 to T, so that `shorten` may cut all sites.
         options: Further keyword arguments of ``vector_quantize_pytorch.ResidualVQ``.
 
     Attributes:
-        cut: Turns used in evaluation, at most T.
+        codebooks: Number of codebooks.
+        turns: Turns taken in evaluation, at most T.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class ResidualVQ(Quantizer):
         **options: Any,
     ) -> None:
         super().__init__(n_e, e_dim)
-        self.cut = depth
+        self.codebooks = 1 if shared_codebook else depth
         self.inner = vqp.ResidualVQ(
             dim=e_dim,
             codebook_size=n_e,
@@ -66,8 +67,13 @@ class ResidualVQ(Quantizer):
             quantize_dropout=quantize_dropout,
             **{**OPTIONS, **options},
         )
+        self.shorten(depth)
+
+    def shorten(self, turns: int) -> None:
+        """Take only the first turns in evaluation; then no token need say where a site ends."""
+        self.turns = turns
         self.sequence = (
-            RasterSequence(n_e) if depth == 1 else UnarySequence(n_e, depth, dummies=False)
+            RasterSequence(self.n_e) if turns == 1 else UnarySequence(self.n_e, turns, False)
         )
 
     def widen(self, beam: int) -> None:
@@ -79,7 +85,7 @@ class ResidualVQ(Quantizer):
         weights.copy_(100.0 ** torch.arange(1 - len(weights), 1))
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantize latents z (B, D, h, w); indices (B, h, w, T), -1 from `cut` on."""
+        """Quantize latents z (B, D, h, w); indices (B, h, w, turns), -1 where dropped."""
         batch, _, h, w = z.shape
         rows = rearrange(z.float(), "b d h w -> b (h w) d")
         layers: Any = self.inner.layers
@@ -88,17 +94,21 @@ class ResidualVQ(Quantizer):
             layer._codebook.threshold_ema_dead_code = votes
             layer._codebook.reset_cluster_size = votes
         if not self.training:
-            self.inner.layers = layers[: self.cut]
+            self.inner.layers = layers[: self.turns]
         with torch.autocast(z.device.type, enabled=False):
             z_q, indices, losses = self.inner(rows)
         self.inner.layers = layers
-        indices = F.pad(indices, (0, len(layers) - indices.shape[-1]), value=-1)
+        if self.training:
+            # Its own gradient to z is as many times too large as turns are taken.
+            z_q = straight_through(rows, z_q.detach())
         z_q = channels_second(z_q.reshape(batch, h, w, self.e_dim))
-        written = indices[indices >= 0]
+        used = (indices >= 0).flatten(0, -2).any(dim=0).sum()
         info = QuantizerInfo(
-            code_perplexity(written, self.n_e), None, indices.reshape(batch, h, w, -1)
+            code_perplexity(indices[indices >= 0], self.n_e),
+            None,
+            indices.reshape(batch, h, w, -1),
         )
-        return QuantizerOutput(z_q, losses.mean(), info)
+        return QuantizerOutput(z_q, losses.sum() / used, info)
 
     def get_codebook_entry(
         self, indices: Tensor, shape: tuple[int, int, int, int] | None = None

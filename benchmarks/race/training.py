@@ -149,6 +149,7 @@ def prior_bits(plan: Plan, tokenizer: VQModel, train: Any, test: Any, precision:
     are paid for.
     """
     pl.seed_everything(0, verbose=False)
+    device = tokenizer.device  # it comes back to the CPU with the prior that it is trained in
     side = plan.ddconfig["resolution"] // tokenizer.encoder.factor
     sequence = tokenizer.quantize.sequence
     model = Net2NetTransformer(
@@ -169,7 +170,7 @@ def prior_bits(plan: Plan, tokenizer: VQModel, train: Any, test: Any, precision:
     if not torch.cuda.is_available():
         precision = "32-true"  # in which so small a transformer is faster on a CPU
     fit(model, loader(train, plan.batch_size, shuffle=True), plan.prior_steps, precision)
-    return bits_per_image(model.to(tokenizer.device).eval(), loader(test, 100))
+    return bits_per_image(model.to(device).eval(), loader(test, 100))
 
 
 def keep(model: VQModel) -> VQModel:
