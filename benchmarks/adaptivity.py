@@ -16,6 +16,7 @@ import argparse
 import io
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -221,7 +222,8 @@ def changed_images(batches: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         noisy = [(x + n).clamp(-1, 1) for x, n in zip(batches, added, strict=True)]
         changed[f"noise of {level:.0%}"] = noisy
     for sigma in (0.5, 1.0, 2.0):
-        blurred = [gaussian_blur(x, [4 * round(sigma + 0.5) + 1] * 2, [sigma] * 2) for x in batches]
+        width = 2 * math.ceil(3 * sigma) + 1
+        blurred = [gaussian_blur(x, [width, width], [sigma, sigma]) for x in batches]
         changed[f"blur of {sigma} pixels"] = blurred
     return changed
 

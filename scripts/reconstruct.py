@@ -1,7 +1,7 @@
 """Encode and decode images with a trained tokenizer.
 
 python scripts/reconstruct.py -r logs/<run> picture.jpg folder/ -o results
-python scripts/reconstruct.py -r logs/<run> picture.jpg --max-tokens 4000
+python scripts/reconstruct.py -r logs/<run> picture.jpg -s 256 --max-tokens 4000
 
 A loopy tokenizer's rate can be set for each image: by the distance at which loops end, by the
 number of tokens, or by the quality wanted. reconstructions.json tells what each image took.
@@ -33,6 +33,8 @@ from taming.pictures import save_picture, side_by_side
 from taming.script import choose_device, run
 
 logger = logging.getLogger("taming.reconstruct")
+
+EXACT = 1e-10  # least mean square of an error, for JSON has no infinite PSNR; 100 dB
 
 
 def load_image(path: Path, size: int | None, site: int) -> Tensor:
@@ -126,7 +128,7 @@ def reconstruct(
         "tokens": int((codes >= 0).sum()),
         "sequence_length": written,
         "bits": written * math.log2(sequence.vocab_size),
-        "psnr": -10 * math.log10(float((x - x_rec).square().mean()) / 4),
+        "psnr": -10 * math.log10(max(float((x - x_rec).square().mean()) / 4, EXACT)),
     }
     trace = quantized.info.encodings
     if isinstance(trace, LoopTrace) and isinstance(model.quantize, LoopyVectorQuantizer):
@@ -166,7 +168,10 @@ def main() -> None:
     report, below = {}, []
     for path, name in tqdm(zip(paths, unique_names(paths), strict=True), "reconstruct", len(paths)):
         x = load_image(path, options.size, model.encoder.factor).to(device)
-        pictures, numbers = reconstruct(model, x, rate)
+        try:
+            pictures, numbers = reconstruct(model, x, rate)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         save_picture(pictures["reconstruction"], options.outdir / f"{name}.png")
         if "depth" in pictures:
             save_picture(pictures["depth"], options.outdir / f"{name}_depth.png")

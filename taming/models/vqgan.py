@@ -141,7 +141,8 @@ class VQModel(QuantizedAutoencoder):
             x: Images.
             threshold: Distance at which a loop ends, in the space of z
                 (``quantize.latent_std`` is the latents' standard deviation).
-            max_tokens: Most tokens, which are the slots written, of an image.
+            max_tokens: Most tokens of an image: slots written, which is not the length of the
+                sequence that a prior reads.
             target_psnr: Fewest tokens whose decoded image has this PSNR, in dB; all turns where
                 nothing reaches it.
 
@@ -176,7 +177,8 @@ class VQModel(QuantizedAutoencoder):
         def quality(tokens: Tensor) -> Tensor:
             tau = quantizer.thresholds(path, tokens)
             codes = path.end_at(turns_within(path.distances, tau))
-            x_rec = self.decode_code(codes.view(len(x), *z.shape[2:], -1)).clamp(-1, 1)
+            x_rec = self.decode_code(codes.view(len(x), *z.shape[2:], -1))
+            x_rec = self.as_input(x_rec).clamp(-1, 1)
             return peak_signal_noise_ratio(
                 x_rec, x, data_range=2.0, dim=(1, 2, 3), reduction="none"
             )

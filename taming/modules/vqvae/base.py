@@ -21,7 +21,7 @@ class LoopTrace(NamedTuple):
 
     Attributes:
         lengths: (B, h, w) int64 in [1, T], turns taken (and slots written).
-        distances: (B, h, w) float32, |z - z_q| before any depth embedding.
+        distances: (B, h, w) float32, what was compared with the threshold at last (see `Path`).
         within: (B, h, w) bool, False where T turns did not bring a code within the threshold.
     """
 

@@ -55,10 +55,8 @@ class EmbeddingEMA(nn.Module):
     def learn(self, rows: Tensor, codes: Tensor) -> None:
         """Take in latents (N, D) float32 and the codes (N,) they were mapped to, on all ranks."""
         votes = sum_over_ranks(torch.bincount(codes, minlength=len(self.weight)).float())
-        means = update_means(
-            self.cluster_size, self.embed_avg, votes, rows, codes, self.decay, self.eps
-        )
-        self.weight.copy_(means)
+        means = (self.weight, self.cluster_size, self.embed_avg)
+        update_means(*means, votes, rows, codes, self.decay, self.eps)
 
     def forward(self, embed_id: Tensor) -> Tensor:
         """Look codes up: (...,) int64 -> (..., D)."""

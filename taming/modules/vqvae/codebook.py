@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taming.modules.vqvae.distributed import rows_of_all_ranks, sum_over_ranks
+from taming.modules.vqvae.distributed import of_first_rank, rows_of_all_ranks, sum_over_ranks
 from taming.modules.vqvae.nearest import nearest_codes
 
 
@@ -34,6 +34,7 @@ def k_means(vectors: Tensor, centers: Tensor, iterations: int = 10) -> Tensor:
 
 @torch.no_grad()
 def update_means(
+    means: Tensor,
     counts: Tensor,
     sums: Tensor,
     votes: Tensor,
@@ -41,10 +42,11 @@ def update_means(
     found: Tensor,
     decay: float,
     eps: float = 1e-5,
-) -> Tensor:
-    """Move running counts and sums of what is mapped to each code, with that of all ranks.
+) -> None:
+    """Move the running means of what is mapped to each code, with that of all ranks.
 
     Args:
+        means: (K, D) running means; changed in place, except where votes have all but run out.
         counts: (K,) running votes; changed in place.
         sums: (K, D) running sums; changed in place.
         votes: (K,) vectors mapped to each code now, on all ranks.
@@ -52,14 +54,12 @@ def update_means(
         found: (M,) int64, their codes.
         decay: Weight of the old values in (0, 1).
         eps: Fewest votes by which a sum is divided.
-
-    Returns:
-        (K, D) running means.
     """
     totals = torch.zeros_like(sums).index_add_(0, found, vectors)
     counts.lerp_(votes, 1 - decay)
     sums.lerp_(sum_over_ranks(totals), 1 - decay)
-    return sums / counts.clamp(min=eps)[:, None]
+    known = (counts > eps)[:, None]
+    means.copy_(torch.where(known, sums / counts.clamp(min=eps)[:, None], means))
 
 
 class Codebook(nn.Module):
@@ -123,7 +123,9 @@ class Codebook(nn.Module):
         # The amount must not depend on the rank; sixteen vectors a code settle its mean.
         pool = rows_of_all_ranks(self._sample(vectors, 16 * len(self.weight)))
         centers = self._sample(pool, len(self.weight)) if fresh else self.weight
-        self._place(torch.arange(len(self.weight), device=pool.device), k_means(pool, centers))
+        # On GPUs, sums are not the same twice, and every rank must have the same codes.
+        means = of_first_rank(k_means(pool, centers))
+        self._place(torch.arange(len(means), device=means.device), means)
 
     @torch.no_grad()
     def learn(self, targets: Tensor, found: Tensor, weights: Tensor) -> None:
@@ -140,9 +142,8 @@ class Codebook(nn.Module):
         self.usage.lerp_(counts / counts.sum(), 1 - self.usage_decay)
         if self.ema_decay is not None:
             weighted = targets * weights[:, None]
-            self.weight.copy_(
-                update_means(self.counts, self.sums, votes, weighted, found, self.ema_decay)
-            )
+            means = (self.weight, self.counts, self.sums)
+            update_means(*means, votes, weighted, found, self.ema_decay)
         self._revive(targets)
         self.steps += 1
 
@@ -154,7 +155,12 @@ class Codebook(nn.Module):
             self._place(dead, self._sample(pool, len(dead)))
 
     def _place(self, codes: Tensor, vectors: Tensor) -> None:
-        """Put codes (M,) at vectors (M, D), as if each had its fair share of use."""
+        """Put codes (M,) at vectors (M, D) float32, as if each had its fair share of use."""
+        if self.weight.dtype != vectors.dtype:
+            raise ValueError(
+                f"the codebook is {self.weight.dtype}, too coarse for codes to settle: train with "
+                "--precision bf16-mixed or 16-mixed, which keep it in float32"
+            )
         # Through .data: the step's backward pass does not need the old values.
         self.weight.data[codes] = vectors
         self.usage[codes] = 1 / len(self.weight)

@@ -16,6 +16,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
+def of_first_rank(tensor: Tensor) -> Tensor:
+    """Return what the first rank has; the argument is not changed."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    shared = tensor.clone()
+    dist.broadcast(shared, src=0)
+    return shared
+
+
 def rows_of_all_ranks(rows: Tensor) -> Tensor:
     """Concatenate equally shaped tensors of all ranks along the first axis, in rank order."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -22,8 +22,9 @@ class Path(NamedTuple):
 
     Attributes:
         codes: (N, T, T) int64; ``codes[:, t]`` are the slots written if the loop ends at turn t.
-        distances: (N, T) float32, |z - z_q| if the loop ends at this turn; inf at turns after the
-            one at which it was told to end.
+        distances: (N, T) float32, what is compared with the threshold at each turn: from where the
+            latent has come to the nearest code. In a `Cascade` this is |z - z_q|, before any depth
+            embedding. inf at turns after the one at which it was told to end.
     """
 
     codes: Tensor

@@ -106,10 +106,9 @@ class LoopyVectorQuantizer(Quantizer):
             raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
         if target_length is not None and not 1 <= target_length <= max_loops:
             raise ValueError(f"target_length must be in [1, {max_loops}], got {target_length}")
-        if length_range is not None and not 1 <= length_range[0] <= length_range[1] <= max_loops:
-            raise ValueError(
-                f"length_range must be two bounds in [1, {max_loops}], got {tuple(length_range)}"
-            )
+        drawn = list(length_range or (1.0, 1.0))
+        if len(drawn) != 2 or not 1 <= drawn[0] <= drawn[1] <= max_loops:
+            raise ValueError(f"length_range must be two bounds in [1, {max_loops}], got {drawn}")
         if transform_config is None:
             residual = "taming.modules.vqvae.transforms.Residual"
             transform_config = {"target": residual, "params": {"max_loops": max_loops}}

@@ -18,7 +18,7 @@ def turns_within(distances: Tensor, threshold: Tensor) -> Tensor:
     """Count the turns until a code is within the threshold; T if none ever is.
 
     Args:
-        distances: (N, T), |z - z_q| if the loop ended at each turn.
+        distances: (N, T), see `Path`.
         threshold: (N,).
 
     Returns:

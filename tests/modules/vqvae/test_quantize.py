@@ -7,6 +7,7 @@ import pytest
 import torch
 from golden import load_golden
 
+from taming.modules.vqvae.codebook import Codebook
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer, VectorQuantizer2
 from taming.util import NonFiniteError
 
@@ -196,6 +197,21 @@ def test_dead_codes_are_revived_from_what_is_searched() -> None:
     assert quantizer.eval()(z).info.indices[:, 0].unique().numel() >= 0.9 * K
 
 
+def test_codes_that_nothing_finds_stay_where_they_are() -> None:
+    codebook = Codebook(2, 1, ema_decay=0.8, revive_below=0.0)
+    codebook.start_from(torch.tensor([[-5.0], [5.0]]), fresh=True)
+    weight = codebook.weight.clone()
+    found = weight.argmax(dim=0).expand(4)
+    for _ in range(600):  # until votes for the other one are too few to divide by
+        codebook.learn(torch.full((4, 1), 5.0), found, torch.ones(4))
+    torch.testing.assert_close(codebook.weight, weight)
+
+
+def test_a_codebook_of_few_digits_is_refused() -> None:
+    with pytest.raises(ValueError, match="codebook is torch.bfloat16.*--precision bf16-mixed"):
+        LoopyVectorQuantizer(K, D, threshold=1.0).bfloat16().train()(torch.randn(64, D))
+
+
 def test_target_length_steers_the_threshold_and_is_kept() -> None:
     quantizer = LoopyVectorQuantizer(K, D, max_loops=T, target_length=2.5).train()
     for _ in range(200):
@@ -311,9 +327,10 @@ def test_quantizing_is_float32_under_autocast(transform: str) -> None:
         ({"ema_decay": 1.0}, "ema_decay must be in"),
         (
             {"length_range": (0.5, 2)},
-            r"length_range must be two bounds in \[1, 4\], got \(0.5, 2\)",
+            r"length_range must be two bounds in \[1, 4\], got \[0.5, 2\]",
         ),
         ({"length_range": (3, 2)}, "length_range must be"),
+        ({"length_range": (1, 2, 3)}, "length_range must be two bounds"),
         (
             {
                 "transform_config": {
