@@ -465,6 +465,8 @@ def test_images_that_cannot_be_used_are_named(
     error = fails(capsys, "reconstruct", "-r", tokenizer, "small.png")
     assert "small.png: 30x3 is smaller than a site of 4 pixels" in error
     assert "cut.jpg" in fails(capsys, "reconstruct", "-r", tokenizer, "cut.jpg")
+    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--max-tokens", 1)
+    assert f"{photo}: an image of " in error and "sites needs at least" in error
     assert "cut.jpg" in fails(capsys, "sample", "-r", prior, "--complete", "cut.jpg")
     assert "in or below empty" in fails(capsys, "reconstruct", "-r", tokenizer, "empty")
     assert "nowhere" in fails(capsys, "reconstruct", "-r", tokenizer, "nowhere")
