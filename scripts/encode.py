@@ -2,11 +2,13 @@
 
 python scripts/encode.py -r logs/<run of the tokenizer> -o cache
 python scripts/encode.py -r logs/<run> -o cache --passes 4 data.params.batch_size=64
+python scripts/encode.py -r logs/<run> -o cache --splits validation
 
 Reads the data of the tokenizer's run, or what -b and key=value items say instead, and writes
 <outdir>/train and <outdir>/validation, for taming.data.tokens.TokenCache. Each image's
 numbers, vectors of numbers and texts are kept, such as its class or its layout; images and maps are
-not. With random crops or mirroring, several passes keep some of their variety.
+not. With random crops or mirroring, several passes keep some of their variety. An image's place in
+the data set is kept as ``image_number``, and which pass it was, from 0 on, as ``pass_number``.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from taming.data.tokens import CacheInfo, TokenCacheWriter
+from taming.data.tokens import CacheInfo, TokenCacheWriter, free_for_cache
 from taming.data.utils import custom_collate
 from taming.models.cached_tokens import fingerprint
 from taming.models.vqgan import VQModel
@@ -37,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Declare the command line."""
     parser = run_parser(__doc__)
     parser.add_argument("-o", "--outdir", type=Path, required=True)
+    parser.add_argument("--splits", nargs="+", help="of the data; default: all")
     parser.add_argument("--passes", type=int, default=1, help="over the training set")
     parser.add_argument("-s", "--seed", type=int, default=23, help="of random crops")
     return parser
@@ -62,13 +65,16 @@ def encode(model: VQModel, loader: DataLoader[Any], folder: Path, passes: int) -
     """
     sequence, own = model.quantize.sequence, fingerprint(model, model.quantize.sequence)
     writer = None
-    for _ in range(passes):
+    for number in range(passes):
+        first = 0
         for batch in tqdm(loader, desc=folder.name):
             x = model.get_input(batch, model.image_key).to(model.device)
             quant, _, info = model.encode(x)
             grid = [*quant.shape[2:]]
             about = CacheInfo(own, grid, x.shape[2] * x.shape[3])
             columns = columns_of(batch)
+            columns["image_number"] = list(range(first, first + len(x)))
+            columns["pass_number"] = [number] * len(x)
             if writer is None:
                 writer = TokenCacheWriter(folder, about, sequence.vocab_size)
                 if left := [key for key in batch if key not in (*columns, model.image_key)]:
@@ -76,6 +82,7 @@ def encode(model: VQModel, loader: DataLoader[Any], folder: Path, passes: int) -
             if about != writer.info:
                 raise ValueError(f"images of {grid} sites come after those of {writer.info.grid}")
             writer.add(sequence.encode(info.indices.reshape(len(x), *grid, -1))[0], columns)
+            first += len(x)
     if writer is not None:
         writer.close()
 
@@ -90,9 +97,15 @@ def main() -> None:
     model, data = saved.model().to(device), saved.data()
     if not isinstance(model, VQModel) or isinstance(model, VQVAE2):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a VQModel")
-    for split, dataset in data.datasets.items():
+    splits = options.splits or list(data.datasets)
+    for split in splits:
+        if split not in data.datasets:
+            raise ValueError(f"--splits: there is no {split!r}, only {', '.join(data.datasets)}")
+        free_for_cache(options.outdir / split)
+    for split in splits:
+        images = data.datasets[split]
         loader = DataLoader(
-            dataset, data.batch_size, num_workers=data.num_workers, collate_fn=custom_collate
+            images, data.batch_size, num_workers=data.num_workers, collate_fn=custom_collate
         )
         encode(model, loader, options.outdir / split, options.passes if split == "train" else 1)
     logger.info("tokens in %s", options.outdir)

@@ -67,7 +67,7 @@ def parse_options() -> argparse.Namespace:
         nargs="+",
         help="images or folders whose rest to draw; what is known is shown as reconstructed",
     )
-    parser.add_argument("--known", type=float, default=0.5, help="known upper share of each")
+    parser.add_argument("--known", type=float, help="known upper share of each; default: 0.5")
     parser.add_argument(
         "--mask",
         help="picture that is bright where images are known instead, scaled and cut as they are;\n"
@@ -78,8 +78,12 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.num_samples < 1 or options.batch_size < 1:
         raise ValueError("--num_samples and --batch_size must be at least 1")
-    if not 0 <= options.known <= 1:
+    if options.known is not None and not 0 <= options.known <= 1:
         raise ValueError(f"--known must be in [0, 1], got {options.known}")
+    if options.known is not None and options.mask:
+        raise ValueError("give --known or --mask, not both")
+    if (options.known is not None or options.mask) and not options.complete:
+        raise ValueError("--known and --mask say what is known of images: give them by --complete")
     return options
 
 
@@ -140,7 +144,7 @@ def sample(model: Prior, options: argparse.Namespace) -> None:
 def known_part(options: argparse.Namespace, grid: tuple[int, int], factor: int) -> Tensor:
     """Which sites (h, w), of ``factor`` pixels, are known: an upper part, or what a mask says."""
     if options.mask is None:
-        return upper_part(options.known, grid)
+        return upper_part(0.5 if options.known is None else options.known, grid)
     mask = ImagePaths([options.mask], grid[0] * factor, antialias=True)[0]["image"]
     bright = torch.from_numpy(mask).mean(dim=-1) > 0
     return rearrange(bright, "(h f) (w g) -> h w (f g)", f=factor, g=factor).all(dim=-1)

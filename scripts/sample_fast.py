@@ -17,9 +17,9 @@ import lightning.pytorch as pl
 import torch
 from tqdm import tqdm
 
-from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.sampling import (
     Drawing,
+    Prior,
     empty_codes,
     numbers_of,
     sample_images,
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def folders_of(model: Net2NetTransformer, classes: str) -> dict[int, str]:
+def folders_of(model: Prior, classes: str) -> dict[int, str]:
     """Token of the condition -> folder of its samples."""
     if model.be_unconditional:
         return {model.sos_token: ""}
@@ -77,7 +77,7 @@ def main() -> None:
     device = choose_device(options.device)
     pl.seed_everything(options.seed, verbose=False)
     model = saved.model().to(device)
-    if not isinstance(model, Net2NetTransformer):
+    if not isinstance(model, Prior):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
     filters = Drawing(options.temperature, options.top_k, options.top_p)
     name = f"top_k_{options.top_k}_temp_{options.temperature:.2f}_top_p_{options.top_p}"

@@ -56,11 +56,13 @@ def test_priors_are_compared(sizes: Sizes, parquet: Path, tmp_path: Path) -> Non
     for row in rows:
         assert 0 <= row["recognised"] <= 1 and row["distance"] > 0
         assert row["changed"] == [0, 0] and row["minutes"] > 0
+        rebuilt, completed, unpasted = row["known_half"]
+        assert completed == rebuilt != unpasted
         assert row["bits"] / 64 < 16 and row["bits"] > 0
     again = compare(sizes, ["pixelcnn"], options)  # from the file this time
     assert again[0]["bits"] == pytest.approx(rows[-1]["bits"])
     assert again[0]["minutes"] == rows[-1]["minutes"]
-    assert again[0]["upper_half"] == pytest.approx(rows[-1]["upper_half"])  # drawn by seed
+    assert again[0]["known_half"] == pytest.approx(rows[-1]["known_half"])  # drawn by seed
     assert json.loads((tmp_path / "measurements.json").read_text())["references"]["order_zero"] > 0
     assert "| pixelcnn |" in (tmp_path / "report.md").read_text()
     with pytest.raises(ValueError, match="holds results with another steps than asked for now"):

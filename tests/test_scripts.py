@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import shutil
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -318,8 +319,16 @@ def test_tokens_are_computed_once(
         tokens, _ = model.quantize.sequence.encode(model.encode(x).info.indices)
         assert cached["tokens"][cached["tokens"] >= 0].tolist() == tokens[0].tolist()
         assert cached["grid"].tolist() == [SIDE, SIDE] and cached["pixels"] == PIXELS**2
+    places = [(item["pass_number"], item["image_number"]) for item in train]
+    assert places == list(product(range(2), range(8)))
+    shutil.rmtree("cache/validation")
     error = fails(capsys, "encode", "-r", tokenizer, "-o", "cache")
-    assert "already holds a token cache" in error
+    assert "cache/train already holds a token cache" in error
+    assert not Path("cache/validation").exists()
+    call("encode", "-r", tokenizer, "-o", "cache", "--splits", "validation")
+    assert len(TokenCache("cache/validation")) == 4
+    error = fails(capsys, "encode", "-r", tokenizer, "-o", "cache", "--splits", "val")
+    assert "there is no 'val', only train, validation" in error
 
 
 def test_a_prior_trains_from_cached_tokens(
@@ -422,6 +431,8 @@ def test_models_are_not_mixed_up(
         (["--classes", "3"], "--classes: this prior is unconditional"),
         (["-n", "0"], "--num_samples and --batch_size must be at least 1"),
         (["--known", "1.5"], "--known must be in [0, 1], got 1.5"),
+        (["--mask", "mask.png"], "say what is known of images: give them by --complete"),
+        (["--mask", "mask.png", "--known", "0.3"], "give --known or --mask, not both"),
         (["--grid", "4x4"], "--grid expects rows,columns such as 16,16, got '4x4'"),
         (["--grid", "0,4"], "--grid expects rows,columns such as 16,16, got '0,4'"),
         (["--temperature", "-1"], "temperature"),

@@ -40,6 +40,25 @@ class CacheInfo(NamedTuple):
     pixels: int
 
 
+def free_for_cache(folder: Path) -> Path:
+    """Return where a cache is written before it gets its name.
+
+    Raises:
+        ValueError: The folder holds a cache already, or an unfinished one stands beside it.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} already holds a token cache, or other files; remove it, or name another"
+        )
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    if unfinished.exists():
+        raise ValueError(
+            f"{unfinished} is of a token cache that is still being written, or never was to its "
+            "end; if nothing writes to it, remove it"
+        )
+    return unfinished
+
+
 class TokenCacheWriter:
     """Writes a cache, a file for every so many images.
 
@@ -52,22 +71,13 @@ class TokenCacheWriter:
         images_per_file: How many images go into one file.
 
     Raises:
-        ValueError: The folder holds a cache already, or an unfinished one stands beside it.
+        ValueError: See `free_for_cache`.
     """
 
     def __init__(
         self, folder: Path, info: CacheInfo, vocab_size: int, images_per_file: int = 100_000
     ) -> None:
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(
-                f"{folder} already holds a token cache, or other files; remove it, or name another"
-            )
-        self.unfinished = folder.with_name(f"{folder.name}.unfinished")
-        if self.unfinished.exists():
-            raise ValueError(
-                f"{self.unfinished} is of a token cache that is still being written, or never was "
-                "to its end; if nothing writes to it, remove it"
-            )
+        self.unfinished = free_for_cache(folder)
         self.unfinished.mkdir(parents=True)
         self.folder = folder
         self.info = info

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taming.modules.vqvae.cascade import Cascade
 from taming.modules.vqvae.grammar import TokenSequence
 
 # Parts of a tokenizer that have no say in which codes an image gets.
@@ -19,13 +20,15 @@ _AFTER = ("loss", "decoder", "post_quant_conv", "colorize")
 
 
 def fingerprint(tokenizer: nn.Module, sequence: TokenSequence) -> str:
-    """Return a number, in hexadecimal, that only tokenizers of the same weights share.
+    """Return a number, in hexadecimal, that only tokenizers share which write the same tokens.
 
     Args:
         tokenizer: A `VQModel`.
         sequence: How it writes tokens.
     """
     digest = hashlib.sha256(f"{type(sequence).__name__} {sorted(vars(sequence).items())}".encode())
+    if wide := [m.beam for m in tokenizer.modules() if isinstance(m, Cascade) and m.beam > 1]:
+        digest.update(f"beam {wide}".encode())
     for name, value in sorted(tokenizer.state_dict().items()):
         if name.split(".")[0] not in _AFTER:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

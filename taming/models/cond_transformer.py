@@ -117,6 +117,8 @@ class Net2NetTransformer(Prior):
             raise ValueError(
                 f"condition_dropout must be in [0, 1), and 0 without a condition, got {hidden}"
             )
+        if not 0 < self.pkeep <= 1:
+            raise ValueError(f"pkeep is a probability in (0, 1], got {self.pkeep}")
         check_tokens(config, sequence, self.cond_stage_model, spare=hidden > 0)
         check_depths(config, sequence)
         if isinstance(self.cond_stage_model, Labelator | SOSProvider):  # of one token

@@ -6,6 +6,7 @@ from typing import Any
 
 from taming.models.vqgan import VQModel
 from taming.models.vqvae2 import Level
+from taming.modules.misc.coord import CoordStage
 from taming.modules.transformer.blocks import GPTConfig
 from taming.modules.transformer.gpt import GPT
 from taming.modules.transformer.two_level import TwoLevelGPT
@@ -19,6 +20,8 @@ def condition_tokens(stage: Any) -> int:
         return stage.n_classes
     if isinstance(stage, SOSProvider):
         return stage.sos_token + 1
+    if isinstance(stage, CoordStage):
+        return stage.n_embed + 1
     if isinstance(stage, VQModel):
         return stage.quantize.sequence.vocab_size
     return stage.condition_size if isinstance(stage, Level) else 0

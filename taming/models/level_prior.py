@@ -69,7 +69,8 @@ class LowerLevelPrior(Net2NetTransformer):
     @torch.no_grad()
     def encode_to_c(self, c: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images (B, C, H, W) by the levels above: their stack, and tokens (B, L)."""
-        return self.first_stage_model.encode_above(c)
+        with torch.autocast(c.device.type, enabled=False):
+            return self.first_stage_model.encode_above(c)
 
     @torch.no_grad()
     def draw_picture(self, index: Tensor, zshape: Sequence[int], quant_c: Tensor) -> Tensor:

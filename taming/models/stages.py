@@ -136,8 +136,17 @@ class Prior(pl.LightningModule, ABC):
     # --- batches ---------------------------------------------------------------------------------
 
     def get_input(self, key: str, batch: Mapping[str, Any]) -> Tensor:
-        """Take a value out of a batch; images (B, H, W, C) and (B, H, W) become (B, C, H, W)."""
-        x = batch[key]
+        """Take a value out of a batch; images (B, H, W, C) and (B, H, W) become (B, C, H, W).
+
+        Raises:
+            ValueError: The batch has no such tensor.
+        """
+        if not isinstance(x := batch.get(key), Tensor):
+            found = f"is a {type(x).__name__}, no tensor" if key in batch else "is missing"
+            raise ValueError(
+                f"{key!r}, the prior's first_stage_key or cond_stage_key, {found} in the batch, "
+                f"which has {', '.join(batch)}"
+            )
         if x.ndim == 3:
             x = x[..., None]
         if x.ndim == 4:
@@ -181,8 +190,12 @@ class Prior(pl.LightningModule, ABC):
 
     @torch.no_grad()
     def encode_to_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn images (B, C, H, W) in [-1, 1] into z_q (B, D, h, w) and codes (B, h, w, T)."""
-        quant_z, _, info = self.first_stage_model.encode(x)
+        """Turn images (B, C, H, W) in [-1, 1] into z_q (B, D, h, w) and codes (B, h, w, T).
+
+        The tokenizer runs in its own precision, so that codes are the same in training and after.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            quant_z, _, info = self.first_stage_model.encode(x)
         batch, _, h, w = quant_z.shape
         return quant_z, info.indices.reshape(batch, h, w, -1)
 
@@ -216,7 +229,8 @@ class Prior(pl.LightningModule, ABC):
         """
         if self.downsample_cond_size > -1:
             c = F.interpolate(c, size=(self.downsample_cond_size, self.downsample_cond_size))
-        quant_c, _, (_, _, indices) = self.cond_stage_model.encode(c)
+        with torch.autocast(c.device.type, enabled=False):
+            quant_c, _, (_, _, indices) = self.cond_stage_model.encode(c)
         tokens = indices.reshape(len(c), -1)
         if (tokens < 0).any():
             raise ValueError(

@@ -129,8 +129,17 @@ class Labelator(AbstractEncoder):
         self.quantize_interface = quantize_interface
 
     def encode(self, c: Tensor) -> Tensor | Quantized:
-        """Map labels (B,) in [0, n_classes) to tokens (B, 1) int64."""
+        """Map labels (B,) in [0, n_classes) to tokens (B, 1) int64.
+
+        Raises:
+            ValueError: There is another label.
+        """
         tokens = c[:, None].long()
+        if ((tokens < 0) | (tokens >= self.n_classes)).any():
+            raise ValueError(
+                f"labels from {int(tokens.min())} to {int(tokens.max())} are not all among the "
+                f"n_classes {self.n_classes} of the Labelator, which begin at 0"
+            )
         return (tokens, None, (None, None, tokens)) if self.quantize_interface else tokens
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
 from taming.data.utils import custom_collate
+from taming.models.cached_tokens import fingerprint
 from taming.models.cond_transformer import Net2NetTransformer
 
 TRANSFORMS = {
@@ -207,6 +208,38 @@ def test_losses_from_cached_tokens_are_those_from_images(kind: str, tmp_path) ->
     model.cond_stage_key = "depth"
     with pytest.raises(ValueError, match="the token cache has no 'depth'.* only tokens, grid"):
         model.see(batch)
+
+
+@every_tokenizer
+def test_codes_do_not_depend_on_the_precision_of_training(kind: str) -> None:
+    model, x = prior(kind).eval(), torch.rand(8, 3, 16, 16) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = model.encode_to_codes(x)[1]
+        coarse = model.first_stage_model.encode(x).info.indices
+    assert torch.equal(inside, model.encode_to_codes(x)[1])
+    assert not torch.equal(inside.flatten(), coarse.flatten())
+
+
+def test_a_wider_search_is_another_tokenizer() -> None:
+    model = prior()
+    before = fingerprint(model.first_stage_model, model.sequence)
+    model.first_stage_model.quantize.transform.beam = 4
+    assert fingerprint(model.first_stage_model, model.sequence) != before
+
+
+def test_what_the_data_do_not_hold_is_named() -> None:
+    labels = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 3}}
+    batch = {**next(iter(images(4, 4))), "human_label": ["cat"] * 4}
+    for key, message in (
+        ("depth", "'depth', .* is missing in the batch, which has image, class_label, human_label"),
+        ("human_label", "'human_label', .* is a list, no tensor"),
+        ("class_label", "labels from 0 to 3 are not all among the n_classes 3"),
+    ):
+        model = prior(cond_stage_config=labels, cond_stage_key=key)
+        with pytest.raises(ValueError, match=message):
+            model.see(batch)
+    with pytest.raises(ValueError, match=r"pkeep is a probability in \(0, 1\], got 90"):
+        prior(pkeep=90)
 
 
 def test_hidden_conditions_make_guidance_possible(tmp_path) -> None:

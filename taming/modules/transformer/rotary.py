@@ -1,4 +1,6 @@
-"""Rotary embedding of places: attention sees how far apart two tokens lie on the grid.
+"""Rotary embedding of places: attention sees how far apart on the grid two inputs predict.
+
+The place of an input is that of the token which it predicts, the next one.
 
 Axis letters: B sequences, L tokens, N heads, E channels of a head.
 """

@@ -22,8 +22,8 @@ class Attract(Transform):
 
     Moving toward e_k never leaves its Voronoi cell, so k is the same in every turn, the distance
     is d (1 - step)^t after t of them, and the number of turns is known after one search: the loop
-    writes ceil(log(tau / d) / log(1 - step)) dummies, from 0 to T - 1. A site decodes to e_k; only with a depth
-    embedding does the count tell the decoder something.
+    writes ceil(log(tau / d) / log(1 - step)) dummies, from 0 to T - 1. A site decodes to e_k; only
+    with a depth embedding does the count tell the decoder something.
 
     Args:
         step: Fraction of the way to the code covered in a turn, in (0, 1].
