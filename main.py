@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from taming.cli import Options, parse_arguments
 from taming.config import LoadedConfig, get_obj_from_str, instantiate_from_config, load_config
-from taming.experiment import PreparationError, RunDir, check_experiment, run_name
+from taming.experiment import PreparationError, RunDir, check_experiment, run_name, without_starts
 from taming.util import DataError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ def build(
     arguments = building.trainer_arguments(lightning, run)
     pl.seed_everything(options.seed, workers=True)
     project = {name: config.values[name] for name in ("model", "data")}
+    if options.resume:  # all weights are in the checkpoint
+        project["model"] = without_starts(project["model"])
     data = instantiate_from_config(project["data"])
     model = instantiate_from_config(project["model"])
     wandb_project = options.project if options.wandb else None

@@ -231,7 +231,7 @@ class CodebookTelemetry(Callback):
             if not name.startswith(f"{split}/"):
                 continue
             width = -(-len(counts) // self.max_bins)
-            padded = nn.functional.pad(counts.double().cpu(), (0, -len(counts) % width))
+            padded = nn.functional.pad(counts.cpu().double(), (0, -len(counts) % width))
             bins = padded.view(-1, width).sum(1).numpy()
             edges = np.arange(len(bins) + 1) * width - 0.5
             for destination in trainer.loggers:

@@ -183,19 +183,20 @@ def trained_model(block: Mapping[str, Any], checkpoint: str | Path) -> Any:
 
     Args:
         block: ``{target, params}``. A ``ckpt_path`` anywhere in it is where a part once started
-            from; since the checkpoint holds all weights, that file is neither needed nor read.
+            from; since the checkpoint holds all weights, that file is neither needed nor read, and
+            nothing of the checkpoint is left out.
         checkpoint: File with all weights of the model.
     """
-    params = {**without_ckpt_paths(block.get("params") or {}), "ckpt_path": str(checkpoint)}
+    params = {**without_starts(block.get("params") or {}), "ckpt_path": str(checkpoint)}
     return instantiate_from_config({"target": block["target"], "params": params}).eval()
 
 
-def without_ckpt_paths(block: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave every ``ckpt_path`` out of a block and of those inside it."""
+def without_starts(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave every ``ckpt_path``, and its ``ignore_keys``, out of a block and those inside it."""
     return {
-        key: without_ckpt_paths(value) if isinstance(value, Mapping) else value
+        key: without_starts(value) if isinstance(value, Mapping) else value
         for key, value in block.items()
-        if key != "ckpt_path"
+        if key not in ("ckpt_path", "ignore_keys")
     }
 
 

@@ -85,7 +85,7 @@ def _parse_backend(value: Any) -> dict[str, Any]:
         raise ValueError(f"strategy {value!r} no longer exists; use 'ddp'")
     if value == "ddp_cpu":
         return {"accelerator": "cpu", "strategy": "ddp"}
-    return {"strategy": "ddp" if value == "ddp2" else value} if value else {}
+    return {"strategy": "ddp" if value in ("ddp2", "ddp_spawn") else value} if value else {}
 
 
 _TRANSLATED: Mapping[str, Callable[[Any], dict[str, Any]]] = {

@@ -15,11 +15,13 @@ from taming.config import instantiate_from_config
 from taming.experiment import (
     DEFAULT_CHECKPOINT,
     DEFAULT_LOGGER,
+    PreparationError,
     RunDir,
     callback_blocks,
     merge_block,
 )
 from taming.signature import signature_of
+from taming.source import nearest
 
 
 def build_loggers(
@@ -85,6 +87,30 @@ def build_callbacks(
     return callbacks
 
 
+class MonitorCheck(Callback):
+    """Stops a run whose checkpoints would wait for a metric that validation does not log.
+
+    Args:
+        monitor: Name of the metric; of one of training, only time can tell.
+    """
+
+    def __init__(self, monitor: str | None) -> None:
+        self.monitor = monitor
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look whether the first validation batches logged it.
+
+        Raises:
+            PreparationError: They did not.
+        """
+        name, logged = self.monitor, list(trainer.callback_metrics)
+        if name is None or name.startswith("train/") or name in logged:
+            return
+        raise PreparationError(
+            f"validation does not log the monitor {name!r}{nearest(name, logged)}"
+        )
+
+
 def build_checkpoints(
     lightning: Mapping[str, Any], model: pl.LightningModule, run: RunDir
 ) -> list[Callback]:
@@ -94,14 +120,15 @@ def build_checkpoints(
     monitor = getattr(model, "monitor", None)
     if configured or monitor:
         # Without a counter, a resumed run replaces the files of the run it continues.
+        several = "val_check_interval" in (lightning.get("trainer") or {})  # in an epoch
         params = {
             "dirpath": str(run.checkpoints),
-            "filename": "{epoch:06}",
+            "filename": "{epoch:06}-{step:09}" if several else "{epoch:06}",
             "enable_version_counter": False,
             **({"monitor": monitor, "save_top_k": 3} if monitor else {}),
         }
-        block = merge_block(DEFAULT_CHECKPOINT, configured)
-        checkpoints.append(instantiate_from_config(_with_defaults(block, params)))
+        block = _with_defaults(merge_block(DEFAULT_CHECKPOINT, configured), params)
+        checkpoints = [instantiate_from_config(block), MonitorCheck(block["params"].get("monitor"))]
     last = callback_blocks(lightning).get("last_checkpoint")
     if last:  # after the others, so that last.ckpt knows the best ones
         block = _with_defaults(last, {"ckptdir": run.checkpoints})

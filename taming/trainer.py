@@ -170,9 +170,16 @@ def hand_over_optimization(
         The Trainer arguments that are left.
 
     Raises:
-        ValueError: The model cannot take them.
+        ValueError: The model cannot take them, or one is out of range.
     """
     names = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+    batches, algorithm = (arguments.get(name) for name in names[::2])
+    if batches is not None and (not isinstance(batches, int) or batches < 1):
+        raise ValueError(
+            f"accumulate_grad_batches must be a whole number of at least 1, got {batches!r}"
+        )
+    if algorithm not in (None, "norm", "value"):
+        raise ValueError(f"gradient_clip_algorithm must be 'norm' or 'value', got {algorithm!r}")
     given = {name: arguments[name] for name in names if arguments.get(name) is not None}
     if given and not isinstance(model, ManualOptimization):
         raise ValueError(
@@ -223,7 +230,7 @@ def fit(
     if checkpoint is not None:
         logger.info(
             "resuming from %s: optimizers keep the learning rates stored there; if it was saved "
-            "within an epoch, that epoch's remaining batches are drawn anew",
+            "within an epoch, as many batches as were left are drawn anew from all images",
             checkpoint,
         )
     try:

@@ -16,6 +16,7 @@ from taming.experiment import (
     merge_block,
     model_from_run,
     run_name,
+    without_starts,
 )
 
 PROJECT = {
@@ -101,6 +102,13 @@ def test_model_from_run_has_the_runs_weights(run):
         model = model_from_run(path, monitor="val/x")
         assert not model.training and model.monitor == "val/x"
         torch.testing.assert_close(model.state_dict(), expected)
+
+
+def test_what_a_run_started_from_has_served(run):
+    start = {"ckpt_path": "gone.ckpt", "ignore_keys": ["encoder"]}
+    block = {"n": 1, **start, "first_stage_config": {"target": "x", "params": {"m": 2, **start}}}
+    kept = {"n": 1, "first_stage_config": {"target": "x", "params": {"m": 2}}}
+    assert without_starts(block) == kept
 
 
 def test_model_from_run_takes_the_newest_configuration(run):

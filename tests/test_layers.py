@@ -25,7 +25,7 @@ ALLOWED = {
     "callbacks": {"config", "pictures", "util"},
     "resume": {"config", "util"},
     "experiment": {"config", "signature", "util"},
-    "observers": {"config", "signature", "experiment", "util"},
+    "observers": {"config", "signature", "source", "experiment", "util"},
     "trainer": {"checkpoint", "config", "experiment", "observers", "util"},
     "script": {"checkpoint", "config", "experiment", "models", "modules", "util"},
     "cli": {"config", "legacy", "signature", "source", "util"},

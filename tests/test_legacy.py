@@ -40,6 +40,7 @@ def test_other_gpus_are_refused(value):
         ({"gpus": "0,1", "distributed_backend": "ddp"}, dict(strategy="ddp", devices=[0, 1])),
         ({"gpus": 2, "accelerator": "ddp"}, dict(strategy="ddp", accelerator="gpu", devices=2)),
         ({"accelerator": "ddp_cpu", "num_processes": 2}, dict(accelerator="cpu", devices=2)),
+        ({"distributed_backend": "ddp_spawn", "gpus": 2}, dict(strategy="ddp", devices=2)),
         ({"checkpoint_callback": False}, {"enable_checkpointing": False}),
         ({"progress_bar_refresh_rate": 0}, {"enable_progress_bar": False}),
         ({"progress_bar_refresh_rate": 20}, {"enable_progress_bar": True}),

@@ -114,6 +114,16 @@ def test_resume_from_checkpoint_in_a_new_run(folder):
     assert last(new)["global_step"] == 12
 
 
+def test_resume_does_not_need_what_the_model_started_from(folder):
+    program.main(["-b", "toy.yaml", "-t", "-n", "a", *CPU])
+    start = only_run() / "checkpoints/last.ckpt"
+    program.main(["-b", "toy.yaml", "-t", "-n", "b", *CPU, f"model.params.ckpt_path={start}"])
+    start.unlink()
+    (run,) = Path("logs").glob("*_b")
+    program.main(["-r", str(run), "-t", "--max_epochs", "2"])
+    assert last(run)["global_step"] == 8
+
+
 def test_stops_at_max_steps_with_a_checkpoint(folder):
     program.main(["-b", "toy.yaml", "-t", *CPU, "--max_steps", "3", "--max_epochs", "-1"])
     run = only_run()
@@ -215,6 +225,12 @@ def test_a_broken_image_is_named_in_one_line(folder, capsys, workers):
     error = fails([*argv, f"data.params.train={data}"], capsys)
     assert error.startswith("image c.jpg: ") and error.count("\n") == 1
     assert only_run().is_dir()
+
+
+def test_a_monitor_that_nobody_logs_is_named_before_the_first_epoch(folder, capsys):
+    error = fails(["-b", "toy.yaml", "-t", *CPU, "model.params.monitor=val/los"], capsys)
+    assert error == "validation does not log the monitor 'val/los'; did you mean 'val/loss'?\n"
+    assert not list(only_run().glob("checkpoints/*"))
 
 
 def test_an_error_in_training_is_raised(folder):

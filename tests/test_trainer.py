@@ -10,7 +10,7 @@ from taming import trainer as building
 from taming.callbacks import ImageLogger, SetupCallback
 from taming.config import ConfigError
 from taming.experiment import RunDir
-from taming.observers import build_callbacks, build_checkpoints, build_loggers
+from taming.observers import MonitorCheck, build_callbacks, build_checkpoints, build_loggers
 from taming.resume import LastCheckpoint
 
 PROJECT = {"model": {"target": "toys.ToyModel"}, "data": {"target": "toys.ToyDataModule"}}
@@ -117,6 +117,19 @@ def test_manual_optimization_that_cannot_take_over_is_named():
     assert building.hand_over_optimization({"max_steps": 3}, Bare()) == {"max_steps": 3}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"accumulate_grad_batches": 0}, "whole number of at least 1, got 0"),
+        ({"accumulate_grad_batches": {0: 1, 5: 4}}, "whole number of at least 1, got {0: 1, 5: 4}"),
+        ({"gradient_clip_algorithm": "nrom"}, "must be 'norm' or 'value', got 'nrom'"),
+    ],
+)
+def test_accumulation_and_clipping_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        building.hand_over_optimization(arguments, toys.ToyManualModel())
+
+
 def test_default_loggers(run):
     csv, tensorboard = build_loggers(None, run, "now", None)
     assert isinstance(csv, CSVLogger) and csv.log_dir == f"{run.path}/csv/now/"
@@ -161,15 +174,20 @@ def test_own_callback_in_place_of_a_default(run):
 
 
 def test_checkpoints_follow_the_models_monitor(run):
-    best, last = build_checkpoints({}, toys.ToyModel(monitor="val/loss"), run)
+    best, check, last = build_checkpoints({}, toys.ToyModel(monitor="val/loss"), run)
     assert isinstance(best, ModelCheckpoint) and isinstance(last, LastCheckpoint)
+    assert isinstance(check, MonitorCheck) and check.monitor == "val/loss"
     assert (best.monitor, best.save_top_k, best.filename) == ("val/loss", 3, "{epoch:06}")
     assert last.path == run.last_checkpoint
     (only,) = build_checkpoints({}, toys.ToyModel(), run)
     assert isinstance(only, LastCheckpoint)
     block = {"modelcheckpoint": {"params": {"every_n_train_steps": 7, "save_top_k": -1}}}
-    every, _ = build_checkpoints(block, toys.ToyModel(), run)
+    every, check, _ = build_checkpoints(block, toys.ToyModel(), run)
     assert every._every_n_train_steps == 7 and every.dirpath == str(run.checkpoints)
+    assert check.monitor is None
+    often = {"trainer": {"val_check_interval": 0.5}}  # a file for each time, not for each epoch
+    best, *_ = build_checkpoints(often, toys.ToyModel(monitor="val/loss"), run)
+    assert best.filename == "{epoch:06}-{step:09}"
 
 
 @pytest.mark.parametrize("arguments", [{"fast_dev_run": True}, {"enable_checkpointing": False}])

@@ -55,7 +55,7 @@ class CustomTrain(ImagePaths):
         random_crop: Cut anywhere instead of from the middle.
         random_flip: Mirror every other image.
         random_scale: [lo, hi]: draw the short side between lo * size and hi * size before the cut.
-        allow_upscale: Enlarge images smaller than ``size`` instead of refusing them.
+        allow_upscale: Enlarge images smaller than ``size``, as the original does; or refuse them.
         antialias: Rescale with antialiasing; off, results are as in the original.
         on_error: "raise", or "skip" images that cannot be read or are too small.
     """
@@ -68,7 +68,7 @@ class CustomTrain(ImagePaths):
         random_crop: bool = False,
         random_flip: bool = False,
         random_scale: Sequence[float] | None = None,
-        allow_upscale: bool = False,
+        allow_upscale: bool = True,
         antialias: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
@@ -90,7 +90,7 @@ class CustomTest(ImagePaths):
     Args:
         size: Side of the square crops in pixels.
         test_images_list_file: Text file, one path per line.
-        allow_upscale: Enlarge images smaller than ``size`` instead of refusing them.
+        allow_upscale: Enlarge images smaller than ``size``, as the original does; or refuse them.
         antialias: Rescale with antialiasing; off, results are as in the original.
         on_error: "raise", or "skip" images that cannot be read or are too small.
     """
@@ -100,7 +100,7 @@ class CustomTest(ImagePaths):
         size: int,
         test_images_list_file: str,
         *,
-        allow_upscale: bool = False,
+        allow_upscale: bool = True,
         antialias: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
@@ -160,8 +160,7 @@ def find_files(paths: Sequence[str]) -> list[Path]:
 
 def _walk(root: str | os.PathLike[str], recursive: bool) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        if not recursive:
-            subfolders.clear()
+        subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
         for name in names:
             if not name.startswith("."):
                 yield Path(folder, name).relative_to(root)

@@ -203,6 +203,13 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
             if scheduler.optimizer is optimizer.optimizer:
                 scheduler.step()
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep what is accumulated; by default, Lightning drops gradients before validation."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let logs count generator steps; Lightning's counter counts batches here."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip gradients; Lightning calls this after it has undone any loss scaling."""
         if self.gradient_clip_val is not None:

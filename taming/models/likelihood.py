@@ -8,7 +8,10 @@ from __future__ import annotations
 import math
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
+
+from taming.util import NonFiniteError
 
 
 def log_likelihood(
@@ -26,9 +29,14 @@ def log_likelihood(
 
     Returns:
         The loss: mean -log p of a token in nats.
+
+    Raises:
+        NonFiniteError: It is not finite.
     """
     images, tokens = len(nats), int(lengths.sum())
     loss, bits = nats.sum() / tokens, nats.detach().sum() / math.log(2)
+    if not torch.isfinite(loss):
+        raise NonFiniteError(f"{split}/loss is not finite at step {model.global_step}")
     for name, value, weight in (
         ("loss", loss, tokens),
         ("bits_per_token", bits / tokens, tokens),

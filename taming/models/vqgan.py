@@ -98,6 +98,11 @@ class VQModel(QuantizedAutoencoder):
     ) -> None:
         if ddconfig.get("double_z", True):
             raise ValueError("ddconfig of a VQ model needs double_z: false, for one z, not two")
+        if ddconfig["in_channels"] != ddconfig["out_ch"]:
+            raise ValueError(
+                f"ddconfig has in_channels {ddconfig['in_channels']}, but out_ch "
+                f"{ddconfig['out_ch']}: what is decoded must be of the form of the input"
+            )
         own = {"beta": beta, "remap": remap, "sane_index_shape": sane_index_shape, "legacy": legacy}
         super().__init__(
             instantiate_from_config(lossconfig),

@@ -65,15 +65,22 @@ def test_images_smaller_than_the_crop(tmp_path, kind):
         return ImageFolder(root, 16, **options)
 
     with pytest.raises(ValueError, match="a.png: 12x10 pixels are fewer than the crop of 16x16"):
-        build()[0]
+        build(allow_upscale=False)[0]
     assert build(allow_upscale=True)[0]["image"].shape == (16, 16, 3)
     save(tmp_path / "b.png", (20, 20))
     write_list(tmp_path / "train.txt", "a.png", "b.png")
-    assert names([build(on_error="skip")[0]]) == ["b.png"]
+    assert names([build(allow_upscale=False, on_error="skip")[0]]) == ["b.png"]
+
+
+def test_lists_enlarge_small_images_as_the_original_does(tmp_path):
+    save(tmp_path / "a.png")
+    listed = write_list(tmp_path / "train.txt", "a.png")
+    for images in (CustomTrain(16, listed), CustomTest(16, listed)):
+        assert images[0]["image"].shape == (16, 16, 3)
 
 
 def test_folders_are_searched_in_order_without_hidden_and_other_files(tmp_path):
-    for name in ("b/2.JPG", "b/1.png", "a/3.webp", "0.png", ".hidden.png"):
+    for name in ("b/2.JPG", "b/1.png", "a/3.webp", "0.png", ".hidden.png", ".thumbs/4.png"):
         save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
     assert names(ImageFolder(str(tmp_path))) == ["0.png", "3.webp", "1.png", "2.JPG"]

@@ -12,6 +12,7 @@ from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
 from taming.data.utils import custom_collate
 from taming.models.cached_tokens import fingerprint
 from taming.models.cond_transformer import Net2NetTransformer
+from taming.util import NonFiniteError
 
 TRANSFORMS = {
     "residual": {},
@@ -218,6 +219,15 @@ def test_codes_do_not_depend_on_the_precision_of_training(kind: str) -> None:
         coarse = model.first_stage_model.encode(x).info.indices
     assert torch.equal(inside, model.encode_to_codes(x)[1])
     assert not torch.equal(inside.flatten(), coarse.flatten())
+
+
+def test_what_is_not_finite_stops_training(tmp_path) -> None:
+    model = prior()
+    with torch.no_grad():
+        model.transformer.head.weight[0] = math.nan
+    with pytest.raises(NonFiniteError, match="train/loss is not finite at step 0"):
+        fit = trainer(tmp_path, num_sanity_val_steps=0)
+        fit.fit(model, images(4, 4), images(4, 4))
 
 
 def test_a_wider_search_is_another_tokenizer() -> None:

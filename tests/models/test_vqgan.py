@@ -1,11 +1,14 @@
 """The tokenizer equals the original, and training keeps its promises."""
 
+import csv
 import math
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from golden import load_golden
+from lightning.pytorch.loggers import CSVLogger
 from tiny import DDCONFIG, GAN, LOOPY, PLAIN, images, trainer
 
 from taming.models.vqgan import VQModel
@@ -89,6 +92,31 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path) -> None:
         assert fit.global_step == 2
         weights.append(tokenizer.encoder.conv_in.weight)
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", [PLAIN, GAN], ids=["plain", "gan"])
+def test_validation_does_not_disturb_accumulation(tmp_path, loss) -> None:
+    state = model(loss, None).state_dict()
+    weights = []
+    for interval in (1.0, 3):
+        tokenizer = model(loss, None)
+        tokenizer.load_state_dict(state)
+        tokenizer.learning_rate, tokenizer.accumulate_grad_batches = 1e-2, 4
+        trainer(tmp_path, val_check_interval=interval).fit(tokenizer, images(16), images(2))
+        weights.append(tokenizer.state_dict())
+    for name, value in weights[0].items():
+        if not name.startswith(("train_", "val_")):  # what was counted since
+            torch.testing.assert_close(value, weights[1][name], msg=name)
+
+
+def test_logs_count_generator_steps(tmp_path) -> None:
+    tokenizer = model(PLAIN, None)
+    tokenizer.accumulate_grad_batches = 4
+    logger = CSVLogger(tmp_path, version="x")
+    trainer(tmp_path, logger=logger, log_every_n_steps=1).fit(tokenizer, images(16), images(2))
+    lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    rows = [row for row in csv.DictReader(lines) if row["train/rec_loss"]]
+    assert [int(row["step"]) for row in rows] == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("ema_decay", [0.9, None], ids=["ema", "gradient"])
@@ -204,3 +232,5 @@ def test_other_than_three_channels_are_coloured_if_it_is_said_how_many() -> None
 def test_sizes_that_disagree_are_refused() -> None:
     with pytest.raises(ValueError, match="n_embed 99 and embed_dim 4 do not agree"):
         VQModel(DDCONFIG, GAN, 99, 4, quantizer_config=LOOPY)
+    with pytest.raises(ValueError, match="in_channels 3, but out_ch 1"):
+        VQModel({**DDCONFIG, "out_ch": 1}, GAN, 16, 4)

@@ -36,7 +36,7 @@ class CodebookMetrics(Metric):
         self.max_loops = max_loops
         self.add_state("codes", torch.zeros(n_e, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("lengths", torch.zeros(max_loops + 1, dtype=torch.int64), "sum")
-        self.add_state("error", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("error", torch.zeros(()), dist_reduce_fx="sum")  # MPS has no float64
         self.add_state("beyond", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -52,7 +52,7 @@ class CodebookMetrics(Metric):
         self.codes += torch.bincount(written, minlength=self.n_e)
         lengths = (slots >= 0).sum(dim=1)
         self.lengths += torch.bincount(lengths, minlength=self.max_loops + 1)
-        self.error += (z.detach().float() - quantized.z_q.detach()).square().mean(1).double().sum()
+        self.error += (z.detach().float() - quantized.z_q.detach()).square().mean(1).sum()
         if isinstance(quantized.info.encodings, LoopTrace):
             self.beyond += (~quantized.info.encodings.within).sum()
         self.images += len(z)
@@ -78,7 +78,7 @@ class CodebookMetrics(Metric):
             "mean_length": slots / sites,
             "slots_per_image": slots / self.images,
             "never_within_threshold": self.beyond / sites,
-            "quantization_error": (self.error / sites).float(),
+            "quantization_error": self.error / sites,
             "codes": self.codes,
             "lengths": self.lengths,
         }
