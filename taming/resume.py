@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from taming.util import NonFiniteError
 
@@ -52,7 +53,8 @@ class LastCheckpoint(Checkpoint):
 
     It is written at the end of every epoch, every so many steps, when the process receives SIGUSR1
     (at the end of that batch), and when training is interrupted. After a
-    :class:`~taming.util.NonFiniteError` it is left alone. SIGUSR2 opens a debugger.
+    :class:`~taming.util.NonFiniteError` it is left alone; after another error of one of several
+    processes too, and ``interrupted.ckpt`` is written beside it. SIGUSR2 opens a debugger.
 
     Args:
         ckptdir: Folder to write to.
@@ -102,15 +104,19 @@ class LastCheckpoint(Checkpoint):
         """Save what was reached, without waiting for processes that may be gone."""
         if not self._has_started or isinstance(exception, NonFiniteError):
             return
+        path = self.path
         if trainer.world_size == 1:
             self._save(trainer)
         elif isinstance(trainer.strategy, DDPStrategy) and trainer.is_global_zero:
             # Trainer.save_checkpoint would wait at a barrier for the other processes.
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            trainer.strategy.save_checkpoint(checkpoint, self.path)
+            if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
+                # It may only be the echo of a value that is not finite elsewhere.
+                path = self.path.with_name("interrupted.ckpt")
+            trainer.strategy.save_checkpoint(checkpoint, path)
         else:
             return
-        logger.warning("%s: %s was saved", type(exception).__name__, self.path)
+        logger.warning("%s: %s was saved", type(exception).__name__, path)
 
     def _request(self, *_: Any) -> None:
         self._requested = True

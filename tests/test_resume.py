@@ -3,14 +3,20 @@
 import os
 import random
 import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import toys
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from taming.resume import LastCheckpoint, RngState
+from taming.util import NonFiniteError
 
 
 def fit(folder, epochs, model=None, ckpt_path=None, extra=(), data=None):
@@ -89,6 +95,29 @@ def test_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(RuntimeError, match="not finite"):
         fit(tmp_path, 2, toys.ToyModel(fail_at=5, non_finite=True))
     assert saved_step(tmp_path) == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (KeyboardInterrupt(), "last.ckpt"),
+        (SIGTERMException(), "last.ckpt"),
+        (RuntimeError("Connection closed by peer"), "interrupted.ckpt"),
+        (NonFiniteError("loss"), None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_one_of_several_processes_saves_what_it_can_vouch_for(tmp_path, error, name):
+    strategy = DDPStrategy()
+    strategy.save_checkpoint = lambda checkpoint, path: Path(path).write_text(checkpoint)
+    connector = SimpleNamespace(dump_checkpoint=lambda weights_only: "state")
+    trainer: Any = SimpleNamespace(
+        world_size=2, is_global_zero=True, strategy=strategy, _checkpoint_connector=connector
+    )
+    last = LastCheckpoint(tmp_path)
+    last._has_started = True
+    last.on_exception(trainer, toys.ToyModel(), error)
+    assert [path.name for path in tmp_path.iterdir()] == [name] * (name is not None)
 
 
 def test_an_error_before_training_leaves_the_checkpoint_alone(tmp_path):
