@@ -21,7 +21,7 @@ def condition_tokens(stage: Any) -> int:
     if isinstance(stage, SOSProvider):
         return stage.sos_token + 1
     if isinstance(stage, CoordStage):
-        return stage.n_embed + 1
+        return stage.n_embed  # the mean of a site's coordinates is less than 1
     if isinstance(stage, VQModel):
         return stage.quantize.sequence.vocab_size
     return stage.condition_size if isinstance(stage, Level) else 0
