@@ -143,8 +143,16 @@ def reconstruct(
     return pictures, numbers
 
 
+def save_pictures(pictures: Mapping[str, Tensor], folder: Path, name: str) -> None:
+    """Write ``<name>.png``, ``<name>_depth.png`` of a loopy tokenizer, ``<name>_compare.png``."""
+    save_picture(pictures["reconstruction"], folder / f"{name}.png")
+    if "depth" in pictures:
+        save_picture(pictures["depth"], folder / f"{name}_depth.png")
+    save_picture(side_by_side(*pictures.values()), folder / f"{name}_compare.png")
+
+
 def main() -> None:
-    """Write ``<name>.png``, ``<name>_depth.png`` and ``<name>_compare.png`` for each image."""
+    """Reconstruct each image, and write ``reconstructions.json`` of all."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -172,11 +180,7 @@ def main() -> None:
             pictures, numbers = reconstruct(model, x, rate)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        save_picture(pictures["reconstruction"], options.outdir / f"{name}.png")
-        if "depth" in pictures:
-            save_picture(pictures["depth"], options.outdir / f"{name}_depth.png")
-        compared = side_by_side(*pictures.values())
-        save_picture(compared, options.outdir / f"{name}_compare.png")
+        save_pictures(pictures, options.outdir, name)
         report[str(path)] = numbers
         if numbers["psnr"] < rate.get("target_psnr", -math.inf):
             below.append(f"{path} reaches {numbers['psnr']:.2f} dB with all its turns")

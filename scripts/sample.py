@@ -130,10 +130,8 @@ def draw(
 
 def sample(model: Prior, options: argparse.Namespace) -> None:
     """Write new images, one file each, and a grid of all."""
-    labels, grid = (
-        labels_of(model, options.classes, options.num_samples),
-        grid_of(model, options.grid),
-    )
+    labels = labels_of(model, options.classes, options.num_samples)
+    grid = grid_of(model, options.grid)
     images = draw(model, labels, empty_codes(model, 1, grid), options)
     for number, (label, image) in enumerate(zip(labels, images, strict=True)):
         name = f"{number:06}.png" if model.be_unconditional else f"{number:06}_class{label}.png"
@@ -152,10 +150,8 @@ def known_part(options: argparse.Namespace, grid: tuple[int, int], factor: int) 
 
 def complete(model: Prior, options: argparse.Namespace) -> None:
     """Write a row for each image: input, what is known of it, and completions."""
-    labels, grid = (
-        labels_of(model, options.classes, options.num_samples),
-        grid_of(model, options.grid),
-    )
+    labels = labels_of(model, options.classes, options.num_samples)
+    grid = grid_of(model, options.grid)
     if grid[0] != grid[1]:
         raise ValueError(f"--complete needs a square grid, got {grid[0]}x{grid[1]}")
     factor = model.first_stage_model.encoder.factor

@@ -133,17 +133,9 @@ class PixelCNNPrior(Prior):
 
         Returns:
             -log p of each image's codes in nats, (B,) float32; their number of tokens, (B,) int64.
-
-        Raises:
-            ValueError: There is no such class.
         """
-        labels = condition[:, 0]
-        if labels.min() < 0 or labels.max() >= self.n_classes:
-            raise ValueError(
-                f"classes must be in 0..{self.n_classes - 1}, got {labels.unique().tolist()}"
-            )
         _, lengths = self.first_stage_model.quantize.sequence.encode(codes)
-        return self.pixelcnn.nll(codes, labels), lengths
+        return self.pixelcnn.nll(codes, condition[:, 0]), lengths
 
     def likelihood(self, seen: Seen) -> tuple[Tensor, Tensor]:
         """See `Prior.likelihood`."""

@@ -47,6 +47,22 @@ def build_quantizer(
     return quantizer
 
 
+def check_ddconfig(ddconfig: Mapping[str, Any]) -> None:
+    """Refuse sizes of an encoder and a decoder that are none of a VQ model.
+
+    Raises:
+        ValueError: Says what does not fit.
+    """
+    if ddconfig.get("double_z", True):
+        raise ValueError("ddconfig of a VQ model needs double_z: false, for one z, not two")
+    channels, out_ch = ddconfig["in_channels"], ddconfig["out_ch"]
+    if channels != out_ch:
+        raise ValueError(
+            f"ddconfig has in_channels {channels}, but out_ch {out_ch}: what is decoded must be of "
+            "the form of the input"
+        )
+
+
 class VQModel(QuantizedAutoencoder):
     """VQ-VAE or VQGAN (Esser et al. 2021, arXiv:2012.09841), with any quantizer.
 
@@ -96,13 +112,7 @@ class VQModel(QuantizedAutoencoder):
         trust_checkpoint: bool = False,
         quantize_start: int = 0,
     ) -> None:
-        if ddconfig.get("double_z", True):
-            raise ValueError("ddconfig of a VQ model needs double_z: false, for one z, not two")
-        if ddconfig["in_channels"] != ddconfig["out_ch"]:
-            raise ValueError(
-                f"ddconfig has in_channels {ddconfig['in_channels']}, but out_ch "
-                f"{ddconfig['out_ch']}: what is decoded must be of the form of the input"
-            )
+        check_ddconfig(ddconfig)
         own = {"beta": beta, "remap": remap, "sane_index_shape": sane_index_shape, "legacy": legacy}
         super().__init__(
             instantiate_from_config(lossconfig),
