@@ -85,7 +85,7 @@ PLANS = {
         ("vq", "rvq-2-separate", "rvq-4-separate", "loopy-one"), 500, 500,
     ),
     "standard": Plan(
-        SMALL, 32, 256, 6000, 1500, 16, 2e-3, 500, 4e-3, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
+        SMALL, 32, 256, 6000, 1500, 16, 4e-3, 500, 4e-3, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
     ),
     "full": Plan(
         LARGE, 32, 1024, 100_000, 50_000, 16, 4e-4, 20_000, 1e-3, LARGE_PRIOR, 3, ALL,
