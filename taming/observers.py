@@ -114,10 +114,11 @@ class MonitorCheck(Callback):
 def build_checkpoints(
     lightning: Mapping[str, Any], model: pl.LightningModule, run: RunDir
 ) -> list[Callback]:
-    """Build what writes ``last.ckpt`` and, by the model's monitor, the three best checkpoints."""
+    """Build what writes ``last.ckpt`` and, by a monitor, the three best checkpoints."""
     checkpoints = []
     configured = lightning.get("modelcheckpoint")
-    monitor = getattr(model, "monitor", None)
+    asked = ((configured or {}).get("params") or {}).get("monitor")
+    monitor = asked or getattr(model, "monitor", None)
     if configured or monitor:
         # Without a counter, a resumed run replaces the files of the run it continues.
         several = "val_check_interval" in (lightning.get("trainer") or {})  # in an epoch

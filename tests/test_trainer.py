@@ -185,6 +185,9 @@ def test_checkpoints_follow_the_models_monitor(run):
     every, check, _ = build_checkpoints(block, toys.ToyModel(), run)
     assert every._every_n_train_steps == 7 and every.dirpath == str(run.checkpoints)
     assert check.monitor is None
+    asked = {"modelcheckpoint": {"params": {"monitor": "val/loss"}}}
+    best, check, _ = build_checkpoints(asked, toys.ToyModel(), run)
+    assert (best.monitor, best.save_top_k, check.monitor) == ("val/loss", 3, "val/loss")
     often = {"trainer": {"val_check_interval": 0.5}}  # a file for each time, not for each epoch
     best, *_ = build_checkpoints(often, toys.ToyModel(monitor="val/loss"), run)
     assert best.filename == "{epoch:06}-{step:09}"

@@ -23,6 +23,25 @@ from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics, code
 from taming.util import NonFiniteError
 
 
+def tensor_of(batch: Mapping[str, Any], key: str, parameter: str) -> Tensor:
+    """Take a tensor out of a batch.
+
+    Args:
+        batch: Name -> value.
+        key: Name.
+        parameter: What named it, for the message.
+
+    Raises:
+        ValueError: The batch has no such tensor.
+    """
+    if not isinstance(value := batch.get(key), Tensor):
+        found = f"is a {type(value).__name__}, no tensor" if key in batch else "is missing"
+        raise ValueError(
+            f"{key!r}, {parameter}, {found} in the batch, which has {', '.join(batch)}"
+        )
+    return value
+
+
 class QuantizedAutoencoder(pl.LightningModule, ABC):
     """Trains an autoencoder with a quantizer and, if its loss has one, a discriminator against it.
 
@@ -39,11 +58,14 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
             asking anything of the encoder, which so finds more directions to write along.
 
     Attributes:
+        value_range: Smallest and largest value of an input.
         learning_rate: Set by the caller before training.
         accumulate_grad_batches: Batches per optimizer step.
         gradient_clip_val: Largest gradient norm or value; None does not clip.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
     """
+
+    value_range = (-1.0, 1.0)
 
     def __init__(
         self,
@@ -68,7 +90,8 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
         self.quantize = quantize
         self.train_codebook = codebook_metrics(quantize)
         self.val_codebook = codebook_metrics(quantize)
-        self.val_psnr = PeakSignalNoiseRatio(data_range=2.0)
+        low, high = self.value_range
+        self.val_psnr = PeakSignalNoiseRatio(data_range=high - low)
 
     @abstractmethod
     def encode_to_prequant(self, x: Tensor) -> Tensor:
@@ -125,7 +148,7 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
         x = self.get_input(batch, self.image_key)
         z, quantized, x_rec = self._reconstruct(x)
         self.val_codebook.update(z, quantized)
-        self.val_psnr.update(self.as_input(x_rec).float().clamp(-1, 1), x)
+        self.val_psnr.update(self.as_input(x_rec).float().clamp(*self.value_range), x)
         loss, logs = self._loss(quantized, x, x_rec, 0, "val")
         if self.loss.discriminator is not None:
             logs |= self._loss(quantized, x, x_rec, 1, "val")[1]

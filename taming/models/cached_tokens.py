@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from taming.modules.vqvae.cascade import Cascade
 from taming.modules.vqvae.grammar import TokenSequence
+from taming.modules.vqvae.transforms import Attract
 
 # Parts of a tokenizer that have no say in which codes an image gets.
 _AFTER = ("loss", "decoder", "post_quant_conv", "colorize")
@@ -29,6 +30,8 @@ def fingerprint(tokenizer: nn.Module, sequence: TokenSequence) -> str:
     digest = hashlib.sha256(f"{type(sequence).__name__} {sorted(vars(sequence).items())}".encode())
     if wide := [m.beam for m in tokenizer.modules() if isinstance(m, Cascade) and m.beam > 1]:
         digest.update(f"beam {wide}".encode())
+    if steps := [m.step for m in tokenizer.modules() if isinstance(m, Attract)]:
+        digest.update(f"step {steps}".encode())
     for name, value in sorted(tokenizer.state_dict().items()):
         if name.split(".")[0] not in _AFTER:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

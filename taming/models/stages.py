@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taming.checkpoint import freeze
+from taming.models.autoencoder import tensor_of
 from taming.models.cached_tokens import cached_codes, fingerprint, is_cached
 from taming.models.conditions import condition_pictures
 from taming.models.likelihood import log_likelihood
@@ -141,12 +142,7 @@ class Prior(pl.LightningModule, ABC):
         Raises:
             ValueError: The batch has no such tensor.
         """
-        if not isinstance(x := batch.get(key), Tensor):
-            found = f"is a {type(x).__name__}, no tensor" if key in batch else "is missing"
-            raise ValueError(
-                f"{key!r}, the prior's first_stage_key or cond_stage_key, {found} in the batch, "
-                f"which has {', '.join(batch)}"
-            )
+        x = tensor_of(batch, key, "the prior's first_stage_key or cond_stage_key")
         if x.ndim == 3:
             x = x[..., None]
         if x.ndim == 4:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from taming.checkpoint import load_weights
-from taming.models.autoencoder import QuantizedAutoencoder
+from taming.models.autoencoder import QuantizedAutoencoder, tensor_of
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
 from taming.modules.vqvae.heatmap import depth_heat_map
@@ -55,6 +55,8 @@ def check_ddconfig(ddconfig: Mapping[str, Any]) -> None:
     """
     if ddconfig.get("double_z", True):
         raise ValueError("ddconfig of a VQ model needs double_z: false, for one z, not two")
+    if lacking := [n for n in ("in_channels", "out_ch", "z_channels") if n not in ddconfig]:
+        raise ValueError(f"ddconfig lacks {', '.join(lacking)}")
     channels, out_ch = ddconfig["in_channels"], ddconfig["out_ch"]
     if channels != out_ch:
         raise ValueError(
@@ -243,7 +245,7 @@ class VQModel(QuantizedAutoencoder):
 
     def get_input(self, batch: Mapping[str, Tensor], k: str) -> Tensor:
         """Take images out of a batch: (B, H, W, C) or (B, H, W) -> (B, C, H, W) float32."""
-        x = batch[k]
+        x = tensor_of(batch, k, "the model's image_key")
         if x.ndim == 3:
             x = x[..., None]
         return x.permute(0, 3, 1, 2).contiguous().float()
@@ -260,9 +262,9 @@ class VQModel(QuantizedAutoencoder):
         x = self.get_input(batch, self.image_key).to(self.device)
         _, quantized, x_rec = self._reconstruct(x)
         x_rec = self.as_input(x_rec)
-        pictures = {"inputs": x, "reconstructions": x_rec}
-        if x.shape[1] != 3:
-            pictures = {name: self.to_rgb(picture) for name, picture in pictures.items()}
+        pictures = torch.cat([x, x_rec])  # together: the same colour for the same label
+        shown, rebuilt = (pictures if x.shape[1] == 3 else self.to_rgb(pictures)).chunk(2)
+        pictures = {"inputs": shown, "reconstructions": rebuilt}
         return pictures | self.code_pictures(quantized, (x.shape[2], x.shape[3]))
 
     def code_pictures(self, quantized: QuantizerOutput, size: tuple[int, int]) -> dict[str, Tensor]:
@@ -291,7 +293,7 @@ class VQModel(QuantizedAutoencoder):
         if self.colorize is None:
             raise ValueError(f"set colorize_nlabels={x.shape[1]} to show {x.shape[1]} channels")
         x = F.conv2d(x, self.colorize)
-        return 2 * (x - x.min()) / (x.max() - x.min()) - 1
+        return 2 * (x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) - 1
 
 
 class VQSegmentationModel(VQModel):
@@ -305,6 +307,8 @@ class VQSegmentationModel(VQModel):
     Raises:
         ValueError: The decoder has other than ``n_labels`` outputs.
     """
+
+    value_range = (0.0, 1.0)
 
     def __init__(self, n_labels: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, colorize_nlabels=n_labels, **kwargs)
@@ -379,12 +383,17 @@ class GumbelVQ(VQModel):
         super().__init__(
             ddconfig, lossconfig, n_embed, embed_dim, quantizer_config=quantizer, **kwargs
         )
+        if self.quantize_start:
+            raise ValueError(
+                "GumbelVQ has no quantize_start: its codes learn from the decoder alone"
+            )
         self.temperature_scheduler: Callable[[int], float] = instantiate_from_config(
             temperature_scheduler_config
         )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the temperature of this step; it follows from the step, so resuming restores it."""
+        super().on_train_batch_start(batch, batch_idx)
         self.quantize.temperature = self.temperature_scheduler(self.global_step)
         self.log("temperature", self.quantize.temperature)
 

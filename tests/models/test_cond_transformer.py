@@ -12,6 +12,7 @@ from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
 from taming.data.utils import custom_collate
 from taming.models.cached_tokens import fingerprint
 from taming.models.cond_transformer import Net2NetTransformer
+from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.util import NonFiniteError
 
 TRANSFORMS = {
@@ -235,6 +236,19 @@ def test_a_wider_search_is_another_tokenizer() -> None:
     before = fingerprint(model.first_stage_model, model.sequence)
     model.first_stage_model.quantize.transform.beam = 4
     assert fingerprint(model.first_stage_model, model.sequence) != before
+
+
+def test_a_step_of_another_size_is_another_tokenizer() -> None:
+    marks = set()
+    for step in (0.2, 0.2, 0.8):
+        attract = {"target": "taming.modules.vqvae.transforms.Attract", "params": {"step": step}}
+        quantizer = LoopyVectorQuantizer(4, 2, threshold=1, transform_config=attract)
+        torch.nn.init.ones_(quantizer.embedding.weight)
+        marks.add(fingerprint(quantizer, quantizer.sequence))
+    assert len(marks) == 2
+    for threshold in (1, 1.0):  # however it is written
+        quantizer = LoopyVectorQuantizer(4, 2, threshold=threshold)
+        assert quantizer.threshold.dtype == torch.float32
 
 
 def test_what_the_data_do_not_hold_is_named() -> None:

@@ -60,8 +60,19 @@ def test_segmentation_shows_the_likeliest_label() -> None:
     pictures = model.log_images(batch)
     assert {p.shape for p in pictures.values()} == {(2, 3, 16, 16)}
     rec, _ = model(model.get_input(batch, "segmentation"))
-    shown = model.to_rgb(F.one_hot(rec.argmax(1), 5).permute(0, 3, 1, 2).float())
-    torch.testing.assert_close(pictures["reconstructions"], shown)
+    likeliest = F.one_hot(rec.argmax(1), 5).permute(0, 3, 1, 2).float()
+    both = model.to_rgb(torch.cat([model.get_input(batch, "segmentation"), likeliest]))
+    shown = torch.cat([pictures["inputs"], pictures["reconstructions"]])
+    torch.testing.assert_close(shown, both)
+
+
+def test_psnr_of_label_maps_is_of_values_from_0_to_1(tmp_path) -> None:
+    model, maps = segmentation(), label_maps(2)
+    (logged,) = trainer(tmp_path).validate(model, maps, verbose=False)
+    x = model.get_input(next(iter(maps)), "segmentation")
+    with torch.no_grad():
+        error = (model.as_input(model.eval()(x)[0]) - x).square().mean()
+    assert logged["val/psnr"] == pytest.approx(float(-10 * error.log10()), rel=1e-4)
 
 
 def test_segmentation_trains_and_logs_the_originals_values(tmp_path) -> None:
@@ -71,6 +82,15 @@ def test_segmentation_trains_and_logs_the_originals_values(tmp_path) -> None:
     assert logged <= set(fit.callback_metrics) and fit.global_step == 2
     with pytest.raises(ValueError, match=r"n_labels is 7, but ddconfig.out_ch 5"):
         VQSegmentationModel(7, LABELS, BCE, 16, 4)
+
+
+def test_mistakes_about_keys_and_sizes_are_named() -> None:
+    with pytest.raises(ValueError, match="'segmentation', the model's image_key, is missing in"):
+        segmentation().validation_step({"image": torch.rand(2, 16, 16, 3)}, 0)
+    with pytest.raises(ValueError, match="ddconfig lacks in_channels, out_ch"):
+        VQModel({"double_z": False, "z_channels": 4}, PLAIN, 16, 4)
+    with pytest.raises(ValueError, match="GumbelVQ has no quantize_start"):
+        gumbel(quantize_start=3)
 
 
 def test_validation_returns_its_loss(tmp_path) -> None:

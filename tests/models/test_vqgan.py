@@ -11,7 +11,7 @@ from golden import load_golden
 from lightning.pytorch.loggers import CSVLogger
 from tiny import DDCONFIG, GAN, LOOPY, PLAIN, images, trainer
 
-from taming.models.vqgan import VQModel
+from taming.models.vqgan import GumbelVQ, VQModel
 from taming.util import NonFiniteError
 
 
@@ -109,8 +109,12 @@ def test_validation_does_not_disturb_accumulation(tmp_path, loss) -> None:
             torch.testing.assert_close(value, weights[1][name], msg=name)
 
 
-def test_logs_count_generator_steps(tmp_path) -> None:
-    tokenizer = model(PLAIN, None)
+@pytest.mark.parametrize("gumbel", [False, True])
+def test_logs_count_generator_steps(tmp_path, gumbel) -> None:
+    always = {"target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler"}
+    always["params"] = dict.fromkeys(("lr_min", "lr_max", "lr_start"), 0.9)
+    always["params"] |= {"warm_up_steps": 0, "max_decay_steps": 10}
+    tokenizer = GumbelVQ(DDCONFIG, PLAIN, 16, 4, always) if gumbel else model(PLAIN, None)
     tokenizer.accumulate_grad_batches = 4
     logger = CSVLogger(tmp_path, version="x")
     trainer(tmp_path, logger=logger, log_every_n_steps=1).fit(tokenizer, images(16), images(2))

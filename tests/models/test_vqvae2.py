@@ -155,6 +155,11 @@ def test_what_does_not_fit_is_refused(wrong, message: str) -> None:
         wrong()
 
 
+def test_thresholds_of_all_levels_are_followed() -> None:
+    followed = model("loopy", "flat", "loopy").quantize.followed()
+    assert set(followed) == {"top_relative_threshold", "bottom_relative_threshold"}
+
+
 def level_config(name: str, *kinds: str) -> dict[str, Any]:
     params = {"model_config": model_config(*kinds), "level": name}
     return {"target": "taming.models.vqvae2.Level", "params": params}

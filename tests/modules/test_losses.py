@@ -148,6 +148,16 @@ def test_adaptive_weight_is_capped_and_finite_at_zero_and_overflowing_gradients(
     assert weight(float("nan"), 1.0) == 0.0
 
 
+def test_adaptive_weight_is_the_same_where_half_precision_sees_no_gradient():
+    layer, x = nn.Parameter(torch.tensor([1.0, 2.0])), torch.tensor([0.02, 0.03])
+
+    def weight(dtype):
+        product = layer.to(dtype) * x.to(dtype)
+        return adaptive_weight((1e-6 * product.float()).sum(), product.float().sum(), layer, 1.0)
+
+    torch.testing.assert_close(weight(torch.half), weight(torch.float32), rtol=0.02, atol=0)
+
+
 def test_adaptive_weight_is_that_of_the_batch_of_all_ranks(monkeypatch):
     scene, loss = Scene(batch=4), build(disc_weight=0.8).eval()
     expected = scene.generator(loss)[1]["train/d_weight"]

@@ -38,6 +38,10 @@ def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
 DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
 
 
+# A power of two, which changes no digit, lifts what half precision would round to zero.
+SCALE = 1024.0
+
+
 def adaptive_weight(
     nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor, max_weight: float
 ) -> Tensor:
@@ -57,8 +61,11 @@ def adaptive_weight(
         Scalar float32 in [0, max_weight], without gradient.
     """
     gradients = torch.stack(
-        [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (nll_loss, g_loss)]
-    ).float()
+        [
+            torch.autograd.grad(loss * SCALE, last_layer, retain_graph=True)[0].float() / SCALE
+            for loss in (nll_loss, g_loss)
+        ]
+    )
     ranks = sum_over_ranks(gradients.new_ones(()))
     nll_norm, g_norm = (sum_over_ranks(gradients) / ranks).flatten(1).norm(dim=1)
     return (nll_norm / (g_norm + 1e-4)).nan_to_num(nan=0.0, posinf=0.0).clamp(max=max_weight)

@@ -17,13 +17,13 @@ from taming.modules.vqvae.nearest import nearest_codes
 
 
 class Cascade(Transform):
-    """Subtract the nearest code and go on with what is left: r <- r - A_t e_k, writing k.
+    """Subtract the nearest code and go on with what is left: r <- r - M_t e_k, writing k.
 
-    All codes compete again in each turn, which sees the one codebook through a linear map A_t of
-    its own, A_0 = 1: what is left has another size and shape than the latents. A site decodes to
-    sum_t A_t e_{k_t}. The distance |r - A_t e_k| is |z - z_q|, so the threshold bounds the error
+    All codes compete again in each turn, which sees the one codebook through a linear map M_t of
+    its own, M_0 = 1: what is left has another size and shape than the latents. A site decodes to
+    sum_t M_t e_{k_t}. The distance |r - M_t e_k| is |z - z_q|, so the threshold bounds the error
     of every site that ends by itself. The greedy path does not depend on the threshold, which only
-    cuts it. With A_t = 1 this is residual quantization with a shared codebook (Lee et al. 2022,
+    cuts it. With M_t = 1 this is residual quantization with a shared codebook (Lee et al. 2022,
     arXiv:2203.01941).
 
     Args:
@@ -50,11 +50,11 @@ class Cascade(Transform):
 
     @abstractmethod
     def see(self, codebook: Tensor, turn: int) -> Tensor:
-        """Map codes (K, D) as a turn sees them: A_t e."""
+        """Map codes (K, D) as a turn sees them: M_t e."""
 
     @abstractmethod
     def pull(self, errors: Tensor, turn: int) -> tuple[Tensor, Tensor]:
-        """Map errors (M, D) of a turn to its codes: A_t^T times them, and |A_t|^2 / D, a scalar."""
+        """Map errors (M, D) of a turn to its codes: M_t^T times them, and |M_t|^2 / D, a scalar."""
 
     def check(self, e_dim: int, max_loops: int) -> None:
         """Raise a ValueError if it was built for another number of turns T (see `Transform`)."""

@@ -19,7 +19,7 @@ from taming.modules.vqvae.base import (
     straight_through,
     vq_loss,
 )
-from taming.modules.vqvae.codebook import update_means
+from taming.modules.vqvae.codebook import check_precision, update_means
 from taming.modules.vqvae.distributed import sum_over_ranks
 from taming.modules.vqvae.nearest import nearest_codes
 from taming.modules.vqvae.plain import PlainQuantizer
@@ -54,6 +54,7 @@ class EmbeddingEMA(nn.Module):
     @torch.no_grad()
     def learn(self, rows: Tensor, codes: Tensor) -> None:
         """Take in latents (N, D) float32 and the codes (N,) they were mapped to, on all ranks."""
+        check_precision(self.weight, rows)
         votes = sum_over_ranks(torch.bincount(codes, minlength=len(self.weight)).float())
         means = (self.weight, self.cluster_size, self.embed_avg)
         update_means(*means, votes, rows, codes, self.decay, self.eps)
@@ -81,7 +82,12 @@ class NearestQuantizer(PlainQuantizer):
 
         Returns:
             z_q like z; loss; info, whose indices are described at each class.
+
+        Raises:
+            ValueError: z has another shape.
         """
+        if z.ndim != 4:
+            raise ValueError(f"expected latents (B, {self.e_dim}, h, w), got {tuple(z.shape)}")
         rows = self._rows(z)
         codes = nearest_codes(rows, self.codebook).indices
         entries = self.embedding(codes)

@@ -62,6 +62,19 @@ def update_means(
     means.copy_(torch.where(known, sums / counts.clamp(min=eps)[:, None], means))
 
 
+def check_precision(codebook: Tensor, vectors: Tensor) -> None:
+    """Refuse a codebook (K, D) that is not as precise as the vectors (M, D) it is to learn from.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if codebook.dtype != vectors.dtype:
+        raise ValueError(
+            f"the codebook is {codebook.dtype}, too coarse for codes to settle: train with "
+            "--precision bf16-mixed or 16-mixed, which keep it in float32"
+        )
+
+
 class Codebook(nn.Module):
     """K vectors, learned by gradient or by exponential moving averages of what is mapped to them.
 
@@ -94,6 +107,8 @@ class Codebook(nn.Module):
             raise ValueError(f"n_e and e_dim must be at least 1, got n_e={n_e}, e_dim={e_dim}")
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"ema_decay must be in (0, 1), got {ema_decay}")
+        if not 0 < usage_decay < 1:
+            raise ValueError(f"usage_decay must be in (0, 1), got {usage_decay}")
         if not 0 <= revive_below < 1:
             raise ValueError(f"revive_below must be in [0, 1), got {revive_below}")
         self.ema_decay = ema_decay
@@ -156,11 +171,7 @@ class Codebook(nn.Module):
 
     def _place(self, codes: Tensor, vectors: Tensor) -> None:
         """Put codes (M,) at vectors (M, D) float32, as if each had its fair share of use."""
-        if self.weight.dtype != vectors.dtype:
-            raise ValueError(
-                f"the codebook is {self.weight.dtype}, too coarse for codes to settle: train with "
-                "--precision bf16-mixed or 16-mixed, which keep it in float32"
-            )
+        check_precision(self.weight, vectors)
         # Through .data: the step's backward pass does not need the old values.
         self.weight.data[codes] = vectors
         self.usage[codes] = 1 / len(self.weight)

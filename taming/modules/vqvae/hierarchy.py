@@ -142,6 +142,11 @@ class Hierarchy(Quantizer):
         )
         return HierarchyOutput(stack, torch.stack([q.loss for q in quantized]).sum(), info)
 
+    def followed(self) -> dict[str, Tensor]:
+        """What is worth following in each level (see `Quantizer`), by ``level_name``."""
+        levels = zip(self.names, self.levels, strict=True)
+        return {f"{name}_{k}": v for name, level in levels for k, v in level.followed().items()}
+
     def _check(self, z: Tensor) -> None:
         """Refuse latents whose sides cannot be divided into sites of the top level."""
         h, w = z.shape[2:]

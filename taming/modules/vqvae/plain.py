@@ -30,7 +30,7 @@ class PlainQuantizer(Quantizer):
         re_embed: Number of different indices.
 
     Raises:
-        ValueError: ``unknown_index`` is none of these.
+        ValueError: ``unknown_index`` is none of these, or ``remap`` names codes that do not exist.
     """
 
     used: Tensor
@@ -47,7 +47,14 @@ class PlainQuantizer(Quantizer):
         self.re_embed = n_e
         self.unknown_index = unknown_index
         if remap is not None:
-            self.register_buffer("used", torch.from_numpy(np.load(remap)).long())
+            used = torch.from_numpy(np.load(remap)).long()
+            if len(used) == 0 or used.min() < 0 or used.max() >= n_e:
+                raise ValueError(f"remap: {remap} must name codes 0..{n_e - 1}, and at least one")
+            if isinstance(unknown_index, int) and not 0 <= unknown_index < len(used):
+                raise ValueError(
+                    f"unknown_index {unknown_index} is none of the {len(used)} used codes' numbers"
+                )
+            self.register_buffer("used", used)
             self.re_embed = len(self.used) + (unknown_index == "extra")
             if unknown_index == "extra":
                 self.unknown_index = len(self.used)
@@ -84,8 +91,13 @@ class PlainQuantizer(Quantizer):
 
         Returns:
             z_q (B, D, h, w), or (N, D) without a shape.
+
+        Raises:
+            ValueError: There is no such index.
         """
         codes = indices.reshape(-1)
+        if len(wrong := codes[(codes < 0) | (codes >= self.re_embed)]):
+            raise ValueError(f"index {int(wrong[0])} is none of 0..{self.re_embed - 1}")
         if self.remap is not None:
             codes = self.unmap_to_all(codes)
         z_q = F.embedding(codes, self.codebook)

@@ -8,6 +8,7 @@ Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ from taming.modules.vqvae.distributed import sum_over_ranks
 from taming.modules.vqvae.gumbel import GumbelQuantize
 from taming.modules.vqvae.loop import Path, Searches, Transform, check_codes
 from taming.modules.vqvae.nearest import nearest_codes
-from taming.modules.vqvae.rate import draw_tokens, threshold_for, turns_within
+from taming.modules.vqvae.rate import draw_tokens, per_image, threshold_for, turns_within
 from taming.modules.vqvae.sequence import UnarySequence
 from taming.util import instantiate_from_config
 
@@ -71,7 +72,7 @@ class LoopyVectorQuantizer(Quantizer):
         length_range: Train one quantizer for all rates: each image of a training batch draws its
             mean turns uniformly between these bounds in [1, T] and gets the threshold that gives
             them. None trains with the quantizer's own threshold.
-        legacy: See `vq_loss`.
+        legacy: See `vq_loss`, of a codebook that learns by gradient.
         ema_decay: Learn the codebook by moving averages of this decay; None by gradient.
         start_batches: Number of first training batches from which k-means places the codes.
         revive_below: Codes used less than this fraction of the uniform share are moved to
@@ -123,8 +124,9 @@ class LoopyVectorQuantizer(Quantizer):
         self.transform.check(e_dim, max_loops)
         self.sequence = UnarySequence(n_e, max_loops, dummies=self.transform.dummies)
         self.threshold: Tensor
-        self.register_buffer("threshold", torch.tensor(1.0 if threshold is None else threshold))
         self.latent_std: Tensor
+        start = torch.tensor(float(1 if threshold is None else threshold))
+        self.register_buffer("threshold", start)
         self.register_buffer("latent_std", torch.ones(()))
 
     def forward(
@@ -201,10 +203,12 @@ class LoopyVectorQuantizer(Quantizer):
         Raises:
             ValueError: The codes are not ones that the loop writes.
         """
+        grid = indices.shape[:-1] if shape is None else shape[:3]
+        if indices.numel() != math.prod(grid) * self.max_loops:
+            raise ValueError(f"codes {tuple(indices.shape)} are not {self.max_loops} for each site")
         codes = indices.reshape(-1, self.max_loops)
         check_codes(codes, self.n_e, self.transform.dummies)
         z_q = self.transform.decode(codes, self.embedding.weight)
-        grid = indices.shape[:-1] if shape is None else shape[:3]
         z_q = z_q.reshape(*grid, self.e_dim)
         return z_q if len(grid) == 1 else channels_second(z_q)
 
@@ -235,10 +239,10 @@ class LoopyVectorQuantizer(Quantizer):
             tau = torch.as_tensor(self.threshold if threshold is None else threshold)
             if threshold is not None and not (tau >= 0).all():
                 raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
-            tau = tau.to(rows).expand(images).repeat_interleave(sites)
+            tau = per_image("threshold", tau.to(rows), images).repeat_interleave(sites)
             return self._walk(rows, tau), tau
         path = self.whole_path(rows)
-        tokens = torch.as_tensor(max_tokens, device=rows.device).expand(images)
+        tokens = per_image("max_tokens", torch.as_tensor(max_tokens, device=rows.device), images)
         return path, self.thresholds(path, tokens)
 
     def _walk(self, rows: Tensor, tau: Tensor) -> Path:
@@ -281,10 +285,11 @@ class LoopyVectorQuantizer(Quantizer):
         """Move the threshold toward the one that gives the mean turns wanted."""
         if self.target_length is not None:
             lengths = turns_within(distances, self.threshold.expand(len(distances)))
-            # Too many turns widen the threshold; 5% a step for each turn too many settles in some
-            # tens of steps and does not overshoot.
+            # 5% a step for each turn too many settles in tens of steps and does not overshoot.
             excess = self._mean(lengths.float()) - self.target_length
-            self.threshold.mul_(torch.exp(0.05 * excess.clamp(-1, 1)))
+            moved = self.threshold * torch.exp(0.05 * excess.clamp(-1, 1))
+            # No factor leads away from 0, where all latents of a batch are the same.
+            self.threshold.copy_(torch.maximum(moved, 1e-3 * self.latent_std))
 
     @staticmethod
     def _mean(values: Tensor) -> Tensor:

@@ -14,6 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def per_image(name: str, value: Tensor, images: int) -> Tensor:
+    """Give each image its value: (B,) of one number for all, or of one for each.
+
+    Args:
+        name: Of the value, for the message.
+        value: A scalar, (1,) or (B,).
+        images: B.
+
+    Raises:
+        ValueError: There are as many values as neither.
+    """
+    if value.ndim > 1 or value.numel() not in (1, images):
+        raise ValueError(
+            f"{name} is one number or one for each of {images} images, got {tuple(value.shape)}"
+        )
+    return value.expand(images)
+
+
 def turns_within(distances: Tensor, threshold: Tensor) -> Tensor:
     """Count the turns until a code is within the threshold; T if none ever is.
 
@@ -44,9 +62,11 @@ def threshold_for(distances: Tensor, tokens: Tensor) -> Tensor:
         (B,) thresholds.
 
     Raises:
-        ValueError: An image would get fewer tokens than it has sites.
+        ValueError: An image would get fewer tokens than it has sites, or part of one.
     """
     sites = distances.shape[1]
+    if tokens.is_floating_point():
+        raise ValueError(f"an image's tokens are a whole number, got {tokens.tolist()}")
     if (tokens < sites).any():
         raise ValueError(
             f"an image of {sites} sites needs at least {sites} tokens, got {int(tokens.min())}"

@@ -70,7 +70,7 @@ class Attract(Transform):
 
 
 class Residual(Cascade):
-    """Rescale what is left to the size of the latents: A_t is the number S_t (see `Cascade`).
+    """Rescale what is left to the size of the latents: M_t is the number S_t (see `Cascade`).
 
     With s_t = S_(t+1) / S_t that is r <- (r - e_k) / s_t, searched in the codebook as it is. It
     takes no account of the shape of what is left.
@@ -112,9 +112,9 @@ class Residual(Cascade):
 
 
 class LinearResidual(Cascade):
-    """Bring the codebook into the shape of what is left: A_t is a matrix (see `Cascade`).
+    """Bring the codebook into the shape of what is left: M_t is a matrix (see `Cascade`).
 
-    The maps are the least-squares fit of A_t e_k to what was searched in turn t, followed by a
+    The maps are the least-squares fit of M_t e_k to what was searched in turn t, followed by a
     damped Newton step for each batch, so that maps and codebook together go down in |z - z_q|^2.
     A ridge keeps axes in which codes hardly differ, and turns that few latents take, from noise.
     T - 1 maps of D x D numbers stand in for T separate codebooks of K x D.
@@ -126,7 +126,7 @@ class LinearResidual(Cascade):
         beam: See `Cascade`.
 
     Attributes:
-        maps: (T, D, D) float32, A_t.
+        maps: (T, D, D) float32, M_t.
         moments: (T, D, D) float32, running mean of e e^T over the codes written at turn t.
     """
 
@@ -152,11 +152,11 @@ class LinearResidual(Cascade):
         super().check(e_dim, max_loops)
 
     def see(self, codebook: Tensor, turn: int) -> Tensor:
-        """Map codes (K, D) by A_t (see `Cascade`)."""
+        """Map codes (K, D) by M_t (see `Cascade`)."""
         return codebook if turn == 0 else product(codebook, self.maps[turn].T)
 
     def pull(self, errors: Tensor, turn: int) -> tuple[Tensor, Tensor]:
-        """Map errors (M, D) by A_t^T; and the mean square of A_t's axes (see `Cascade`)."""
+        """Map errors (M, D) by M_t^T; and the mean square of M_t's axes (see `Cascade`)."""
         axes = self.maps[turn]
         return product(errors, axes), axes.square().sum() / len(axes)
 

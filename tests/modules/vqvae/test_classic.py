@@ -101,6 +101,30 @@ def test_unknown_index_must_be_one(remap: str) -> None:
         VectorQuantizer2(K, D, 0.25, remap, unknown_index="rnd")
 
 
+def test_codes_that_do_not_exist_are_refused(remap: str, tmp_path) -> None:
+    for quantizer in (ema(), VectorQuantizer2(K, D, 0.25, remap), GumbelQuantize(D, D, K)):
+        for wrong in (-1, quantizer.re_embed):
+            with pytest.raises(
+                ValueError, match=rf"index {wrong} is none of 0..{quantizer.re_embed - 1}"
+            ):
+                quantizer.get_codebook_entry(torch.tensor([0, wrong]))
+    with pytest.raises(ValueError, match="unknown_index -5 is none of the 3 used"):
+        VectorQuantizer2(K, D, 0.25, remap, unknown_index=-5)
+    np.save(tmp_path / "wrong.npy", np.array([3, K]))
+    with pytest.raises(ValueError, match=rf"wrong.npy must name codes 0..{K - 1}"):
+        VectorQuantizer2(K, D, 0.25, str(tmp_path / "wrong.npy"))
+
+
+def test_latents_without_a_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected latents \(B, 4, h, w\), got \(10, 4\)"):
+        ema()(torch.randn(10, D))
+
+
+def test_averages_of_few_digits_are_refused() -> None:
+    with pytest.raises(ValueError, match="codebook is torch.bfloat16.*--precision bf16-mixed"):
+        ema().bfloat16().train()(torch.randn(B, D, H, W))
+
+
 def test_averages_after_a_step_lie_between_start_and_latents() -> None:
     quantizer, z = ema(decay=0.75).train(), torch.randn(B, D, H, W)
     start = quantizer.codebook.clone()

@@ -222,6 +222,14 @@ def test_target_length_steers_the_threshold_and_is_kept() -> None:
     assert torch.equal(other.threshold, quantizer.threshold)
 
 
+def test_a_steered_threshold_leaves_zero() -> None:
+    quantizer = LoopyVectorQuantizer(K, D, max_loops=T, target_length=2.5).train()
+    quantizer(torch.ones(200, D))  # all on one code
+    for _ in range(300):
+        out = quantizer(torch.randn(200, D))
+    assert abs(out.info.encodings.lengths.float().mean() - 2.5) < 0.3
+
+
 @every_transform
 def test_tokens_are_never_more_than_wanted_and_as_many_as_can_be(transform: str) -> None:
     quantizer, z = loopy(transform), torch.randn(6, D, 4, 4)
@@ -252,6 +260,11 @@ def test_fewer_tokens_than_sites_are_refused() -> None:
         loopy()(torch.randn(2, D, 4, 4), max_tokens=15)
     with pytest.raises(ValueError, match="a threshold or max_tokens, not both"):
         loopy()(torch.randn(2, D, 4, 4), threshold=1.0, max_tokens=20)
+    with pytest.raises(ValueError, match="tokens are a whole number"):
+        loopy()(torch.randn(2, D, 4, 4), max_tokens=20.5)
+    for name, values in (("threshold", torch.ones(3)), ("max_tokens", torch.full((3,), 20))):
+        with pytest.raises(ValueError, match=rf"{name} is one number or one for each of 2 images"):
+            loopy()(torch.randn(2, D, 4, 4), **{name: values})
 
 
 def test_lengths_are_drawn_per_image_in_training_only() -> None:
@@ -350,6 +363,11 @@ def test_quantizing_is_float32_under_autocast(transform: str) -> None:
 def test_arguments_out_of_range_are_refused(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LoopyVectorQuantizer(**{"n_e": K, "e_dim": D, "threshold": 1.0, **kwargs})
+
+
+def test_codes_of_another_number_of_turns_are_refused() -> None:
+    with pytest.raises(ValueError, match=rf"codes \(2, 4, 4\) are not {T} for each site"):
+        loopy().get_codebook_entry(torch.zeros(2, 4, 4, dtype=torch.int64), (2, 4, 4, D))
 
 
 def test_latents_of_the_wrong_shape_or_value_are_refused() -> None:
