@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taming.models.cached_tokens import is_cached
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.sampling import (
     Prior,
@@ -25,6 +26,7 @@ from taming.models.sampling import (
     trained_grid,
     write_codes,
 )
+from taming.models.stages import Seen
 from taming.models.vqvae2 import Level
 from taming.modules.transformer.sampling import Drawing
 from taming.modules.util import Labelator, SOSProvider
@@ -67,10 +69,22 @@ class LowerLevelPrior(Net2NetTransformer):
             )
 
     @torch.no_grad()
+    def see(self, batch: Mapping[str, Any]) -> Seen:
+        """See `Prior.see`; here, one pass of the tokenizer gives the condition too."""
+        if is_cached(batch):
+            raise ValueError("a token cache holds one level; train this prior from images")
+        x, _ = self.get_xc(batch)
+        with torch.autocast(x.device.type, enabled=False):
+            *above, codes = self.first_stage_model.codes_of(x)
+        condition = self.first_stage_model.condition_of(above)
+        return Seen(codes, self.write_tokens(codes), x, *condition, x.shape[2] * x.shape[3])
+
+    @torch.no_grad()
     def encode_to_c(self, c: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images (B, C, H, W) by the levels above: their stack, and tokens (B, L)."""
         with torch.autocast(c.device.type, enabled=False):
-            return self.first_stage_model.encode_above(c)
+            *above, _ = self.first_stage_model.codes_of(c)
+        return self.first_stage_model.condition_of(above)
 
     @torch.no_grad()
     def draw_picture(self, index: Tensor, zshape: Sequence[int], quant_c: Tensor) -> Tensor:

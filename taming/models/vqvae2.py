@@ -166,9 +166,12 @@ class Level(nn.Module):
             stack, own.loss, QuantizerInfo(own.info.perplexity, own.info.encodings, codes[-1])
         )
 
-    def encode_above(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode images (B, C, H, W) by the levels above: their stack, and tokens (B, L)."""
-        codes = self._encode_all(x).info.indices[: self.above]
+    def codes_of(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Encode images (B, C, H, W): codes (B, h_l, w_l, T_l) of all levels down to this."""
+        return self._encode_all(x).info.indices[: self.above + 1]
+
+    def condition_of(self, codes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Turn codes of the levels above into their stack, and into tokens (B, L)."""
         return self.model.quantize.get_codebook_entry(codes), self.condition_tokens(codes)
 
     def _encode_all(self, x: Tensor) -> HierarchyOutput:

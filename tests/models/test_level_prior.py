@@ -74,6 +74,15 @@ def test_a_lower_levels_prior_learns_given_what_stands_above(
         torch.testing.assert_close(shown["reconstructions"], stage_of(prior).model(x)[0])
 
 
+@every_pair
+def test_one_pass_of_the_tokenizer_sees_what_two_would(kinds: tuple[str, ...]) -> None:
+    prior, batch = level_prior("bottom", *kinds), next(iter(images(4, 4)))
+    for own, general in zip(prior.see(batch), Net2NetTransformer.see(prior, batch), strict=True):
+        torch.testing.assert_close(own, general, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="train this prior from images"):
+        prior.see(batch | {"fingerprint": ["x"]})
+
+
 @pytest.mark.parametrize("top", ["transformer", "pixelcnn"])
 @pytest.mark.parametrize(
     "kinds", [("ema", "flat"), ("loopy", "loopy"), ("loopy", "flat", "ema")], ids="-".join

@@ -181,7 +181,7 @@ def test_a_level_is_a_tokenizer_of_its_own_codes(kinds: tuple[str, ...]) -> None
         if number == 0:
             torch.testing.assert_close(level.decode_code(own), tokenizer.decode_code([own]))
         else:
-            above, tokens = level.encode_above(x)
+            above, tokens = level.condition_of(level.codes_of(x)[:-1])
             torch.testing.assert_close(level.decode_under(own, above), tokenizer.decode(quant))
             assert tokens.shape == (2, 16 * TURNS[kinds[0]])
             assert tokens.min() >= 0 and tokens.max() < level.condition_size
