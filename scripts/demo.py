@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("-o", "--outdir", default="results/demo", help="folder of the results")
     parser.add_argument("overrides", nargs="*", help="passed to both trainings, as lightning.x=y")
     options = parser.parse_args()
-    start, out = time.monotonic(), Path(options.outdir)
+    start, out = time.monotonic(), Path(options.outdir).resolve()
     photos = [str(files("skimage") / "data" / name) for name in VALIDATION_PHOTOS]
 
     tokenizer = train("loopy_vqgan", *options.overrides)

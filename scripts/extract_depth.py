@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from taming.data.imagenet import ImageNetTrain, ImageNetValidation
+from taming.data.preprocessing import decode_image, naming, to_unit_range
 from taming.data.roots import data_root
 from taming.script import choose_device, load_network, run, script_parser
 
@@ -56,7 +57,13 @@ def estimate_depth(
 def save_depth(depth: np.ndarray, path: Path) -> None:
     """Write (H, W) float32 as the bytes of an RGBA image; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.ascontiguousarray(depth[..., None], "<f4").view(np.uint8)).save(path)
+    part = path.with_name(f"{path.name}.part")  # what is not whole must not count as done
+    try:
+        picture = Image.fromarray(np.ascontiguousarray(depth[..., None], "<f4").view(np.uint8))
+        picture.save(part, format="PNG")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -72,8 +79,10 @@ def main() -> None:
         paths = [(outdir / split / name).with_suffix(".png") for name in names]
         missing = [number for number, path in enumerate(paths) if not path.exists()]
         for number in tqdm(missing, desc=split):
-            depth = estimate_depth(network, prepare, dataset[number]["image"])
-            save_depth(depth, paths[number])
+            file = dataset.data.labels["file_path_"][number]
+            with naming(f"image {file}"):
+                image = to_unit_range(decode_image(file, upright=False))  # as it is read with maps
+            save_depth(estimate_depth(network, prepare, image), paths[number])
     logger.info("depth maps in %s", outdir)
 
 

@@ -88,11 +88,15 @@ def main() -> None:
     options = parse_options()
     device = choose_device(options.device)
     paths = images_of(options)
+    if clash := {path.resolve() for path in paths} & {path.resolve() for path in paths.values()}:
+        raise ValueError(f"{min(clash)} would be overwritten by its map; choose another folder")
+    if len({*paths.values()}) < len(paths):
+        raise ValueError("images that differ only in the kind of file would share a map")
     network = load_segmenter(options).to(device)
     done = 0
     for path, target in tqdm(paths.items(), desc="images"):
         try:
-            image = decode_image(path)
+            image = decode_image(path, upright=False)  # as it is read with maps
         except ValueError as error:
             logger.warning("%s %s", path, error)
             continue

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 
 import torch
 
@@ -33,6 +34,7 @@ def main() -> None:
     if not part:
         names = sorted({key.partition(".")[0] for key in weights})
         raise ValueError(f"{options.inpath} has no part {options.submodel!r}, only {names}")
+    Path(options.outpath).parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": part}, options.outpath)
     logger.info("%d weights of %s in %s", len(part), options.submodel, options.outpath)
 

@@ -96,7 +96,7 @@ def main() -> None:
     builder = scenes.conditional_builders[options.conditional]
     model = saved.model().to(device)
     if not isinstance(model, Net2NetTransformer):
-        raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
+        raise ValueError(f"{options.resume} holds a {type(model).__name__}, no transformer prior")
     grid, filters = grid_of(model, options.resolution), Drawing(options.temperature, options.top_k)
     target, samples = samples_folder(options, saved), range(options.n_samples_per_layout)
     layouts = count()

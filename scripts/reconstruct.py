@@ -89,11 +89,31 @@ def chosen_rate(options: argparse.Namespace, model: VQModel) -> dict[str, float]
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
     """Name the results of each image: its stem, with a number where several images have it."""
-    names: dict[str, None] = {}
+    names: list[str] = []
+    taken: set[str] = set()  # some file systems take no notice of capitals
     for path in paths:
         candidates = (f"{path.stem}_{number}" if number > 1 else path.stem for number in count(1))
-        names[next(name for name in candidates if name not in names)] = None
-    return list(names)
+        free = (n for n in candidates if taken.isdisjoint(f.casefold() for f in files_of(n)))
+        names.append(next(free))
+        taken.update(file.casefold() for file in files_of(names[-1]))
+    return names
+
+
+def files_of(name: str) -> tuple[str, str, str]:
+    """Files that are written for an image: reconstruction, turns, and both beside it."""
+    return f"{name}.png", f"{name}_depth.png", f"{name}_compare.png"
+
+
+def refuse_overwriting(paths: Sequence[Path], names: Sequence[str], folder: Path) -> None:
+    """Refuse a folder of results in which an image itself would be overwritten.
+
+    Raises:
+        ValueError: Names the image.
+    """
+    images = {path.resolve() for path in paths}
+    for file in (folder / file for name in names for file in files_of(name)):
+        if file.resolve() in images:
+            raise ValueError(f"{file} is one of the images: choose another folder with -o")
 
 
 def widest_ending(trace: LoopTrace) -> float:
@@ -145,10 +165,11 @@ def reconstruct(
 
 def save_pictures(pictures: Mapping[str, Tensor], folder: Path, name: str) -> None:
     """Write ``<name>.png``, ``<name>_depth.png`` of a loopy tokenizer, ``<name>_compare.png``."""
-    save_picture(pictures["reconstruction"], folder / f"{name}.png")
+    reconstruction, depth, compare = (folder / file for file in files_of(name))
+    save_picture(pictures["reconstruction"], reconstruction)
     if "depth" in pictures:
-        save_picture(pictures["depth"], folder / f"{name}_depth.png")
-    save_picture(side_by_side(*pictures.values()), folder / f"{name}_compare.png")
+        save_picture(pictures["depth"], depth)
+    save_picture(side_by_side(*pictures.values()), compare)
 
 
 def main() -> None:
@@ -167,6 +188,8 @@ def main() -> None:
     options = parser.parse_args()
 
     paths = find_files(options.images)
+    names = unique_names(paths)
+    refuse_overwriting(paths, names, options.outdir)
     device = choose_device(options.device)
     model = model_from_run(options.resume)
     if not isinstance(model, VQModel):
@@ -174,7 +197,7 @@ def main() -> None:
     model = model.to(device)
     rate = chosen_rate(options, model)
     report, below = {}, []
-    for path, name in tqdm(zip(paths, unique_names(paths), strict=True), "reconstruct", len(paths)):
+    for path, name in tqdm(zip(paths, names, strict=True), "reconstruct", len(paths)):
         x = load_image(path, options.size, model.encoder.factor).to(device)
         try:
             pictures, numbers = reconstruct(model, x, rate)

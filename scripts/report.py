@@ -131,7 +131,7 @@ def main() -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     prior = json.loads((folder / "prior.json").read_text())
     rows = summary(tokenizer, prior)
-    (folder / "report.html").write_text(page(folder, tokenizer, rows))
+    (folder / "report.html").write_text(page(folder, tokenizer, rows), encoding="utf-8")
     for name, value in rows:
         logger.info("%-38s %s", name, value)
     logger.info("\nresults: %s\nreport:  %s", folder.resolve(), (folder / "report.html").resolve())

@@ -142,6 +142,7 @@ class Studio:
             return None
         if wish.split not in self.datasets or not 0 <= wish.index < len(self.datasets[wish.split]):
             raise ValueError(f"there is no example {wish.index} of {wish.split!r}")
+        torch.manual_seed(wish.index)  # the same crop each time
         batch = custom_collate([self.datasets[wish.split][wish.index]])
         x, c = (part.to(self.model.device) for part in self.model.get_xc(batch))
         return self._scaled(x, wish.scale), self._scaled(c, wish.scale)

@@ -138,7 +138,7 @@ def _is_of_loss(key: str) -> bool:
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Reads, for a Trainer, the checkpoint from which it goes on as `load_checkpoint` does.
+    """Writes checkpoints of a Trainer, and reads the one from which it goes on.
 
     Args:
         trust_checkpoint: See `load_checkpoint`.
@@ -147,6 +147,34 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def __init__(self, trust_checkpoint: bool = False) -> None:
         super().__init__()
         self.trust_checkpoint = trust_checkpoint
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        path: str | os.PathLike[str],
+        storage_options: Any | None = None,
+    ) -> None:
+        """Write a checkpoint beside an earlier one of that name, and then in its place.
+
+        So a full disk or a kill leaves the earlier one. Lightning writes to the system's folder of
+        temporary files and copies from there, which does not, where that is another disk.
+
+        Args:
+            checkpoint: What the file is to hold.
+            path: The file; an address such as ``s3://...`` is left to Lightning.
+            storage_options: None.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, str(path), storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
+        try:
+            torch.save(checkpoint, part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def load_checkpoint(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import yaml
 from omegaconf import OmegaConf
 
 from taming.legacy import OLD_TRAINER_ARGUMENTS
@@ -191,13 +192,16 @@ def _parse_float(text: str) -> int | float | None:
 
 def _parse_int(text: str) -> int | None:
     value = _parse_float(text)
-    if value is not None and value != int(value):
+    if value is not None and not float(value).is_integer():
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
     return None if value is None else int(value)
 
 
 def _parse_yaml(text: str) -> Any:
-    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"cannot be read as YAML: {text!r}") from error
 
 
 def _parse_bool(text: str) -> bool:

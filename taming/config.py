@@ -28,7 +28,7 @@ __all__ = [
 COMMAND_LINE = "command line"
 
 # Types of a YAML value that fit an argument, by the type as its source writes it.
-_SCALARS = {"int": {int}, "float": {float, int}, "bool": {bool}, "str": {str}, "None": set()}
+_SCALARS = {"int": {int}, "float": {float, int}, "bool": {bool}, "str": {str}, "None": {type(None)}}
 
 # Mappings whose keys a class hands on as keyword arguments: parameter -> who receives them.
 _SPLATTED = {
@@ -173,19 +173,19 @@ def _check_arguments(
                 f"{config.origin(where)}: unknown key {where}: {target} takes no {name!r}"
                 f"{nearest(str(name), signature.names)}"
             )
-        _check_type(config, where, value, signature.annotations.get(name, ""))
         if name in _SPLATTED and isinstance(value, Mapping):
             signatures = [signature_of(receiver) for receiver in _SPLATTED[name]]
             if not any(received.open for received in signatures):
                 valid = [name for received in signatures for name in received.names]
                 check_keys(config, where, value, list(dict.fromkeys(valid)))
         _check_value(config, where, value)
+        _check_type(config, where, value, signature.annotations.get(name, ""))
 
 
 def _check_type(config: LoadedConfig, path: str, value: Any, annotation: str) -> None:
-    """Refuse a scalar of another type where an argument takes nothing but scalars."""
+    """Refuse a value of another type where an argument takes nothing but scalars."""
     names = annotation.split(" | ")
-    if not set(names) <= set(_SCALARS) or not isinstance(value, str | int | float):
+    if not set(names) <= set(_SCALARS):
         return
     if not any(type(value) in _SCALARS[name] for name in names):
         raise ConfigError(f"{config.origin(path)}: {path} must be {annotation}, got {value!r}")

@@ -283,6 +283,9 @@ def _check_lightning(config: LoadedConfig, lightning: Any) -> None:
         merged = merge_block(default, block)
         check_block(config, f"lightning.{name}", merged, injected=_INJECTED)
     callbacks = lightning.get("callbacks") or {}
+    if not isinstance(callbacks, Mapping):
+        origin = config.origin("lightning.callbacks")
+        raise ConfigError(f"{origin}: lightning.callbacks must be name: block, not a list")
     for name, block in callbacks.items():
         check_keys(config, f"lightning.callbacks.{name}", block or {}, ["target", "params"])
     for name, block in callback_blocks(lightning).items():

@@ -104,7 +104,7 @@ class MonitorCheck(Callback):
             PreparationError: They did not.
         """
         name, logged = self.monitor, list(trainer.callback_metrics)
-        if name is None or name.startswith("train/") or name in logged:
+        if name is None or name.startswith("train/") or name in (*logged, "step", "epoch"):
             return
         raise PreparationError(
             f"validation does not log the monitor {name!r}{nearest(name, logged)}"
@@ -117,11 +117,11 @@ def build_checkpoints(
     """Build what writes ``last.ckpt`` and, by a monitor, the three best checkpoints."""
     checkpoints = []
     configured = lightning.get("modelcheckpoint")
-    asked = ((configured or {}).get("params") or {}).get("monitor")
-    monitor = asked or getattr(model, "monitor", None)
+    monitor = _params_of(configured).get("monitor") or getattr(model, "monitor", None)
     if configured or monitor:
         # Without a counter, a resumed run replaces the files of the run it continues.
-        several = "val_check_interval" in (lightning.get("trainer") or {})  # in an epoch
+        often = {"every_n_train_steps", "train_time_interval"} & {*_params_of(configured)}
+        several = often or "val_check_interval" in (lightning.get("trainer") or {})  # in an epoch
         params = {
             "dirpath": str(run.checkpoints),
             "filename": "{epoch:06}-{step:09}" if several else "{epoch:06}",
@@ -135,6 +135,10 @@ def build_checkpoints(
         block = _with_defaults(last, {"ckptdir": run.checkpoints})
         checkpoints.append(instantiate_from_config(block))
     return checkpoints
+
+
+def _params_of(block: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    return (block or {}).get("params") or {}
 
 
 def _with_defaults(block: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import copy
 import logging
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,6 +166,19 @@ def test_weights_alone_are_nothing_to_resume(path, tmp_path):
     torch.save({"state_dict": model.state_dict()}, path)
     with pytest.raises(ValueError, match=r"weights but no state of a training.*ckpt_path"):
         resume(model, path, images(4), tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(path, monkeypatch):
+    SafeCheckpointIO().save_checkpoint({"a": 1}, path)
+
+    def full(content, file):
+        Path(file).write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        SafeCheckpointIO().save_checkpoint({"a": 2}, path)
+    assert torch.load(path) == {"a": 1} and list(path.parent.iterdir()) == [path]
 
 
 def test_a_trainer_needs_trust_for_unknown_classes(path):

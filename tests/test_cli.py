@@ -119,6 +119,8 @@ def test_numbers_of_the_trainer_are_numbers() -> None:
     [
         ("--max_steps", "argument --max_steps: expected one argument"),
         ("--max_steps three", "argument --max_steps: expected a number, got 'three'"),
+        ("--max_steps .inf", "argument --max_steps: expected a whole number, got '.inf'"),
+        ("--devices [0", "argument --devices: cannot be read as YAML: '[0'"),
         ("--max_epochs 1.5", "argument --max_epochs: expected a whole number, got '1.5'"),
         ("--default_root_dir", "argument --default_root_dir: expected one argument"),
     ],

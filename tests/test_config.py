@@ -119,6 +119,14 @@ def test_right_blocks_pass(write, text):
             "x.yaml: model.params.width must be int, got 'four'",
         ),
         (
+            "model: {target: toys.ToyModel, params: {width: }}",
+            "x.yaml: model.params.width must be int, got None",
+        ),
+        (
+            "model: {target: toys.ToyModel, params: {width: [3, 4]}}",
+            "x.yaml: model.params.width must be int, got [3, 4]",
+        ),
+        (
             "model: {target: toys.ToyModel, params: {monitor: 3}}",
             "x.yaml: model.params.monitor must be str | None, got 3",
         ),

@@ -163,6 +163,7 @@ def test_right_experiments_pass(run, change):
         ("modle.x=1", "command line: unknown key modle; did you mean 'model'"),
         ("model.base_learning_rate=null", "base_learning_rate must be a number, got None"),
         ("lightning.trainer.max_step=3", "lightning.trainer.max_step; did you mean 'max_steps'"),
+        ("lightning.callbacks=[rng_state]", "lightning.callbacks must be name: block, not a list"),
         ("lightning.callbak.x=3", "lightning.callbak; did you mean 'callbacks'"),
         ("lightning.callbacks.rng_state.param=3", "rng_state.param; did you mean 'params'"),
         ("lightning.callbacks.mine.params.x=3", "lightning.callbacks.mine has no target"),

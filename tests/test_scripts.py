@@ -18,6 +18,7 @@ from PIL import Image
 from programs import call, fails, pixels
 from tiny_runs import CONFIGS, TRAINER, TinyRuns, run_main
 
+from scripts.reconstruct import files_of, unique_names
 from taming.data.tokens import TokenCache
 from taming.experiment import data_from_run, model_from_run
 from taming.models.sampling import decode_codes, sample_images
@@ -130,6 +131,20 @@ def test_reconstructions(
         mean = sum(n * count for n, count in enumerate(turns, 1)) / sum(turns)
         assert values["turns_per_site"] == pytest.approx(mean)
         assert math.isfinite(values["psnr"])
+
+
+def test_results_overwrite_neither_each_other_nor_an_image(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = unique_names([Path(p) for p in ("x/a.png", "a_depth.png", "A.jpg", "b.png", "y/b.png")])
+    files = [file.casefold() for name in names for file in files_of(name)]
+    assert len(files) == len(set(files)) and names[0] == "a" and names[3:] == ["b", "b_2"]
+    for name in ("cat.png", "cat_compare.png"):
+        (tmp_path / name).write_bytes(photo.read_bytes())
+    error = fails(capsys, "reconstruct", "-r", "nothing", tmp_path / "cat.png", "-o", tmp_path)
+    assert "cat.png is one of the images: choose another folder with -o" in error
+    error = fails(capsys, "extract_segmentation", tmp_path, "--images", tmp_path)
+    assert "would be overwritten by its map" in error
 
 
 def test_reconstructions_of_a_tokenizer_without_a_loop(

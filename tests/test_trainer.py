@@ -184,6 +184,7 @@ def test_checkpoints_follow_the_models_monitor(run):
     block = {"modelcheckpoint": {"params": {"every_n_train_steps": 7, "save_top_k": -1}}}
     every, check, _ = build_checkpoints(block, toys.ToyModel(), run)
     assert every._every_n_train_steps == 7 and every.dirpath == str(run.checkpoints)
+    assert every.filename == "{epoch:06}-{step:09}"  # a file for each time
     assert check.monitor is None
     asked = {"modelcheckpoint": {"params": {"monitor": "val/loss"}}}
     best, check, _ = build_checkpoints(asked, toys.ToyModel(), run)

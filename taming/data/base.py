@@ -10,6 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -90,7 +91,7 @@ class PicturePaths(Dataset[dict[str, Any]], ABC):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start = range(len(self))[index]
-        for position in (*range(start, len(self)), *range(start)):
+        for position in chain(range(start, len(self)), range(start)):
             if position in self.skipped:
                 continue
             try:
@@ -128,7 +129,10 @@ class NumpyPaths(PicturePaths):
 
     def read(self, path: str) -> Tensor:
         """Load an array into (3, H, W) uint8."""
-        array = np.load(path)
+        try:
+            array = np.load(path)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"cannot be read as an array: {error}") from error
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[:2] != (1, 3):
             raise ValueError(f"expected uint8 (1, 3, H, W), found {array.dtype} {array.shape}")
         return torch.from_numpy(array[0])

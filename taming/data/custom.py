@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from taming.data.base import ImagePaths
+from taming.data.roots import read_text
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -28,7 +29,7 @@ def read_path_list(list_file: str | os.PathLike[str]) -> list[str]:
     list_path = Path(list_file)
     if not list_path.is_file():
         raise FileNotFoundError(f"the list of images {list_path} does not exist")
-    lines = enumerate(list_path.read_text(encoding="utf-8-sig").splitlines(), start=1)
+    lines = enumerate(read_text(list_path).splitlines(), start=1)
     names = [(name, number) for number, line in lines if (name := line.strip())]
     paths = [_locate(name, list_path.parent) for name, _ in names]
     if not paths:

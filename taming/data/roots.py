@@ -44,6 +44,18 @@ def require(path: str | os.PathLike[str], what: str, source: str) -> Path:
     return path
 
 
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        ValueError: It is not in UTF-8; PowerShell's ``>`` may write UTF-16.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8: save it so") from error
+
+
 def read_list(path: str | os.PathLike[str], source: str = UPSTREAM_LISTS) -> list[str]:
     """Read a text file that names one thing per line; blank lines are ignored.
 
@@ -51,7 +63,7 @@ def read_list(path: str | os.PathLike[str], source: str = UPSTREAM_LISTS) -> lis
         FileNotFoundError: The file does not exist.
         ValueError: It names nothing.
     """
-    text = require(path, f"the list {Path(path).name}", source).read_text(encoding="utf-8-sig")
+    text = read_text(require(path, f"the list {Path(path).name}", source))
     lines = [stripped for line in text.splitlines() if (stripped := line.strip())]
     if not lines:
         raise ValueError(f"the list {path} is empty")

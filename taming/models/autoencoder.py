@@ -20,7 +20,7 @@ from taming.modules.losses.base import AutoencoderLoss
 from taming.modules.util import first_non_finite
 from taming.modules.vqvae.base import Quantizer, QuantizerOutput
 from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics, codebook_metrics
-from taming.util import NonFiniteError
+from taming.util import DataError, NonFiniteError
 
 
 def tensor_of(batch: Mapping[str, Any], key: str, parameter: str) -> Tensor:
@@ -32,13 +32,11 @@ def tensor_of(batch: Mapping[str, Any], key: str, parameter: str) -> Tensor:
         parameter: What named it, for the message.
 
     Raises:
-        ValueError: The batch has no such tensor.
+        DataError: The batch has no such tensor.
     """
     if not isinstance(value := batch.get(key), Tensor):
         found = f"is a {type(value).__name__}, no tensor" if key in batch else "is missing"
-        raise ValueError(
-            f"{key!r}, {parameter}, {found} in the batch, which has {', '.join(batch)}"
-        )
+        raise DataError(f"{key!r}, {parameter}, {found} in the batch, which has {', '.join(batch)}")
     return value
 
 

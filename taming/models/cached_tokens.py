@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from taming.modules.vqvae.cascade import Cascade
 from taming.modules.vqvae.grammar import TokenSequence
 from taming.modules.vqvae.transforms import Attract
+from taming.util import DataError
 
 # Parts of a tokenizer that have no say in which codes an image gets.
 _AFTER = ("loss", "decoder", "post_quant_conv", "colorize")
@@ -58,10 +59,10 @@ def cached_codes(
         (B, h, w, T) int64, and the number of pixels of an image.
 
     Raises:
-        ValueError: Another tokenizer wrote the tokens.
+        DataError: Another tokenizer wrote the tokens.
     """
     for found in set(batch["fingerprint"]) - {own_fingerprint}:
-        raise ValueError(
+        raise DataError(
             f"the token cache was written by another tokenizer (fingerprint {found[:12]}) than "
             f"that of first_stage_config ({own_fingerprint[:12]}): name the one that wrote it, or "
             "write the cache anew with scripts/encode.py"

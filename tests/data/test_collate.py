@@ -7,6 +7,7 @@ from torch.utils.data import default_collate
 
 from taming.data.helper_types import Annotation
 from taming.data.utils import custom_collate
+from taming.util import DataError
 
 ITEMS = [
     {
@@ -48,3 +49,9 @@ def test_annotations_stay_lists(counts):
 
 def test_missing_values_stay_lists():
     assert custom_collate([{"license": None}, {"license": 4}]) == {"license": [None, 4]}
+
+
+def test_pictures_of_different_sizes_are_refused():
+    batch = [{"image": np.zeros((side, 4, 3), np.float32)} for side in (4, 5)]
+    with pytest.raises(DataError, match=r"\(4, 4, 3\) and \(5, 4, 3\): give their data set a size"):
+        custom_collate(batch)

@@ -46,6 +46,12 @@ def test_lists_naming_missing_files_are_refused(tmp_path):
         CustomTrain(8, listed)
 
 
+def test_lists_in_another_encoding_are_refused(tmp_path):
+    (tmp_path / "list.txt").write_text("a.png", encoding="utf-16")
+    with pytest.raises(ValueError, match="list.txt is not in UTF-8"):
+        CustomTrain(8, tmp_path / "list.txt")
+
+
 def test_missing_and_empty_lists_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="list of images .*none.txt does not exist"):
         CustomTest(8, str(tmp_path / "none.txt"))
