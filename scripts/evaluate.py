@@ -60,6 +60,9 @@ def main() -> None:
     options = parser.parse_args()
 
     device = choose_device(options.device)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    if options.output.is_dir():
+        raise ValueError(f"{options.output} is a folder; -o names the file to be written")
     quiet_lightning()
     model, data = model_from_run(options.resume), data_from_run(options.resume)
     keep = KeepHistograms()
@@ -76,7 +79,6 @@ def main() -> None:
     metrics["histograms"] = keep.histograms
     if isinstance(model, VQModel) and not isinstance(model, VQVAE2):  # its levels have sequences
         metrics["tokens_per_image"] = tokens_per_image(model.to(device).eval(), data)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(metrics, indent=2))
     logger.info("written to %s", options.output)
 

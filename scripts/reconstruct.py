@@ -26,6 +26,7 @@ from taming.data.custom import find_files
 from taming.data.preprocessing import View, decode_image, scale_short_side, to_unit_range
 from taming.experiment import model_from_run
 from taming.models.vqgan import VQModel
+from taming.models.vqvae2 import VQVAE2
 from taming.modules.vqvae.base import LoopTrace
 from taming.modules.vqvae.heatmap import depth_heat_map
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
@@ -192,8 +193,9 @@ def main() -> None:
     refuse_overwriting(paths, names, options.outdir)
     device = choose_device(options.device)
     model = model_from_run(options.resume)
-    if not isinstance(model, VQModel):
-        raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a tokenizer")
+    if not isinstance(model, VQModel) or isinstance(model, VQVAE2):
+        kind = type(model).__name__
+        raise ValueError(f"{options.resume} holds a {kind}, not a tokenizer of one map of codes")
     model = model.to(device)
     rate = chosen_rate(options, model)
     report, below = {}, []

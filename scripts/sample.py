@@ -178,6 +178,7 @@ def main() -> None:
     if not isinstance(model, Prior):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
     model = model.to(device)
+    options.outdir.mkdir(parents=True, exist_ok=True)  # or fail before the work is done
     complete(model, options) if options.complete else sample(model, options)
     logger.info("pictures in %s", options.outdir)
 

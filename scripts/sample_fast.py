@@ -59,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
 def folders_of(model: Prior, classes: str) -> dict[int, str]:
     """Token of the condition -> folder of its samples."""
     if model.be_unconditional:
+        if classes != "imagenet":
+            raise ValueError(f"--classes {classes}: the prior is unconditional")
         return {model.sos_token: ""}
     stage = model.cond_stage_model
     if not isinstance(stage, Labelator):

@@ -68,6 +68,7 @@ def main() -> None:
     options = parse_options()
     device = choose_device(options.device)
     priors = load_priors(options.resume, device)
+    options.outdir.mkdir(parents=True, exist_ok=True)  # or fail before the work is done
     tokenizer: Any = priors[-1].first_stage_model
     labels = torch.tensor(labels_of(priors[0], options.classes, options.num_samples), device=device)
     filters = Drawing(
