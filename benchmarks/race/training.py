@@ -102,6 +102,7 @@ def condition_latents(model: VQModel) -> None:
     """
     for conv in (model.quant_conv, model.post_quant_conv):
         torch.nn.init.orthogonal_(conv.weight)
+        assert conv.bias is not None
         torch.nn.init.zeros_(conv.bias)
     for conv in (model.encoder.conv_out, model.decoder.conv_in):
         torch.nn.init.orthogonal_(conv.weight)
