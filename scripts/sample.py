@@ -42,7 +42,7 @@ from taming.models.sampling import (
 )
 from taming.modules.transformer.sampling import generators_of
 from taming.pictures import save_picture, tile
-from taming.script import choose_device, labels_of, run, script_parser
+from taming.script import check_folder, choose_device, labels_of, run, script_parser
 
 logger = logging.getLogger("taming.sample")
 
@@ -172,13 +172,13 @@ def complete(model: Prior, options: argparse.Namespace) -> None:
 def main() -> None:
     """Draw or complete, as asked."""
     options = parse_options()
+    check_folder(options.outdir)
     device = choose_device(options.device)
     pl.seed_everything(options.seed, verbose=False)
     model = model_from_run(options.resume)
     if not isinstance(model, Prior):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
     model = model.to(device)
-    options.outdir.mkdir(parents=True, exist_ok=True)  # or fail before the work is done
     complete(model, options) if options.complete else sample(model, options)
     logger.info("pictures in %s", options.outdir)
 

@@ -24,7 +24,7 @@ from taming.models.pixelcnn import PixelCNNPrior
 from taming.models.sampling import Prior
 from taming.modules.transformer.sampling import Drawing, generators_of
 from taming.pictures import save_picture, tile
-from taming.script import choose_device, labels_of, run, script_parser
+from taming.script import check_folder, choose_device, labels_of, run, script_parser
 
 logger = logging.getLogger("taming.sample_hierarchy")
 
@@ -66,9 +66,9 @@ def load_priors(runs: list[str], device: torch.device) -> list[Prior]:
 def main() -> None:
     """Write new images, one file each, and a grid of all."""
     options = parse_options()
+    check_folder(options.outdir)
     device = choose_device(options.device)
     priors = load_priors(options.resume, device)
-    options.outdir.mkdir(parents=True, exist_ok=True)  # or fail before the work is done
     tokenizer: Any = priors[-1].first_stage_model
     labels = torch.tensor(labels_of(priors[0], options.classes, options.num_samples), device=device)
     filters = Drawing(

@@ -38,6 +38,16 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} cannot be used here: {error}") from error
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a file where a folder of results is to be, before the work is done.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if path.is_file():
+        raise ValueError(f"{path} is a file, but results go into a folder")
+
+
 def parse_classes(text: str, n_classes: int) -> list[int]:
     """Read ``3,7`` as labels; ``imagenet`` names all of its 1000.
 

@@ -79,7 +79,7 @@ def check(write, text, **options):
         "model: {target: toys.ToyModel, params: {width: 3}}",
         "model: {target: toys.ToyModel, params: null}",
         "model: {target: math.sin, params: {anything: 3}}",
-        "model: {target: toys.ToyModel, params: {monitor: {target: 5}}}",
+        "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, train: {target: 5}}}",
         "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, "
         "train: {target: toys.ToyData}}}",
     ],

@@ -436,6 +436,8 @@ def test_models_are_not_mixed_up(
 ) -> None:
     error = fails(capsys, "sample", "-r", tokenizer)
     assert f"{tokenizer} holds a VQModel, not a prior" in error
+    error = fails(capsys, "sample", "-r", prior, "-o", photo)
+    assert f"{photo} is a file, but results go into a folder" in error
     error = fails(capsys, "reconstruct", "-r", prior, photo)
     assert f"{prior} holds a Net2NetTransformer, not a tokenizer" in error
 
