@@ -142,4 +142,4 @@ def _params_of(block: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 
 def _with_defaults(block: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    return {**block, "params": {**params, **(block.get("params") or {})}}
+    return {**block, "params": {**params, **_params_of(block)}}

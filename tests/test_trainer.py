@@ -1,5 +1,7 @@
 """The Trainer gets what the configuration says, and good defaults for the rest."""
 
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
 import toys
@@ -186,6 +188,8 @@ def test_checkpoints_follow_the_models_monitor(run):
     assert every._every_n_train_steps == 7 and every.dirpath == str(run.checkpoints)
     assert every.filename == "{epoch:06}-{step:09}"  # a file for each time
     assert check.monitor is None
+    for always in ("step", "epoch"):  # by which the newest are kept
+        MonitorCheck(always).on_sanity_check_end(SimpleNamespace(callback_metrics={}), None)
     asked = {"modelcheckpoint": {"params": {"monitor": "val/loss"}}}
     best, check, _ = build_checkpoints(asked, toys.ToyModel(), run)
     assert (best.monitor, best.save_top_k, check.monitor) == ("val/loss", 3, "val/loss")

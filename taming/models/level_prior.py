@@ -30,6 +30,7 @@ from taming.models.stages import Seen
 from taming.models.vqvae2 import Level
 from taming.modules.transformer.sampling import Drawing
 from taming.modules.util import Labelator, SOSProvider
+from taming.util import DataError
 
 
 class LowerLevelPrior(Net2NetTransformer):
@@ -72,7 +73,7 @@ class LowerLevelPrior(Net2NetTransformer):
     def see(self, batch: Mapping[str, Any]) -> Seen:
         """See `Prior.see`; here, one pass of the tokenizer gives the condition too."""
         if is_cached(batch):
-            raise ValueError("a token cache holds one level; train this prior from images")
+            raise DataError("a token cache holds one level; train this prior from images")
         x, _ = self.get_xc(batch)
         with torch.autocast(x.device.type, enabled=False):
             *above, codes = self.first_stage_model.codes_of(x)

@@ -25,7 +25,7 @@ from taming.models.vqgan import VQModel
 from taming.modules.transformer.permuter import Identity, Permuter
 from taming.modules.util import SOSProvider
 from taming.modules.vqvae.sequence import PAD, TokenSequence
-from taming.util import instantiate_from_config
+from taming.util import DataError, instantiate_from_config
 
 Grid = tuple[int, int]
 
@@ -140,7 +140,7 @@ class Prior(pl.LightningModule, ABC):
         """Take a value out of a batch; images (B, H, W, C) and (B, H, W) become (B, C, H, W).
 
         Raises:
-            ValueError: The batch has no such tensor.
+            DataError: The batch has no such tensor.
         """
         x = tensor_of(batch, key, "the prior's first_stage_key or cond_stage_key")
         if x.ndim == 3:
@@ -160,14 +160,14 @@ class Prior(pl.LightningModule, ABC):
         """Encode a batch of images, or take one of cached tokens as it is.
 
         Raises:
-            ValueError: Tokens are another tokenizer's, or lack the condition.
+            DataError: Tokens are another tokenizer's, or lack the condition.
         """
         if is_cached(batch):
             own = self.first_stage_model.quantize.sequence
             codes, pixels = cached_codes(batch, own, self.fingerprint)
             key = "tokens" if self.be_unconditional else self.cond_stage_key
             if key not in batch:
-                raise ValueError(
+                raise DataError(
                     f"the token cache has no {key!r}, which the prior needs as its condition, only "
                     f"{', '.join(batch)}"
                 )
