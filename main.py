@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from taming.cli import Options, parse_arguments
 from taming.config import LoadedConfig, get_obj_from_str, instantiate_from_config, load_config
-from taming.experiment import PreparationError, RunDir, check_experiment, run_name, without_starts
+from taming.experiment import PreparationError, RunDir, is_first_process, run_name, without_starts
+from taming.lightning_block import check_experiment
 from taming.util import DataError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -56,22 +57,19 @@ def __getattr__(name: str) -> Any:
 
 def prepare(options: Options) -> tuple[RunDir, Path | str | None, LoadedConfig]:
     """Find the run, the checkpoint to continue from, and the checked configuration."""
-    saved: list[Path] = []
-    if options.resume:
-        run, checkpoint = RunDir.resume(options.resume)
-        saved = run.saved_configs
-    else:
-        root = "logs/debug_runs" if options.debug else "logs"
-        run = RunDir.new(run_name(options.name, options.base, options.postfix), root)
-        checkpoint = None
     lightning: dict[str, Any] = {"trainer": options.trainer} if options.trainer else {}
-    if options.resume:  # what the run itself once started from has served
+    resumed = RunDir.resume(options.resume) if options.resume else None
+    if resumed:  # what the run itself once started from has served
         lightning["ckpt_path"] = None
     overrides = {"lightning": lightning} if lightning else {}
+    saved = resumed[0].saved_configs if resumed else []
     config = load_config([*saved, *options.base], options.dotlist, overrides)
     check_experiment(config, train=options.train)
-    ckpt_path = (config.values.get("lightning") or {}).get("ckpt_path")
-    return run, checkpoint or ckpt_path, config
+    if resumed:
+        return *resumed, config
+    root = "logs/debug_runs" if options.debug else "logs"
+    run = RunDir.new(run_name(options.name, options.base, options.postfix), root)
+    return run, (config.values.get("lightning") or {}).get("ckpt_path"), config
 
 
 def build(
@@ -106,8 +104,7 @@ def build(
 def log_to_console() -> None:
     """Show what this package logs; the first of several processes says most."""
     package = logging.getLogger("taming")
-    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    package.setLevel(logging.INFO if is_first else logging.WARNING)
+    package.setLevel(logging.INFO if is_first_process() else logging.WARNING)
     if not package.handlers:
         package.addHandler(logging.StreamHandler())
 
@@ -120,17 +117,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     mistakes: tuple[type[Exception], ...] = (ValueError, OSError)
     try:
         run, checkpoint, config = prepare(options)
-        trainer, model, data = build(options, run, config)
-        mistakes = (PreparationError, DataError, NonFiniteError)
-        logging.getLogger("taming").info("the run's folder is %s", run.path)
-        from taming.trainer import fit, test
+        with run.kept_if_used():
+            trainer, model, data = build(options, run, config)
+            mistakes = (PreparationError, DataError, NonFiniteError)
+            logging.getLogger("taming").info("the run's folder is %s", run.path)
+            from taming.trainer import fit, test
 
-        if options.train:
-            fit(trainer, model, data, checkpoint)
-        else:
-            logging.getLogger("taming").info("not training; -t trains")
-        if not options.no_test:
-            test(trainer, model, data, None if options.train else checkpoint)
+            if options.train:
+                fit(trainer, model, data, checkpoint)
+            else:
+                logging.getLogger("taming").info("not training; -t trains")
+            if not options.no_test:
+                test(trainer, model, data, None if options.train else checkpoint)
     except Exception as error:
         if options.debug:
             traceback.print_exc()

@@ -7,41 +7,25 @@ was run) and ``images``. Nothing here imports torch, so that mistakes are report
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from taming.config import (
-    ConfigError,
-    LoadedConfig,
-    check_block,
-    check_keys,
-    instantiate_from_config,
-    load_config,
-)
-from taming.signature import signature_of
+from taming.config import instantiate_from_config, load_config
 
 # Processes that Lightning starts by running the command again find their parent's run here.
 _RUN_VARIABLE = "TAMING_RUN"
 
-DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
-    "setup_callback": {"target": "taming.callbacks.SetupCallback"},
-    "rng_state": {"target": "taming.resume.RngState"},
-    "image_logger": {"target": "taming.callbacks.ImageLogger"},
-    "codebook_telemetry": {"target": "taming.callbacks.CodebookTelemetry"},
-    "learning_rate_logger": {
-        "target": "lightning.pytorch.callbacks.LearningRateMonitor",
-        "params": {"logging_interval": "step"},
-    },
-    "last_checkpoint": {"target": "taming.resume.LastCheckpoint"},
-}
-DEFAULT_LOGGER = {"target": "lightning.pytorch.loggers.TensorBoardLogger"}
-DEFAULT_CHECKPOINT = {"target": "lightning.pytorch.callbacks.ModelCheckpoint"}
+# Whoever starts several processes numbers them so: torchrun, Lightning, Slurm, jsrun.
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
-# Arguments that main adds when it builds these.
-_INJECTED = ("now", "logdir", "ckptdir", "cfgdir", "config", "lightning_config", "save_dir")
+
+def is_first_process() -> bool:
+    """Whether this is the first, or the only, process of a run; known before any of them talk."""
+    return not any(int(os.environ.get(name) or 0) for name in _RANK_VARIABLES)
 
 
 def _unused_time(is_used: Callable[[str], bool]) -> str:
@@ -50,6 +34,15 @@ def _unused_time(is_used: Callable[[str], bool]) -> str:
     while is_used(text := now.strftime("%Y-%m-%dT%H-%M-%S")):
         now += timedelta(seconds=1)
     return text
+
+
+def _exists_or_make(folder: Path) -> bool:
+    """Whether a folder is another's; it is made where there was none, which only one can do."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return True
+    return False
 
 
 class PreparationError(ValueError):
@@ -108,18 +101,34 @@ class RunDir:
 
     @classmethod
     def new(cls, name: str, root: str | Path = "logs") -> RunDir:
-        """Choose a folder that does not exist yet; nothing is written.
+        """Make a folder that did not exist, so that no other run can take it.
 
         Args:
             name: What stands behind the time.
             root: Folder of all runs.
+
+        Returns:
+            The run. Only the first of several processes makes its folder. Those that Lightning
+            starts are told the path; those of ``torchrun`` and Slurm learn it from the callbacks.
         """
-        if _RUN_VARIABLE in os.environ and int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        if not is_first_process() and _RUN_VARIABLE in os.environ:
             return cls(Path(os.environ[_RUN_VARIABLE]))
-        time = _unused_time(lambda time: (Path(root) / f"{time}_{name}").exists())
+        taken = _exists_or_make if is_first_process() else Path.exists
+        time = _unused_time(lambda time: taken(Path(root) / f"{time}_{name}"))
         path = Path(root) / f"{time}_{name}"
-        os.environ[_RUN_VARIABLE] = str(path.absolute())
+        if is_first_process():
+            os.environ[_RUN_VARIABLE] = str(path.absolute())
         return cls(path)
+
+    @contextmanager
+    def kept_if_used(self) -> Iterator[None]:
+        """Remove the folder in the end, and that of all runs, if nothing has been written there."""
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # is not empty, or another process's to remove
+                self.path.rmdir()
+                self.path.parent.rmdir()
 
     @classmethod
     def resume(cls, path: str | Path) -> tuple[RunDir, Path]:
@@ -220,73 +229,3 @@ def _project(run: str | Path) -> tuple[dict[str, Any], Path]:
     """The model and data blocks that a run was last trained with, and its checkpoint."""
     folder, checkpoint = RunDir.resume(run)
     return load_config([folder.project_config]).values, checkpoint
-
-
-def merge_block(default: Mapping[str, Any], block: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Complete a ``{target, params}`` block with the defaults for its target.
-
-    A block without a target takes the default's; one with another target stands alone.
-    """
-    block = block or {}
-    if block.get("target", default["target"]) != default["target"]:
-        return dict(block)
-    params = {**(default.get("params") or {}), **(block.get("params") or {})}
-    return {**default, **block, "params": params}
-
-
-def callback_blocks(lightning: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Merge the configured callbacks into the default ones; a null entry removes a default."""
-    configured = lightning.get("callbacks") or {}
-    defaults = {
-        name: merge_block(block, configured.get(name)) for name, block in DEFAULT_CALLBACKS.items()
-    }
-    blocks = {**defaults, **{k: v for k, v in configured.items() if k not in defaults}}
-    return {name: b for name, b in blocks.items() if name not in configured or configured[name]}
-
-
-def check_experiment(config: LoadedConfig, train: bool) -> None:
-    """Check a whole configuration before anything of it is built.
-
-    Args:
-        config: The merged configuration.
-        train: Whether a learning rate is needed.
-
-    Raises:
-        ConfigError: Names the file, the key path and the nearest valid name.
-    """
-    values = config.values
-    check_keys(config, "", values, ["model", "data", "lightning"])
-    for name in ("model", "data"):
-        if name not in values:
-            raise ConfigError(f"there is no {name!r} block; name a YAML file that has one with -b")
-    check_block(config, "model", values["model"], extra=["base_learning_rate"])
-    check_block(config, "data", values["data"])
-    if train and not isinstance(values["model"].get("base_learning_rate"), float | int):
-        raise ConfigError(
-            f"{config.origin('model')}: model.base_learning_rate must be a number, "
-            f"got {values['model'].get('base_learning_rate')!r}"
-        )
-    _check_lightning(config, values.get("lightning") or {})
-
-
-def _check_lightning(config: LoadedConfig, lightning: Any) -> None:
-    valid = ["trainer", "logger", "modelcheckpoint", "callbacks", "ckpt_path"]
-    check_keys(config, "lightning", lightning, valid)
-    if lightning.get("ckpt_path") and not Path(lightning["ckpt_path"]).is_file():
-        origin = config.origin("lightning.ckpt_path")
-        raise ConfigError(f"{origin}: there is no checkpoint {lightning['ckpt_path']} (ckpt_path)")
-    trainer = signature_of("lightning.pytorch.Trainer").names
-    check_keys(config, "lightning.trainer", lightning.get("trainer") or {}, trainer)
-    for name, default in (("logger", DEFAULT_LOGGER), ("modelcheckpoint", DEFAULT_CHECKPOINT)):
-        block = lightning.get(name) or {}
-        check_keys(config, f"lightning.{name}", block, ["target", "params"])
-        merged = merge_block(default, block)
-        check_block(config, f"lightning.{name}", merged, injected=_INJECTED)
-    callbacks = lightning.get("callbacks") or {}
-    if not isinstance(callbacks, Mapping):
-        origin = config.origin("lightning.callbacks")
-        raise ConfigError(f"{origin}: lightning.callbacks must be name: block, not a list")
-    for name, block in callbacks.items():
-        check_keys(config, f"lightning.callbacks.{name}", block or {}, ["target", "params"])
-    for name, block in callback_blocks(lightning).items():
-        check_block(config, f"lightning.callbacks.{name}", block, injected=_INJECTED)

@@ -12,11 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from taming.config import instantiate_from_config
-from taming.experiment import (
+from taming.experiment import PreparationError, RunDir
+from taming.lightning_block import (
     DEFAULT_CHECKPOINT,
     DEFAULT_LOGGER,
-    PreparationError,
-    RunDir,
     callback_blocks,
     merge_block,
 )

@@ -70,6 +70,10 @@ class LastCheckpoint(Checkpoint):
         self._requested = False
         self._saved_step = 0
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write where the first process does: that of another node chose a folder of its own."""
+        self.path = trainer.strategy.broadcast(self.path)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen for signals, unless somebody (SLURM's requeueing) already does."""
         self._has_started = True

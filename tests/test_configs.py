@@ -9,7 +9,7 @@ import torch
 from tiny_runs import CONDITION_OF, CONFIGS, ORIGINALS, TOKENIZER_OF, TinyRuns, run_main, shipped
 
 from taming.config import load_config
-from taming.experiment import check_experiment
+from taming.lightning_block import check_experiment
 from taming.modules.vqvae.quantize import VectorQuantizer2
 from taming.modules.vqvae.sequence import TokenSequence
 from taming.util import instantiate_from_config

@@ -1,6 +1,7 @@
 """Two processes on the CPU train as one would, and agree with each other."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -161,3 +162,38 @@ def test_main_trains_a_prior(config: str, tmp_path: Path, tiny_runs: TinyRuns) -
     before = torch.load(tiny_runs.of(config) / "checkpoints/last.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == before["state_dict"].keys()
     assert list(tmp_path.glob("logs/*/images/val/samples_nopix_*.png"))
+
+
+def free_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_two_nodes_write_one_run(tmp_path: Path) -> None:
+    """Under torchrun, whose processes are not Lightning's children."""
+    config = "demo/loopy_vqgan.yaml"
+    rendezvous = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    environment = {k: v for k, v in os.environ.items() if k != "TAMING_RUN"}  # of other tests
+    environment |= {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", *rendezvous),
+                *("--node_rank", str(rank), str(ROOT / "main.py"), "-t", "-b"),
+                *(str(CONFIGS / config), *TRAINER, "--num_nodes", "2", "--devices", "1"),
+                *("--max_steps", "2", *overrides(tmp_path)[config]),
+                "lightning.callbacks.agree.target=test_ddp.RanksAgree",
+            ],
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [node.communicate(timeout=240)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(errors)
+    (run,) = (tmp_path / "logs").iterdir()
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2

@@ -1,6 +1,7 @@
 """A run's folder is found again, and so is the model that it left."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,14 +10,18 @@ from omegaconf import OmegaConf
 
 from taming.config import ConfigError, load_config
 from taming.experiment import (
-    DEFAULT_CALLBACKS,
+    _RANK_VARIABLES,
+    _RUN_VARIABLE,
     RunDir,
-    callback_blocks,
-    check_experiment,
-    merge_block,
     model_from_run,
     run_name,
     without_starts,
+)
+from taming.lightning_block import (
+    DEFAULT_CALLBACKS,
+    callback_blocks,
+    check_experiment,
+    merge_block,
 )
 
 PROJECT = {
@@ -49,20 +54,44 @@ def test_names(name, base, postfix, expected):
     assert run_name(name, base, postfix) == expected
 
 
-def test_new_runs_do_not_meet(tmp_path):
-    first = RunDir.new("a", tmp_path)
-    first.path.mkdir()
-    second = RunDir.new("a", tmp_path)
-    assert first.path != second.path
-    for run in (first, second):
+@pytest.fixture(autouse=True)
+def first_process(monkeypatch):
+    """No test leaves its run, or takes it for another's, in the environment."""
+    for name in (*_RANK_VARIABLES, _RUN_VARIABLE):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_runs_begun_in_one_second_do_not_meet(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        runs = [*pool.map(lambda _: RunDir.new("a", tmp_path), range(8))]
+    assert len({run.path for run in runs}) == 8
+    for run in runs:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_a", run.path.name)
+        assert run.path.is_dir()
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_run_that_writes_nothing_leaves_no_folder(writes, tmp_path):
+    run = RunDir.new("a", tmp_path / "logs")
+    with pytest.raises(KeyError), run.kept_if_used():
+        if writes:
+            run.configs.mkdir()
+        raise KeyError
+    assert (tmp_path / "logs").exists() == run.path.exists() == writes
 
 
 def test_relaunched_processes_share_their_parents_run(tmp_path, monkeypatch):
     parent = RunDir.new("a", tmp_path)
-    parent.path.mkdir()
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert RunDir.new("a", tmp_path) == parent
+
+
+@pytest.mark.parametrize("variable", _RANK_VARIABLES)
+def test_only_the_first_process_makes_a_folder(variable, tmp_path, monkeypatch):
+    monkeypatch.setenv(variable, "1")
+    RunDir.new("a", tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_resume_finds_run_and_checkpoint(run):
