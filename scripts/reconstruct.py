@@ -4,7 +4,8 @@ python scripts/reconstruct.py -r logs/<run> picture.jpg folder/ -o results
 python scripts/reconstruct.py -r logs/<run> picture.jpg -s 256 --max-tokens 4000
 
 A loopy tokenizer's rate can be set for each image: by the distance at which loops end, by the
-number of tokens, or by the quality wanted. reconstructions.json tells what each image took.
+number of tokens, or by the quality wanted. reconstructions.json tells what each image took. Of a
+VQ-VAE-2, the comparison also shows what its upper levels say alone.
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ from taming.data.preprocessing import View, decode_image, scale_short_side, to_u
 from taming.experiment import model_from_run
 from taming.models.vqgan import VQModel
 from taming.models.vqvae2 import VQVAE2
-from taming.modules.vqvae.base import LoopTrace
-from taming.modules.vqvae.heatmap import depth_heat_map
+from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.pictures import save_picture, side_by_side
 from taming.script import choose_device, run
@@ -122,6 +122,14 @@ def widest_ending(trace: LoopTrace) -> float:
     return float(trace.distances[trace.within].max()) if trace.within.any() else 0.0
 
 
+def code_maps(model: VQModel, quantized: QuantizerOutput) -> list[tuple[Quantizer, Tensor]]:
+    """Every quantizer of a model and the codes (1, h, w, T) that it gave to an image."""
+    if isinstance(model, VQVAE2):
+        return list(zip(model.quantize.levels, quantized.info.indices, strict=True))
+    h, w = quantized.z_q.shape[2:]
+    return [(model.quantize, quantized.info.indices.reshape(1, h, w, -1))]
+
+
 @torch.no_grad()
 def reconstruct(
     model: VQModel, x: Tensor, rate: Mapping[str, Any]
@@ -138,28 +146,27 @@ def reconstruct(
     """
     quantized = model.encode(x, **rate)
     x_rec = model.decode(quantized.z_q).clamp(-1, 1)
-    h, w = quantized.z_q.shape[2:]
-    sequence = model.quantize.sequence
-    codes = quantized.info.indices.reshape(1, h, w, -1)
-    written = sequence.encode(codes)[0].shape[1]
-    pictures = {"input": x[0], "reconstruction": x_rec[0]}
+    maps = [(quantizer.sequence, codes) for quantizer, codes in code_maps(model, quantized)]
+    written = [sequence.encode(codes)[0].shape[1] for sequence, codes in maps]
+    bits = [n * math.log2(s.vocab_size) for n, (s, _) in zip(written, maps, strict=True)]
+    shown = model.code_pictures(quantized, (x.shape[2], x.shape[3]))
+    shown = {"input": x, "reconstruction": x_rec, **shown}
+    pictures = {name: picture[0] for name, picture in shown.items()}
     numbers = {
         "size": [x.shape[3], x.shape[2]],
-        "sites": h * w,
-        "tokens": int((codes >= 0).sum()),
-        "sequence_length": written,
-        "bits": written * math.log2(sequence.vocab_size),
+        "sites": sum(codes[..., 0].numel() for _, codes in maps),
+        "tokens": sum(int((codes >= 0).sum()) for _, codes in maps),
+        "sequence_length": sum(written),
+        "bits": sum(bits),
         "psnr": -10 * math.log10(max(float((x - x_rec).square().mean()) / 4, EXACT)),
     }
     trace = quantized.info.encodings
     if isinstance(trace, LoopTrace) and isinstance(model.quantize, LoopyVectorQuantizer):
-        size = (x.shape[2], x.shape[3])
-        pictures["depth"] = depth_heat_map(trace.lengths, sequence.max_loops, size)[0]
         numbers["threshold"] = widest_ending(trace) / float(model.quantize.latent_std)
         numbers["never_within_threshold"] = int((~trace.within).sum())
         numbers["turns_per_site"] = float(trace.lengths.float().mean())
         numbers["turns"] = torch.bincount(
-            trace.lengths.flatten(), minlength=sequence.max_loops + 1
+            trace.lengths.flatten(), minlength=model.quantize.sequence.max_loops + 1
         ).tolist()[1:]
     return pictures, numbers
 
@@ -168,8 +175,8 @@ def save_pictures(pictures: Mapping[str, Tensor], folder: Path, name: str) -> No
     """Write ``<name>.png``, ``<name>_depth.png`` of a loopy tokenizer, ``<name>_compare.png``."""
     reconstruction, depth, compare = (folder / file for file in files_of(name))
     save_picture(pictures["reconstruction"], reconstruction)
-    if "depth" in pictures:
-        save_picture(pictures["depth"], depth)
+    if "depths" in pictures:
+        save_picture(pictures["depths"], depth)
     save_picture(side_by_side(*pictures.values()), compare)
 
 
@@ -193,14 +200,14 @@ def main() -> None:
     refuse_overwriting(paths, names, options.outdir)
     device = choose_device(options.device)
     model = model_from_run(options.resume)
-    if not isinstance(model, VQModel) or isinstance(model, VQVAE2):
-        kind = type(model).__name__
-        raise ValueError(f"{options.resume} holds a {kind}, not a tokenizer of one map of codes")
+    if not isinstance(model, VQModel):
+        raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a tokenizer")
     model = model.to(device)
     rate = chosen_rate(options, model)
+    site = model.encoder.factor * (model.quantize.factors[0] if isinstance(model, VQVAE2) else 1)
     report, below = {}, []
     for path, name in tqdm(zip(paths, names, strict=True), "reconstruct", len(paths)):
-        x = load_image(path, options.size, model.encoder.factor).to(device)
+        x = load_image(path, options.size, site).to(device)
         try:
             pictures, numbers = reconstruct(model, x, rate)
         except ValueError as error:

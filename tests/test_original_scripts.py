@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning1 import save_checkpoint, save_run, with_masks
 from miniatures import PER_SYNSET, SYNSETS, write_imagenet
-from PIL import Image
+from PIL import ExifTags, Image
 from programs import call, fails, pixels
 from tiny import GAN
 from tiny_runs import TinyRuns
@@ -139,13 +139,15 @@ def test_a_published_tokenizer_reconstructs(tmp_path: Path, shared: Path) -> Non
     assert pixels(tmp_path / "out/photo.png").shape == (48, 64, 3)
 
 
-def test_an_unconditional_prior_samples(tmp_path: Path) -> None:
+def test_an_unconditional_prior_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = class_conditional(unconditional=True)
     run = save_run(tmp_path / "old", {"model": model}, random_weights(model))
     options = ("-n", 2, "--top_k", 250, "--top_p", 0.9, "-t", 0.5, "-o", tmp_path / "out")
     call("sample_fast", "-r", run, *options)
     out = tmp_path / "out/samples/top_k_250_temp_0.50_top_p_0.9/1234"
     assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png"]
+    error = fails(capsys, "sample_fast", "-r", run, "--classes", "1,2")
+    assert "--classes 1,2: the prior is unconditional" in error
 
 
 def test_a_checkpoint_alone_needs_a_configuration(
@@ -382,6 +384,13 @@ def hub(tmp_path: Path) -> Path:
     return folder
 
 
+def save_turned(image: Image.Image, path: Path) -> None:
+    """Save an image with a note to turn it, which maps that belong to it do not follow."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # by 90 degrees, clockwise
+    image.save(path, exif=exif)
+
+
 def test_depth_maps_are_what_the_data_set_reads(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +398,9 @@ def test_depth_maps_are_what_the_data_set_reads(
 
     monkeypatch.setenv("TAMING_DATA", str(tmp_path / "data"))
     write_imagenet(tmp_path / "data", depth=False)
+    synset = min(SYNSETS.values())
+    turned = tmp_path / f"data/ILSVRC2012_validation/data/{synset}/{synset}_0.JPEG"
+    save_turned(Image.effect_noise((24, 32), 50).convert("RGB"), turned)
     call("extract_depth", "--hub", hub, "--splits", "val")
     out = tmp_path / "data/imagenet_depth"
     made = {
@@ -396,8 +408,11 @@ def test_depth_maps_are_what_the_data_set_reads(
     }
     names = {f"{s}/{s}_{i}.png" for s in SYNSETS.values() for i in range(PER_SYNSET)}
     assert set(made) == {f"val/{name}" for name in names}
-    depth = ImageNetValidationWithDepth()[0]["depth"]
-    assert depth.shape == (20, 30) and (depth.min(), depth.max()) == (-1, 1)
+    examples = [ImageNetValidationWithDepth()[i] for i in range(len(made))]
+    for example in examples:
+        assert example["depth"].shape == example["image"].shape[:2]
+        assert (example["depth"].min(), example["depth"].max()) == (-1, 1)
+    assert sum(example["image"].shape == (32, 24, 3) for example in examples) == 1  # not turned
     call("extract_depth", "--hub", hub)
     again = {
         path.relative_to(out).as_posix(): path.stat().st_mtime_ns for path in out.rglob("*.png")
@@ -415,13 +430,15 @@ def test_segmentations(hub: Path, shared: Path, tmp_path: Path, caplog: Any) -> 
     Image.fromarray(np.arange(30 * 40 * 3, dtype=np.uint8).reshape(30, 40, 3)).save(
         folder / "x.png"
     )
+    with Image.open(folder / "x.png") as image:
+        save_turned(image, folder / "turned.png")
     (folder / "broken.jpg").write_bytes(b"no picture")
     call("extract_segmentation", "out", "--images", "images", *options)
     assert "broken.jpg" in caplog.text
-    assert [path.relative_to("out").as_posix() for path in Path("out").rglob("*.png")] == [
-        "a/x.png"
-    ]
+    made = sorted(path.relative_to("out").as_posix() for path in Path("out").rglob("*.png"))
+    assert made == ["a/turned.png", "a/x.png"]
     classes = pixels(Path("out/a/x.png"))
+    assert (classes == pixels(Path("out/a/turned.png"))).all()
     assert classes.shape == (30, 40) and classes.max() < 182
     image = torch.tensor(pixels(folder / "x.png")).permute(2, 0, 1)
     mean = torch.tensor([104.008, 116.669, 122.675])[:, None, None]

@@ -1,6 +1,7 @@
 """The programs that the page of recipes shows, on runs of two steps."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,28 @@ def test_every_level_is_evaluated(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     numbers = json.loads(output.read_text())
     assert (numbers["val/top_slots_per_image"], numbers["val/bottom_slots_per_image"]) == (4, 16)
     assert sum(numbers["histograms"]["val/bottom_codes"]) == 16 * 12
+
+
+def test_every_level_is_counted_in_a_reconstruction(
+    tiny_runs: TinyRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, image, out = (
+        tiny_runs.of("vqvae2_cifar10.yaml"),
+        tmp_path / "image.png",
+        tmp_path / "out",
+    )
+    Image.effect_noise((21, 18), 50).convert("RGB").save(image)
+    call("reconstruct", "-r", model, image, "-o", out)
+    assert {path.name for path in out.iterdir()} == {
+        *("image.png", "image_compare.png", "reconstructions.json")
+    }
+    assert pixels(out / "image.png").shape == (16, 16, 3)  # whole sites of the top level
+    assert pixels(out / "image_compare.png").shape == (20, 3 * 18 + 2, 3)  # what the top says too
+    (values,) = json.loads((out / "reconstructions.json").read_text()).values()
+    assert values["sites"] == values["tokens"] == values["sequence_length"] == 4 + 16
+    assert values["bits"] == pytest.approx(20 * math.log2(9))
+    error = fails(capsys, "reconstruct", "-r", model, image, "-o", out, "--max-tokens", 9)
+    assert "Hierarchy has one rate, which cannot be set" in error
 
 
 def test_images_are_drawn_level_by_level(tiny_runs: TinyRuns, tmp_path: Path) -> None:
