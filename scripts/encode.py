@@ -73,6 +73,8 @@ def encode(model: VQModel, loader: DataLoader[Any], folder: Path, passes: int) -
             grid = [*quant.shape[2:]]
             about = CacheInfo(own, grid, x.shape[2] * x.shape[3])
             columns = columns_of(batch)
+            if taken := {"image_number", "pass_number"} & columns.keys():
+                raise ValueError(f"a token cache counts its {min(taken)}: rename the data set's")
             columns["image_number"] = list(range(first, first + len(x)))
             columns["pass_number"] = [number] * len(x)
             if writer is None:

@@ -69,7 +69,7 @@ def main() -> None:
             "samples": sample_images(model, condition, empty_codes(model, 1, grid), drawing),
         }
         for name, picture in pictures.items():
-            save_picture(picture[0], target / name / f"{number:06}.png")
+            save_picture(model.show(picture)[0], target / name / f"{number:06}.png")
     logger.info("pictures in %s", target)
 
 

@@ -110,9 +110,8 @@ def main() -> None:
             generators = generators_of(options.seed, numbers_of(next(layouts), samples))
             drawing = filters._replace(generators=generators)
             torch.manual_seed(options.seed)  # objects are told in random order
-            images = sample_images(
-                model, layout_windows(builder, annotations, grid, codes), codes, drawing
-            ).cpu()
+            windows = layout_windows(builder, annotations, grid, codes)
+            images = model.show(sample_images(model, windows, codes, drawing)).cpu()
             size = images.shape[3], images.shape[2]
             label = scenes.get_textual_label_for_category_no
             layout = builder.plot(builder.build(annotations), label, size)

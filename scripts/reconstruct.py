@@ -31,7 +31,7 @@ from taming.models.vqvae2 import VQVAE2
 from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.pictures import save_picture, side_by_side
-from taming.script import choose_device, run
+from taming.script import check_folder, choose_device, run
 
 logger = logging.getLogger("taming.reconstruct")
 
@@ -59,7 +59,7 @@ def load_image(path: Path, size: int | None, site: int) -> Tensor:
     height, width = picture.shape[1:]
     scaled = (height, width) if size is None else scale_short_side(height, width, size)
     rows, columns = (side // site * site for side in scaled)
-    if not rows or not columns:
+    if rows < 1 or columns < 1:
         raise ValueError(f"{path}: {scaled[1]}x{scaled[0]} is smaller than a site of {site} pixels")
     view = View(scaled, (scaled[0] - rows) // 2, (scaled[1] - columns) // 2, rows, columns)
     return torch.from_numpy(to_unit_range(view.apply(picture, antialias=True))).permute(2, 0, 1)[
@@ -195,6 +195,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     options = parser.parse_args()
 
+    check_folder(options.outdir)
+    if options.size is not None and options.size < 1:
+        raise ValueError(f"--size must be at least 1, got {options.size}")
     paths = find_files(options.images)
     names = unique_names(paths)
     refuse_overwriting(paths, names, options.outdir)
@@ -202,6 +205,9 @@ def main() -> None:
     model = model_from_run(options.resume)
     if not isinstance(model, VQModel):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a tokenizer")
+    if model.encoder.conv_in.in_channels != 3:
+        channels = model.encoder.conv_in.in_channels
+        raise ValueError(f"{options.resume} is a tokenizer of {channels} channels, not of colours")
     model = model.to(device)
     rate = chosen_rate(options, model)
     site = model.encoder.factor * (model.quantize.factors[0] if isinstance(model, VQVAE2) else 1)

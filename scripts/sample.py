@@ -40,6 +40,7 @@ from taming.models.sampling import (
     trained_grid,
     upper_part,
 )
+from taming.models.vqvae2 import Level
 from taming.modules.transformer.sampling import generators_of
 from taming.pictures import save_picture, tile
 from taming.script import check_folder, choose_device, labels_of, run, script_parser
@@ -124,7 +125,7 @@ def draw(
         drawing = drawing_of(options, numbers_of(item, part.tolist()))
         begun = codes.repeat(len(part), 1, 1, 1)
         drawn = sample_images(model, seen_whole(condition[part]), begun, drawing, known)
-        images.append(drawn.cpu())
+        images.append(model.show(drawn).cpu())
     return torch.cat(images)
 
 
@@ -154,7 +155,11 @@ def complete(model: Prior, options: argparse.Namespace) -> None:
     grid = grid_of(model, options.grid)
     if grid[0] != grid[1]:
         raise ValueError(f"--complete needs a square grid, got {grid[0]}x{grid[1]}")
-    factor = model.first_stage_model.encoder.factor
+    stage = model.first_stage_model
+    tokenizer = stage.model if isinstance(stage, Level) else stage
+    if tokenizer.encoder.conv_in.in_channels != 3:
+        raise ValueError("--complete takes photographs, but the tokenizer's images have no colours")
+    factor = stage.encoder.factor
     images = ImagePaths(find_files(options.complete), grid[0] * factor, antialias=True)
     known = known_part(options, grid, factor)
     for number in tqdm(range(len(images)), desc="complete"):

@@ -164,7 +164,7 @@ class Studio:
             return {}
         x, c = example
         x_rec = decode_codes(self.model, encode_codes(self.model, x))
-        pictures = {"image": x, "reconstruction": x_rec}
+        pictures = {"image": self.model.show(x), "reconstruction": self.model.show(x_rec)}
         if self.kind == "image":
             pictures[self.model.cond_stage_key] = self._coloured(c)
         return {name: data_url(picture[0]) for name, picture in pictures.items()}
@@ -201,7 +201,7 @@ class Studio:
         codes[:, ~known] = empty_codes(model, 1, (1, 1))[0]  # shown until others are written
         torch.manual_seed(wish.seed)
         for done in write_codes(model, condition, codes, drawing, known, wish.every):
-            picture = paste(decode_codes(model, codes), given, known)
+            picture = model.show(paste(decode_codes(model, codes), given, known))
             yield {"done": done, "of": grid[0] * grid[1], "picture": data_url(picture[0])}
 
 

@@ -26,6 +26,7 @@ from taming.models.sampling import (
     seen_whole,
     trained_grid,
 )
+from taming.models.vqvae2 import Level
 from taming.modules.transformer.sampling import generators_of
 from taming.modules.util import Labelator
 from taming.pictures import save_picture
@@ -63,6 +64,8 @@ def folders_of(model: Prior, classes: str) -> dict[int, str]:
             raise ValueError(f"--classes {classes}: the prior is unconditional")
         return {model.sos_token: ""}
     stage = model.cond_stage_model
+    if isinstance(stage, Level):
+        raise ValueError("the prior is of one level of a VQ-VAE-2: use scripts/sample_hierarchy.py")
     if not isinstance(stage, Labelator):
         raise ValueError(
             f"the condition is what a {type(stage).__name__} takes, not a class: use "
@@ -92,7 +95,7 @@ def main() -> None:
             codes = empty_codes(model, len(part), trained_grid(model))
             generators = generators_of(options.seed, numbers_of(token, part.tolist()))
             drawing = filters._replace(generators=generators)
-            images = sample_images(model, seen_whole(condition), codes, drawing)
+            images = model.show(sample_images(model, seen_whole(condition), codes, drawing))
             for number, image in zip(part.tolist(), images, strict=True):
                 save_picture(image, target / folder / f"{number:06}.png")
     logger.info("pictures in %s", target)

@@ -82,7 +82,7 @@ def main() -> None:
     for part in tqdm(torch.arange(len(labels)).split(options.batch_size), desc="batches"):
         drawing = filters._replace(generators=generators_of(options.seed, part.tolist()))
         codes = sample_levels(priors, labels[part.to(device), None], drawing)
-        parts.append(tokenizer.model.decode_code(codes).cpu())
+        parts.append(priors[-1].show(tokenizer.model.decode_code(codes)).cpu())
     images = torch.cat(parts)
     for number, (label, image) in enumerate(zip(labels.tolist(), images, strict=True)):
         suffix = "" if priors[0].be_unconditional else f"_class{label}"

@@ -177,7 +177,7 @@ def _add_trainer_flags(parser: argparse.ArgumentParser, trainer: Signature) -> N
             f"--{name}",
             **bare,
             default=argparse.SUPPRESS,
-            type=_NUMBERS.get(annotation, _parse_yaml),
+            type=_parse_time if name == "max_time" else _NUMBERS.get(annotation, _parse_yaml),
             metavar="VALUE",
             help=argparse.SUPPRESS if name in hidden else help,
         )
@@ -202,6 +202,11 @@ def _parse_yaml(text: str) -> Any:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
     except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"cannot be read as YAML: {text!r}") from error
+
+
+def _parse_time(text: str) -> Any:
+    value = _parse_yaml(text)
+    return text if isinstance(value, int | float) else value  # 12:00:00 to the base of 60
 
 
 def _parse_bool(text: str) -> bool:

@@ -25,7 +25,13 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMES
 
 def is_first_process() -> bool:
     """Whether this is the first, or the only, process of a run; known before any of them talk."""
-    return not any(int(os.environ.get(name) or 0) for name in _RANK_VARIABLES)
+    return _process_number() == 0
+
+
+def _process_number() -> int:
+    # What started torchrun numbers its nodes in another order than torchrun itself.
+    names = ("RANK",) if "TORCHELASTIC_RUN_ID" in os.environ else _RANK_VARIABLES
+    return max(int(os.environ.get(name) or 0) for name in names)
 
 
 def _unused_time(is_used: Callable[[str], bool]) -> str:
@@ -113,11 +119,12 @@ class RunDir:
         """
         if not is_first_process() and _RUN_VARIABLE in os.environ:
             return cls(Path(os.environ[_RUN_VARIABLE]))
-        taken = _exists_or_make if is_first_process() else Path.exists
-        time = _unused_time(lambda time: taken(Path(root) / f"{time}_{name}"))
+        if not is_first_process():  # or one of several that know nothing of each other
+            time = _unused_time(lambda time: False)
+            return cls(Path(root) / f"{time}_{name}_{_process_number()}")
+        time = _unused_time(lambda time: _exists_or_make(Path(root) / f"{time}_{name}"))
         path = Path(root) / f"{time}_{name}"
-        if is_first_process():
-            os.environ[_RUN_VARIABLE] = str(path.absolute())
+        os.environ[_RUN_VARIABLE] = str(path.absolute())
         return cls(path)
 
     @contextmanager

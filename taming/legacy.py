@@ -145,6 +145,9 @@ def _modernize_trainer(trainer: dict[str, Any]) -> dict[str, Any]:
         reason = f" ({_DROPPED[name]})" if name in _DROPPED else ""
         logger.info("Trainer argument %s=%s becomes %s%s", name, value, new or "nothing", reason)
         result.update(new)
+    if "gpus" in trainer and result.get("accelerator") == "cpu":
+        # The run that is resumed, or another file, may have named GPUs.
+        result.setdefault("devices", "auto")
     return result
 
 

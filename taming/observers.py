@@ -86,6 +86,11 @@ def build_callbacks(
     return callbacks
 
 
+def best_of(monitor: str) -> str:
+    """Return whether the best value of a logged metric is its ``"max"`` or its ``"min"``."""
+    return "max" if monitor.endswith(("psnr", "ssim", "usage", "perplexity")) else "min"
+
+
 class MonitorCheck(Callback):
     """Stops a run whose checkpoints would wait for a metric that validation does not log.
 
@@ -125,7 +130,7 @@ def build_checkpoints(
             "dirpath": str(run.checkpoints),
             "filename": "{epoch:06}-{step:09}" if several else "{epoch:06}",
             "enable_version_counter": False,
-            **({"monitor": monitor, "save_top_k": 3} if monitor else {}),
+            **({"monitor": monitor, "save_top_k": 3, "mode": best_of(monitor)} if monitor else {}),
         }
         block = _with_defaults(merge_block(DEFAULT_CHECKPOINT, configured), params)
         checkpoints = [instantiate_from_config(block), MonitorCheck(block["params"].get("monitor"))]

@@ -174,6 +174,8 @@ def _flatten(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
         elif isinstance(statement, ast.Try):
             handlers = [s for handler in statement.handlers for s in handler.body]
             yield from _flatten([*handlers, *statement.body, *statement.orelse])
+        elif isinstance(statement, ast.With | ast.For | ast.While):
+            yield from _flatten(statement.body)
         else:
             yield statement
 

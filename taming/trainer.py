@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
+from lightning.pytorch.plugins import environments
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -55,9 +56,16 @@ def trainer_arguments(lightning: Mapping[str, Any], run: RunDir) -> dict[str, An
     """Complete the ``lightning.trainer`` block, before data and model are built.
 
     Raises:
-        ValueError: More GPUs are asked for than are visible.
+        ValueError: More GPUs are asked for than are visible, or an argument cannot be meant.
     """
     arguments = {"default_root_dir": run.path, **(lightning.get("trainer") or {})}
+    if arguments.get("precision") in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"precision {arguments['precision']}: codebooks and the codes of a frozen tokenizer "
+            "need weights in float32; train with bf16-mixed"
+        )
+    if isinstance(arguments.get("max_time"), int | float):  # YAML reads 12:00:00 to the base of 60
+        raise ValueError("max_time needs quotes in YAML: '00:12:00:00' is twelve hours")
     if not {"max_epochs", "max_steps", "max_time"} & set(arguments):
         arguments["max_epochs"] = 1000  # Lightning's default, without its warning
     return arguments | choose_strategy(arguments)
@@ -100,13 +108,25 @@ def build_trainer(
         callbacks += build_checkpoints(lightning, model, run)
     # Lightning would otherwise add a checkpoint of its own.
     arguments["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in callbacks)
-    given = arguments.pop("plugins", None) or []
-    plugins = [*given] if isinstance(given, list | tuple) else [given]
-    plugins.append(SafeCheckpointIO(trust_checkpoint))
+    plugins = [*_plugins(arguments.pop("plugins", None)), SafeCheckpointIO(trust_checkpoint)]
     try:
         return pl.Trainer(**arguments, logger=loggers, callbacks=callbacks, plugins=plugins)
-    except (MisconfigurationException, TypeError, ValueError) as error:
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"lightning.trainer: {error}") from error
+
+
+def _plugins(given: Any) -> list[Any]:
+    """The plugins that were given, and Slurm without Lightning's own requeueing.
+
+    That looks for its checkpoint in the folder of the first start, which no other start shares. A
+    signal before the end of a job's time saves ``last.ckpt`` instead (`LastCheckpoint`).
+    """
+    plugins = [*given] if isinstance(given, list | tuple) else [given] if given else []
+    known = any(isinstance(plugin, environments.ClusterEnvironment) for plugin in plugins)
+    elastic = environments.TorchElasticEnvironment.detect()
+    if not known and not elastic and environments.SLURMEnvironment.detect():
+        plugins.append(environments.SLURMEnvironment(auto_requeue=False))
+    return plugins
 
 
 def choose_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def test_overrides_may_stand_anywhere():
 def test_every_trainer_argument_is_a_flag(name):
     if name in ("callbacks", "plugins"):  # objects, which YAML describes
         return
-    assert parse_arguments([f"--{name}", "7"]).trainer == {name: 7}
+    value = "7" if name == "max_time" else 7
+    assert parse_arguments([f"--{name}", "7"]).trainer == {name: value}
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,12 @@ def test_every_trainer_argument_is_a_flag(name):
 )
 def test_values_are_yaml(text, value):
     assert parse_arguments(["--devices", text]).trainer == {"devices": value}
+
+
+@pytest.mark.parametrize("text", ["12:00:00:00", "00:12:00:00"])
+def test_times_are_text(text):
+    assert parse_arguments(["--max_time", text]).trainer == {"max_time": text}
+    assert parse_arguments(["--max_time", "{hours: 2}"]).trainer == {"max_time": {"hours": 2}}
 
 
 @pytest.mark.parametrize("text", ["true", "Yes", "1", "t"])

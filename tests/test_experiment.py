@@ -13,6 +13,7 @@ from taming.experiment import (
     _RANK_VARIABLES,
     _RUN_VARIABLE,
     RunDir,
+    is_first_process,
     model_from_run,
     run_name,
     without_starts,
@@ -57,7 +58,7 @@ def test_names(name, base, postfix, expected):
 @pytest.fixture(autouse=True)
 def first_process(monkeypatch):
     """No test leaves its run, or takes it for another's, in the environment."""
-    for name in (*_RANK_VARIABLES, _RUN_VARIABLE):
+    for name in (*_RANK_VARIABLES, _RUN_VARIABLE, "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -90,8 +91,19 @@ def test_relaunched_processes_share_their_parents_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("variable", _RANK_VARIABLES)
 def test_only_the_first_process_makes_a_folder(variable, tmp_path, monkeypatch):
     monkeypatch.setenv(variable, "1")
-    RunDir.new("a", tmp_path)
+    one = RunDir.new("a", tmp_path)
+    monkeypatch.setenv(variable, "2")
+    other = RunDir.new("a", tmp_path)
     assert not [*tmp_path.iterdir()]
+    assert one != other  # they may know nothing of each other, as jobs that one srun started
+
+
+@pytest.mark.parametrize(("rank", "first"), [("0", True), ("1", False)])
+def test_torchrun_alone_numbers_its_processes(rank, first, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("SLURM_PROCID", str(1 - int(rank)))
+    assert is_first_process() == first
 
 
 def test_resume_finds_run_and_checkpoint(run):

@@ -48,6 +48,10 @@ def test_other_gpus_are_refused(value):
         ({"max_steps": None}, {"max_steps": -1}),
         ({"terminate_on_nan": True, "max_epochs": 3}, {"max_epochs": 3}),
         ({"accelerator": "gpu", "devices": 1}, {"accelerator": "gpu", "devices": 1}),
+        # It may come after another file's GPUs.
+        ({"gpus": 0}, {"accelerator": "cpu", "devices": "auto"}),
+        ({"gpus": 0, "devices": 2}, {"accelerator": "cpu", "devices": 2}),
+        ({"num_processes": 2, "gpus": 0}, {"accelerator": "cpu", "devices": 2}),
     ],
 )
 def test_trainer_arguments(old, new):

@@ -432,7 +432,11 @@ def test_a_device_must_exist(
 
 
 def test_models_are_not_mixed_up(
-    tokenizer: Path, prior: Path, photo: Path, capsys: pytest.CaptureFixture[str]
+    tokenizer: Path,
+    prior: Path,
+    photo: Path,
+    tiny_runs: TinyRuns,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     error = fails(capsys, "sample", "-r", tokenizer)
     assert f"{tokenizer} holds a VQModel, not a prior" in error
@@ -440,6 +444,16 @@ def test_models_are_not_mixed_up(
     assert f"{photo} is a file, but results go into a folder" in error
     error = fails(capsys, "reconstruct", "-r", prior, photo)
     assert f"{prior} holds a Net2NetTransformer, not a tokenizer" in error
+    depth = tiny_runs.of("imagenetdepth_vqgan.yaml")
+    error = fails(capsys, "reconstruct", "-r", depth, photo)
+    assert "is a tokenizer of 1 channels, not of colours" in error
+    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "-o", photo)
+    assert f"{photo} is a file, but results go into a folder" in error
+    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "-s", "-5")
+    assert "--size must be at least 1, got -5" in error
+    level = tiny_runs.of("vqvae2_bottom_prior.yaml")
+    error = fails(capsys, "sample_fast", "-r", level, "--classes", "1")
+    assert "one level of a VQ-VAE-2: use scripts/sample_hierarchy.py" in error
 
 
 @pytest.mark.parametrize(

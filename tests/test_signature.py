@@ -129,6 +129,13 @@ def test_open_where_source_cannot_tell(package, source):
     assert signature_of("shop.thing.A").open
 
 
+@pytest.mark.parametrize("block", ["with lock:", "for _ in range(1):", "while True:", "try:"])
+def test_blocks_of_a_module_are_looked_into(package, block):
+    rest = "\nfinally: pass" if block == "try:" else ""
+    package(thing=f"{block}\n    class A:\n        def __init__(self, x): ...{rest}")
+    assert signature_of("shop.thing.A").names == ["x"]
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [

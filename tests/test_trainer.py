@@ -7,6 +7,7 @@ import pytest
 import toys
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from taming import trainer as building
 from taming.callbacks import ImageLogger, SetupCallback
@@ -89,6 +90,22 @@ def test_length_of_training(run, trainer, limits):
 def test_a_refused_argument_is_a_mistake_of_the_user(run):
     with pytest.raises(ValueError, match=r"lightning\.trainer"):
         build(run, trainer={"accelerator": "cpu", "limit_train_batches": 1.5})
+    for name, value, message in (
+        ("precision", "bf16-true", "precision bf16-true: .* train with bf16-mixed"),
+        ("max_time", 43200, "max_time needs quotes in YAML: '00:12:00:00' is twelve hours"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            building.trainer_arguments({"trainer": {name: value}}, run)
+
+
+def test_a_job_of_slurm_is_not_requeued_by_lightning(run, monkeypatch):
+    for name, value in (("NTASKS", 1), ("JOB_NAME", "train"), ("PROCID", 0), ("LOCALID", 0)):
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    for given, requeued in (({}, False), ({"plugins": SLURMEnvironment()}, True)):
+        trainer = build(run, trainer={"accelerator": "cpu", "devices": 1, **given})
+        environment = trainer._accelerator_connector.cluster_environment
+        assert isinstance(environment, SLURMEnvironment)
+        assert environment.auto_requeue == requeued
 
 
 def test_learning_rate_counts_images_per_step():
@@ -193,6 +210,10 @@ def test_checkpoints_follow_the_models_monitor(run):
     asked = {"modelcheckpoint": {"params": {"monitor": "val/loss"}}}
     best, check, _ = build_checkpoints(asked, toys.ToyModel(), run)
     assert (best.monitor, best.save_top_k, check.monitor) == ("val/loss", 3, "val/loss")
+    best, *_ = build_checkpoints({}, toys.ToyModel(monitor="val/psnr"), run)
+    assert (best.mode, every.mode) == ("max", "min")
+    asked["modelcheckpoint"]["params"] = {"monitor": "val/psnr", "mode": "min"}
+    assert build_checkpoints(asked, toys.ToyModel(), run)[0].mode == "min"
     often = {"trainer": {"val_check_interval": 0.5}}  # a file for each time, not for each epoch
     best, *_ = build_checkpoints(often, toys.ToyModel(monitor="val/loss"), run)
     assert best.filename == "{epoch:06}-{step:09}"

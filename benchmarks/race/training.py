@@ -77,7 +77,7 @@ def build_tokenizer(
     """
     block = contender.quantizer
     n_e = instantiate_from_config(block).n_e
-    model = VQModel(
+    return VQModel(
         ddconfig=plan.ddconfig,
         lossconfig={
             "target": "taming.modules.losses.reconstruction.ReconstructionLoss",
@@ -89,23 +89,8 @@ def build_tokenizer(
         betas=(0.9, 0.99),
         scheduler_config=schedule(steps or plan.steps),
         quantize_start=quantize_start,
+        orthogonal_start=True,
     )
-    condition_latents(model)
-    return model
-
-
-def condition_latents(model: VQModel) -> None:
-    """Start the linear layers on both sides of the latents orthogonal (arXiv:1312.6120).
-
-    By default, four random matrices follow each other, of which each lets some directions through
-    several times as faintly as others: a short training would learn as many as chance has it.
-    """
-    for conv in (model.quant_conv, model.post_quant_conv):
-        torch.nn.init.orthogonal_(conv.weight)
-        assert conv.bias is not None
-        torch.nn.init.zeros_(conv.bias)
-    for conv in (model.encoder.conv_out, model.decoder.conv_in):
-        torch.nn.init.orthogonal_(conv.weight)
 
 
 def trained_base(

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 _KEY = b"taming.tokens"  # of the metadata
+_OWN = {"tokens", "grid", "pixels", "fingerprint"}  # what a cache gives of every image
 
 
 class CacheInfo(NamedTuple):
@@ -92,7 +93,12 @@ class TokenCacheWriter:
         Args:
             tokens: (B, L) int64, -1 after each sequence's end.
             columns: B values each: numbers, texts, or lists of numbers.
+
+        Raises:
+            ValueError: A column has the name of one of the cache's own.
         """
+        if taken := _OWN & columns.keys():
+            raise ValueError(f"a token cache has {min(taken)!r} of its own: rename the data set's")
         sequences = [row[row >= 0].numpy() for row in tokens.cpu()]
         for number, sequence in enumerate(sequences):
             values = {name: column[number] for name, column in columns.items()}

@@ -237,7 +237,17 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
             self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:
-        """Adam for the generator and, for a GAN, another for the discriminator; their schedules."""
+        """Adam for the generator and, for a GAN, another for the discriminator; their schedules.
+
+        Raises:
+            ValueError: Gradients of both would be accumulated at one changing scale.
+        """
+        accumulates = self.accumulate_grad_batches > 1 and self.loss.discriminator is not None
+        if accumulates and self.trainer.precision == "16-mixed":
+            raise ValueError(
+                "with 16-mixed, accumulate_grad_batches would sum gradients of the discriminator "
+                "at different scales: train with bf16-mixed, or without accumulation"
+            )
         groups = [
             [p for part in self.generator_parts() for p in part.parameters() if p.requires_grad]
         ]

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from taming.checkpoint import load_weights
 from taming.models.cached_tokens import is_cached
-from taming.models.fit import check_depths, check_grid, check_lengths, check_tokens
+from taming.models.fit import (
+    check_condition,
+    check_depths,
+    check_grid,
+    check_lengths,
+    check_tokens,
+)
 from taming.models.optimizer import decayed_adamw
 from taming.models.stages import Grid, Prior, Seen
 from taming.modules.transformer.gpt import GPT
@@ -50,7 +56,8 @@ class Net2NetTransformer(Prior):
         first_stage_key: Key of the image in a batch.
         cond_stage_key: Key of the condition.
         downsample_cond_size: Side to which conditions are scaled before encoding; -1 for none.
-        pkeep: Probability that an input token is kept in training; others become random.
+        pkeep: Probability that an input token is kept in training; others become random. Of the
+            original's 0 and less, none is kept.
         sos_token: Token that stands for no condition.
         unconditional: Ignore any condition.
         sequence_config: ``{target, params}`` of the `TokenSequence`; None for the tokenizer's own.
@@ -117,8 +124,9 @@ class Net2NetTransformer(Prior):
             raise ValueError(
                 f"condition_dropout must be in [0, 1), and 0 without a condition, got {hidden}"
             )
-        if not 0 < self.pkeep <= 1:
-            raise ValueError(f"pkeep is a probability in (0, 1], got {self.pkeep}")
+        if self.pkeep > 1:
+            raise ValueError(f"pkeep is a probability, at most 1, got {self.pkeep}")
+        check_condition(self.cond_stage_model)
         check_tokens(config, sequence, self.cond_stage_model, spare=hidden > 0)
         check_depths(config, sequence)
         if isinstance(self.cond_stage_model, Labelator | SOSProvider):  # of one token
@@ -283,5 +291,5 @@ class Net2NetTransformer(Prior):
         pictures = {k: self.draw_picture(v, zshape, seen.quant_c) for k, v in sequences.items()}
         if not is_cached(batch):
             pictures = {"inputs": self.get_input(self.first_stage_key, batch)} | pictures
-        given = self.show_condition(seen, pictures["reconstructions"])
-        return {k: v if v.shape[1] == 3 else self.to_rgb(v) for k, v in (pictures | given).items()}
+        shown = {name: self.show(picture) for name, picture in pictures.items()}
+        return shown | self.show_condition(seen, shown["reconstructions"])

@@ -27,6 +27,19 @@ def condition_tokens(stage: Any) -> int:
     return stage.condition_size if isinstance(stage, Level) else 0
 
 
+def check_condition(stage: Any) -> None:
+    """Refuse a condition stage whose sequences differ in length.
+
+    Raises:
+        ValueError: It is a loopy tokenizer.
+    """
+    if isinstance(stage, VQModel) and stage.quantize.sequence.max_loops > 1:
+        raise ValueError(
+            f"the condition's {type(stage.quantize).__name__} writes sequences of different "
+            "lengths; a condition needs one of one code for each site, such as VectorQuantizer2"
+        )
+
+
 def check_tokens(config: GPTConfig, sequence: TokenSequence, stage: Any, spare: bool) -> None:
     """Refuse a vocabulary that lacks tokens.
 

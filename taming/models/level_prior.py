@@ -39,8 +39,7 @@ class LowerLevelPrior(Net2NetTransformer):
     Args:
         transformer_config: See `Net2NetTransformer`.
         first_stage_config: ``{target, params}`` of the `Level`, which is not the top.
-        first_stage_key: Key of the image in a batch.
-        **kwargs: See `Net2NetTransformer`.
+        permuter_config: See `Net2NetTransformer`, as all others.
 
     Raises:
         ValueError: The level is the top, or the parts do not fit each other.
@@ -52,16 +51,30 @@ class LowerLevelPrior(Net2NetTransformer):
         self,
         transformer_config: Mapping[str, Any],
         first_stage_config: Mapping[str, Any],
+        permuter_config: Mapping[str, Any] | None = None,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
         first_stage_key: str = "image",
-        **kwargs: Any,
+        pkeep: float = 1.0,
+        sequence_config: Mapping[str, Any] | None = None,
+        scheduler_config: Mapping[str, Any] | None = None,
+        trust_checkpoint: bool = False,
+        condition_dropout: float = 0.0,
     ) -> None:
         super().__init__(
             transformer_config,
             first_stage_config,
             cond_stage_config="__is_first_stage__",
+            permuter_config=permuter_config,
+            ckpt_path=ckpt_path,
+            ignore_keys=ignore_keys,
             first_stage_key=first_stage_key,
             cond_stage_key=first_stage_key,
-            **kwargs,
+            pkeep=pkeep,
+            sequence_config=sequence_config,
+            scheduler_config=scheduler_config,
+            trust_checkpoint=trust_checkpoint,
+            condition_dropout=condition_dropout,
         )
         if not isinstance(self.first_stage_model, Level) or not self.first_stage_model.above:
             raise ValueError(
@@ -143,7 +156,11 @@ def check_priors(priors: Sequence[Prior]) -> None:
     stages = [prior.first_stage_model for prior in priors]
     levels = [stage for stage in stages if isinstance(stage, Level)]
     names = levels[0].model.quantize.names if levels else ()
-    if len(levels) < len(stages) or [level.above for level in levels] != [*range(len(names))]:
+    if len(levels) < len(stages):
+        raise ValueError(
+            "a prior's tokenizer is not one level of a VQVAE2: draw from it with scripts/sample.py"
+        )
+    if [level.above for level in levels] != [*range(len(names))]:
         found = [level.model.quantize.names[level.above] for level in levels]
         raise ValueError(
             f"expected the priors of all levels of one VQVAE2 from the top down, {list(names)}, "

@@ -209,7 +209,7 @@ class PixelCNNPrior(Prior):
         }
         if not is_cached(batch):
             pictures = {"inputs": self.get_input(self.first_stage_key, batch)} | pictures
-        return {k: v if v.shape[1] == 3 else self.to_rgb(v) for k, v in pictures.items()}
+        return {name: self.show(picture) for name, picture in pictures.items()}
 
 
 @write_codes.register

@@ -94,12 +94,14 @@ class Prior(pl.LightningModule, ABC):
         self.sequence: TokenSequence = (
             own if sequence_config is None else instantiate_from_config(sequence_config)
         )
-        if (self.sequence.n_e, self.sequence.max_loops) != (own.n_e, own.max_loops):
-            raise ValueError(
-                f"the sequence is for n_e={self.sequence.n_e}, max_loops="
-                f"{self.sequence.max_loops}, but the tokenizer has n_e={own.n_e}, "
-                f"max_loops={own.max_loops}"
-            )
+        # A site of one slot has no dummies in any case.
+        names = ("n_e", "max_loops", "dummies") if own.max_loops > 1 else ("n_e", "max_loops")
+        chosen, needed = (
+            ", ".join(f"{name}={getattr(sequence, name)}" for name in names)
+            for sequence in (self.sequence, own)
+        )
+        if chosen != needed:
+            raise ValueError(f"the sequence is for {chosen}, but the tokenizer has {needed}")
 
     def _build_cond_stage(self, config: Mapping[str, Any] | str) -> Any:
         """What encodes conditions; frozen, and possibly the tokenizer itself."""
@@ -147,7 +149,7 @@ class Prior(pl.LightningModule, ABC):
             x = x[..., None]
         if x.ndim == 4:
             x = x.permute(0, 3, 1, 2).contiguous()
-        return x.float() if x.dtype == torch.float64 else x
+        return x.float() if x.ndim == 4 or x.dtype == torch.float64 else x
 
     def get_xc(self, batch: Mapping[str, Any], N: int | None = None) -> tuple[Tensor, Tensor]:
         """Take the first N (all, if None) images and conditions out of a batch."""
@@ -227,13 +229,7 @@ class Prior(pl.LightningModule, ABC):
             c = F.interpolate(c, size=(self.downsample_cond_size, self.downsample_cond_size))
         with torch.autocast(c.device.type, enabled=False):
             quant_c, _, (_, _, indices) = self.cond_stage_model.encode(c)
-        tokens = indices.reshape(len(c), -1)
-        if (tokens < 0).any():
-            raise ValueError(
-                "the condition's quantizer writes sequences of different lengths; a condition "
-                "needs one of fixed length, such as VectorQuantizer2"
-            )
-        return quant_c, tokens
+        return quant_c, indices.reshape(len(c), -1)
 
     @torch.no_grad()
     def decode_to_img(self, index: Tensor, zshape: Sequence[int]) -> Tensor:
@@ -268,16 +264,19 @@ class Prior(pl.LightningModule, ABC):
         """
         return self.decode_to_img(index, zshape)
 
+    def show(self, images: Tensor) -> Tensor:
+        """Colour images (B, C, H, W), given or decoded: (B, 3, H, W), about in [-1, 1]."""
+        if images.shape[1] == 3:
+            return images
+        return self.first_stage_model.to_rgb(self.first_stage_model.as_input(images))
+
     def show_condition(self, seen: Seen, images: Tensor) -> dict[str, Tensor]:
-        """Pictures (B, C, H, W) of the conditions, of the size of images; none of a class."""
+        """Pictures (B, 3, H, W) of the conditions, of the size of images; none of a class."""
         size = images.shape[3], images.shape[2]
         stage, key, c = self.cond_stage_model, self.cond_stage_key, seen.c
-        return condition_pictures(stage, key, c, seen.quant_c, size, self._trainer)
-
-    def to_rgb(self, picture: Tensor) -> Tensor:
-        """Colour a picture of other than 3 channels as the model it belongs to does."""
-        stage = self.cond_stage_model if isinstance(self.cond_stage_model, VQModel) else None
-        return (stage or self.first_stage_model).to_rgb(picture)
+        pictures = condition_pictures(stage, key, c, seen.quant_c, size, self._trainer)
+        colours = (stage if isinstance(stage, VQModel) else self.first_stage_model).to_rgb
+        return {k: v if v.shape[1] == 3 else colours(v) for k, v in pictures.items()}
 
     def first_sites(self, tokens: Tensor, sites: int) -> Tensor:
         """Keep what (B, L) sequences write for their first sites; -1 and cut off after that."""

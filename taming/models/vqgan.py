@@ -16,8 +16,10 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from taming.checkpoint import load_weights
 from taming.models.autoencoder import QuantizedAutoencoder, tensor_of
 from taming.modules.diffusionmodules.model import Decoder, Encoder
+from taming.modules.util import start_orthogonal
 from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
 from taming.modules.vqvae.heatmap import depth_heat_map
+from taming.modules.vqvae.hierarchy import Hierarchy
 from taming.modules.vqvae.quantize import GumbelQuantize, LoopyVectorQuantizer, VectorQuantizer2
 from taming.modules.vqvae.rate import fewest_tokens, turns_within
 from taming.util import instantiate_from_config
@@ -88,6 +90,8 @@ class VQModel(QuantizedAutoencoder):
         scheduler_config: ``{target, params}`` of a factor of both learning rates by step.
         trust_checkpoint: See `load_checkpoint`, for ``ckpt_path``.
         quantize_start: See `QuantizedAutoencoder`; 0 quantizes from the first step on.
+        orthogonal_start: Start the linear layers on both sides of the latents orthogonal; see
+            `start_orthogonal`.
 
     Raises:
         ValueError: The parts do not fit each other, or the checkpoint.
@@ -113,6 +117,7 @@ class VQModel(QuantizedAutoencoder):
         scheduler_config: Mapping[str, Any] | None = None,
         trust_checkpoint: bool = False,
         quantize_start: int = 0,
+        orthogonal_start: bool = False,
     ) -> None:
         check_ddconfig(ddconfig)
         own = {"beta": beta, "remap": remap, "sane_index_shape": sane_index_shape, "legacy": legacy}
@@ -124,11 +129,18 @@ class VQModel(QuantizedAutoencoder):
             None if scheduler_config is None else instantiate_from_config(scheduler_config),
             quantize_start,
         )
+        if quantize_start and isinstance(self.quantize, GumbelQuantize | Hierarchy):
+            raise ValueError(
+                f"{type(self.quantize).__name__} learns from the decoder and has no quantize_start"
+            )
         self.monitor = monitor
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
         self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        if orthogonal_start:
+            linear = (self.quant_conv, self.post_quant_conv)
+            start_orthogonal(*linear, self.encoder.conv_out, self.decoder.conv_in)
         self.colorize: Tensor | None
         projection = None if colorize_nlabels is None else torch.randn(3, colorize_nlabels, 1, 1)
         self.register_buffer("colorize", projection)
@@ -187,7 +199,7 @@ class VQModel(QuantizedAutoencoder):
         if self.training:
             raise ValueError("target_psnr needs the model in eval mode: a search must not train it")
 
-        quantizer = self.quantize
+        quantizer, (low, high) = self.quantize, self.value_range
         assert isinstance(quantizer, LoopyVectorQuantizer)
         path = quantizer.whole_path(z)  # walked once, then cut by each number of tokens
 
@@ -195,9 +207,9 @@ class VQModel(QuantizedAutoencoder):
             tau = quantizer.thresholds(path, tokens)
             codes = path.end_at(turns_within(path.distances, tau))
             x_rec = self.decode_code(codes.view(len(x), *z.shape[2:], -1))
-            x_rec = self.as_input(x_rec).clamp(-1, 1)
+            x_rec = self.as_input(x_rec).clamp(low, high)
             return peak_signal_noise_ratio(
-                x_rec, x, data_range=2.0, dim=(1, 2, 3), reduction="none"
+                x_rec, x, data_range=high - low, dim=(1, 2, 3), reduction="none"
             )
 
         target = target_psnr.to(x).expand(len(x))
@@ -383,10 +395,6 @@ class GumbelVQ(VQModel):
         super().__init__(
             ddconfig, lossconfig, n_embed, embed_dim, quantizer_config=quantizer, **kwargs
         )
-        if self.quantize_start:
-            raise ValueError(
-                "GumbelVQ has no quantize_start: its codes learn from the decoder alone"
-            )
         self.temperature_scheduler: Callable[[int], float] = instantiate_from_config(
             temperature_scheduler_config
         )

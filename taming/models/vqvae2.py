@@ -56,8 +56,6 @@ class VQVAE2(VQModel):
         super().__init__(
             ddconfig, lossconfig, n_embed, embed_dim, quantizer_config=quantizer_config, **kwargs
         )
-        if self.quantize_start:
-            raise ValueError("VQVAE2 has no quantize_start: its decoder sees more than one z")
         if not isinstance(self.quantize, Hierarchy):
             raise ValueError(
                 f"VQVAE2 needs a Hierarchy of quantizers, not a {type(self.quantize).__name__}; "
@@ -210,6 +208,10 @@ class Level(nn.Module):
         batch, h, w = code_b.shape[:3]
         shape = (batch, h, w, self.quantize.e_dim)
         return self.decode(pile(above, self.quantize.get_codebook_entry(code_b, shape)))
+
+    def as_input(self, x_rec: Tensor) -> Tensor:
+        """Bring what is decoded, (B, C, H, W), into the form of an input; see `VQModel`."""
+        return self.model.as_input(x_rec)
 
     def to_rgb(self, x: Tensor) -> Tensor:
         """Colour images of other than 3 channels; see `VQModel.to_rgb`."""

@@ -21,6 +21,20 @@ def count_params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+@torch.no_grad()
+def start_orthogonal(*layers: nn.Conv2d) -> None:
+    """Give layers orthogonal weights (Saxe et al. 2013, arXiv:1312.6120) and biases of zero.
+
+    Linear layers that follow each other start as random matrices by default, whose product lets
+    some directions through several times as faintly as others. A training that is short learns as
+    many directions as chance has it: between an encoder and a decoder, these are what codes say.
+    """
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight)
+        if layer.bias is not None:
+            layer.bias.zero_()
+
+
 class NonFiniteFoundError(Exception):
     """Carries the name of a module out of the forward pass that found it."""
 

@@ -262,7 +262,7 @@ def test_what_the_data_do_not_hold_is_named() -> None:
         model = prior(cond_stage_config=labels, cond_stage_key=key)
         with pytest.raises(ValueError, match=message):
             model.see(batch)
-    with pytest.raises(ValueError, match=r"pkeep is a probability in \(0, 1\], got 90"):
+    with pytest.raises(ValueError, match="pkeep is a probability, at most 1, got 90"):
         prior(pkeep=90)
 
 
@@ -292,12 +292,12 @@ def test_training_lowers_the_loss_and_leaves_the_tokenizer(
     frozen = {k: v.clone() for k, v in model.first_stage_model.state_dict().items()}
     model.learning_rate = 3e-3
     fit = trainer(tmp_path, max_epochs=8)
+    (before,) = fit.validate(model, images(4, 4), verbose=False)
     fit.fit(model.train(), images(8, 4), images(4, 4))
     for name, value in model.first_stage_model.state_dict().items():
         assert torch.equal(value, frozen[name]), name
     assert not model.first_stage_model.training
-    uniform = math.log(model.sequence.vocab_size)
-    assert fit.callback_metrics["val/loss"] < uniform
+    assert fit.callback_metrics["val/loss"] < before["val/loss"] - 0.05
     bits = fit.callback_metrics["val/bits_per_token"]
     torch.testing.assert_close(bits, fit.callback_metrics["val/loss"] / math.log(2))
 

@@ -139,6 +139,38 @@ def test_segmentations_are_shown_with_their_likeliest_labels() -> None:
     torch.testing.assert_close(pictures["conditioning_rec"], shown)
 
 
+def test_a_prior_over_segmentations_shows_them_in_colours() -> None:
+    """Its tokenizer's, whatever the condition's stage, and likeliest labels in place of logits."""
+    model = Net2NetTransformer(
+        GPT, SEGMENTATION, tokenizer(), first_stage_key="segmentation", cond_stage_key="image"
+    ).eval()
+    batch = next(iter(Data().train_dataloader()))
+    pictures, stage = model.log_images(batch), model.first_stage_model
+    assert {picture.shape for picture in pictures.values()} == {(2, 3, 16, 16)}
+    assert torch.equal(pictures["inputs"], stage.to_rgb(model.get_xc(batch)[0]))
+    rec, _ = stage(model.get_xc(batch)[0])
+    labels = F.one_hot(rec.argmax(1), 5).permute(0, 3, 1, 2).float()
+    torch.testing.assert_close(pictures["reconstructions"], stage.to_rgb(labels))
+    assert torch.equal(pictures["conditioning"], model.get_xc(batch)[1])
+
+
+def test_samples_of_a_grey_tokenizer_are_shown_in_three_channels() -> None:
+    model = Net2NetTransformer(GPT, tokenizer(1), "__is_unconditional__", first_stage_key="depth")
+    grey = torch.rand(2, 1, 16, 16)
+    assert torch.equal(model.show(grey), grey.expand(-1, 3, -1, -1))
+    batch = next(iter(Data().train_dataloader()))
+    assert {p.shape for p in model.eval().log_images(batch).values()} == {(2, 3, 16, 16)}
+
+
+def test_pictures_of_whole_numbers_are_encoded_as_by_the_tokenizer() -> None:
+    model = prior("class_label", first_stage_key="image").eval()
+    batch = next(iter(Data().train_dataloader()))
+    whole = batch["image"].round().to(torch.int16)
+    x = model.get_input("image", {"image": whole})
+    assert torch.equal(x, model.first_stage_model.get_input({"image": whole}, "image"))
+    assert torch.equal(model.get_input("class_label", batch), batch["class_label"])
+
+
 def test_the_first_stage_as_condition_stage_is_one_module_under_two_names() -> None:
     model = prior("image")
     assert model.cond_stage_model is model.first_stage_model

@@ -40,9 +40,19 @@ ITSELF = {"cond_stage_config": "__is_first_stage__", "cond_stage_key": "image"}
                     "params": {"n_e": 16, "max_loops": 5, "dummies": False},
                 }
             },
-            "max_loops=5, but the tokenizer has n_e=16, max_loops=3",
+            "max_loops=5, .*, but the tokenizer has n_e=16, max_loops=3",
+        ),
+        (
+            {
+                "sequence_config": {
+                    "target": "taming.modules.vqvae.sequence.RunLengthSequence",
+                    "params": {"n_e": 16, "max_loops": 3, "dummies": True},
+                }
+            },
+            "max_loops=3, dummies=True, but the tokenizer has n_e=16, max_loops=3, dummies=False",
         ),
         ({"cond_stage_config": "first_stage"}, "expected a block with a 'target'"),
+        (ITSELF, "a condition needs one of one code for each site, such as VectorQuantizer2"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(kwargs: dict, message: str) -> None:

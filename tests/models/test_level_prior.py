@@ -178,6 +178,8 @@ def test_priors_that_do_not_belong_together_are_refused() -> None:
 
 def test_priors_of_levels_that_do_not_fit_are_refused() -> None:
     kinds = ("loopy", "flat")
+    with pytest.raises(TypeError, match="downsample_cond_size"):  # would do nothing
+        LowerLevelPrior(GPT, level_config("bottom", *kinds), downsample_cond_size=4)
     with pytest.raises(ValueError, match="needs a taming.models.vqvae2.Level below the top"):
         LowerLevelPrior(GPT, level_config("top", *kinds))
     with pytest.raises(ValueError, match="vocab_size 16 is too small: .*Level writes .* up to 16$"):

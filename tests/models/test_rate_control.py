@@ -65,6 +65,18 @@ def test_tokens_are_kept_for_each_image_whatever_its_batch(model, x) -> None:
 
 
 @torch.no_grad()
+def test_a_psnr_is_of_the_range_of_the_input(model, x, monkeypatch) -> None:
+    monkeypatch.setattr(VQModel, "value_range", (0.0, 1.0))
+    x = x / 2 + 0.5
+    everything = model.encode(x, max_tokens=SITES * model.quantize.max_loops)
+    error = (model.decode(everything.z_q).clamp(0, 1) - x).square().mean(dim=(1, 2, 3))
+    reached = model.encode(x, target_psnr=-10 * error.log10() + 0.1)  # none does
+    assert torch.equal(reached.info.indices, everything.info.indices)
+    fewer = model.encode(x, target_psnr=-10 * error.log10() - 6)
+    assert (tokens(fewer) < tokens(everything)).all()
+
+
+@torch.no_grad()
 def test_a_psnr_is_reached_with_the_fewest_tokens(model, x) -> None:
     budgets = torch.linspace(SITES, SITES * model.quantize.max_loops, 9).long()
     target = psnr(model, model.encode(x, max_tokens=int(budgets[3])), x) - 1e-3

@@ -89,7 +89,7 @@ def test_mistakes_about_keys_and_sizes_are_named() -> None:
         segmentation().validation_step({"image": torch.rand(2, 16, 16, 3)}, 0)
     with pytest.raises(ValueError, match="ddconfig lacks in_channels, out_ch"):
         VQModel({"double_z": False, "z_channels": 4}, PLAIN, 16, 4)
-    with pytest.raises(ValueError, match="GumbelVQ has no quantize_start"):
+    with pytest.raises(ValueError, match="GumbelQuantize learns from the decoder and has no"):
         gumbel(quantize_start=3)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -92,6 +93,17 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path) -> None:
         assert fit.global_step == 2
         weights.append(tokenizer.encoder.conv_in.weight)
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_of_two_scales_are_not_summed(tmp_path, monkeypatch) -> None:
+    fit = trainer(tmp_path)
+    monkeypatch.setattr(pl.Trainer, "precision", "16-mixed")
+    for loss, accumulate, refused in ((GAN, 2, True), (GAN, 1, False), (PLAIN, 2, False)):
+        tokenizer = model(loss, None)
+        tokenizer.trainer, tokenizer.accumulate_grad_batches = fit, accumulate
+        expected = pytest.raises(ValueError, match="train with bf16-mixed, or without accumulation")
+        with expected if refused else nullcontext():
+            tokenizer.configure_optimizers()
 
 
 @pytest.mark.parametrize("loss", [PLAIN, GAN], ids=["plain", "gan"])
@@ -231,6 +243,22 @@ def test_other_than_three_channels_are_coloured_if_it_is_said_how_many() -> None
     assert "colorize" not in model().state_dict()
     with pytest.raises(ValueError, match="set colorize_nlabels=5 to show 5 channels"):
         model().to_rgb(labels)
+
+
+def test_an_orthogonal_start_keeps_lengths_on_both_sides_of_the_latents() -> None:
+    torch.manual_seed(3)
+    default = model()
+    torch.manual_seed(3)
+    tokenizer = model(orthogonal_start=True)
+    layers = ("quant_conv", "post_quant_conv", "encoder.conv_out", "decoder.conv_in")
+    for name, value in tokenizer.named_parameters():
+        changed = name.rpartition(".")[0] in layers
+        assert changed != torch.equal(value, default.get_parameter(name)), name
+    for name in layers:
+        weight = tokenizer.get_submodule(name).weight.flatten(1)
+        lengths = torch.linalg.svdvals(weight)
+        torch.testing.assert_close(lengths, torch.ones_like(lengths))
+        assert not tokenizer.get_submodule(name).bias.any()
 
 
 def test_sizes_that_disagree_are_refused() -> None:

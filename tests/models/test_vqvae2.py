@@ -104,6 +104,26 @@ def test_codes_of_upper_levels_decode_as_if_the_lower_were_zero() -> None:
     torch.testing.assert_close(tokenizer.decode_code(codes[:1]), tokenizer.decode(quant))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@torch.no_grad()
+def test_level_dropout_leaves_the_upper_levels(share: float) -> None:
+    """As `complete` does, in a share of the training images; there is none in evaluation."""
+    config = hierarchy_config("flat", "flat", "flat")["params"]
+    hierarchy = Hierarchy(**config, level_dropout=share)
+    z = torch.randn(200, 12, 8, 8)
+    whole = hierarchy.eval()(z).z_q
+    codes = hierarchy(z).info.indices
+    upper = [hierarchy.complete(hierarchy.get_codebook_entry(codes[:n])) for n in (1, 2)]
+    dropped = hierarchy.train()(z).z_q
+    alike = torch.stack([(dropped == other).flatten(1).all(1) for other in (*upper, whole)])
+    assert (alike.sum(0) == 1).all()
+    top, middle, every = (alike.float().mean(1) * 100).tolist()
+    assert every == pytest.approx(100 * (1 - share), abs=10 * (0 < share < 1))
+    assert top == pytest.approx(middle, abs=20 * (share > 0))
+    with pytest.raises(ValueError, match=r"level_dropout must be in \[0, 1\], got 2"):
+        Hierarchy(**config, level_dropout=2)
+
+
 @every_pair
 def test_training_moves_every_part_and_counts_every_level(kinds: tuple[str, ...], tmp_path) -> None:
     tokenizer = model(*kinds).train()
@@ -142,7 +162,7 @@ def test_training_moves_every_part_and_counts_every_level(kinds: tuple[str, ...]
         ),
         (
             lambda: VQVAE2(**model_config("ema", "flat")["params"], quantize_start=9),
-            "VQVAE2 has no quantize_start",
+            "Hierarchy learns from the decoder and has no quantize_start",
         ),
     ],
     ids=[

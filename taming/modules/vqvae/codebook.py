@@ -70,8 +70,9 @@ def check_precision(codebook: Tensor, vectors: Tensor) -> None:
     """
     if codebook.dtype != vectors.dtype:
         raise ValueError(
-            f"the codebook is {codebook.dtype}, too coarse for codes to settle: train with "
-            "--precision bf16-mixed or 16-mixed, which keep it in float32"
+            f"the codebook is {codebook.dtype}, but latents are searched and averaged as "
+            f"{vectors.dtype}: train with --precision 32-true, bf16-mixed or 16-mixed, which keep "
+            "it in float32"
         )
 
 

@@ -43,11 +43,13 @@ class TokenSequence(ABC):
         vocab_size: V, number of different tokens.
         site_tokens: Most tokens that one site can take.
         restricted: False if every token may come next everywhere.
+        dummies: Whether the slots before a site's last are dummies, as in ``D,D,A'``, not codes.
     """
 
     vocab_size: int
     site_tokens: int
     restricted: bool = True
+    dummies: bool = False
 
     def __init__(self, n_e: int, max_loops: int) -> None:
         if n_e < 1 or max_loops < 1:

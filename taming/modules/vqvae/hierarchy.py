@@ -67,6 +67,9 @@ class Hierarchy(Quantizer):
         ddconfig: Keyword arguments of `Encoder` and `Decoder`, which lead from each level to the
             one above and back; its ``resolution`` is the height h of the finest level. Channels
             follow from the quantizers.
+        level_dropout: Share of training images of which the stack holds only the upper levels,
+            down to one drawn at random, and zeros for those below, as in `complete`. Each level
+            then says what it can say alone; without it, the lowest may leave nothing to the others.
 
     Attributes:
         n_e: Codes of all levels together.
@@ -74,18 +77,24 @@ class Hierarchy(Quantizer):
         factors: How many times smaller than the finest grid each level's is, the top first.
 
     Raises:
-        ValueError: There are fewer than two levels.
+        ValueError: There are fewer than two levels, or ``level_dropout`` is no share.
     """
 
     def __init__(
-        self, quantizers: Mapping[str, Mapping[str, Any]], ddconfig: Mapping[str, Any]
+        self,
+        quantizers: Mapping[str, Mapping[str, Any]],
+        ddconfig: Mapping[str, Any],
+        level_dropout: float = 0.0,
     ) -> None:
         if len(quantizers) < 2:
             raise ValueError(f"a hierarchy needs two levels or more, got {list(quantizers)}")
+        if not 0 <= level_dropout <= 1:
+            raise ValueError(f"level_dropout must be in [0, 1], got {level_dropout}")
         built: dict[str, Quantizer] = {
             name: instantiate_from_config(config) for name, config in quantizers.items()
         }
         super().__init__(sum(q.n_e for q in built.values()), sum(q.e_dim for q in built.values()))
+        self.level_dropout = level_dropout
         self.names = tuple(built)
         self.levels = tuple(built.values())
         self.quantizers = nn.ModuleDict(built)
@@ -134,6 +143,8 @@ class Hierarchy(Quantizer):
             latents = merge(torch.cat([features.pop(), decoder(stack)], dim=1))
             levels[name] = LevelOutput(latents, quantizer(latents))
             stack = pile(stack, levels[name].quantized.z_q)
+        if self.training and self.level_dropout > 0:
+            stack = self._drop_levels(stack)
         quantized = [level.quantized for level in levels.values()]
         info = HierarchyInfo(
             tuple(q.info.perplexity for q in quantized),
@@ -141,6 +152,15 @@ class Hierarchy(Quantizer):
             tuple(q.info.indices.reshape(len(z), *q.z_q.shape[2:], -1) for q in quantized),
         )
         return HierarchyOutput(stack, torch.stack([q.loss for q in quantized]).sum(), info)
+
+    def _drop_levels(self, stack: Tensor) -> Tensor:
+        """Put zeros in place of the lower levels of some images of a stack (B, D, h, w)."""
+        channels = torch.tensor([q.e_dim for q in self.levels], device=stack.device)
+        kept = torch.randint(1, len(channels), (len(stack),), device=stack.device)
+        dropped = torch.rand(len(stack), device=stack.device) < self.level_dropout
+        kept = torch.where(dropped, channels.cumsum(0)[kept - 1], self.e_dim)
+        of_kept = torch.arange(self.e_dim, device=stack.device) < kept[:, None]
+        return stack * of_kept[:, :, None, None]
 
     def followed(self) -> dict[str, Tensor]:
         """What is worth following in each level (see `Quantizer`), by ``level_name``."""
