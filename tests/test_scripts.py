@@ -159,13 +159,17 @@ def test_reconstructions_of_a_tokenizer_without_a_loop(
 
 def test_samples_follow_from_the_seed(prior: Path, tmp_path: Path) -> None:
     names = ["000000.png", "000001.png", "000002.png", "grid.png"]
-    pictures = {}
+    pictures: dict[str, list[np.ndarray]] = {}
     for folder, seed, batch in (("first", 5, 2), ("again", 5, 3), ("other", 6, 2)):
         out = tmp_path / folder
         call("sample", "-r", prior, "-n", 3, "--batch_size", batch, "-s", seed, "-o", out)
         assert sorted(path.name for path in out.iterdir()) == names
-        pictures[folder] = [(out / name).read_bytes() for name in names]
-    assert pictures["first"] == pictures["again"] != pictures["other"]
+        pictures[folder] = [pixels(out / name).astype(int) for name in names]
+    # Another size of the batch may round otherwise.
+    distance = {
+        k: abs(np.stack(v[:3]) - np.stack(pictures["first"][:3])) for k, v in pictures.items()
+    }
+    assert distance["again"].max() <= 1 < distance["other"].max(axis=(1, 2, 3)).min()
     single = [pixels(tmp_path / "first" / name) for name in names[:3]]
     for one, tile in zip(single, tiles(tmp_path / "first/grid.png", 3), strict=True):
         assert (one == tile).all()
@@ -308,6 +312,7 @@ def test_without_guidance_classes_do_not_matter(
 ) -> None:
     model = model_from_run(tiny_runs.class_conditional())
     model.condition_dropout = 0.1  # as if it had been trained so: its last token stands for none
+    torch.manual_seed(0)
     with torch.no_grad():  # after two steps, it hardly looks at the class
         for parameter in model.transformer.parameters():
             parameter.copy_(torch.randn_like(parameter))

@@ -138,7 +138,7 @@ def overrides(data: Path) -> dict[str, list[str]]:
         "custom_loopy_transformer.yaml": [*prior(32, 2, 17, 6), *folder],
         "custom_transformer.yaml": [*prior(32, 2, 16, 1), *lists],
         "custom_vqgan.yaml": [*tokenizer(32, 5), *GAN, *lists],
-        "demo/loopy_transformer.yaml": [*prior(16, 4, 17, 5), *PHOTOS],
+        "demo/loopy_transformer.yaml": [*prior(16, 4, 17, 5), *TWO_LEVELS, *PHOTOS],
         "demo/loopy_vqgan.yaml": [*tokenizer(16, 3), *LOOPY, *GAN, *PHOTOS],
         "imagenet_gumbel_vqgan.yaml": [*vqmodel(32, 4), *GAN, *pixels(32, "config.size")],
         "imagenet_transformer.yaml": [
