@@ -46,7 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def columns_of(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """What a batch says of each image in one number, vector of numbers, or text."""
+    """What a batch says of each image in one number, vector of numbers, or text.
+
+    Raises:
+        ValueError: It has a key by which `encode` counts.
+    """
+    if taken := {"image_number", "pass_number"} & batch.keys():
+        raise ValueError(f"a token cache counts its {min(taken)}: rename the data set's")
     numbers = {
         k: v.tolist() for k, v in batch.items() if isinstance(v, Tensor) and v.ndim in (1, 2)
     }
@@ -73,8 +79,6 @@ def encode(model: VQModel, loader: DataLoader[Any], folder: Path, passes: int) -
             grid = [*quant.shape[2:]]
             about = CacheInfo(own, grid, x.shape[2] * x.shape[3])
             columns = columns_of(batch)
-            if taken := {"image_number", "pass_number"} & columns.keys():
-                raise ValueError(f"a token cache counts its {min(taken)}: rename the data set's")
             columns["image_number"] = list(range(first, first + len(x)))
             columns["pass_number"] = [number] * len(x)
             if writer is None:

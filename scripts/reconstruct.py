@@ -180,6 +180,21 @@ def save_pictures(pictures: Mapping[str, Tensor], folder: Path, name: str) -> No
     save_picture(side_by_side(*pictures.values()), compare)
 
 
+def load_tokenizer(run: str) -> VQModel:
+    """Build the tokenizer of a run.
+
+    Raises:
+        ValueError: It is none, or not one of coloured images.
+    """
+    model = model_from_run(run)
+    if not isinstance(model, VQModel):
+        raise ValueError(f"{run} holds a {type(model).__name__}, not a tokenizer")
+    channels = model.encoder.conv_in.in_channels
+    if channels != 3:
+        raise ValueError(f"{run} is a tokenizer of {channels} channels, not of colours")
+    return model
+
+
 def main() -> None:
     """Reconstruct each image, and write ``reconstructions.json`` of all."""
     parser = argparse.ArgumentParser(
@@ -202,13 +217,7 @@ def main() -> None:
     names = unique_names(paths)
     refuse_overwriting(paths, names, options.outdir)
     device = choose_device(options.device)
-    model = model_from_run(options.resume)
-    if not isinstance(model, VQModel):
-        raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a tokenizer")
-    if model.encoder.conv_in.in_channels != 3:
-        channels = model.encoder.conv_in.in_channels
-        raise ValueError(f"{options.resume} is a tokenizer of {channels} channels, not of colours")
-    model = model.to(device)
+    model = load_tokenizer(options.resume).to(device)
     rate = chosen_rate(options, model)
     site = model.encoder.factor * (model.quantize.factors[0] if isinstance(model, VQVAE2) else 1)
     report, below = {}, []

@@ -18,6 +18,7 @@ from torch import Tensor
 from taming.models.vqgan import VQModel
 from taming.modules.vqvae.metrics import CodebookMetrics
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
+from taming.resume import LastCheckpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 K, D, T, STEPS = 12, 4, 3, 4
@@ -109,10 +110,13 @@ def test_all_that_can_be_learned_was(case: str, ranks: list[Result]) -> None:
 
 
 class RanksAgree(pl.Callback):
-    """Raises if parameters or the quantizer's state differ between processes."""
+    """Raises if parameters, the quantizer's state or the last checkpoint's path differ."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert trainer.world_size == 2
+        (last,) = (c for c in trainer.callbacks if isinstance(c, LastCheckpoint))
+        if last.path != trainer.strategy.broadcast(last.path):
+            raise ValueError(f"{last.path} is not where the first process writes")
         state = dict(pl_module.named_parameters())
         if isinstance(pl_module, VQModel):
             state |= {f"quantize.{k}": v for k, v in pl_module.quantize.state_dict().items()}

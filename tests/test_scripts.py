@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models.test_conditions import tokenizer as grey_tokenizer
 from omegaconf import OmegaConf
 from PIL import Image
 from programs import call, fails, pixels
+from tiny import GPT
 from tiny_runs import CONFIGS, TRAINER, TinyRuns, run_main
 
 from scripts.reconstruct import files_of, unique_names
 from taming.data.tokens import TokenCache
 from taming.experiment import data_from_run, model_from_run
+from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.sampling import decode_codes, sample_images
 from taming.pictures import to_picture
 
@@ -325,6 +328,18 @@ def test_without_guidance_classes_do_not_matter(
         pictures[scale, label] = (tmp_path / name).read_bytes()
     assert pictures[0, 3] == pictures[0, 7]
     assert len({pictures[0, 3], pictures[1, 3], pictures[1, 7], pictures[3, 3]}) == 4
+
+
+def test_samples_of_a_grey_tokenizer_are_written(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grey = Net2NetTransformer(GPT, grey_tokenizer(1), "__is_unconditional__").eval()
+    monkeypatch.setattr("scripts.sample.model_from_run", lambda run: grey)
+    call("sample", "-r", "run", "-n", 1, "-o", tmp_path)
+    picture = pixels(tmp_path / "000000.png")
+    assert picture.shape == (16, 16, 3) and (picture == picture[..., :1]).all()
+    error = fails(capsys, "sample", "-r", "run", "--complete", photo)
+    assert "--complete takes photographs, but the tokenizer's images have no colours" in error
 
 
 def test_tokens_are_computed_once(

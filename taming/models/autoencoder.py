@@ -61,6 +61,9 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
         accumulate_grad_batches: Batches per optimizer step.
         gradient_clip_val: Largest gradient norm or value; None does not clip.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
+
+    Raises:
+        ValueError: There is a ``quantize_start``, but the quantizer learns from the decoder.
     """
 
     value_range = (-1.0, 1.0)
@@ -75,6 +78,10 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
         quantize_start: int = 0,
     ) -> None:
         super().__init__()
+        if quantize_start and not quantize.learns_alone:
+            raise ValueError(
+                f"{type(quantize).__name__} learns from the decoder and has no quantize_start"
+            )
         self.automatic_optimization = False
         self.learning_rate = 4.5e-6
         self.accumulate_grad_batches = 1

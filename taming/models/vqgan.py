@@ -19,7 +19,6 @@ from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.util import start_orthogonal
 from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
 from taming.modules.vqvae.heatmap import depth_heat_map
-from taming.modules.vqvae.hierarchy import Hierarchy
 from taming.modules.vqvae.quantize import GumbelQuantize, LoopyVectorQuantizer, VectorQuantizer2
 from taming.modules.vqvae.rate import fewest_tokens, turns_within
 from taming.util import instantiate_from_config
@@ -129,10 +128,6 @@ class VQModel(QuantizedAutoencoder):
             None if scheduler_config is None else instantiate_from_config(scheduler_config),
             quantize_start,
         )
-        if quantize_start and isinstance(self.quantize, GumbelQuantize | Hierarchy):
-            raise ValueError(
-                f"{type(self.quantize).__name__} learns from the decoder and has no quantize_start"
-            )
         self.monitor = monitor
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)

@@ -91,9 +91,11 @@ class Quantizer(nn.Module, ABC):
 
     Attributes:
         sequence: The token sequence in which a prior reads its codes by default.
+        learns_alone: Whether it learns while the decoder sees nothing of its codes.
     """
 
     sequence: TokenSequence
+    learns_alone = True
 
     def __init__(self, n_e: int, e_dim: int) -> None:
         super().__init__()

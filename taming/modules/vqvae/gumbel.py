@@ -36,6 +36,8 @@ class GumbelQuantize(PlainQuantizer):
         temperature: Of the draw. It is not part of the state: `GumbelVQ` derives it from the step.
     """
 
+    learns_alone = False
+
     def __init__(
         self,
         num_hiddens: int,

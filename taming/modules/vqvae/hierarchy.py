@@ -80,6 +80,8 @@ class Hierarchy(Quantizer):
         ValueError: There are fewer than two levels, or ``level_dropout`` is no share.
     """
 
+    learns_alone = False
+
     def __init__(
         self,
         quantizers: Mapping[str, Mapping[str, Any]],
