@@ -20,8 +20,8 @@ import csv
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,9 @@ def settings(
         yield str(length)
 
 
-def train_base(plan: Plan, seed: int, options: argparse.Namespace) -> None:
+def train_base(plan: Plan, seed: int, options: argparse.Namespace, threads: int) -> None:
     """Train what all contenders of a seed start from."""
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     train = images_of(options.train, "train", plan.ddconfig["resolution"], train=True)
     trained_base(plan, seed, train, options.outdir, options.precision)
@@ -170,17 +170,48 @@ def main() -> None:
         # Before the contenders, of which two would otherwise train the same one at once.
         untrained = {s for name, s in wanted if not (options.outdir / f"{name}-{s}.pt").exists()}
         seeds = sorted(untrained)
-        bases = [pool.submit(train_base, plan, seed, options) for seed in seeds]
+        threads = max(options.threads, cores // max(1, len(seeds)))  # one seed takes all cores
+        bases = [pool.submit(train_base, plan, seed, options, threads) for seed in seeds]
         for finished in tqdm(as_completed(bases), total=len(bases), desc="autoencoders"):
             finished.result()
-        races = [pool.submit(race, plan, name, seed, options) for name, seed in wanted]
-        for finished in tqdm(as_completed(races), total=len(races), desc="contenders"):
-            rows += finished.result()
-            with table.open("w", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS)
-                writer.writeheader()
-                writer.writerows(rows)
+        races = {pool.submit(race, plan, *which, options): which for which in wanted}
+        collect(races, rows, table)
     write_report(read_rows(table), plan, options.outdir)
+
+
+def collect(
+    races: Mapping[Future, tuple[str, int]], rows: list[dict[str, Any]], table: Path
+) -> None:
+    """Add to the table what each race measured; one that fails takes nothing from the others.
+
+    Args:
+        races: Each with its contender's name and its seed.
+        rows: What was measured before.
+        table: File of all measurements.
+
+    Raises:
+        Exception: That of the first race that failed, when all are over.
+    """
+    failed = []
+    for finished in tqdm(as_completed(races), total=len(races), desc="contenders"):
+        if error := finished.exception():
+            logger.error("%s, seed %d: %s", *races[finished], error)
+            failed.append(error)
+            continue
+        rows = rows + finished.result()
+        write_rows(rows, table)
+    if failed:
+        raise failed[0]
+
+
+def write_rows(rows: list[dict[str, Any]], table: Path) -> None:
+    """Write all measurements; an interruption leaves the table that was there before."""
+    unfinished = table.with_suffix(".unfinished")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    unfinished.replace(table)
 
 
 def read_rows(table: Path) -> list[dict[str, Any]]:

@@ -220,20 +220,20 @@ def main() -> None:
     model = load_tokenizer(options.resume).to(device)
     rate = chosen_rate(options, model)
     site = model.encoder.factor * (model.quantize.factors[0] if isinstance(model, VQVAE2) else 1)
-    report, below = {}, []
-    for path, name in tqdm(zip(paths, names, strict=True), "reconstruct", len(paths)):
-        x = load_image(path, options.size, site).to(device)
-        try:
-            pictures, numbers = reconstruct(model, x, rate)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        save_pictures(pictures, options.outdir, name)
-        report[str(path)] = numbers
+    report: dict[str, dict[str, Any]] = {}
+    try:
+        for path, name in tqdm(zip(paths, names, strict=True), "reconstruct", len(paths)):
+            x = load_image(path, options.size, site).to(device)
+            try:
+                pictures, report[str(path)] = reconstruct(model, x, rate)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            save_pictures(pictures, options.outdir, name)
+    finally:  # of an image that fails, nobody wants to lose those before it
+        (options.outdir / "reconstructions.json").write_text(json.dumps(report, indent=2))
+    for name, numbers in report.items():
         if numbers["psnr"] < rate.get("target_psnr", -math.inf):
-            below.append(f"{path} reaches {numbers['psnr']:.2f} dB with all its turns")
-    for line in below:
-        logger.warning(line)
-    (options.outdir / "reconstructions.json").write_text(json.dumps(report, indent=2))
+            logger.warning("%s reaches %.2f dB with all its turns", name, numbers["psnr"])
     logger.info("%d reconstructions in %s", len(paths), options.outdir)
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from race.peers import FSQ, ResidualVQ
 from race.plans import PLANS, Plan, images_of
 from race.report import average, cell, margins, quality_at, savings, tokens_at, write_report
 from race.training import BASE, build_tokenizer, trained_base, trained_tokenizer
-from rate_distortion import race
+from rate_distortion import FIELDS, collect, race, read_rows
 from scipy.stats import spearmanr
 
 from taming.modules.vqvae.base import Quantizer
@@ -73,11 +74,26 @@ def test_a_race_measures_every_rate_and_is_reported(plan, parquet, tmp_path) -> 
             assert row["tokens"] / 64 == pytest.approx(float(row["length"]), abs=0.3)
             assert row["prior_bits"] > 0
         if row["group"] == "control: fixed depth":  # no token says where a site ends
-            bits = 64 * int(row["length"]) * math.log2(17)
+            turns = int(row["length"])
+            bits = 64 * turns * math.log2(16 + (turns > 1))  # one code for each site needs no end
             assert row["raw_bits"] == pytest.approx(bits)
     write_report(rows, plan, tmp_path)
     assert "| rvq-2-shared |  | 128 |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "rate_distortion.png").stat().st_size > 10_000
+
+
+def test_a_race_that_fails_takes_nothing_from_the_others(tmp_path) -> None:
+    table, races = tmp_path / "measurements.csv", {}
+    for name in ("first", "second", "third"):
+        races[finished := Future()] = (name, 0)
+        if name == "second":
+            finished.set_exception(ValueError("no such code"))
+        else:
+            finished.set_result([dict.fromkeys(FIELDS, name)])
+    with pytest.raises(ValueError, match="no such code"):
+        collect(races, [dict.fromkeys(FIELDS, "before")], table)
+    assert {row["name"] for row in read_rows(table)} == {"before", "first", "third"}
+    assert list(tmp_path.iterdir()) == [table]
 
 
 @pytest.mark.parametrize("name", sorted(contenders(16, 8)))

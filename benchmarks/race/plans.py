@@ -81,8 +81,8 @@ DECISIVE = (
 ALL = tuple(contenders(256, 16))
 PLANS = {
     "quick": Plan(
-        SMALL, 16, 256, 400, 150, 32, 1e-3, 60, 4e-3, SMALL_PRIOR, 1,
-        ("vq", "rvq-2-separate", "rvq-4-separate", "loopy-one"), 500, 500,
+        SMALL, 16, 256, 300, 150, 32, 1e-3, 40, 4e-3, SMALL_PRIOR, 1,
+        ("loopy-one", "vq", "rvq-2-separate", "rvq-4-separate"), 500, 500,
     ),
     "standard": Plan(
         SMALL, 32, 256, 6000, 1500, 16, 4e-3, 500, 4e-3, SMALL_PRIOR, 3, DECISIVE, 2000, 2000

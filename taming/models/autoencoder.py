@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.image import PeakSignalNoiseRatio
 
+from taming.models.optimizer import scheduled
 from taming.modules.losses.base import AutoencoderLoss
 from taming.modules.util import first_non_finite
 from taming.modules.vqvae.base import Quantizer, QuantizerOutput
@@ -124,6 +125,10 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
 
     # --- training --------------------------------------------------------------------------------
 
+    def on_fit_start(self) -> None:
+        """Fetch what the loss needs, once a resumed run has restored what its checkpoint holds."""
+        self.loss.fetch_weights()
+
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Train the generator, then the discriminator, on one batch."""
         x = self.get_input(batch, self.image_key)
@@ -193,8 +198,9 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
             last_layer=self.get_last_layer(),
             split=split,
         )
-        wrong = [name for name, value in logs.items() if not torch.isfinite(value)]
-        if wrong:
+        values = torch.stack([value.detach().to(loss) for value in logs.values()])
+        if not (finite := values.isfinite()).all():  # one wait for the GPU, not one for each
+            wrong = [name for name, good in zip(logs, finite.tolist(), strict=True) if not good]
             raise NonFiniteError(
                 f"{', '.join(wrong)} not finite at step {self.global_step}; the first module whose "
                 f"output is not finite is {self._culprit(x) or 'the loss'}"
@@ -265,7 +271,7 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
         ]
         if self.schedule is None:
             return optimizers, []
-        return optimizers, [LambdaLR(optimizer, self.schedule) for optimizer in optimizers]
+        return optimizers, [scheduled(optimizer, self.schedule) for optimizer in optimizers]
 
     # --- what the codebook did -------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The optimizer of the priors."""
+"""The optimizer of the priors, and the schedules of all learning rates."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def scheduled(optimizer: torch.optim.Optimizer, schedule: Callable[[int], float]) -> LambdaLR:
+    """Let a learning rate follow a schedule, also one that a run is resumed with.
+
+    Args:
+        optimizer: Its learning rate is what is scaled.
+        schedule: Factor of the learning rate by step.
+
+    Returns:
+        What is to be stepped; its state holds the step, not the schedule.
+    """
+    # LambdaLR puts the attributes of a callable object into checkpoints, and from there back into
+    # the new one, which would undo what the configuration says now. A function has none.
+    return LambdaLR(optimizer, lambda step: schedule(step))
 
 
 def decayed_adamw(
@@ -37,5 +53,5 @@ def decayed_adamw(
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
     if schedule is None:
         return optimizer
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    scheduler = scheduled(optimizer, schedule)
     return [optimizer], [{"scheduler": scheduler, "interval": "step"}]

@@ -28,15 +28,8 @@ from taming.modules.pixelcnn.model import PixelCNN
 from taming.modules.pixelcnn.site import SiteSymbols
 from taming.modules.transformer.sampling import Drawing, draw
 from taming.modules.util import Labelator
-from taming.modules.vqvae.base import Quantizer
-from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.modules.vqvae.sequence import RunLengthSequence, TokenSequence
 from taming.util import instantiate_from_config
-
-
-def has_dummies(quantize: Quantizer) -> bool:
-    """Whether a quantizer's sites read ``D,D,A'``, so that their dummies follow from the length."""
-    return isinstance(quantize, LoopyVectorQuantizer) and quantize.transform.dummies
 
 
 class PixelCNNPrior(Prior):
@@ -91,8 +84,8 @@ class PixelCNNPrior(Prior):
         )
         self.learning_rate = 4.5e-6
         self.n_classes = self._count_classes(cond_stage_config)
-        quantize = self.first_stage_model.quantize
-        sizes = quantize.sequence.n_e, quantize.sequence.max_loops, has_dummies(quantize)
+        own = self.first_stage_model.quantize.sequence
+        sizes = own.n_e, own.max_loops, own.dummies
         self.sequence: TokenSequence = RunLengthSequence(*sizes)
         self.pixelcnn = PixelCNN(
             SiteSymbols(*sizes), self.n_classes, instantiate_from_config(stacks_config)

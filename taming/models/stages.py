@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taming.checkpoint import freeze
+from taming.checkpoint import freeze, load_weights
 from taming.models.autoencoder import tensor_of
 from taming.models.cached_tokens import cached_codes, fingerprint, is_cached
 from taming.models.conditions import condition_pictures
 from taming.models.likelihood import log_likelihood
 from taming.models.vqgan import VQModel
+from taming.models.vqvae2 import Level
 from taming.modules.transformer.permuter import Identity, Permuter
 from taming.modules.util import SOSProvider
 from taming.modules.vqvae.sequence import PAD, TokenSequence
@@ -86,6 +87,11 @@ class Prior(pl.LightningModule, ABC):
         self.cond_stage_key = first_stage_key if self.be_unconditional else cond_stage_key
         self.downsample_cond_size = downsample_cond_size
         self.first_stage_model: VQModel = freeze(instantiate_from_config(first_stage_config))
+        if not isinstance(self.first_stage_model, VQModel | Level):
+            raise ValueError(
+                "first_stage_config must name a tokenizer, a VQModel or one Level of a VQVAE2, got "
+                f"a {type(self.first_stage_model).__name__}"
+            )
         self.cond_stage_model = self._build_cond_stage(cond_stage_config)
         self.permuter: Permuter | Identity = (
             Identity() if permuter_config is None else instantiate_from_config(permuter_config)
@@ -116,6 +122,10 @@ class Prior(pl.LightningModule, ABC):
             )
         stage = instantiate_from_config(config)
         return freeze(stage) if isinstance(stage, nn.Module) else stage
+
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
+        """Load weights, as `load_weights` does; the original's name for it."""
+        load_weights(self, path, ignore_keys)
 
     # --- training --------------------------------------------------------------------------------
 
@@ -225,7 +235,7 @@ class Prior(pl.LightningModule, ABC):
         Returns:
             What the stage made of them, and tokens (B, Lc) int64, all of one length.
         """
-        if self.downsample_cond_size > -1:
+        if self.downsample_cond_size > -1 and c.ndim == 4:  # a class has no size
             c = F.interpolate(c, size=(self.downsample_cond_size, self.downsample_cond_size))
         with torch.autocast(c.device.type, enabled=False):
             quant_c, _, (_, _, indices) = self.cond_stage_model.encode(c)

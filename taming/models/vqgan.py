@@ -141,7 +141,10 @@ class VQModel(QuantizedAutoencoder):
         self.register_buffer("colorize", projection)
         if ckpt_path is not None:
             load_weights(self, ckpt_path, ignore_keys, trust_checkpoint)
-        self.loss.fetch_weights()
+
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
+        """Load weights, as `load_weights` does; the original's name for it."""
+        load_weights(self, path, ignore_keys)
 
     # --- image -> latents -> codes -> image ------------------------------------------------------
 

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tiny import DDCONFIG, GAN, LOOPY, PLAIN, images, trainer
 
 from taming.models.vqgan import GumbelVQ, VQModel
+from taming.modules.losses.lpips import LPIPS
 from taming.util import NonFiniteError
 
 
@@ -34,6 +35,24 @@ def test_equals_the_original(shared) -> None:
     torch.testing.assert_close(loss, io["loss"], rtol=1e-5, atol=0)
     assert torch.equal(loss, diff)
     assert set(original.state_dict()) == set(golden.parameters)
+
+
+def test_only_a_training_that_begins_fetches_the_weights_of_lpips(monkeypatch, tmp_path) -> None:
+    fetched = []
+    for name in ("load_heads", "load_vgg16"):
+        monkeypatch.setattr(LPIPS, name, lambda *args, name=name: fetched.append(name))
+    perceptual = {**GAN, "params": {**GAN["params"], "perceptual_weight": 1.0}}
+    begun = model(perceptual)
+    assert not fetched
+    training = trainer(tmp_path, max_steps=1)
+    training.fit(begun, images(2), images(2))
+    assert fetched == ["load_heads", "load_vgg16"]
+    training.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = trainer(tmp_path, max_epochs=2)
+    last = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": True}
+    resumed.fit(model(perceptual), images(2), images(2), **last)
+    assert resumed.global_step == 2
+    assert fetched == ["load_heads", "load_vgg16"]
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"sane_index_shape": True}, {"quantizer_config": LOOPY}])

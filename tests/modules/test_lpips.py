@@ -87,6 +87,8 @@ def test_environment_names_the_files(monkeypatch, vgg_path, loss):
     monkeypatch.setenv("TAMING_VGG16", vgg_path)
     found = LPIPS().fetch_weights().state_dict()
     assert all(torch.equal(found[key], value) for key, value in loss.state_dict().items())
+    x, y = images(1, 3, 32, 32)
+    assert torch.equal(LPIPS()(x, y), loss(x, y))  # nobody asked it to fetch anything
 
 
 def test_without_pretraining_nothing_is_fetched(monkeypatch):

@@ -96,7 +96,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths = level_widths(ch, ch_mult, num_groups)
         self.resolution = resolution
-        self.factor = 2 ** (len(widths) - 1)
+        self.num_resolutions = len(widths)
+        self.factor = 2 ** (self.num_resolutions - 1)
         resolutions = [resolution // 2**i for i in range(len(widths))]
         warn_of_unreached(attn_resolutions, resolutions)
 
@@ -171,6 +172,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         widths = level_widths(ch, ch_mult, num_groups)
+        self.num_resolutions = len(widths)
         self.give_pre_end = give_pre_end
 
         self.conv_in = nn.Conv2d(z_channels, widths[-1], kernel_size=3, padding=1)

@@ -37,7 +37,10 @@ class AutoencoderLoss(nn.Module, ABC):
     discriminator: nn.Module | None
 
     def fetch_weights(self) -> None:
-        """Load pretrained weights that no checkpoint has brought; by default there are none."""
+        """Load pretrained weights that no checkpoint has brought; by default there are none.
+
+        They are not loaded when the loss is built: a run that is resumed has them already.
+        """
 
     @abstractmethod
     def forward(

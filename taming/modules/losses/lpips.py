@@ -144,8 +144,8 @@ class LPIPS(nn.Module):
     Args:
         use_dropout: Name the weights of the heads as the original with dropout does; activations
             are never dropped.
-        pretrained: Whether `fetch_weights` loads weights, downloading them if need be; until then,
-            or until a checkpoint brings them, they are random.
+        pretrained: Whether `fetch_weights` loads weights, downloading them if need be, unless a
+            checkpoint brings them first; else they stay random.
         weights: Path of the linear heads (``vgg.pth``); by default that in the environment variable
             TAMING_LPIPS, else a download.
         vgg_weights: Path of torchvision's VGG16 weights; by default that in the environment
@@ -226,7 +226,9 @@ class LPIPS(nn.Module):
 
         Raises:
             ValueError: C is neither 1 nor 3.
+            ConnectionError: See `fetch_weights`, which the first comparison calls if nobody has.
         """
+        self.fetch_weights()
         if x.shape[1] not in (1, 3):
             raise ValueError(f"LPIPS compares images of 1 or 3 channels, got {x.shape[1]}")
         x_features, y_features = (

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taming.modules.transformer.writing import Beginning
-from taming.modules.vqvae.grammar import PAD, GrammarState, TokenSequence
+from taming.modules.vqvae.grammar import PAD, GrammarState, TokenSequence, by_site
 
 
 class Paper:
@@ -40,20 +40,14 @@ class Paper:
         kept = (prefix >= 0) & (before.site < self.sites)
         if known is not None:
             kept &= known[before.site.clamp(max=len(known) - 1)]
-        self.forced = self._by_place(prefix, before, kept)
+        shape = self.sites, sequence.site_tokens
+        self.forced = by_site(prefix, before.site, before.depth, kept, shape)
         # What is read at once: all before the first token that is to be drawn.
         self.prefix = prefix.masked_fill((~kept).cumsum(dim=1) > 0, PAD)
         self.states = sequence.states(F.pad(self.prefix, (0, 1), value=PAD))
         self.count = (self.prefix >= 0).sum(dim=1)
         self.state = GrammarState(*(f.gather(1, self.count[:, None])[:, 0] for f in self.states))
         self.tokens = F.pad(self.prefix, (0, max(0, most - prefix.shape[1])), value=PAD)
-
-    def _by_place(self, tokens: Tensor, states: GrammarState, kept: Tensor) -> Tensor:
-        """Tokens (B, S, T) by their place; -1 where there is none to be kept."""
-        depths = self.sequence.site_tokens
-        target = torch.where(kept, states.site * depths + states.depth, self.sites * depths)
-        table = tokens.new_full((len(tokens), self.sites * depths + 1), PAD)
-        return table.scatter_(1, target, tokens)[:, :-1].unflatten(1, (self.sites, depths))
 
     def open_rows(self) -> Tensor:
         """Numbers (R,) of the sequences that are not finished."""

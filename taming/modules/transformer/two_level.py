@@ -18,7 +18,7 @@ from taming.modules.transformer.blocks import GPTConfig
 from taming.modules.transformer.gpt import GPT
 from taming.modules.transformer.ragged import token_numbers
 from taming.modules.transformer.writing import Beginning, Turn, Writer
-from taming.modules.vqvae.grammar import PAD, GrammarState
+from taming.modules.vqvae.grammar import GrammarState, by_site
 
 # Options that the depth transformer has from the main one, or would have no use for.
 NOT_WITHIN_SITES = {"vocab_size", "block_size", "n_unmasked", "site_shape", "rotary"}
@@ -92,7 +92,7 @@ class TwoLevelGPT(Backbone):
             [self.tok_emb(condition), self.sum_sites(tokens, states, sites)[:, :-1]], dim=1
         )
         hidden = self.features(x, self.main_places(sites, grid, x))[:, condition.shape[1] - 1 :]
-        inside = by_site(tokens, states, (sites, self.depths))
+        inside = self.by_site(tokens, states, sites)
         return self._within_sites(self.to_depth(hidden).flatten(0, 1), inside.flatten(0, 1))
 
     def _within_sites(self, hidden: Tensor, inside: Tensor) -> Tensor:
@@ -115,9 +115,13 @@ class TwoLevelGPT(Backbone):
         """Embed tokens as what they add to their site: the same shape and C more."""
         return self.tok_emb(tokens) * self.gain[depth]
 
+    def by_site(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
+        """Lay out sequences (B, L) by the first S sites: (B, S, T), -1 where there is no token."""
+        return by_site(tokens, states.site, states.depth, tokens >= 0, (sites, self.depths))
+
     def sum_sites(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
         """Add up the tokens (B, L) of each of the first S sites: (B, S, C)."""
-        inside = by_site(tokens, states, (sites, self.depths))
+        inside = self.by_site(tokens, states, sites)
         depth = torch.arange(self.depths, device=tokens.device)
         embedded = self.embed_at(inside.clamp(min=0), depth)
         return (embedded * (inside >= 0)[..., None]).sum(dim=2)
@@ -135,25 +139,6 @@ class TwoLevelGPT(Backbone):
     def write(self, beginning: Beginning) -> Writer:
         """Start to write sequences."""
         return SiteWriter(self, beginning)
-
-
-def by_site(tokens: Tensor, states: GrammarState, shape: tuple[int, int]) -> Tensor:
-    """Lay out sequences by site.
-
-    Args:
-        tokens: (B, L) int64, -1 after each sequence's end.
-        states: Of shape (B, L), where each token stands.
-        shape: (S, T). Tokens of later sites are left out.
-
-    Returns:
-        (B, S, T) int64, -1 where there is no token.
-    """
-    sites, depths = shape
-    taken = (tokens >= 0) & (states.site < sites)
-    # What is left out goes to one column past the end, which is then cut off.
-    target = torch.where(taken, states.site * depths + states.depth, sites * depths)
-    table = tokens.new_full((len(tokens), sites * depths + 1), PAD)
-    return table.scatter_(1, target, tokens)[:, :-1].unflatten(1, shape)
 
 
 class SiteWriter(Writer):

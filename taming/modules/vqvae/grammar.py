@@ -106,11 +106,6 @@ class TokenSequence(ABC):
             raise ValueError(f"sequence {row}: site {site} of {sites} has no code")
         return codes.reshape(len(tokens), *grid, self.max_loops)
 
-    def start(self, batch: int, device: torch.device) -> GrammarState:
-        """State (B,) before the first token."""
-        zero = torch.zeros(batch, dtype=torch.int64, device=device)
-        return GrammarState(zero, zero, zero)
-
     def sites(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Place of each token in raster order, known before the token itself.
 
@@ -151,6 +146,29 @@ def _refuse(wrong: Tensor, tokens: Tensor, why: str) -> None:
         token = int(tokens[row, position])
         name = f"token {token}" if token >= 0 else "the end"
         raise ValueError(f"sequence {row}: {name} at position {position} {why}")
+
+
+def by_site(
+    tokens: Tensor, site: Tensor, slot: Tensor, taken: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    """Lay out sequences by site.
+
+    Args:
+        tokens: (B, L) int64.
+        site: (B, L) int64, the site of each token.
+        slot: (B, L) int64, its place in the site.
+        taken: (B, L) bool, the tokens to lay out.
+        shape: (S, T). Tokens of later sites or slots are left out.
+
+    Returns:
+        (B, S, T) int64, -1 where there is no token.
+    """
+    sites, slots = shape
+    taken = taken & (site < sites) & (slot < slots)
+    # What is left out goes to one column past the end, which is then cut off.
+    target = torch.where(taken, site * slots + slot, sites * slots)
+    table = tokens.new_full((len(tokens), sites * slots + 1), PAD)
+    return table.scatter_(1, target, tokens)[:, :-1].unflatten(1, shape)
 
 
 def place(state: GrammarState, grid: tuple[int, int]) -> Tensor:

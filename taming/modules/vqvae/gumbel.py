@@ -52,6 +52,7 @@ class GumbelQuantize(PlainQuantizer):
         legacy: bool = False,
     ) -> None:
         super().__init__(n_embed, embedding_dim, remap, unknown_index)
+        self.n_embed, self.embedding_dim = n_embed, embedding_dim  # the original's names
         self.straight_through = straight_through
         self.kl_weight = kl_weight
         self.temperature = temp_init

@@ -109,12 +109,11 @@ def fewest_tokens(
         enough = torch.where(reached, probe, enough)
         found |= reached
         failed = torch.where(found, failed, probe)
-    failed = torch.where(found, failed, enough)
     while (enough - failed > 1).any():
         middle = torch.where(enough - failed > 1, (failed + enough) // 2, enough)
         reached = quality(middle) >= target
         enough = torch.where(reached, middle, enough)
-        failed = torch.where(reached, failed, torch.minimum(middle, enough - 1))
+        failed = torch.where(reached, failed, middle)
     return enough
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taming.modules.vqvae.grammar import PAD, GrammarState, TokenSequence, place
+from taming.modules.vqvae.grammar import PAD, GrammarState, TokenSequence, by_site, place
 
 __all__ = [
     "PAD",
@@ -20,17 +20,6 @@ __all__ = [
     "UnarySequence",
     "place",
 ]
-
-
-def _fill(
-    sites: int, slots: int, tokens: Tensor, site: Tensor, slot: Tensor, take: Tensor
-) -> Tensor:
-    """Put the tokens (B, L) for which ``take`` holds into a (B, sites, slots) table of -1."""
-    table = tokens.new_full((len(tokens), sites * slots + 1), PAD)
-    target = torch.where(take, site * slots + slot.clamp(0, slots - 1), sites * slots)
-    return table.scatter_(1, target.clamp(max=sites * slots), tokens)[:, :-1].reshape(
-        len(tokens), sites, slots
-    )
 
 
 def _finished(ends: Tensor) -> Tensor:
@@ -76,14 +65,14 @@ class RasterSequence(TokenSequence):
         return codes
 
     def _read(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
-        return _fill(sites, 1, tokens, states.site, states.depth, tokens >= 0)
+        return by_site(tokens, states.site, states.depth, tokens >= 0, (sites, 1))
 
 
 class UnarySequence(TokenSequence):
     """Counts turns one token at a time with the dummy D = K.
 
     With dummies, a site is its slots: ``D,D,A'``, ended by its code. Without, it is its codes, and
-    D ends a site that is shorter than T: ``A1,A2,D``.
+    D ends a site that is shorter than T: ``A1,A2,D``. Where T is 1, there is no D.
 
     Args:
         n_e: K, number of codes.
@@ -94,7 +83,7 @@ class UnarySequence(TokenSequence):
     def __init__(self, n_e: int, max_loops: int, dummies: bool) -> None:
         super().__init__(n_e, max_loops)
         self.dummies = dummies
-        self.vocab_size = n_e + 1
+        self.vocab_size = n_e + (max_loops > 1)
         self.site_tokens = max_loops
 
     def _ends(self, tokens: Tensor, depth: Tensor) -> Tensor:
@@ -126,7 +115,8 @@ class UnarySequence(TokenSequence):
         mask = torch.ones(
             *state.site.shape, self.vocab_size, dtype=torch.bool, device=state.site.device
         )
-        mask[..., self.n_e] = state.depth < self.max_loops - 1 if self.dummies else state.depth > 0
+        may_count = state.depth < self.max_loops - 1 if self.dummies else state.depth > 0
+        mask[..., self.n_e :] = may_count[..., None]
         return mask
 
     def _write(self, codes: Tensor) -> Tensor:
@@ -137,8 +127,8 @@ class UnarySequence(TokenSequence):
         return torch.where(slot == length, self.n_e, codes)
 
     def _read(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
-        take = (tokens >= 0) & (self.dummies | (tokens < self.n_e))
-        return _fill(sites, self.max_loops, tokens, states.site, states.depth, take)
+        taken = (tokens >= 0) & (self.dummies | (tokens < self.n_e))
+        return by_site(tokens, states.site, states.depth, taken, (sites, self.max_loops))
 
 
 class RunLengthSequence(TokenSequence):
@@ -194,13 +184,13 @@ class RunLengthSequence(TokenSequence):
         return torch.cat([count, body], dim=-1)
 
     def _read(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
-        is_code = (tokens >= 0) & (tokens < self.n_e)
+        is_code, shape = (tokens >= 0) & (tokens < self.n_e), (sites, self.max_loops)
         if not self.dummies:
             slot = (states.depth - 1).clamp(min=0)
-            return _fill(sites, self.max_loops, tokens, states.site, slot, is_code)
+            return by_site(tokens, states.site, slot, is_code, shape)
         # A code stands in the slot that its count names; dummies fill the slots before it.
         count = tokens.roll(1, dims=1) - self.n_e + 1
         slot = torch.where(states.left > 0, count, 0)
-        codes = _fill(sites, self.max_loops, tokens, states.site, slot, is_code)
+        codes = by_site(tokens, states.site, slot, is_code, shape)
         later = codes.flip(-1).cummax(dim=-1).values.flip(-1)
         return torch.where((codes < 0) & (later >= 0), self.n_e, codes)

@@ -177,8 +177,9 @@ class LinearResidual(Cascade):
         # Without the ridge, axes in which codes hardly differ would get maps made of noise.
         mean = self.moments.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
         damped = self.moments + RIDGE * mean * torch.eye(z.shape[1], device=z.device)
-        step = torch.linalg.solve(damped, (cross - RIDGE * mean * self.maps).mT).mT
-        step[0] = 0
+        wanted = (cross - RIDGE * mean * self.maps).mT
+        step = torch.zeros_like(self.maps)  # the first turn sees the codes as they are
+        step[1:] = torch.linalg.solve(damped[1:], wanted[1:]).mT
         # A new tensor: the step's backward pass may need the old one.
         self.maps = self.maps + rate * step
 

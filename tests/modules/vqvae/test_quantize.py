@@ -197,6 +197,54 @@ def test_dead_codes_are_revived_from_what_is_searched() -> None:
     assert quantizer.eval()(z).info.indices[:, 0].unique().numel() >= 0.9 * K
 
 
+def test_a_revived_code_counts_as_used() -> None:
+    codebook = Codebook(4, 1, revive_below=0.5)
+    codebook.usage[2] = 0
+    targets, everyone = torch.arange(10.0, 14.0)[:, None], torch.tensor([0, 1, 3, 3])
+    codebook.learn(targets, everyone, torch.ones(4))
+    assert codebook.weight[2] in targets and codebook.usage[2] == 1 / 4
+    revived = codebook.weight[2].clone()
+    codebook.learn(targets + 10, everyone, torch.ones(4))
+    assert torch.equal(codebook.weight[2], revived)
+
+
+def test_a_later_start_begins_from_the_present_codes() -> None:
+    codebook = Codebook(K, 1, ema_decay=0.9)
+    places = 10 * torch.randperm(K).float()[:, None]
+    codebook.weight.copy_(places)
+    codebook.start_from((places + torch.tensor([[-1.0, 1.0]])).reshape(-1, 1), fresh=False)
+    assert torch.equal(codebook.weight, places)
+
+
+def test_the_first_batch_sets_the_threshold() -> None:
+    quantizer = LoopyVectorQuantizer(K, D, max_loops=T, target_length=T, start_batches=1).train()
+    z = 100 * torch.randn(500, D)
+    quantizer(z)
+    nearest = torch.cdist(z, quantizer.embedding.weight).amin(dim=1).mean()
+    assert quantizer.threshold == pytest.approx(nearest.item(), rel=0.06)  # steered once since
+
+
+def test_the_first_batch_sets_the_sizes_of_all_turns() -> None:
+    quantizer = LoopyVectorQuantizer(K, D, threshold=0.0, max_loops=T, start_batches=1).train()
+    z = torch.randn(500, D)
+    quantizer(z)
+    kept = quantizer.transform.scales.clone()
+    quantizer(z)  # finds the same sizes
+    assert (kept[1:] < 0.9).all()
+    torch.testing.assert_close(quantizer.transform.scales, kept, rtol=1e-5, atol=0)
+
+
+def test_a_batch_moves_the_threshold_by_5_percent_at_most_and_not_if_it_has_its_own() -> None:
+    quantizer = loopy(threshold=None, target_length=1.0).train()
+    quantizer.threshold.fill_(0.01)  # all turns everywhere: T - 1 too many
+    z = torch.randn(200, D)
+    quantizer(z, threshold=0.3)
+    assert quantizer.threshold == torch.tensor(0.01)
+    quantizer.latent_std.fill_(1.0)
+    quantizer(z)
+    assert quantizer.threshold.item() == pytest.approx(0.01 * math.exp(0.05), rel=1e-4)
+
+
 def test_codes_that_nothing_finds_stay_where_they_are() -> None:
     codebook = Codebook(2, 1, ema_decay=0.8, revive_below=0.0)
     codebook.start_from(torch.tensor([[-5.0], [5.0]]), fresh=True)
@@ -222,9 +270,14 @@ def test_target_length_steers_the_threshold_and_is_kept() -> None:
     assert torch.equal(other.threshold, quantizer.threshold)
 
 
-def test_a_steered_threshold_leaves_zero() -> None:
-    quantizer = LoopyVectorQuantizer(K, D, max_loops=T, target_length=2.5).train()
-    quantizer(torch.ones(200, D))  # all on one code
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("transform", ["residual", "linear"])
+def test_a_steered_threshold_leaves_zero(transform: str, value: float) -> None:
+    transform_config = TRANSFORMS[transform]
+    quantizer = LoopyVectorQuantizer(
+        K, D, max_loops=T, target_length=2.5, transform_config=transform_config
+    ).train()
+    quantizer(torch.full((200, D), value))  # all on one code
     for _ in range(300):
         out = quantizer(torch.randn(200, D))
     assert abs(out.info.encodings.lengths.float().mean() - 2.5) < 0.3
@@ -387,6 +440,7 @@ def test_the_threshold_is_followed_in_units_of_the_latents_spread() -> None:
     quantizer = loopy(threshold=0.8)
     quantizer.latent_std.fill_(1.6)
     assert quantizer.followed() == {"relative_threshold": torch.tensor(0.5)}
+    assert loopy(threshold=math.inf).followed() == {}  # which JSON could not hold
 
 
 def test_a_fixed_threshold_outlives_a_checkpoint_and_a_steered_one_comes_with_it() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from taming.modules.vqvae.grammar import GrammarState, by_site
 from taming.modules.vqvae.sequence import (
     RasterSequence,
     RunLengthSequence,
@@ -34,9 +35,14 @@ CASES = [
 ] + [pytest.param(RasterSequence(K), False, 1, id="Raster")]
 
 
+def start(batch: int) -> GrammarState:
+    """State (B,) before the first token."""
+    return GrammarState(*torch.zeros(3, batch, dtype=torch.int64))
+
+
 def walk(sequence: TokenSequence, tokens: Tensor, lengths: Tensor):
     """Yield position, state before it, and its tokens, one token at a time."""
-    state = sequence.start(len(tokens), tokens.device)
+    state = start(len(tokens))
     for position in range(tokens.shape[1]):
         yield position, state, tokens[:, position]
         advanced = sequence.advance(state, tokens[:, position].clamp(min=0))
@@ -77,11 +83,12 @@ def test_every_walk_through_the_grammar_decodes(
     sequence: TokenSequence, dummies: bool, turns: int
 ) -> None:
     batch, sites = 16, GRID[0] * GRID[1]
-    state = sequence.start(batch, torch.device("cpu"))
-    columns = []
+    state = start(batch)
+    columns, possible = [], torch.zeros(sequence.vocab_size, dtype=torch.bool)
     while (state.site < sites).any():
-        token = torch.multinomial(sequence.allowed(state).float(), 1).squeeze(1)
-        going = state.site < sites
+        allowed, going = sequence.allowed(state), state.site < sites
+        possible |= allowed[going].any(dim=0)
+        token = torch.multinomial(allowed.float(), 1).squeeze(1)
         columns.append(torch.where(going, token, -1))
         advanced = sequence.advance(state, token)
         state = type(state)(
@@ -90,6 +97,22 @@ def test_every_walk_through_the_grammar_decodes(
     tokens = torch.stack(columns, dim=1)
     again, _ = sequence.encode(sequence.decode(tokens, GRID))
     assert torch.equal(again, tokens)
+    assert possible.all()  # the vocabulary has no token that never comes
+
+
+@pytest.mark.parametrize("sequence, dummies, turns", CASES)
+def test_a_token_lies_where_its_state_says(
+    sequence: TokenSequence, dummies: bool, turns: int
+) -> None:
+    tokens, _ = sequence.encode(random_codes(dummies, turns))
+    states, present = sequence.states(tokens), tokens >= 0
+    for sites in (12, 5):
+        shape = sites, sequence.site_tokens
+        table = by_site(tokens, states.site, states.depth, present, shape)
+        row, position = (present & (states.site < sites)).nonzero().unbind(1)
+        site, depth = (field[row, position] for field in (states.site, states.depth))
+        assert torch.equal(table[row, site, depth], tokens[row, position])
+        assert int((table >= 0).sum()) == len(row)
 
 
 def test_forms_of_the_idea() -> None:

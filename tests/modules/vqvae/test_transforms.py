@@ -180,6 +180,15 @@ def test_scales_bring_residuals_to_the_size_of_the_latents() -> None:
     torch.testing.assert_close(residual.scales, kept, rtol=1e-3, atol=0)
 
 
+def test_turns_that_no_latent_took_keep_their_sizes() -> None:
+    z, codebook, residual = torch.randn(50, D), torch.randn(K, D), Residual(T)
+    residual.scales = torch.linspace(1, 0.5, T)
+    kept = residual.scales.clone()
+    ended_at_once = residual.walk(z, codebook, torch.full((50,), math.inf), T).codes[:, 0]
+    residual.start(z, residual.retrace(z, ended_at_once, codebook), codebook)
+    assert torch.equal(residual.scales, kept)
+
+
 def test_maps_become_the_least_squares_fit_and_beat_scales() -> None:
     z = torch.randn(2000, D) * torch.tensor([4.0, 1.0, 0.2])
     codebook = k_means(z, z[:K])
