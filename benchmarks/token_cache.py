@@ -24,6 +24,7 @@ from tqdm import tqdm
 from taming.data.tokens import TokenCache
 from taming.data.utils import custom_collate
 from taming.experiment import data_from_run, model_from_run
+from taming.models.cached_tokens import is_cached
 from taming.models.stages import Prior
 from taming.script import choose_device, run
 
@@ -81,8 +82,14 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     options = parser.parse_args()
     data, model = data_from_run(options.resume), model_from_run(options.resume)
+    data.setup("fit")
     if not isinstance(model, Prior):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
+    if is_cached(data.datasets["train"][0]):
+        raise ValueError(
+            f"{options.resume} was trained from a token cache, which leaves no images to compare "
+            "with: name the run of a prior that was trained from images"
+        )
     model = model.to(choose_device(options.device)).train()
 
     def see(batch: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ logger = logging.getLogger("taming.make_samples")
 def build_parser() -> argparse.ArgumentParser:
     """Declare the command line."""
     parser = samples_parser(__doc__, seed=23)
-    parser.add_argument("--split", help="train, validation or test; default: the first of these")
+    parser.add_argument("--split", help="train, validation or test; default: the first by alphabet")
     return parser
 
 
@@ -47,12 +47,12 @@ def main() -> None:
     device = choose_device(options.device)
     pl.seed_everything(options.seed, verbose=False)
     datasets = saved.data().datasets
-    split = options.split or min(datasets)
+    split = options.split or min(datasets)  # the original's choice
     if split not in datasets:
         raise ValueError(f"--split {split}: the data has only {', '.join(datasets)}")
     model = saved.model().to(device)
     if not isinstance(model, Net2NetTransformer):
-        raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
+        raise ValueError(f"{options.resume} holds a {type(model).__name__}, no transformer prior")
     filters = Drawing(options.temperature, options.top_k)
     target = samples_folder(options, saved)
 

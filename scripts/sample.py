@@ -7,8 +7,9 @@ python scripts/sample.py -r logs/<run> --complete folder/ --known 0.5
 python scripts/sample.py -r logs/<run> --complete folder/ --mask mask.png
 python scripts/sample.py -r logs/<run> --complete photo.jpg --classes 3
 
-A seed gives the same images whatever the batch size. What is known of an image to complete is its
-codes, so completions show its reconstruction there, the same in all of them.
+A seed gives the same images whatever the batch size, but for rounding, which now and then turns one
+token into another. What is known of an image to complete is its codes, so completions show its
+reconstruction there, the same in all of them.
 """
 
 from __future__ import annotations

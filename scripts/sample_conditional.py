@@ -286,7 +286,7 @@ def main() -> None:
     datasets = saved.data().datasets if "data" in saved.config.values else {}
     model = saved.model().to(device)
     if not isinstance(model, Net2NetTransformer):
-        raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
+        raise ValueError(f"{options.resume} holds a {type(model).__name__}, no transformer prior")
     with Server((options.host, options.port), Studio(model, datasets, saved.step())) as server:
         address = f"http://{options.host}:{server.server_port}"
         logger.info("open %s in a browser; Ctrl-C ends it", address)

@@ -189,11 +189,17 @@ def test_missing_weights_are_named(
     assert f"lacks weights of Net2NetTransformer: {lost};" in error
 
 
-def draw_examples(run: Path, shared: Path, size: int, out: str) -> Path:
-    """Draw images for two of the D-RIN examples; gives the folder of what was written."""
-    root = shared / "data/taming"
-    split = f"{{target: taming.data.imagenet.DRINExamples, params: {{size: {size}, root: {root}}}}}"
-    data = f"data={{target: main.DataModuleFromConfig, params: {{batch_size: 1, train: {split}}}}}"
+def draw_examples(run: Path, shared: Path, out: str, **sizes: int) -> Path:
+    """Draw images for two of the D-RIN examples; gives the folder of what was written.
+
+    ``sizes`` are those of the pictures in each split.
+    """
+    target, root = "taming.data.imagenet.DRINExamples", shared / "data/taming"
+    splits = ", ".join(
+        f"{split}: {{target: {target}, params: {{size: {size}, root: {root}}}}}"
+        for split, size in sizes.items()
+    )
+    data = f"data={{target: main.DataModuleFromConfig, params: {{batch_size: 1, {splits}}}}}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("taming.data.imagenet.DRINExamples.__len__", lambda self: 2)
         call("make_samples", "-r", run, "--outdir", out, "--ignore_base_data", data, "--top_k", 7)
@@ -203,11 +209,17 @@ def draw_examples(run: Path, shared: Path, size: int, out: str) -> Path:
 @pytest.mark.parametrize("size", [32, 80])
 def test_samples_for_a_data_set(size: int, tiny_runs: TinyRuns, shared: Path) -> None:
     """At 80 pixels, the 2 x 2 sites of the prior slide over 5 x 5."""
-    out = draw_examples(tiny_runs.of("drin_transformer.yaml"), shared, size, "out")
+    out = draw_examples(tiny_runs.of("drin_transformer.yaml"), shared, "out", train=size)
     names = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
     kinds = ("originals", "reconstructions", "samples")
     assert names == {f"{kind}/00000{number}.png" for kind in kinds for number in range(2)}
     assert {pixels(out / name).shape for name in names} == {(size, size, 3)}
+
+
+def test_samples_are_for_the_first_split_by_alphabet(tiny_runs: TinyRuns, shared: Path) -> None:
+    run = tiny_runs.of("drin_transformer.yaml")
+    out = draw_examples(run, shared, "out", train=48, test=32)
+    assert pixels(out / "samples/000000.png").shape == (32, 32, 3)
 
 
 def test_samples_for_a_data_set_do_not_depend_on_what_else_is_random(
@@ -218,9 +230,9 @@ def test_samples_for_a_data_set_do_not_depend_on_what_else_is_random(
         return custom_collate(items)
 
     run = tiny_runs.of("drin_transformer.yaml")
-    one = draw_examples(run, shared, SIZE, "one")
+    one = draw_examples(run, shared, "one", train=SIZE)
     monkeypatch.setattr("scripts.make_samples.custom_collate", collate)
-    other = draw_examples(run, shared, SIZE, "other")
+    other = draw_examples(run, shared, "other", train=SIZE)
     for number in range(2):
         name = f"samples/00000{number}.png"
         assert (one / name).read_bytes() == (other / name).read_bytes()
@@ -299,7 +311,7 @@ def test_mistakes_about_samples_for_a_data_set(
     assert "there is no 'data' block" in error
     assert "there is no 'data' block" in fails(capsys, "make_samples", "-r", classes, *where)
     error = fails(capsys, "make_samples", "-r", tiny_runs.of("imagenet_vqgan.yaml"), *where)
-    assert "holds a VQModel, not a prior" in error
+    assert "holds a VQModel, no transformer prior" in error
 
 
 def test_mistakes_about_samples_of_scenes(

@@ -127,7 +127,7 @@ def test_every_level_is_counted_in_a_reconstruction(
     assert pixels(out / "image_compare.png").shape == (20, 3 * 18 + 2, 3)  # what the top says too
     (values,) = json.loads((out / "reconstructions.json").read_text()).values()
     assert values["sites"] == values["tokens"] == values["sequence_length"] == 4 + 16
-    assert values["bits"] == pytest.approx(20 * math.log2(9))
+    assert values["bits"] == pytest.approx(20 * math.log2(8))
     error = fails(capsys, "reconstruct", "-r", model, image, "-o", out, "--max-tokens", 9)
     assert "Hierarchy has one rate, which cannot be set" in error
 

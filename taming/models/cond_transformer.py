@@ -55,7 +55,8 @@ class Net2NetTransformer(Prior):
         ignore_keys: Prefixes of keys to leave out of it.
         first_stage_key: Key of the image in a batch.
         cond_stage_key: Key of the condition.
-        downsample_cond_size: Side to which conditions are scaled before encoding; -1 for none.
+        downsample_cond_size: Side to which pictures of conditions are scaled before encoding; -1
+            for none.
         pkeep: Probability that an input token is kept in training; others become random. Of the
             original's 0 and less, none is kept.
         sos_token: Token that stands for no condition.

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from taming.models.cond_transformer import Net2NetTransformer
+from taming.models.fit import check_lengths
 from taming.models.stages import Grid, Prior
 from taming.modules.transformer.permuter import Identity
 from taming.modules.transformer.sampling import Drawing, sample_tokens
@@ -149,6 +150,17 @@ def _stretches(
             yield window, range(part[0], part[-1] + 1)
 
 
+def _check_window(model: Net2NetTransformer, condition: int, size: Grid) -> None:
+    """Refuse a window (h, w) that the transformer is too short for, before anything is drawn."""
+    try:
+        check_lengths(model.transformer, model.sequence, condition, size[0] * size[1])
+    except ValueError as error:
+        raise ValueError(
+            f"a window of {size[0]}x{size[1]} sites is too large: {error}; a prior without a "
+            "site_shape that was trained on smaller images needs their grid, as by --grid"
+        ) from error
+
+
 @singledispatch
 @torch.no_grad()
 def write_codes(
@@ -187,6 +199,7 @@ def write_codes(
         end = before + len(sites)
         seen = window.cut(ordered.unflatten(1, grid)).flatten(1, 2)[:, None, :end]
         tokens_of_condition = condition(window)
+        _check_window(model, tokens_of_condition.shape[1], size)
         tokens = sample_tokens(
             model.transformer,
             tokens_of_condition,

@@ -1,11 +1,13 @@
 """The prior equals the original, ignores padding, and samples what decodes."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from golden import load_golden
 from tiny import DDCONFIG, GPT, LOOPY, PLAIN, images, trainer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
@@ -55,8 +57,11 @@ def prior(
     config = {**config, "params": {**config["params"], **sites, **(gpt or {})}}
     built = Net2NetTransformer(
         config,
-        tokenizer_config(kind),
-        **{"cond_stage_config": "__is_unconditional__", **kwargs},
+        **{
+            "first_stage_config": tokenizer_config(kind),
+            "cond_stage_config": "__is_unconditional__",
+            **kwargs,
+        },
     )
     with torch.no_grad():
         quantize = built.first_stage_model.quantize
@@ -161,9 +166,22 @@ def test_likelihoods_are_those_of_the_logits_whatever_the_batch(kind: str, level
         assert lengths.unique().numel() > 1
 
 
-def test_bits_are_logged_per_token_image_and_pixel(tmp_path) -> None:
+def test_bits_are_logged_per_token_image_and_pixel(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over batches of different size, whose images differ in tokens and in what these cost."""
     model, fit = prior().eval(), trainer(tmp_path)
-    data = images(6, 3)
+    torch.nn.init.normal_(model.transformer.head.weight)
+
+    def by_brightness(x: Tensor) -> tuple[Tensor, Tensor]:
+        """A code for each site of which the image is bright, three for the others."""
+        bright = x[:, 0, ::2, ::2, None] > 0
+        return x, torch.where(bright & (torch.arange(3) > 0), -1, 5)
+
+    monkeypatch.setattr(model, "encode_to_codes", by_brightness)
+    brightness = torch.tensor([0.9, 0.5, 0.9, -0.9, -0.5])[:, None, None, None]
+    x = torch.rand(5, 16, 16, 3) * 2 - 1 + brightness
+    data = DataLoader([{"image": image} for image in x], batch_size=3)  # three and two
     (logged,) = fit.validate(model, data, verbose=False)
     with torch.no_grad():
         seen = [model.see(batch) for batch in data]
@@ -173,9 +191,9 @@ def test_bits_are_logged_per_token_image_and_pixel(tmp_path) -> None:
     expected = {
         "val/loss": float(nats.sum()) / tokens,
         "val/bits_per_token": bits / tokens,
-        "val/bits_per_image": bits / 6,
-        "val/bits_per_pixel": bits / 6 / 256,
-        "val/tokens_per_image": tokens / 6,
+        "val/bits_per_image": bits / 5,
+        "val/bits_per_pixel": bits / 5 / 256,
+        "val/tokens_per_image": tokens / 5,
     }
     assert logged == pytest.approx(expected, rel=1e-4)
 
@@ -231,6 +249,20 @@ def test_what_is_not_finite_stops_training(tmp_path) -> None:
         fit.fit(model, images(4, 4), images(4, 4))
 
 
+@pytest.mark.parametrize("kind", ["residual", "plain"])
+def test_a_tokenizer_is_known_by_the_weights_that_choose_its_codes(kind: str) -> None:
+    tokenizer = prior(kind).first_stage_model
+    sequence = tokenizer.quantize.sequence
+    marks = [fingerprint(tokenizer, sequence)]
+    for part in (tokenizer.decoder, tokenizer.post_quant_conv):
+        next(part.parameters()).data.add_(1)
+        assert fingerprint(tokenizer, sequence) == marks[0]
+    for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize):
+        next(part.parameters()).data.add_(1)
+        marks.append(fingerprint(tokenizer, sequence))
+    assert len(set(marks)) == 4
+
+
 def test_a_wider_search_is_another_tokenizer() -> None:
     model = prior()
     before = fingerprint(model.first_stage_model, model.sequence)
@@ -264,6 +296,41 @@ def test_what_the_data_do_not_hold_is_named() -> None:
             model.see(batch)
     with pytest.raises(ValueError, match="pkeep is a probability, at most 1, got 90"):
         prior(pkeep=90)
+
+
+def test_some_codes_are_replaced_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen, inputs = prior("plain"), [], torch.randint(16, (40, 64))
+    predict, condition = model.transformer.predict, torch.zeros(40, 1, dtype=torch.int64)
+    inputs[:20, 50:] = -1
+
+    def watch(condition: Tensor, tokens: Tensor, *where: Any) -> Tensor:
+        seen.append(tokens)
+        return predict(condition, tokens, *where)
+
+    monkeypatch.setattr(model.transformer, "predict", watch)
+    for pkeep, training in ((0.75, True), (0.0, True), (0.75, False), (1.0, True)):
+        model.pkeep = pkeep
+        model.train(training).predict(inputs, condition, (8, 8))
+    some, every, *unchanged = seen
+    assert all(torch.equal(tokens, inputs) for tokens in unchanged)
+    for tokens, replaced in ((some, 0.25), (every, 1.0)):
+        assert torch.equal(tokens < 0, inputs < 0)
+        changed = tokens != inputs
+        # One in 16 is replaced by itself.
+        share = float(changed.sum() / (inputs >= 0).sum())
+        assert share == pytest.approx(replaced * 15 / 16, abs=0.04)
+        assert tokens[changed].unique().tolist() == list(range(16))
+
+
+def test_only_pictures_of_conditions_are_scaled() -> None:
+    labels = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}}
+    scaled = {"downsample_cond_size": 8}
+    picture = prior("plain", cond_stage_config="__is_first_stage__", **scaled)
+    assert picture.encode_to_c(torch.rand(2, 3, 16, 16))[1].shape == (2, 16)
+    classes = prior(cond_stage_config=labels, cond_stage_key="class_label", **scaled)
+    assert classes.encode_to_c(torch.tensor([3, 4]))[1].tolist() == [[3], [4]]
+    for c in (torch.rand(2, 3, 16, 16), torch.zeros(2, 64, dtype=torch.int64)):  # cached tokens
+        assert prior(**scaled).encode_to_c(c)[1].tolist() == [[0], [0]]
 
 
 def test_hidden_conditions_make_guidance_possible(tmp_path) -> None:

@@ -51,6 +51,10 @@ ITSELF = {"cond_stage_config": "__is_first_stage__", "cond_stage_key": "image"}
             },
             "max_loops=3, dummies=True, but the tokenizer has n_e=16, max_loops=3, dummies=False",
         ),
+        (
+            {"first_stage_config": {"target": "models.test_fit.prior"}},
+            "first_stage_config must name a tokenizer, .* got a Net2NetTransformer",
+        ),
         ({"cond_stage_config": "first_stage"}, "expected a block with a 'target'"),
         (ITSELF, "a condition needs one of one code for each site, such as VectorQuantizer2"),
     ],

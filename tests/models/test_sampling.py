@@ -259,6 +259,24 @@ def test_an_order_of_sites_needs_its_own_grid() -> None:
         window_size(model, (9, 8))
 
 
+def test_a_window_that_the_transformer_is_too_short_for_is_refused_before_it_is_drawn() -> None:
+    """Of a prior of 4 x 4 crops whose tokenizer was trained on 8 x 8 sites."""
+    model = prior("plain", gpt={"block_size": 16}).eval()
+    condition, drawn = seen_whole(torch.zeros(1, 1, dtype=torch.int64)), []
+    with pytest.raises(ValueError, match="8x8 sites is too large: .*block_size 16 .* --grid"):
+        list(
+            write_codes(
+                model,
+                condition,
+                empty_codes(model, 1, trained_grid(model)),
+                GREEDY,
+                callback=drawn.append,
+            )
+        )
+    assert not drawn
+    assert list(write_codes(model, condition, empty_codes(model, 1, (4, 4)), GREEDY)) == [16]
+
+
 def test_a_condition_of_another_grid_is_seen_whole_or_not_at_all(pair: Net2NetTransformer) -> None:
     c = torch.rand(1, 3, 4, 4)
     _, tokens = pair.encode_to_c(c)

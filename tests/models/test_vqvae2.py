@@ -64,6 +64,14 @@ def pictures(count: int, height: int = 16, width: int = 16) -> torch.Tensor:
     return torch.rand(count, 3, height, width) * 2 - 1
 
 
+def test_a_level_is_told_all_slots_of_those_above_absent_ones_too() -> None:
+    config = model_config("loopy", "ema", "flat")
+    level = Level(config, "bottom")
+    top, middle = torch.tensor([[[[0, 3, -1], [5, -1, -1]]]]), torch.tensor([[[[7], [0]]]])
+    assert level.condition_tokens([top, middle]).tolist() == [[0, 3, 16, 5, 16, 16, 7, 0]]
+    assert level.condition_size == 17
+
+
 @pytest.mark.parametrize(
     "kinds", [("ema", "flat"), ("loopy", "loopy"), ("ema", "loopy", "flat")], ids="-".join
 )

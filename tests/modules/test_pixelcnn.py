@@ -9,7 +9,7 @@ from torch import Tensor
 
 from taming.modules.pixelcnn.model import PixelCNN
 from taming.modules.pixelcnn.site import SiteSymbols
-from taming.modules.pixelcnn.stacks import GatedStacks
+from taming.modules.pixelcnn.stacks import GatedLayer, GatedStacks
 
 H, W, K, T, CLASSES = 4, 5, 3, 3, 2
 SITES = {
@@ -45,6 +45,19 @@ def all_sites(kind: str) -> Tensor:
 def random_codes(kind: str, *shape: int) -> Tensor:
     sites = all_sites(kind)
     return sites[torch.randint(len(sites), shape)]
+
+
+@pytest.mark.parametrize("stack", ["vertical", "horizontal"])
+def test_dropout_of_each_stack_is_there_in_training_only(stack: str) -> None:
+    layer = GatedLayer(4, kernel_size=3, dropout=0.5).eval()
+    x, condition, above = torch.randn(2, 4, 4, 5), torch.randn(2, 4), torch.randn(2, 8, 4, 4)
+
+    def passed() -> Tensor:
+        return layer.down(x, condition)[0] if stack == "vertical" else layer.right(x, above)[1]
+
+    assert torch.equal(passed(), passed())
+    layer.train()
+    assert not torch.allclose(passed(), passed())
 
 
 @every_kind

@@ -62,8 +62,15 @@ class GPTConfig:
     adaptive_norm: bool = False
 
     def __post_init__(self) -> None:
+        if self.n_head < 1:
+            raise ValueError(f"n_head must be at least 1, got {self.n_head}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.site_shape is not None and (len(self.site_shape) != 3 or min(self.site_shape) < 1):
+            raise ValueError(
+                "site_shape must be rows, columns and depths, each at least 1, got "
+                f"{[*self.site_shape]}"
+            )
 
     @property
     def head_channels(self) -> int:

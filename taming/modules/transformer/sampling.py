@@ -88,7 +88,7 @@ def filter_logits(
     Raises:
         ValueError: A value is out of range.
     """
-    if temperature <= 0:
+    if not temperature > 0:  # so that nan is refused too
         raise ValueError(f"temperature must be above 0, got {temperature}")
     logits = logits / temperature
     if top_k is not None:

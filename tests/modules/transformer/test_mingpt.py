@@ -14,6 +14,7 @@ from taming.modules.transformer.mingpt import (
     sample,
     sample_with_past,
 )
+from taming.modules.transformer.two_level import TwoLevelGPT
 
 SIZES = {"vocab_size": 11, "block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 12}
 
@@ -109,6 +110,14 @@ def test_adaptive_blocks_start_as_the_identity() -> None:
         model.forward_with_past(idx)
 
 
+@pytest.mark.parametrize("name", ["embd_pdrop", "resid_pdrop", "attn_pdrop"])
+def test_dropout_is_there_in_training_only(name: str) -> None:
+    model, idx = gpt(**{name: 0.5}), torch.randint(11, (2, 6))
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.allclose(model(idx)[0], model(idx)[0], atol=1e-3)
+
+
 def test_a_tied_head_is_the_embedding() -> None:
     model = gpt(tied_head=True)
     assert model.head.weight is model.tok_emb.weight
@@ -150,6 +159,21 @@ def test_sequences_that_do_not_fit_are_refused() -> None:
         gpt()(torch.zeros(1, 25, dtype=torch.long))
     with pytest.raises(ValueError, match="n_embd 12 is not a multiple of n_head 5"):
         gpt(n_head=5)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"n_head": 0}, "n_head must be at least 1, got 0"),
+        ({"site_shape": [4, 4]}, r"rows, columns and depths, each at least 1, got \[4, 4\]"),
+        ({"site_shape": [4, 0, 1]}, r"each at least 1, got \[4, 0, 1\]"),
+    ],
+)
+def test_sizes_of_nothing_are_refused_at_every_level(sizes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gpt(**sizes)
+    with pytest.raises(ValueError, match=message):
+        TwoLevelGPT(11, 24, **{"site_shape": [4, 4, 3], "depth": {}, **sizes})
 
 
 def test_past_passed_in_and_out_equals_no_past() -> None:

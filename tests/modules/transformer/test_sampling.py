@@ -15,7 +15,7 @@ from taming.modules.transformer.sampling import (
     grammatical,
     sample_tokens,
 )
-from taming.modules.transformer.two_level import TwoLevelGPT
+from taming.modules.transformer.two_level import NOT_WITHIN_SITES, TwoLevelGPT
 from taming.modules.vqvae.sequence import RasterSequence, RunLengthSequence, UnarySequence
 
 K, T, GRID = 5, 3, (2, 3)
@@ -34,7 +34,8 @@ every_network = pytest.mark.parametrize("levels", [1, 2])
 def model(levels: int = 1, **options) -> GPT | TwoLevelGPT:
     """A transformer with random weights and a vocabulary larger than the sequences need."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 12, "site_shape": (2, 3, 4), **options}
-    depth = {"n_layer": 1, "n_head": 2, "n_embd": 12}
+    depth = {k: v for k, v in options.items() if k not in NOT_WITHIN_SITES}
+    depth = {"n_layer": 1, "n_head": 2, "n_embd": 12, **depth}
     network = GPT(12, 32, **sizes) if levels == 1 else TwoLevelGPT(12, 8, depth=depth, **sizes)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -93,6 +94,17 @@ def test_cached_logits_equal_uncached(
     whole = predicted(network, condition, sequence, tokens)
     together = torch.stack([part for row in cached for part in row])
     torch.testing.assert_close(together, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_the_order_of_a_sites_codes_tells_the_sites_after_it() -> None:
+    network, sequence = model(levels=2), UnarySequence(K, T, dummies=False)
+    codes = torch.tensor([[[[1, 4, -1], [2, -1, -1]]], [[[4, 1, -1], [2, -1, -1]]]])
+    tokens, _ = sequence.encode(codes)
+    condition = torch.zeros(2, 1, dtype=torch.int64)
+    logits = network.predict(condition, tokens, sequence.states(tokens), (1, 2))
+    one, other = logits.unflatten(0, tokens.shape)
+    assert torch.equal(one[0], other[0])
+    assert not torch.allclose(one[3:], other[3:], atol=1e-3)
 
 
 def test_unknown_sizes_of_the_depth_transformer_are_refused() -> None:
@@ -267,6 +279,7 @@ def test_filters_keep_what_they_say() -> None:
     "kwargs, message",
     [
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": float("nan")}, "temperature must be above 0, got nan"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
         ({"min_p": -0.1}, r"min_p must be in \[0, 1\]"),
