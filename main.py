@@ -19,7 +19,7 @@ from taming.cli import Options, parse_arguments
 from taming.config import LoadedConfig, get_obj_from_str, instantiate_from_config, load_config
 from taming.experiment import PreparationError, RunDir, is_first_process, run_name, without_starts
 from taming.lightning_block import check_experiment
-from taming.util import DataError, NonFiniteError
+from taming.util import DataError, NonFiniteError, WriteError
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run, checkpoint, config = prepare(options)
         with run.kept_if_used():
             trainer, model, data = build(options, run, config)
-            mistakes = (PreparationError, DataError, NonFiniteError)
+            mistakes = (PreparationError, DataError, NonFiniteError, WriteError)
             logging.getLogger("taming").info("the run's folder is %s", run.path)
             from taming.trainer import fit, test
 

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Sequence
 from functools import partial
@@ -15,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
+
+from taming.util import WriteError
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +166,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
             checkpoint: What the file is to hold.
             path: The file; an address such as ``s3://...`` is left to Lightning.
             storage_options: None.
+
+        Raises:
+            WriteError: The file cannot be written; names it and the space that is left.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, str(path), storage_options)
@@ -173,6 +179,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
         try:
             torch.save(checkpoint, part)
             part.replace(path)
+        except (OSError, RuntimeError) as error:  # the latter is torch's, where a disk is full
+            free = shutil.disk_usage(path.parent).free
+            raise WriteError(
+                f"the checkpoint {path} cannot be written, {free} bytes are free there ({error})"
+            ) from error
         finally:
             part.unlink(missing_ok=True)
 
@@ -190,7 +201,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             weights_only: Plays no part; ``trust_checkpoint`` says what may be read.
 
         Returns:
-            What the file holds, without the states of Lightning 1's callbacks.
+            What the file holds, without the states of Lightning 1's callbacks and of a Timer.
 
         Raises:
             ValueError: The file holds only weights, or see `load_checkpoint`.
@@ -201,9 +212,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 f"{path} holds weights but no state of a training to resume; to start from these "
                 "weights, name the file in model.params.ckpt_path"
             )
-        # Lightning 1 kept them under the callbacks' classes, where no callback looks today.
+        # Lightning 1 kept them under the callbacks' classes, where no callback looks today. A Timer
+        # counts anew: max_time is that of one job, and the next has as much.
         states = checkpoint.get("callbacks") or {}
-        checkpoint["callbacks"] = {k: v for k, v in states.items() if isinstance(k, str)}
+        checkpoint["callbacks"] = {
+            key: state for key, state in states.items() if isinstance(key, str) and key != "Timer"
+        }
         return checkpoint
 
 

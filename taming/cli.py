@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from omegaconf import OmegaConf
 
+from taming.config import split_overrides
 from taming.legacy import OLD_TRAINER_ARGUMENTS
 from taming.signature import Signature, signature_of
 from taming.source import nearest
@@ -26,7 +27,6 @@ lies in logs/<time>_<name>/{checkpoints,configs,images}."""
 
 # An argument's name and the first sentence about it in a Google-style docstring.
 _ARGUMENT_DOC = re.compile(r"^ {4}(\w+): (.+?)(?:\.\s|\n\n)", re.MULTILINE | re.DOTALL)
-_DOTLIST_ITEM = re.compile(r"[A-Za-z_][\w.\[\]]*=")
 
 _ONLY_IN_YAML = ("callbacks", "plugins")
 
@@ -87,8 +87,8 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     """
     trainer_signature = signature_of("lightning.pytorch.Trainer")
     parser = _build_parser(trainer_signature)
-    dotlist = [argument for argument in argv if _DOTLIST_ITEM.match(argument)]
-    known, unknown = parser.parse_known_args([a for a in argv if a not in dotlist])
+    dotlist, rest = split_overrides(parser, argv)
+    known, unknown = parser.parse_known_args(rest)
     if unknown:
         flag = unknown[0].partition("=")[0]
         if not flag.startswith("-"):

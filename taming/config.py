@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +23,27 @@ __all__ = [
     "LoadedConfig",
     "check_block",
     "check_keys",
+    "check_value",
     "get_obj_from_str",
     "instantiate_from_config",
     "load_config",
+    "split_overrides",
 ]
 
 COMMAND_LINE = "command line"
 
+_INTERPOLATED = re.compile(r"\$\{\s*(\w+)")
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.\[\]]*=")
+
 # Types of a YAML value that fit an argument, by the type as its source writes it.
-_SCALARS = {"int": {int}, "float": {float, int}, "bool": {bool}, "str": {str}, "None": {type(None)}}
+_FITTING = {
+    "int": {int},
+    "float": {float, int},
+    "bool": {bool},
+    "str": {str},
+    "None": {type(None)},
+    "Mapping[str, Any]": {dict},
+}
 
 # Mappings whose keys a class hands on as keyword arguments: parameter -> who receives them.
 _SPLATTED = {
@@ -49,10 +64,12 @@ class LoadedConfig(NamedTuple):
     Attributes:
         values: Plain nested dicts and lists; interpolations are resolved.
         origins: Dotted key path -> the file that set it last, or ``command line``.
+        interpolated: Keys at the top that a ``${...}`` names.
     """
 
     values: dict[str, Any]
     origins: dict[str, str]
+    interpolated: frozenset[str] = frozenset()
 
     def origin(self, path: str) -> str:
         """Return the file that set a key, or the nearest key above it."""
@@ -100,7 +117,30 @@ def load_config(
         origin = LoadedConfig({}, origins).origin(error.full_key or "")
         raise ConfigError(f"{origin}: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
-    return LoadedConfig({str(key): value for key, value in plain.items()}, origins)
+    # An override may have replaced what named a key.
+    named = frozenset(_INTERPOLATED.findall(str(sources)))
+    return LoadedConfig({str(key): value for key, value in plain.items()}, origins, named)
+
+
+def split_overrides(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Part a command line into ``key=value`` items, which may stand anywhere, and the rest.
+
+    Args:
+        parser: Knows the flags; what follows one that needs a value is its value.
+        argv: Arguments without the program's name.
+
+    Returns:
+        The items, and what is left for the parser.
+    """
+    actions = [action for action in parser._actions if action.nargs is None]
+    flags = {flag for action in actions for flag in action.option_strings}
+    overrides, rest = [], []
+    for before, argument in zip(["", *argv], argv, strict=False):
+        is_override = _OVERRIDE.match(argument) and before not in flags
+        (overrides if is_override else rest).append(argument)
+    return overrides, rest
 
 
 def check_keys(config: LoadedConfig, path: str, block: Any, valid: Sequence[str]) -> None:
@@ -129,7 +169,8 @@ def check_block(
 ) -> None:
     """Check a ``{target, params}`` block, and those inside it, against what the targets take.
 
-    Constructors are read, not imported or called.
+    Constructors are read, not imported or called. Where they take an int, 1e4 in ``params`` becomes
+    one.
 
     Args:
         config: Where keys came from, for the message.
@@ -146,7 +187,9 @@ def check_block(
     target = block.get("target")
     where = f"{path}.target"
     if not isinstance(target, str):
-        raise ConfigError(f"{config.origin(path)}: {path} has no target (a path like 'main.Name')")
+        raise ConfigError(
+            f"{config.origin(path)}: {path} has no target (a path like 'main.Name'), got {target!r}"
+        )
     try:
         signature = signature_of(target)
     except TargetError as error:
@@ -164,7 +207,7 @@ def check_block(
 def _check_arguments(
     config: LoadedConfig, path: str, params: Any, signature: Signature, target: str
 ) -> None:
-    if not isinstance(params, Mapping):
+    if not isinstance(params, dict):
         raise ConfigError(f"{config.origin(path)}: {path} must be a mapping, got {params!r}")
     for name, value in params.items():
         where = f"{path}.{name}"
@@ -178,29 +221,36 @@ def _check_arguments(
             if not any(received.open for received in signatures):
                 valid = [name for received in signatures for name in received.names]
                 check_keys(config, where, value, list(dict.fromkeys(valid)))
-        _check_value(config, where, value)
-        _check_type(config, where, value, signature.annotations.get(name, ""))
+        check_value(config, where, value)
+        params[name] = _to_type(config, where, value, signature.annotations.get(name, ""))
 
 
-def _check_type(config: LoadedConfig, path: str, value: Any, annotation: str) -> None:
-    """Refuse a value of another type where an argument takes nothing but scalars."""
+def _to_type(config: LoadedConfig, path: str, value: Any, annotation: str) -> Any:
+    """Refuse a value of another type where an argument takes nothing but these; 1e4 is an int."""
     names = annotation.split(" | ")
-    if not set(names) <= set(_SCALARS):
-        return
-    if not any(type(value) in _SCALARS[name] for name in names):
-        raise ConfigError(f"{config.origin(path)}: {path} must be {annotation}, got {value!r}")
+    if not set(names) <= set(_FITTING) or any(type(value) in _FITTING[name] for name in names):
+        return value
+    if "int" in names and isinstance(value, float) and value.is_integer():
+        return int(value)
+    wanted = annotation.replace("Mapping[str, Any]", "mapping")
+    raise ConfigError(f"{config.origin(path)}: {path} must be {wanted}, got {value!r}")
 
 
-def _check_value(config: LoadedConfig, path: str, value: Any) -> None:
-    """Check the blocks anywhere inside a value."""
-    if isinstance(value, Mapping) and isinstance(value.get("target"), str):
+def check_value(config: LoadedConfig, path: str, value: Any) -> None:
+    """Check the ``{target, params}`` blocks anywhere inside a value; see :func:`check_block`."""
+    if isinstance(value, Mapping) and _is_meant_as_block(value):
         check_block(config, path, value)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            _check_value(config, f"{path}.{key}", item)
+            check_value(config, f"{path}.{key}", item)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            _check_value(config, f"{path}.{index}", item)
+            check_value(config, f"{path}.{index}", item)
+
+
+def _is_meant_as_block(value: Mapping[str, Any]) -> bool:
+    """Whether a mapping has the keys of ``{target, params}``, misspelt perhaps."""
+    return "params" in value or bool(get_close_matches("target", map(str, value), cutoff=0.8))
 
 
 def _read(path: Path) -> dict[str, Any]:

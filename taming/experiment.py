@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from taming.config import instantiate_from_config, load_config
+from taming.signature import signature_of
 
 # Processes that Lightning starts by running the command again find their parent's run here.
 _RUN_VARIABLE = "TAMING_RUN"
 
 # Whoever starts several processes numbers them so: torchrun, Lightning, Slurm, jsrun.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
+# How the time stands in the names of folders and files.
+_TIME = "%Y-%m-%dT%H-%M-%S"
 
 
 def is_first_process() -> bool:
@@ -37,7 +41,7 @@ def _process_number() -> int:
 def _unused_time(is_used: Callable[[str], bool]) -> str:
     """Return the time, to the second, or the next one that is free."""
     now = datetime.now()
-    while is_used(text := now.strftime("%Y-%m-%dT%H-%M-%S")):
+    while is_used(text := now.strftime(_TIME)):
         now += timedelta(seconds=1)
     return text
 
@@ -102,8 +106,17 @@ class RunDir:
         return (projects or saved)[-1]
 
     def start_time(self) -> str:
-        """Return the time that names the files of this start of the run."""
-        return _unused_time(lambda time: any(self.configs.glob(f"{time}-*.yaml")))
+        """Return the time that names the files of this start of the run.
+
+        It is later than those of all earlier starts, since the newest file wins. The clock may have
+        gone back: to another time zone, or with the end of summer time.
+        """
+        earliest = datetime.now()
+        for path in self.saved_configs:
+            with suppress(ValueError):  # a published model's has any name
+                saved = datetime.strptime(path.name[:19], _TIME)
+                earliest = max(earliest, saved + timedelta(seconds=1))
+        return earliest.strftime(_TIME)
 
     @classmethod
     def new(cls, name: str, root: str | Path = "logs") -> RunDir:
@@ -186,10 +199,16 @@ def model_from_run(run: str | Path, **params: Any) -> Any:
 
     Raises:
         FileNotFoundError: There is no such run or checkpoint.
-        ValueError: It is no run.
+        ValueError: It is no run, or its model takes none of some params.
     """
     project, checkpoint = _project(run)
     block = project["model"]
+    signature = signature_of(block["target"])
+    if not signature.open and (unknown := [name for name in params if name not in signature.names]):
+        raise ValueError(
+            f"the run {run} holds a {block['target']}, which takes no {', '.join(unknown)}; name "
+            "the run of a model that does"
+        )
     params = {**(block.get("params") or {}), **params}
     return trained_model({"target": block["target"], "params": params}, checkpoint)
 

@@ -137,6 +137,10 @@ def _modernize_trainer(trainer: dict[str, Any]) -> dict[str, Any]:
             new = _parse_backend(value)
         elif name == "max_steps" and value is None:
             new = {"max_steps": -1}
+        elif name == "profiler" and isinstance(value, bool):
+            new = {"profiler": "simple" if value else None}
+        elif name == "num_processes" and "devices" in parse_gpus(trainer.get("gpus")):
+            new = {}  # it counts processes on the CPU
         elif name in _TRANSLATED:
             new = _TRANSLATED[name](value)
         else:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from taming.config import ConfigError, LoadedConfig, check_block, check_keys
+from taming.config import ConfigError, LoadedConfig, check_block, check_keys, check_value
 from taming.signature import signature_of
 
 DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
@@ -63,7 +63,7 @@ def check_experiment(config: LoadedConfig, train: bool) -> None:
         ConfigError: Names the file, the key path and the nearest valid name.
     """
     values = config.values
-    check_keys(config, "", values, ["model", "data", "lightning"])
+    check_keys(config, "", values, ["model", "data", "lightning", *config.interpolated])
     for name in ("model", "data"):
         if name not in values:
             raise ConfigError(f"there is no {name!r} block; name a YAML file that has one with -b")
@@ -85,16 +85,21 @@ def _check_lightning(config: LoadedConfig, lightning: Any) -> None:
         raise ConfigError(f"{origin}: there is no checkpoint {lightning['ckpt_path']} (ckpt_path)")
     trainer = signature_of("lightning.pytorch.Trainer").names
     check_keys(config, "lightning.trainer", lightning.get("trainer") or {}, trainer)
+    check_value(config, "lightning.trainer", lightning.get("trainer"))
     for name, default in (("logger", DEFAULT_LOGGER), ("modelcheckpoint", DEFAULT_CHECKPOINT)):
         block = lightning.get(name) or {}
         check_keys(config, f"lightning.{name}", block, ["target", "params"])
         merged = merge_block(default, block)
         check_block(config, f"lightning.{name}", merged, injected=_INJECTED)
+        if block:
+            lightning[name] = merged  # 1e4 may have become an int
     callbacks = lightning.get("callbacks") or {}
-    if not isinstance(callbacks, Mapping):
+    if not isinstance(callbacks, dict):
         origin = config.origin("lightning.callbacks")
         raise ConfigError(f"{origin}: lightning.callbacks must be name: block, not a list")
     for name, block in callbacks.items():
         check_keys(config, f"lightning.callbacks.{name}", block or {}, ["target", "params"])
     for name, block in callback_blocks(lightning).items():
         check_block(config, f"lightning.callbacks.{name}", block, injected=_INJECTED)
+        if name in callbacks:
+            callbacks[name] = block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,8 @@ from taming.lightning_block import (
 )
 from taming.signature import signature_of
 from taming.source import nearest
+
+logger = logging.getLogger(__name__)
 
 
 def build_loggers(
@@ -94,6 +97,8 @@ def best_of(monitor: str) -> str:
 class MonitorCheck(Callback):
     """Stops a run whose checkpoints would wait for a metric that validation does not log.
 
+    Where there is no validation, a warning says that they wait for good.
+
     Args:
         monitor: Name of the metric; of one of training, only time can tell.
     """
@@ -101,8 +106,18 @@ class MonitorCheck(Callback):
     def __init__(self, monitor: str | None) -> None:
         self.monitor = monitor
 
-    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look whether the first validation batches logged it.
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look whether there is a validation, once for all processes."""
+        waits = self.monitor is not None and self.monitor.startswith("val/")
+        if waits and not trainer.enable_validation and trainer.is_global_zero:
+            logger.warning(
+                "there is no validation and so no %s: the best checkpoints are not kept, only "
+                "last.ckpt",
+                self.monitor,
+            )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look whether a validation, such as the sanity check, logged it.
 
         Raises:
             PreparationError: They did not.

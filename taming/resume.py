@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from taming.util import NonFiniteError
+from taming.util import NonFiniteError, WriteError
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,9 @@ class LastCheckpoint(Checkpoint):
 
     It is written at the end of every epoch, every so many steps, when the process receives SIGUSR1
     (at the end of that batch), and when training is interrupted. After a
-    :class:`~taming.util.NonFiniteError` it is left alone; after another error of one of several
-    processes too, and ``interrupted.ckpt`` is written beside it. SIGUSR2 opens a debugger.
+    :class:`~taming.util.NonFiniteError`, or where nothing can be written, it is left alone; after
+    another error of one of several processes too, and ``interrupted.ckpt`` is written beside it.
+    SIGUSR2 opens a debugger.
 
     Args:
         ckptdir: Folder to write to.
@@ -106,21 +107,27 @@ class LastCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Save what was reached, without waiting for processes that may be gone."""
-        if not self._has_started or isinstance(exception, NonFiniteError):
+        if not self._has_started or isinstance(exception, NonFiniteError | WriteError):
             return
+        if trainer.validating:
+            _begin_validation_anew(trainer)
         path = self.path
-        if trainer.world_size == 1:
-            self._save(trainer)
-        elif isinstance(trainer.strategy, DDPStrategy) and trainer.is_global_zero:
-            # Trainer.save_checkpoint would wait at a barrier for the other processes.
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
-                # It may only be the echo of a value that is not finite elsewhere.
-                path = self.path.with_name("interrupted.ckpt")
-            trainer.strategy.save_checkpoint(checkpoint, path)
+        try:
+            if trainer.world_size == 1:
+                self._save(trainer)
+            elif isinstance(trainer.strategy, DDPStrategy) and trainer.is_global_zero:
+                # Trainer.save_checkpoint would wait at a barrier for the other processes.
+                checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+                if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
+                    # It may only be the echo of a value that is not finite elsewhere.
+                    path = self.path.with_name("interrupted.ckpt")
+                trainer.strategy.save_checkpoint(checkpoint, path)
+            else:
+                return
+        except WriteError as error:  # must not hide what stopped the training
+            logger.warning("%s: %s", type(exception).__name__, error)
         else:
-            return
-        logger.warning("%s: %s was saved", type(exception).__name__, path)
+            logger.warning("%s: %s was saved", type(exception).__name__, path)
 
     def _request(self, *_: Any) -> None:
         self._requested = True
@@ -129,3 +136,15 @@ class LastCheckpoint(Checkpoint):
         self._requested = False
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(self.path, weights_only=False)
+
+
+def _begin_validation_anew(trainer: pl.Trainer) -> None:
+    """Have the resumed run do the whole validation again.
+
+    Lightning would go on after the last batch, and rank the checkpoint by what was left; between
+    two batches it would leave the validation out.
+    """
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    progress.reset()
+    progress.increment_ready()
+    progress.increment_started()  # within the first batch

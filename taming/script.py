@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +14,11 @@ from typing import Any
 import torch
 
 from taming.checkpoint import load_checkpoint
-from taming.config import ConfigError, LoadedConfig, check_block, load_config
+from taming.config import ConfigError, LoadedConfig, check_block, load_config, split_overrides
 from taming.experiment import RunDir, trained_model
 from taming.models.stages import Prior
 from taming.modules.util import Labelator
 from taming.util import instantiate_from_config
-
-_OVERRIDE = re.compile(r"[A-Za-z_][\w.\[\]]*=")
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -196,8 +193,8 @@ def parse_run(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Save
         FileNotFoundError: There is no such run or checkpoint.
         ValueError: It is no run, or a configuration does not fit.
     """
-    dotlist = [argument for argument in sys.argv[1:] if _OVERRIDE.match(argument)]
-    options = parser.parse_args([a for a in sys.argv[1:] if a not in dotlist])
+    dotlist, rest = split_overrides(parser, sys.argv[1:])
+    options = parser.parse_args(rest)
     run, checkpoint, files = _find_run(options)
     if options.ignore_base_data:
         model = {"model": load_config(files).values.get("model")}
@@ -257,8 +254,9 @@ def run(program: Callable[[], None]) -> None:
     """Run a program with its log on the console; a user's mistake becomes one line and exit 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("taming").setLevel(logging.INFO)
-    # Configurations name main.*, which stands beside the package, and the user's own modules.
-    sys.path += [os.getcwd(), str(Path(__file__).parents[1])]
+    # Configurations name main.*, which stands beside the package, and the user's own modules. The
+    # user may have a main.py too.
+    sys.path += [str(Path(__file__).parents[1]), os.getcwd()]
     try:
         program()
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Builds the Trainer of a run: devices, strategy, learning rate.
+"""Builds the Trainer of a run: what surrounds it, learning rate, start.
 
 Everything may be given in the ``lightning`` block of a configuration; the rest is chosen here.
 """
@@ -14,15 +14,14 @@ from pickle import UnpicklingError
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from lightning.pytorch.plugins import environments
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from taming.checkpoint import SafeCheckpointIO
-from taming.config import ConfigError
+from taming.config import ConfigError, instantiate_from_config
+from taming.devices import choose_strategy
 from taming.experiment import PreparationError, RunDir
 from taming.observers import build_callbacks, build_checkpoints, build_loggers
 
@@ -31,6 +30,7 @@ logger = logging.getLogger(__name__)
 # Messages of Lightning about things that are as they should be.
 _KNOWN_WARNINGS = (
     r".*does not have many workers",
+    r"Consider setting `persistent_workers=True`",  # a resumed run needs new ones each epoch
     r"Total length of `list` across ranks is zero",
     r"The dirpath has changed from",
     r"You're resuming from a checkpoint that ended before the epoch ended",  # fit() says it
@@ -53,12 +53,13 @@ class ManualOptimization(Protocol):
 
 
 def trainer_arguments(lightning: Mapping[str, Any], run: RunDir) -> dict[str, Any]:
-    """Complete the ``lightning.trainer`` block, before data and model are built.
+    """Complete the ``lightning.trainer`` block, and build the blocks in it, before data and model.
 
     Raises:
         ValueError: More GPUs are asked for than are visible, or an argument cannot be meant.
     """
-    arguments = {"default_root_dir": run.path, **(lightning.get("trainer") or {})}
+    given = {name: _built(value) for name, value in (lightning.get("trainer") or {}).items()}
+    arguments = {"default_root_dir": run.path, **given}
     if arguments.get("precision") in ("bf16-true", "16-true"):
         raise ValueError(
             f"precision {arguments['precision']}: codebooks and the codes of a frozen tokenizer "
@@ -69,6 +70,13 @@ def trainer_arguments(lightning: Mapping[str, Any], run: RunDir) -> dict[str, An
     if not {"max_epochs", "max_steps", "max_time"} & set(arguments):
         arguments["max_epochs"] = 1000  # Lightning's default, without its warning
     return arguments | choose_strategy(arguments)
+
+
+def _built(value: Any) -> Any:
+    """Build the blocks in a Trainer argument, such as a list of plugins."""
+    if isinstance(value, Mapping) and "target" in value:
+        return instantiate_from_config(value)
+    return [_built(item) for item in value] if isinstance(value, list) else value
 
 
 def build_trainer(
@@ -127,58 +135,6 @@ def _plugins(given: Any) -> list[Any]:
     if not known and not elastic and environments.SLURMEnvironment.detect():
         plugins.append(environments.SLURMEnvironment(auto_requeue=False))
     return plugins
-
-
-def choose_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose how several processes train together.
-
-    Frozen stages and a GAN's two optimizers leave parameters without gradient, which plain DDP
-    does not survive, so DDP always looks for unused parameters. It talks through gloo on CPUs, and
-    on GPUs where there is no NCCL, such as on Windows.
-
-    Args:
-        arguments: Trainer arguments.
-
-    Returns:
-        Trainer arguments to replace; empty if they are right as they are.
-
-    Raises:
-        ValueError: More GPUs are asked for than are visible.
-    """
-    devices = _count_devices(arguments.get("accelerator", "auto"), arguments.get("devices", "auto"))
-    strategy = arguments.get("strategy", "auto")
-    several = devices * arguments.get("num_nodes", 1) > 1
-    if strategy == "ddp" or (strategy == "auto" and several):
-        logger.info("strategy %s: DDP that allows parameters without gradient", strategy)
-        if torch.distributed.is_nccl_available():
-            return {"strategy": "ddp_find_unused_parameters_true"}
-        gloo = DDPStrategy(find_unused_parameters=True, process_group_backend="gloo")
-        return {"strategy": gloo}
-    return {}
-
-
-def _count_devices(accelerator: str, devices: Any) -> int:
-    if isinstance(devices, str) and "," in devices:
-        devices = [int(number) for number in devices.split(",") if number.strip()]
-    elif isinstance(devices, str) and devices.lstrip("-").isdigit():
-        devices = int(devices)
-    visible = torch.cuda.device_count() or int(torch.backends.mps.is_available())
-    wants_gpu = accelerator in ("gpu", "cuda") or (
-        accelerator == "auto" and isinstance(devices, list)
-    )
-    if wants_gpu:
-        highest = max(devices) + 1 if isinstance(devices, list) else devices
-        if visible == 0 or (isinstance(highest, int) and highest > visible):
-            instead = f"--gpus with numbers below {visible}" if visible else "--accelerator cpu"
-            raise ValueError(
-                f"GPU devices {devices} are asked for, but {visible} GPUs are visible here; "
-                f"pass {instead}, or leave the choice to Lightning by passing neither"
-            )
-    if isinstance(devices, list):
-        return len(devices)
-    if isinstance(devices, int) and devices > 0:
-        return devices
-    return visible if wants_gpu or (accelerator == "auto" and visible) else 1
 
 
 def hand_over_optimization(
@@ -258,7 +214,8 @@ def fit(
     except (ValueError, OSError, RuntimeError, UnpicklingError, MisconfigurationException) as error:
         if trainer.val_dataloaders is not None or trainer.train_dataloader is not None:
             raise
-        title, *details = [line.strip() for line in str(error).splitlines()]
+        text = str(error).strip() or type(error).__name__
+        title, *details = [line.strip() for line in text.splitlines()]
         if title.startswith("Error(s) in loading state_dict"):
             title = f"{checkpoint} does not fit the model:"
         raise PreparationError(" ".join([title, *details])) from error

@@ -55,8 +55,10 @@ def instantiate_from_config(config: Mapping[str, Any], **kwargs: Any) -> Any:
         What the target returns.
 
     Raises:
-        ValueError: There is no ``target``, or it does not import.
+        ValueError: It is no such block, or its ``target`` does not import.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"expected a block with a 'target', got {config!r}")
     if "target" not in config:
         raise ValueError(f"expected a block with a 'target', got the keys {sorted(config)}")
     return get_obj_from_str(config["target"])(**{**(config.get("params") or {}), **kwargs})
@@ -171,6 +173,10 @@ def retrieve(container: Any, key: str, splitval: str = "/", default: Any = None)
 
 class DataError(ValueError):
     """A file of a data set cannot be used; the message names it."""
+
+
+class WriteError(OSError):
+    """A file of a run cannot be written; the message names it."""
 
 
 class NonFiniteError(RuntimeError):

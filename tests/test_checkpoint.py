@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning1 import save_as_lightning_1
 from tiny import DDCONFIG, GAN, GPT, PLAIN, images, trainer
 from tiny_runs import run_main
@@ -16,10 +17,19 @@ from torch import nn
 from taming.checkpoint import SafeCheckpointIO, freeze, load_checkpoint, load_weights
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.vqgan import VQModel
+from taming.util import WriteError
 
 
 class Payload:
     """A class of the user's own, which no safe reader knows."""
+
+
+class CutShort(Callback):
+    """Lets a time limit pass with the first batch."""
+
+    def on_train_batch_start(self, trainer, *_):
+        (timer,) = (c for c in trainer.callbacks if isinstance(c, Timer))
+        timer._offset = 7200
 
 
 class Model(nn.Module):
@@ -168,17 +178,29 @@ def test_weights_alone_are_nothing_to_resume(path, tmp_path):
         resume(model, path, images(4), tmp_path)
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(path, monkeypatch, error):
     SafeCheckpointIO().save_checkpoint({"a": 1}, path)
 
     def full(content, file):
         Path(file).write_bytes(b"half of it")
-        raise OSError("no space left on device")
+        raise error
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(WriteError, match=rf"{path} cannot be written, \d+ bytes .*{error}"):
         SafeCheckpointIO().save_checkpoint({"a": 2}, path)
     assert torch.load(path) == {"a": 1} and list(path.parent.iterdir()) == [path]
+
+
+def test_a_time_limit_is_that_of_each_start(tmp_path):
+    model = VQModel(DDCONFIG, PLAIN, 16, 4)
+    limit = {"max_time": {"seconds": 3600}, "plugins": [SafeCheckpointIO()], "max_epochs": -1}
+    first = trainer(tmp_path, callbacks=[CutShort()], **limit)
+    first.fit(model, images(2), images(2))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    second = trainer(tmp_path, max_steps=3, **limit)
+    second.fit(model, images(2), images(2), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert (first.global_step, second.global_step) == (1, 3)
 
 
 def test_a_trainer_needs_trust_for_unknown_classes(path):

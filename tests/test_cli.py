@@ -49,6 +49,14 @@ def test_overrides_may_stand_anywhere():
     assert options.train is True and options.trainer == {"fast_dev_run": True}
 
 
+def test_the_value_of_a_flag_is_no_override():
+    argv = ["-t", "x.y=1", "-n", "beta=0.25", "-f", "_lr=1e-4", "-b", "beta=0.25", "-b", "lr=0.1"]
+    options = parse_arguments(argv)
+    assert (options.name, options.postfix) == ("beta=0.25", "_lr=1e-4")
+    assert options.dotlist == ["x.y=1", "beta=0.25", "lr=0.1"]
+    assert options.train and options.base == []
+
+
 @pytest.mark.parametrize("name", set(inspect.signature(pl.Trainer).parameters))
 def test_every_trainer_argument_is_a_flag(name):
     if name in ("callbacks", "plugins"):  # objects, which YAML describes

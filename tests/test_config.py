@@ -79,7 +79,7 @@ def check(write, text, **options):
         "model: {target: toys.ToyModel, params: {width: 3}}",
         "model: {target: toys.ToyModel, params: null}",
         "model: {target: math.sin, params: {anything: 3}}",
-        "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, train: {target: 5}}}",
+        "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, train: {size: 5}}}",
         "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, "
         "train: {target: toys.ToyData}}}",
     ],
@@ -88,9 +88,23 @@ def test_right_blocks_pass(write, text):
     check(write, text)
 
 
+def test_a_whole_float_is_an_int_where_one_is_taken(write):
+    text = "model: {target: toys.ToyModel, params: {width: 1e1, monitor: {target: toys.ToyData, "
+    config = load_config([write("x.yaml", text + "params: {size: 4.0}}}}")])
+    with pytest.raises(ConfigError, match="monitor must be str"):
+        check_block(config, "model", config.values["model"])
+    params = config.values["model"]["params"]
+    sizes = [params["width"], params["monitor"]["params"]["size"]]
+    assert sizes == [10, 4] and {*map(type, sizes)} == {int}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "model: {target: toys.ToyModel, params: {width: 2.5}}",
+            "x.yaml: model.params.width must be int, got 2.5",
+        ),
         (
             "model: {target: toys.ToyModel, params: {widht: 3}}",
             "x.yaml: unknown key model.params.widht: toys.ToyModel takes no 'widht'; "
@@ -129,6 +143,25 @@ def test_right_blocks_pass(write, text):
         (
             "model: {target: toys.ToyModel, params: {monitor: 3}}",
             "x.yaml: model.params.monitor must be str | None, got 3",
+        ),
+        (
+            "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, "
+            "train: {targt: toys.ToyData}}}",
+            "x.yaml: unknown key model.params.train.targt; did you mean 'target'?",
+        ),
+        (
+            "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, "
+            "train: {params: {size: 3}}}}",
+            "x.yaml: model.params.train has no target (a path like 'main.Name'), got None",
+        ),
+        (
+            "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, "
+            "train: {target: 3}}}",
+            "x.yaml: model.params.train has no target (a path like 'main.Name'), got 3",
+        ),
+        (
+            "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, train: 3}}",
+            "x.yaml: model.params.train must be mapping | None, got 3",
         ),
         ("model: {params: {width: 3}}", "x.yaml: model has no target"),
         ("model: 3", "x.yaml: model must be a mapping"),

@@ -2,6 +2,7 @@
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from taming.lightning_block import (
     check_experiment,
     merge_block,
 )
+from taming.util import retrieve
 
 PROJECT = {
     "model": {"base_learning_rate": 0.1, "target": "toys.ToyModel", "params": {"width": 5}},
@@ -70,6 +72,28 @@ def test_runs_begun_in_one_second_do_not_meet(tmp_path):
     for run in runs:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_a", run.path.name)
         assert run.path.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("saved", "hours"), [([], 0), (["model"], 0), (["model", -3], 0), ([-5, 5, 2], 5)]
+)
+def test_a_start_is_newer_than_all_before_whatever_the_clock_says(tmp_path, saved, hours):
+    run, now, form = RunDir(tmp_path), datetime.now(), "%Y-%m-%dT%H-%M-%S"
+    run.configs.mkdir()
+    for name in saved:
+        time = name if isinstance(name, str) else (now + timedelta(hours=name)).strftime(form)
+        (run.configs / f"{time}-project.yaml").touch()
+    for _ in range(2):
+        time = run.start_time()
+        (run.configs / f"{time}-project.yaml").touch()
+        assert (
+            timedelta(0)
+            <= datetime.strptime(time, form) - (now.replace(microsecond=0) + timedelta(hours=hours))
+            < timedelta(minutes=1)
+        )
+        times = [p.name for p in run.saved_configs if p.name[0].isdigit()]
+        assert times[-1].startswith(time)
+        assert len(times) == len({*times})
 
 
 @pytest.mark.parametrize("writes", [False, True])
@@ -145,6 +169,12 @@ def test_model_from_run_has_the_runs_weights(run):
         torch.testing.assert_close(model.state_dict(), expected)
 
 
+def test_a_run_of_another_model_than_is_asked_for_is_named(run):
+    message = f"the run {run.path} holds a toys.ToyModel, which takes no lossconfig; name the run"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model_from_run(run.path, lossconfig={"target": "taming.modules.losses.DummyLoss"})
+
+
 def test_what_a_run_started_from_has_served(run):
     start = {"ckpt_path": "gone.ckpt", "ignore_keys": ["encoder"]}
     block = {"n": 1, **start, "first_stage_config": {"target": "x", "params": {"m": 2, **start}}}
@@ -190,6 +220,8 @@ def test_callbacks_are_merged_replaced_and_removed():
         "lightning.modelcheckpoint.params.every_n_train_steps=5",
         "lightning.callbacks.image_logger.params.batch_frequency=3",
         "lightning.callbacks.image_logger=null",
+        "lightning.trainer.profiler={target: lightning.pytorch.profilers.SimpleProfiler}",
+        "lightning.trainer.max_time={hours: 2}",
         "lightning.callbacks.mine={target: lightning.pytorch.callbacks.Timer}",
         "lightning=null",
     ],
@@ -204,6 +236,10 @@ def test_right_experiments_pass(run, change):
         ("modle.x=1", "command line: unknown key modle; did you mean 'model'"),
         ("model.base_learning_rate=null", "base_learning_rate must be a number, got None"),
         ("lightning.trainer.max_step=3", "lightning.trainer.max_step; did you mean 'max_steps'"),
+        (
+            "lightning.trainer.plugins=[{target: lightning.pytorch.plugins.HalfPrecison}]",
+            "lightning.trainer.plugins.0.target: lightning.pytorch.plugins has no 'HalfPrecison'",
+        ),
         ("lightning.callbacks=[rng_state]", "lightning.callbacks must be name: block, not a list"),
         ("lightning.callbak.x=3", "lightning.callbak; did you mean 'callbacks'"),
         ("lightning.callbacks.rng_state.param=3", "rng_state.param; did you mean 'params'"),
@@ -224,6 +260,37 @@ def test_wrong_experiments_are_named(run, change, message):
     with pytest.raises(ConfigError) as raised:
         check_experiment(load_config(run.saved_configs, [change]), train=True)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "callbacks.image_logger.params.batch_frequency",
+        "callbacks.mine.params.max_bins",
+        "modelcheckpoint.params.save_top_k",
+        "logger.params.flush_logs_every_n_steps",
+    ],
+)
+def test_whole_floats_become_ints_in_the_lightning_block_too(run, path):
+    targets = [
+        "lightning.callbacks.mine.target=taming.callbacks.CodebookTelemetry",
+        "lightning.logger.target=lightning.pytorch.loggers.CSVLogger",
+    ]
+    config = load_config(run.saved_configs, [*targets, f"lightning.{path}=1e3"])
+    check_experiment(config, train=True)
+    value = retrieve(config.values["lightning"], path, ".")
+    assert (value, type(value)) == (1000, int)
+
+
+def test_a_key_may_be_there_for_interpolations(run):
+    for values in (["${w}"], ["${w}", 5]):  # the latter overrides the former
+        sources = [{"model": {"params": {"width": value}}} for value in values]
+        files = [run.path / f"{number}.yaml" for number in range(len(sources))]
+        for source, file in zip(sources, files, strict=True):
+            OmegaConf.save(OmegaConf.create(source), file)
+        check_experiment(load_config([*run.saved_configs, *files], ["w=4"]), train=True)
+    with pytest.raises(ConfigError, match="unknown key v"):
+        check_experiment(load_config(run.saved_configs, ["v=4", "model.params.width=4"]), True)
 
 
 def test_both_blocks_are_needed(run):

@@ -24,10 +24,11 @@ ALLOWED = {
     "pictures": set(),
     "callbacks": {"config", "pictures", "util"},
     "resume": {"config", "util"},
-    "experiment": {"config", "util"},
+    "experiment": {"config", "signature", "util"},
     "lightning_block": {"config", "signature"},
     "observers": {"config", "signature", "source", "experiment", "lightning_block", "util"},
-    "trainer": {"checkpoint", "config", "experiment", "observers", "util"},
+    "devices": set(),
+    "trainer": {"checkpoint", "config", "devices", "experiment", "observers", "util"},
     "script": {"checkpoint", "config", "experiment", "models", "modules", "util"},
     "cli": {"config", "legacy", "signature", "source", "util"},
 }

@@ -46,11 +46,15 @@ def test_other_gpus_are_refused(value):
         ({"progress_bar_refresh_rate": 20}, {"enable_progress_bar": True}),
         ({"weights_summary": None}, {"enable_model_summary": False}),
         ({"max_steps": None}, {"max_steps": -1}),
+        ({"profiler": True}, {"profiler": "simple"}),
+        ({"profiler": False}, {"profiler": None}),
+        ({"profiler": "advanced"}, {"profiler": "advanced"}),
         ({"terminate_on_nan": True, "max_epochs": 3}, {"max_epochs": 3}),
         ({"accelerator": "gpu", "devices": 1}, {"accelerator": "gpu", "devices": 1}),
         # It may come after another file's GPUs.
         ({"gpus": 0}, {"accelerator": "cpu", "devices": "auto"}),
         ({"gpus": 0, "devices": 2}, {"accelerator": "cpu", "devices": 2}),
+        ({"gpus": "0,1", "num_processes": 1}, {"accelerator": "gpu", "devices": [0, 1]}),
         ({"num_processes": 2, "gpus": 0}, {"accelerator": "cpu", "devices": 2}),
     ],
 )

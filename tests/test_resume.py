@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import numpy as np
@@ -16,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from taming.resume import LastCheckpoint, RngState
-from taming.util import NonFiniteError
+from taming.util import NonFiniteError, WriteError
 
 
 def fit(folder, epochs, model=None, ckpt_path=None, extra=(), data=None):
@@ -91,6 +92,40 @@ def test_saves_on_an_interrupt(tmp_path):
     assert saved_step(tmp_path) == 2
 
 
+@pytest.mark.parametrize("hook", ["on_validation_batch_start", "on_validation_batch_end"])
+def test_an_interrupted_validation_is_done_again_once(tmp_path, hook):
+    class Seen(pl.Callback):
+        def __init__(self):
+            self.batches = []
+
+        def on_validation_batch_start(self, trainer, model, batch, batch_idx, *_):
+            if not trainer.sanity_checking:
+                self.batches.append(batch_idx)
+
+    def interrupt(self, trainer, model, *_):
+        if not trainer.sanity_checking and seen[0].batches == [0, 1]:
+            raise KeyboardInterrupt
+
+    seen = [Seen() for _ in range(4)]
+    Interrupt = type("Interrupt", (pl.Callback,), {hook: interrupt})
+    with pytest.raises(SystemExit):
+        fit(tmp_path, 1, extra=[seen[0], Interrupt()])
+    for watch, epochs in zip(seen[1:], (1, 1, 2), strict=True):
+        fit(tmp_path, epochs, ckpt_path=tmp_path / "last.ckpt", extra=[watch])
+    assert [watch.batches for watch in seen] == [[0, 1], [0, 1, 2, 3], [], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(("fail_at", "error"), [(2, "toy"), (-1, "disk is full")])
+def test_what_stopped_the_training_is_told_where_nothing_can_be_written(
+    tmp_path, monkeypatch, fail_at, error
+):
+    save = Mock(side_effect=WriteError("disk is full"))
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", save)
+    with pytest.raises(OSError, match=error):
+        fit(tmp_path, 2, toys.ToyModel(fail_at=fail_at))
+    save.assert_called_once()
+
+
 def test_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(RuntimeError, match="not finite"):
         fit(tmp_path, 2, toys.ToyModel(fail_at=5, non_finite=True))
@@ -112,7 +147,11 @@ def test_one_of_several_processes_saves_what_it_can_vouch_for(tmp_path, error, n
     strategy.save_checkpoint = lambda checkpoint, path: Path(path).write_text(checkpoint)
     connector = SimpleNamespace(dump_checkpoint=lambda weights_only: "state")
     trainer: Any = SimpleNamespace(
-        world_size=2, is_global_zero=True, strategy=strategy, _checkpoint_connector=connector
+        world_size=2,
+        is_global_zero=True,
+        validating=False,
+        strategy=strategy,
+        _checkpoint_connector=connector,
     )
     last = LastCheckpoint(tmp_path)
     last._has_started = True

@@ -35,10 +35,13 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 
 def test_programs_find_main_targets_from_any_folder(tmp_path) -> None:
+    (tmp_path / "main.py").write_text("raise RuntimeError('a main.py of the user')")
     root = str(Path(__file__).resolve().parents[1])
-    code = (
+    program = tmp_path / "programs/program.py"
+    program.parent.mkdir()
+    program.write_text(
         f"import sys; sys.path.insert(0, {root!r}); from taming.script import run; "
         f"sys.path.remove({root!r}); run(lambda: __import__('main').DataModuleFromConfig)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()

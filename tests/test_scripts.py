@@ -5,6 +5,7 @@ import io
 import json
 import math
 import shutil
+import sys
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import token_cache
 import torch
 from models.test_conditions import tokenizer as grey_tokenizer
 from omegaconf import OmegaConf
@@ -134,6 +136,21 @@ def test_reconstructions(
         mean = sum(n * count for n, count in enumerate(turns, 1)) / sum(turns)
         assert values["turns_per_site"] == pytest.approx(mean)
         assert math.isfinite(values["psnr"])
+
+
+def test_images_before_one_that_fails_keep_their_numbers(
+    tokenizer: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Image.open(photo) as picture:
+        for name, side in (("a", 32), ("b", 32), ("c", 64)):
+            picture.resize((side, side)).save(tmp_path / f"{name}.png")
+    inputs, out = [tmp_path / f"{name}.png" for name in "abc"], tmp_path / "out"
+    limit = ("--max-tokens", 64)  # one for each site, but not for those of the third
+    error = fails(capsys, "reconstruct", "-r", tokenizer, *inputs, "-o", out, *limit)
+    assert "c.png" in error
+    assert list(json.loads((out / "reconstructions.json").read_text())) == [
+        str(path) for path in inputs[:2]
+    ]
 
 
 def test_results_overwrite_neither_each_other_nor_an_image(
@@ -367,7 +384,7 @@ def test_tokens_are_computed_once(
 
 
 def test_a_prior_trains_from_cached_tokens(
-    tokenizer: Path, tiny_runs: TinyRuns, tmp_path: Path
+    tokenizer: Path, tiny_runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call("encode", "-r", tokenizer, "-o", "cache")
     config: Any = OmegaConf.load(CONFIGS / "demo/loopy_transformer.yaml")
@@ -382,6 +399,9 @@ def test_a_prior_trains_from_cached_tokens(
     (run,) = (tmp_path / "logs").glob("*_cached")
     assert list(run.glob("images/val/samples_half_*.png"))
     assert model_from_run(run).first_stage_key == "image"  # and goes on from images, if need be
+    monkeypatch.setattr(sys, "argv", ["token_cache", "-r", str(run), "--cache", "cache/train"])
+    with pytest.raises(ValueError, match="was trained from a token cache, which leaves no images"):
+        token_cache.main()
 
 
 class Sources(HTMLParser):

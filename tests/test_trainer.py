@@ -1,18 +1,21 @@
 """The Trainer gets what the configuration says, and good defaults for the rest."""
 
+import warnings
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
 import toys
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.profilers import SimpleProfiler
 
 from taming import trainer as building
 from taming.callbacks import ImageLogger, SetupCallback
 from taming.config import ConfigError
-from taming.experiment import RunDir
+from taming.experiment import PreparationError, RunDir
 from taming.observers import MonitorCheck, build_callbacks, build_checkpoints, build_loggers
 from taming.resume import LastCheckpoint
 
@@ -27,55 +30,6 @@ def run(tmp_path):
 def build(run, model=None, **lightning):
     arguments = building.trainer_arguments(lightning, run)
     return building.build_trainer(arguments, lightning, PROJECT, model or toys.ToyModel(), run)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "strategy"),
-    [
-        ({"accelerator": "cpu", "devices": 2}, "ddp_find_unused_parameters_true"),
-        ({"accelerator": "cpu", "strategy": "ddp"}, "ddp_find_unused_parameters_true"),
-        ({"accelerator": "cpu", "num_nodes": 2}, "ddp_find_unused_parameters_true"),
-        ({"accelerator": "cpu", "devices": "2"}, "ddp_find_unused_parameters_true"),
-        ({"accelerator": "cpu"}, None),
-        ({"accelerator": "cpu", "devices": 2, "strategy": "fsdp"}, None),
-        ({"accelerator": "gpu", "devices": "0,1"}, "ddp_find_unused_parameters_true"),
-        ({"devices": -1}, "ddp_find_unused_parameters_true"),
-        ({"accelerator": "gpu", "devices": [2]}, None),
-    ],
-)
-def test_strategy(monkeypatch, arguments, strategy):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
-    assert building.choose_strategy(arguments).get("strategy") == strategy
-
-
-def test_gpus_without_nccl_talk_through_gloo(monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
-    strategy = building.choose_strategy({"accelerator": "gpu", "devices": 2})["strategy"]
-    assert strategy.process_group_backend == "gloo"
-    assert strategy._ddp_kwargs == {"find_unused_parameters": True}
-
-
-@pytest.mark.parametrize(
-    ("devices", "visible", "message"),
-    [
-        ([0, 1], 0, "0 GPUs are visible here; pass --accelerator cpu"),
-        (-1, 0, "0 GPUs are visible here; pass --accelerator cpu"),
-        ([0, 2], 2, "2 GPUs are visible here; pass --gpus with numbers below 2"),
-        (3, 2, "2 GPUs are visible here"),
-    ],
-)
-def test_missing_gpus(monkeypatch, devices, visible, message):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
-    with pytest.raises(ValueError, match=message):
-        building.choose_strategy({"accelerator": "gpu", "devices": devices})
-
-
-def test_numbered_devices_are_gpus(monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(ValueError, match="0 GPUs are visible here"):
-        building.choose_strategy({"devices": "0,1"})
 
 
 @pytest.mark.parametrize(
@@ -96,6 +50,23 @@ def test_a_refused_argument_is_a_mistake_of_the_user(run):
     ):
         with pytest.raises(ValueError, match=message):
             building.trainer_arguments({"trainer": {name: value}}, run)
+
+
+def test_a_mistake_without_words_is_named_by_its_kind(run, monkeypatch):
+    trainer = build(run, trainer={"accelerator": "cpu"})
+    monkeypatch.setattr(trainer, "fit", Mock(side_effect=ValueError))
+    with pytest.raises(PreparationError, match="ValueError"):
+        building.fit(trainer, toys.ToyModel(), toys.ToyDataModule(), None)
+
+
+def test_blocks_in_the_arguments_of_the_trainer_are_built(run):
+    environment = {"target": "lightning.pytorch.plugins.environments.LightningEnvironment"}
+    profiler = {"target": "lightning.pytorch.profilers.SimpleProfiler", "params": {"extended": 0}}
+    given = {"plugins": [environment], "profiler": profiler, "max_time": {"hours": 2}}
+    trainer = build(run, trainer={"accelerator": "cpu", "devices": 1, **given})
+    assert isinstance(trainer.profiler, SimpleProfiler) and not trainer.profiler.extended
+    connector = trainer._accelerator_connector
+    assert isinstance(connector._cluster_environment_flag, LightningEnvironment)
 
 
 def test_a_job_of_slurm_is_not_requeued_by_lightning(run, monkeypatch):
@@ -172,6 +143,15 @@ def test_wandb_that_is_not_installed_is_named(run, monkeypatch):
         build_loggers(None, run, "now", "mine")
 
 
+@pytest.mark.parametrize(
+    "advice", ["Consider setting `persistent_workers=True` in 'val_dataloader'"]
+)
+def test_advice_that_cannot_be_taken_is_hidden(advice):
+    with warnings.catch_warnings():
+        building.quiet_lightning()
+        warnings.warn(advice, stacklevel=1)
+
+
 def test_no_logger_needs_no_learning_rate_monitor(run):
     trainer = build(run, trainer={"accelerator": "cpu", "logger": False})
     assert not trainer.loggers
@@ -206,7 +186,7 @@ def test_checkpoints_follow_the_models_monitor(run):
     assert every.filename == "{epoch:06}-{step:09}"  # a file for each time
     assert check.monitor is None
     for always in ("step", "epoch"):  # by which the newest are kept
-        MonitorCheck(always).on_sanity_check_end(SimpleNamespace(callback_metrics={}), None)
+        MonitorCheck(always).on_validation_end(SimpleNamespace(callback_metrics={}), None)
     asked = {"modelcheckpoint": {"params": {"monitor": "val/loss"}}}
     best, check, _ = build_checkpoints(asked, toys.ToyModel(), run)
     assert (best.monitor, best.save_top_k, check.monitor) == ("val/loss", 3, "val/loss")
@@ -217,6 +197,28 @@ def test_checkpoints_follow_the_models_monitor(run):
     often = {"trainer": {"val_check_interval": 0.5}}  # a file for each time, not for each epoch
     best, *_ = build_checkpoints(often, toys.ToyModel(monitor="val/loss"), run)
     assert best.filename == "{epoch:06}-{step:09}"
+
+
+def fit_with_monitor(run, monitor, **trainer):
+    model = toys.ToyModel(monitor=monitor)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    given = {"accelerator": "cpu", "devices": 1, "max_steps": 4, **quiet, **trainer}
+    building.fit(build(run, model, trainer=given), model, toys.ToyDataModule(), None)
+
+
+@pytest.mark.filterwarnings("ignore:`ModelCheckpoint")
+@pytest.mark.parametrize("validate", [False, True])
+def test_a_monitor_of_no_validation_is_warned_of(run, caplog, validate):
+    fit_with_monitor(run, "val/loss", limit_val_batches=int(validate), num_sanity_val_steps=0)
+    warnings = [r for r in caplog.records if "no validation and so no val/loss" in r.getMessage()]
+    assert len(warnings) == (not validate)
+    assert any(run.checkpoints.glob("epoch=*.ckpt")) == validate
+
+
+@pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
+def test_a_misspelt_monitor_is_named(run, num_sanity_val_steps):
+    with pytest.raises(PreparationError, match="'val/los'; did you mean 'val/loss'"):
+        fit_with_monitor(run, "val/los", num_sanity_val_steps=num_sanity_val_steps)
 
 
 @pytest.mark.parametrize("arguments", [{"fast_dev_run": True}, {"enable_checkpointing": False}])

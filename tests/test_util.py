@@ -86,6 +86,8 @@ def test_instantiate_passes_params_and_lets_arguments_win():
     assert instantiate_from_config({"target": "builtins.dict", "params": None}) == {}
     with pytest.raises(ValueError, match=r"'target'.*\['params'\]"):
         instantiate_from_config({"params": {}})
+    with pytest.raises(ValueError, match="a block with a 'target', got 'builtins.dict'"):
+        instantiate_from_config("builtins.dict")
 
 
 def test_md5_is_that_of_the_whole_file(tmp_path):

@@ -14,6 +14,16 @@ from torch.utils.data import DataLoader, Dataset
 from taming.data.utils import custom_collate
 from taming.util import instantiate_from_config
 
+# Stage -> the splits that it needs; all for one that is not here. A test may follow a fit.
+_SPLITS_OF = {"validate": ("validation",), "test": ("test",)}
+
+
+def _count_cpus() -> int:
+    """Count the CPUs that this process may use, which a job's share of a machine may limit."""
+    if hasattr(os, "sched_getaffinity"):  # not on every system
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
 
 class Indexable(Protocol):
     """Anything with a length and numbered items."""
@@ -44,10 +54,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
         validation: Block of the validation set.
         test: Block of the test set.
         wrap: Wrap the data sets in :class:`WrappedDataset`.
-        num_workers: Loader processes; by default two per item of a batch, at most one per CPU.
+        num_workers: Loader processes; by default two per item of a batch, at most one per CPU
+            that the process may use.
 
     Attributes:
-        datasets: Split name -> data set, for the splits given, once ``setup`` ran.
+        datasets: Split name -> data set, for the splits given that ``setup`` has built.
 
     Raises:
         ValueError: ``batch_size`` or ``num_workers`` is out of range, or there is no split.
@@ -73,7 +84,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             raise ValueError(f"data needs at least one of the blocks {', '.join(splits)}")
         self.batch_size = batch_size
         self.wrap = wrap
-        default_workers = min(2 * batch_size, os.cpu_count() or 1)
+        default_workers = min(2 * batch_size, _count_cpus())
         self.num_workers = default_workers if num_workers is None else num_workers
         self.datasets: dict[str, Any] = {}
         # Lightning leaves out the loops whose methods are not defined; empty ones would run.
@@ -84,22 +95,28 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Build the data sets on one process per node, so that the others find downloads done."""
-        self.setup()
+        if self.trainer is not None and self.trainer.state.fn is not None:
+            self.setup(self.trainer.state.fn.value)
 
     def setup(self, stage: str | None = None) -> None:
-        """Build all data sets, the first time only.
+        """Build the data sets that a stage needs, each the first time only.
+
+        Args:
+            stage: "validate" and "test" need one; "fit", and none in particular, all.
 
         Raises:
             ValueError: A data set has no items.
         """
-        if self.datasets:
-            return
-        datasets = {name: instantiate_from_config(c) for name, c in self.dataset_configs.items()}
-        for name, dataset in datasets.items():
-            if len(dataset) == 0:
-                target = self.dataset_configs[name]["target"]
-                raise ValueError(f"the {name} data set {target} is empty")
-        self.datasets = {k: WrappedDataset(d) if self.wrap else d for k, d in datasets.items()}
+        for name in _SPLITS_OF.get(stage or "", self.dataset_configs):
+            if name in self.dataset_configs and name not in self.datasets:
+                self.datasets[name] = self._build(name)
+
+    def _build(self, split: str) -> Any:
+        block = self.dataset_configs[split]
+        dataset = instantiate_from_config(block)
+        if len(dataset) == 0:
+            raise ValueError(f"the {split} data set {block['target']} is empty")
+        return WrappedDataset(dataset) if self.wrap else dataset
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled batches of the training set."""

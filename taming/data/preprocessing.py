@@ -147,12 +147,20 @@ def read_pair(image: str, other: str, decode: Callable[[str], Tensor]) -> tuple[
         The image (3, H, W) uint8, and what ``decode`` returns.
 
     Raises:
-        ValueError: One of them cannot be decoded; names the file.
+        DataError: One of them cannot be decoded, or they have other shapes; names the file.
     """
     with naming(f"image {image}"):
         picture = decode_image(image, upright=False)
     with naming(f"map {other}"):
-        return picture, decode(other)
+        drawn = decode(other)
+    (height, width), (rows, columns) = picture.shape[-2:], drawn.shape[-2:]
+    # A map may be smaller or larger, with sides that are rounded by less than a pixel.
+    if abs(height * columns - width * rows) > max(height + width, rows + columns):
+        raise DataError(
+            f"the image {image} is {width} x {height} pixels as it is stored (EXIF orientation "
+            f"plays no part), but its map {other} is {columns} x {rows}: their shapes must agree"
+        )
+    return picture, drawn
 
 
 def to_unit_range(picture: Tensor) -> np.ndarray:

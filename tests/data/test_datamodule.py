@@ -10,6 +10,8 @@ from torch.utils.data import Dataset, RandomSampler, SequentialSampler
 
 from taming.data.datamodule import DataModuleFromConfig, WrappedDataset
 
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
 built: list[int] = []
 
 
@@ -89,6 +91,18 @@ def test_fit_validate_and_test_build_every_set_once_and_see_every_item(trainer):
 
 @few_workers
 @few_batches
+def test_a_stage_builds_what_it_needs(trainer):
+    data = DataModuleFromConfig(2, block(5), block(3), block(2), num_workers=0)
+    trainer.test(Sum(), data, verbose=False)
+    assert built == [2]
+    trainer.validate(Sum(), data, verbose=False)
+    assert built == [2, 3]
+    trainer.fit(Sum(), data)
+    assert built == [2, 3, 5]
+
+
+@few_workers
+@few_batches
 def test_fit_needs_no_validation_split(trainer):
     with pytest.warns(UserWarning, match="have no `val_dataloader`. Skipping val loop"):
         trainer.fit(Sum(), DataModuleFromConfig(2, train=block(4), num_workers=0))
@@ -115,9 +129,11 @@ def test_workers_give_the_same_batches():
 
 
 @pytest.mark.parametrize("batch_size", [1, 10**6])
-def test_default_workers_fit_the_batch_and_the_machine(batch_size):
+def test_default_workers_fit_the_batch_and_the_machine(batch_size, monkeypatch):
     data = DataModuleFromConfig(batch_size, train=block(1))
-    assert data.num_workers == min(2 * batch_size, os.cpu_count())
+    assert data.num_workers == min(2 * batch_size, CPUS)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 5, 6}, raising=False)
+    assert DataModuleFromConfig(batch_size, train=block(1)).num_workers == min(2 * batch_size, 3)
 
 
 def test_wrapping_makes_a_data_set_of_anything_indexable():

@@ -1,6 +1,7 @@
 """Decoding, and the laws of views: aligned pictures, coordinates of what is shown."""
 
 import io
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from taming.data.preprocessing import (
     read_pair,
     to_unit_range,
 )
+from taming.util import DataError
 
 
 def encoded(image, kind="PNG", **options):
@@ -92,6 +94,21 @@ def test_depth_is_read_from_bytes_and_rescaled():
     assert (decode_depth(encoded(flat)) == -1).all()
     with pytest.raises(ValueError, match="stored as RGBA, found L"):
         decode_depth(encoded(Image.new("L", (2, 2))))
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"),
+    [((600, 400), True), ((300, 200), True), ((257, 171), True), ((1199, 801), True)]
+    + [((400, 600), False), ((600, 420), False), ((200, 200), False)],
+)
+def test_a_map_has_the_shape_of_its_image(tmp_path, size, fits):
+    image, mask = str(tmp_path / "a.png"), str(tmp_path / "b.png")
+    Image.new("RGB", (600, 400)).save(image)
+    Image.new("L", size).save(mask)
+    with nullcontext() if fits else pytest.raises(DataError) as raised:
+        read_pair(image, mask, decode_mask)
+    for named in () if fits else (image, "600 x 400", mask, f"{size[0]} x {size[1]}"):
+        assert named in str(raised.value)
 
 
 def test_errors_name_which_of_two_files_is_wrong(tmp_path):
