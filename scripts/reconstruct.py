@@ -225,12 +225,14 @@ def main() -> None:
         for path, name in tqdm(zip(paths, names, strict=True), "reconstruct", len(paths)):
             x = load_image(path, options.size, site).to(device)
             try:
-                pictures, report[str(path)] = reconstruct(model, x, rate)
+                pictures, numbers = reconstruct(model, x, rate)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
             save_pictures(pictures, options.outdir, name)
-    finally:  # of an image that fails, nobody wants to lose those before it
-        (options.outdir / "reconstructions.json").write_text(json.dumps(report, indent=2))
+            report[str(path)] = numbers
+    finally:
+        if report:  # those before an image that fails are not lost
+            (options.outdir / "reconstructions.json").write_text(json.dumps(report, indent=2))
     for name, numbers in report.items():
         if numbers["psnr"] < rate.get("target_psnr", -math.inf):
             logger.warning("%s reaches %.2f dB with all its turns", name, numbers["psnr"])
