@@ -140,7 +140,6 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
         loss, logs = self._loss(quantized, x, x_rec, 0, "train")
         self._step(opt_ae, loss, batch_idx)
         self.untoggle_optimizer(opt_ae)
-        logs["train/aeloss"] = loss.detach()
 
         if opt_disc:
             self.toggle_optimizer(opt_disc[0])
@@ -149,7 +148,7 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
             self.untoggle_optimizer(opt_disc[0])
             logs |= disc_logs | {"train/discloss": disc_loss.detach()}
 
-        self.log("train/aeloss", logs.pop("train/aeloss"), prog_bar=True, batch_size=len(x))
+        self.log("train/aeloss", loss.detach(), prog_bar=True, batch_size=len(x))
         self.log_dict(logs, batch_size=len(x))
         return loss.detach()
 

@@ -213,10 +213,9 @@ class LoopyVectorQuantizer(Quantizer):
         return z_q if len(grid) == 1 else channels_second(z_q)
 
     def followed(self) -> dict[str, Tensor]:
-        """Threshold relative to the latents' spread, unless it is infinite (see `Quantizer`)."""
-        if self.threshold.isinf():  # one code for each site: nothing is measured against it
-            return {}
-        return {"relative_threshold": self.threshold / self.latent_std}
+        """Threshold relative to the latents' spread; nothing of an infinite one."""
+        relative = self.threshold / self.latent_std
+        return {} if relative.isinf() else {"relative_threshold": relative}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Load (see `nn.Module`), except that a threshold fixed by the configuration stays."""
