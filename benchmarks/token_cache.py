@@ -86,10 +86,7 @@ def main() -> None:
     if not isinstance(model, Prior):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
     if is_cached(data.datasets["train"][0]):
-        raise ValueError(
-            f"{options.resume} was trained from a token cache, which leaves no images to compare "
-            "with: name the run of a prior that was trained from images"
-        )
+        raise ValueError(f"{options.resume} was trained from a token cache, and not from images")
     model = model.to(choose_device(options.device)).train()
 
     def see(batch: Mapping[str, Any]) -> None:

@@ -24,7 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from taming.data.custom import find_files
-from taming.data.preprocessing import View, decode_image, scale_short_side, to_unit_range
+from taming.data.preprocessing import (
+    View,
+    decode_image,
+    naming,
+    scale_short_side,
+    to_unit_range,
+)
 from taming.experiment import model_from_run
 from taming.models.vqgan import VQModel
 from taming.models.vqvae2 import VQVAE2
@@ -52,10 +58,8 @@ def load_image(path: Path, size: int | None, site: int) -> Tensor:
     Raises:
         ValueError: The file is no image, or smaller than a site.
     """
-    try:
+    with naming(str(path)):
         picture = decode_image(path)
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
     height, width = picture.shape[1:]
     scaled = (height, width) if size is None else scale_short_side(height, width, size)
     rows, columns = (side // site * site for side in scaled)
@@ -224,10 +228,8 @@ def main() -> None:
     try:
         for path, name in tqdm(zip(paths, names, strict=True), "reconstruct", len(paths)):
             x = load_image(path, options.size, site).to(device)
-            try:
+            with naming(str(path)):
                 pictures, numbers = reconstruct(model, x, rate)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
             save_pictures(pictures, options.outdir, name)
             report[str(path)] = numbers
     finally:

@@ -21,24 +21,7 @@ from taming.modules.losses.base import AutoencoderLoss
 from taming.modules.util import first_non_finite
 from taming.modules.vqvae.base import Quantizer, QuantizerOutput
 from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics, codebook_metrics
-from taming.util import DataError, NonFiniteError
-
-
-def tensor_of(batch: Mapping[str, Any], key: str, parameter: str) -> Tensor:
-    """Take a tensor out of a batch.
-
-    Args:
-        batch: Name -> value.
-        key: Name.
-        parameter: What named it, for the message.
-
-    Raises:
-        DataError: The batch has no such tensor.
-    """
-    if not isinstance(value := batch.get(key), Tensor):
-        found = f"is a {type(value).__name__}, no tensor" if key in batch else "is missing"
-        raise DataError(f"{key!r}, {parameter}, {found} in the batch, which has {', '.join(batch)}")
-    return value
+from taming.util import NonFiniteError
 
 
 class QuantizedAutoencoder(pl.LightningModule, ABC):

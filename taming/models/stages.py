@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taming.checkpoint import freeze, load_weights
-from taming.models.autoencoder import tensor_of
+from taming.models.batches import tensor_of
 from taming.models.cached_tokens import cached_codes, fingerprint, is_cached
 from taming.models.conditions import condition_pictures
 from taming.models.likelihood import log_likelihood

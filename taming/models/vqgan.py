@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from taming.checkpoint import load_weights
-from taming.models.autoencoder import QuantizedAutoencoder, tensor_of
+from taming.models.autoencoder import QuantizedAutoencoder
+from taming.models.batches import tensor_of
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.util import start_orthogonal
 from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
