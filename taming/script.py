@@ -251,7 +251,10 @@ def load_network(hub: str, entry: str, **options: Any) -> Any:
 
 
 def run(program: Callable[[], None]) -> None:
-    """Run a program with its log on the console; a user's mistake becomes one line and exit 2."""
+    """Run a program with its log on the console; a user's mistake becomes one line and exit 2.
+
+    Ctrl-C becomes exit 130, as shells have it.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("taming").setLevel(logging.INFO)
     # Configurations name main.*, which stands beside the package, and the user's own modules. The
@@ -262,3 +265,6 @@ def run(program: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)

@@ -29,6 +29,15 @@ def test_a_users_mistake_is_one_line_and_exit_2(mistake, capsys) -> None:
     assert capsys.readouterr().err.endswith("error: there is no such thing\n")
 
 
+def test_ctrl_c_is_one_line_and_exit_130(capsys) -> None:
+    def program() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run(program)
+    assert stop.value.code == 130 and capsys.readouterr().err.endswith("interrupted\n")
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)
