@@ -15,18 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taming.cli import Options, parse_arguments
-from taming.config import LoadedConfig, get_obj_from_str, instantiate_from_config, load_config
-from taming.experiment import PreparationError, RunDir, is_first_process, run_name, without_starts
-from taming.lightning_block import check_experiment
+from taming.run.cli import Options, parse_arguments
+from taming.run.config import LoadedConfig, get_obj_from_str, instantiate_from_config, load_config
+from taming.run.folder import PreparationError, RunDir, is_first_process, run_name, without_starts
+from taming.run.lightning_block import check_experiment
 from taming.util import DataError, NonFiniteError, WriteError
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import LearningRateMonitor
 
-    from taming.callbacks import ImageLogger, SetupCallback
     from taming.data.datamodule import DataModuleFromConfig, WrappedDataset
+    from taming.run.callbacks import ImageLogger, SetupCallback
 
 __all__ = [
     "DataModuleFromConfig",
@@ -42,9 +42,9 @@ __all__ = [
 # Configurations name these as main.*; they are imported when somebody asks for them.
 _LAZY = {
     "DataModuleFromConfig": "taming.data.datamodule.DataModuleFromConfig",
-    "ImageLogger": "taming.callbacks.ImageLogger",
+    "ImageLogger": "taming.run.callbacks.ImageLogger",
     "LearningRateMonitor": "lightning.pytorch.callbacks.LearningRateMonitor",
-    "SetupCallback": "taming.callbacks.SetupCallback",
+    "SetupCallback": "taming.run.callbacks.SetupCallback",
     "WrappedDataset": "taming.data.datamodule.WrappedDataset",
 }
 
@@ -78,7 +78,7 @@ def build(
     """Build the Trainer, the model and the data."""
     import lightning.pytorch as pl
 
-    from taming import trainer as building
+    from taming.run import trainer as building
 
     building.quiet_lightning()
     lightning = config.values.get("lightning") or {}
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             trainer, model, data = build(options, run, config)
             mistakes = (PreparationError, DataError, NonFiniteError, WriteError)
             logging.getLogger("taming").info("the run's folder is %s", run.path)
-            from taming.trainer import fit, test
+            from taming.run.trainer import fit, test
 
             if options.train:
                 fit(trainer, model, data, checkpoint)

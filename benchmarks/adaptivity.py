@@ -34,12 +34,12 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
-from taming.experiment import model_from_run
 from taming.models.vqgan import VQModel
-from taming.modules.vqvae.heatmap import depth_heat_map
+from taming.modules.vqvae.heatmap import length_heat_map
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.pictures import save_picture, tile, to_picture
-from taming.script import choose_device, run
+from taming.run.folder import model_from_run
+from taming.run.script import choose_device, run
 
 logger = logging.getLogger("taming.benchmark")
 
@@ -170,7 +170,7 @@ def pictures(model: VQModel, x: Tensor, file: Path) -> None:
     lengths = lengths_of(quantized.info.indices)
     order = lengths.sum((1, 2)).argsort()
     turns = model.quantize.sequence.max_loops
-    depths = depth_heat_map(lengths, turns, (x.shape[2], x.shape[3]))
+    depths = length_heat_map(lengths, turns, (x.shape[2], x.shape[3]))
     rows = [x[order], model.decode(quantized.z_q)[order], depths[order].to(x)]
     save_picture(tile(torch.cat(rows), len(x)), file)
 

@@ -17,9 +17,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from taming.modules.vqvae.cascade import Cascade
 from taming.modules.vqvae.codebook import k_means
-from taming.modules.vqvae.rate import turns_within
+from taming.modules.vqvae.loop import Cascade
+from taming.modules.vqvae.rate import lengths_within
 from taming.modules.vqvae.transforms import LinearResidual, Residual
 
 STEP, MAX_LOOPS, TAU, SIDE = 0.5, 4, 0.1, 2.4
@@ -61,15 +61,15 @@ def draw_cascade(
     """Sums of codes; the circle is around the latent."""
     everywhere = torch.zeros(len(latents))
     for step in range(MAX_LOOPS + 100):
-        codes = transform.walk(latents, codebook, everywhere, MAX_LOOPS).codes[:, -1]
+        codes = transform.search(latents, codebook, everywhere, MAX_LOOPS).codes[:, -1]
         searches = transform.retrace(latents, codes, codebook)
         update = transform.start if step < MAX_LOOPS else transform.learn
         update(latents, searches, codebook)
-    path = transform.walk(z, codebook, torch.zeros(1), MAX_LOOPS)
-    length = turns_within(path.distances, torch.tensor([TAU]))
+    path = transform.search(z, codebook, torch.zeros(1), MAX_LOOPS)
+    length = lengths_within(path.distances, torch.tensor([TAU]))
     searches = transform.retrace(z, path.end_at(length), codebook)
     draw_frame(axis, latents, codebook, z, z[0])
-    seen = searches.approximations[0] + transform.see(codebook, 1)
+    seen = searches.approximations[0] + transform.project(codebook, 1)
     axis.scatter(*seen.T, color="tab:orange", marker="x", s=14, label="codes in turn 2")
     sums = torch.cat([torch.zeros(1, 2), searches.approximations])
     axis.plot(*sums.T, "o-", color="tab:blue", markersize=4, linewidth=1.2)

@@ -22,11 +22,11 @@ from torch import Tensor
 from taming.modules.pixelcnn.model import PixelCNN
 from taming.modules.pixelcnn.site import SiteSymbols
 from taming.modules.pixelcnn.stacks import GatedStacks
-from taming.script import choose_device, run, script_parser
+from taming.run.script import choose_device, run, script_parser
 
 logger = logging.getLogger("taming.pixelcnn_sampling")
 
-Writer = Callable[[PixelCNN, Tensor, Tensor], None]
+IncrementalDecoder = Callable[[PixelCNN, Tensor, Tensor], None]
 
 
 def draw(logits: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def write_cropped(net: PixelCNN, codes: Tensor, labels: Tensor) -> None:
     write_anew(net, codes, labels, crop=True)
 
 
-WRITERS: dict[str, Writer] = {
+WRITERS: dict[str, IncrementalDecoder] = {
     "whole grid": write_anew,
     "cropped": write_cropped,
     "kept": write_kept,

@@ -44,7 +44,7 @@ from torch import Tensor
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.vqgan import VQModel
 from taming.modules.util import count_params
-from taming.script import run
+from taming.run.script import run
 
 logger = logging.getLogger("taming.benchmark")
 Row = dict[str, Any]
@@ -169,7 +169,7 @@ def report(rows: list[Row], references: Row) -> str:
         f"Frequencies of tokens by depth: {references['order_zero']:.0f} bits per image. "
         f"Recognised: {references['real']:.1%} of real images, {references['reconstructed']:.1%} "
         "of reconstructions. Distances are to reconstructions, in this classifier's features; "
-        "they compare with nothing outside this table. Guided: recognised, at a scale of 2.",
+        "they compare with nothing outside this table. GuidedDecoder: recognised, at a scale of 2.",
         "",
         "Priors train for as many steps, not for as long. Training hides the class of "
         f"{HIDDEN:.0%} of the images from transformers, for guidance, and of none from the "

@@ -52,9 +52,9 @@ from race.training import (
 from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
+from taming.modules.sequence.notations import UnarySequence
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
-from taming.modules.vqvae.sequence import UnarySequence
-from taming.script import run
+from taming.run.script import run
 
 logger = logging.getLogger("taming.benchmark")
 

@@ -23,10 +23,9 @@ from tqdm import tqdm
 
 from taming.data.tokens import TokenCache
 from taming.data.utils import custom_collate
-from taming.experiment import data_from_run, model_from_run
-from taming.models.cached_tokens import is_cached
-from taming.models.stages import Prior
-from taming.script import choose_device, run
+from taming.models.prior import Prior, is_cached
+from taming.run.folder import data_from_run, model_from_run
+from taming.run.script import choose_device, run
 
 logger = logging.getLogger("taming.benchmark")
 Work = Callable[[Mapping[str, Any]], None]  # on a batch
@@ -63,7 +62,7 @@ def training_step_of(model: Prior) -> Work:
     optimizer = configured[0][0] if isinstance(configured, tuple) else configured
 
     def step(batch: Mapping[str, Any]) -> None:
-        nats, lengths = model.likelihood(model.see(on_device(batch, model.device)))
+        nats, lengths = model.likelihood(model.tokenize_batch(on_device(batch, model.device)))
         optimizer.zero_grad()
         (nats.sum() / lengths.sum()).backward()
         optimizer.step()
@@ -89,8 +88,8 @@ def main() -> None:
         raise ValueError(f"{options.resume} was trained from a token cache, and not from images")
     model = model.to(choose_device(options.device)).train()
 
-    def see(batch: Mapping[str, Any]) -> None:
-        model.see(on_device(batch, model.device))
+    def tokenize(batch: Mapping[str, Any]) -> None:
+        model.tokenize_batch(on_device(batch, model.device))
 
     cached = TokenCache(options.cache)
     loaders = [
@@ -105,7 +104,7 @@ def main() -> None:
         for dataset in (data.datasets["train"], cached)
     ]
     for title, work in (
-        ("until the tokens are there", see),
+        ("until the tokens are there", tokenize),
         ("for a training step", training_step_of(model)),
     ):
         images, tokens = (seconds_per_image(it, options.batches, work) for it in loaders)

@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 from taming.data.tokens import CacheInfo, TokenCacheWriter, free_for_cache
 from taming.data.utils import custom_collate
-from taming.models.cached_tokens import fingerprint
+from taming.models.prior import fingerprint
 from taming.models.vqgan import VQModel
 from taming.models.vqvae2 import VQVAE2
-from taming.script import choose_device, parse_run, run, run_parser
+from taming.run.script import choose_device, parse_run, run, run_parser
 
 logger = logging.getLogger("taming.encode")
 

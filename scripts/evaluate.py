@@ -15,11 +15,11 @@ import lightning.pytorch as pl
 import torch
 from tqdm import tqdm
 
-from taming.experiment import data_from_run, model_from_run
 from taming.models.vqgan import VQModel
 from taming.models.vqvae2 import VQVAE2
-from taming.script import choose_device, run
-from taming.trainer import quiet_lightning
+from taming.run.folder import data_from_run, model_from_run
+from taming.run.script import choose_device, run
+from taming.run.trainer import quiet_lightning
 
 logger = logging.getLogger("taming.evaluate")
 

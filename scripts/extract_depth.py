@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from taming.data.imagenet import ImageNetTrain, ImageNetValidation
-from taming.data.preprocessing import decode_image, naming, to_unit_range
+from taming.data.preprocessing import decode_image, error_context, to_unit_range
 from taming.data.roots import data_root
-from taming.script import choose_device, load_network, run, script_parser
+from taming.run.script import choose_device, load_network, run, script_parser
 
 logger = logging.getLogger("taming.extract_depth")
 
@@ -80,7 +80,7 @@ def main() -> None:
         missing = [number for number, path in enumerate(paths) if not path.exists()]
         for number in tqdm(missing, desc=split):
             file = dataset.data.labels["file_path_"][number]
-            with naming(f"image {file}"):
+            with error_context(f"image {file}"):
                 image = to_unit_range(decode_image(file, upright=False))  # as it is read with maps
             save_depth(estimate_depth(network, prepare, image), paths[number])
     logger.info("depth maps in %s", outdir)

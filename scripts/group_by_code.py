@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from taming.experiment import data_from_run, model_from_run
 from taming.models.vqgan import VQModel
 from taming.pictures import save_picture, tile
-from taming.script import choose_device, run, script_parser
+from taming.run.folder import data_from_run, model_from_run
+from taming.run.script import choose_device, run, script_parser
 
 logger = logging.getLogger("taming.group_by_code")
 

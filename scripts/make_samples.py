@@ -20,16 +20,16 @@ from tqdm import tqdm
 from taming.data.utils import custom_collate
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.sampling import (
-    Drawing,
+    SamplingParams,
     condition_windows,
     decode_codes,
     empty_codes,
     encode_codes,
     sample_images,
 )
-from taming.modules.transformer.sampling import generators_of
+from taming.modules.transformer.generate import generators_of
 from taming.pictures import save_picture
-from taming.script import choose_device, parse_run, run, samples_folder, samples_parser
+from taming.run.script import choose_device, parse_run, run, samples_folder, samples_parser
 
 logger = logging.getLogger("taming.make_samples")
 
@@ -53,7 +53,7 @@ def main() -> None:
     model = saved.model().to(device)
     if not isinstance(model, Net2NetTransformer):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, no transformer prior")
-    filters = Drawing(options.temperature, options.top_k)
+    filters = SamplingParams(options.temperature, options.top_k)
     target = samples_folder(options, saved)
 
     for number in tqdm(range(len(datasets[split])), desc=split):

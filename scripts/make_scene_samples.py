@@ -27,16 +27,16 @@ from taming.data.helper_types import Annotation
 from taming.models.cond_transformer import Grid, Net2NetTransformer
 from taming.models.sampling import (
     Condition,
-    Drawing,
+    SamplingParams,
     Window,
     empty_codes,
     numbers_of,
     sample_images,
     trained_grid,
 )
-from taming.modules.transformer.sampling import generators_of
+from taming.modules.transformer.generate import generators_of
 from taming.pictures import save_picture, tile
-from taming.script import choose_device, parse_run, run, samples_folder, samples_parser
+from taming.run.script import choose_device, parse_run, run, samples_folder, samples_parser
 
 logger = logging.getLogger("taming.make_scene_samples")
 
@@ -97,7 +97,10 @@ def main() -> None:
     model = saved.model().to(device)
     if not isinstance(model, Net2NetTransformer):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, no transformer prior")
-    grid, filters = grid_of(model, options.resolution), Drawing(options.temperature, options.top_k)
+    grid, filters = (
+        grid_of(model, options.resolution),
+        SamplingParams(options.temperature, options.top_k),
+    )
     target, samples = samples_folder(options, saved), range(options.n_samples_per_layout)
     layouts = count()
 

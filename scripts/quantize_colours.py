@@ -27,14 +27,14 @@ from taming.data.photos import VALIDATION_PHOTOS
 from taming.data.preprocessing import (
     View,
     decode_image,
-    naming,
+    error_context,
     scale_short_side,
     to_unit_range,
 )
 from taming.modules.vqvae.codebook import k_means
 from taming.modules.vqvae.nearest import nearest_codes
 from taming.pictures import save_picture, side_by_side
-from taming.script import run
+from taming.run.script import run
 
 logger = logging.getLogger("taming.quantize_colours")
 
@@ -70,7 +70,7 @@ def quantize(image: Tensor, colours: int, iterations: int = 20) -> Painting:
 
 def load(path: Path, size: int | None) -> Tensor:
     """Read an image (3, H, W) in [-1, 1], its short side scaled to ``size`` pixels if given."""
-    with naming(str(path)):
+    with error_context(str(path)):
         picture = decode_image(path)
     height, width = picture.shape[1:]
     scaled = (height, width) if size is None else scale_short_side(height, width, size)

@@ -27,17 +27,17 @@ from taming.data.custom import find_files
 from taming.data.preprocessing import (
     View,
     decode_image,
-    naming,
+    error_context,
     scale_short_side,
     to_unit_range,
 )
-from taming.experiment import model_from_run
 from taming.models.vqgan import VQModel
 from taming.models.vqvae2 import VQVAE2
 from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.pictures import save_picture, side_by_side
-from taming.script import check_folder, choose_device, run
+from taming.run.folder import model_from_run
+from taming.run.script import check_folder, choose_device, run
 
 logger = logging.getLogger("taming.reconstruct")
 
@@ -58,7 +58,7 @@ def load_image(path: Path, size: int | None, site: int) -> Tensor:
     Raises:
         ValueError: The file is no image, or smaller than a site.
     """
-    with naming(str(path)):
+    with error_context(str(path)):
         picture = decode_image(path)
     height, width = picture.shape[1:]
     scaled = (height, width) if size is None else scale_short_side(height, width, size)
@@ -228,7 +228,7 @@ def main() -> None:
     try:
         for path, name in tqdm(zip(paths, names, strict=True), "reconstruct", len(paths)):
             x = load_image(path, options.size, site).to(device)
-            with naming(str(path)):
+            with error_context(str(path)):
                 pictures, numbers = reconstruct(model, x, rate)
             save_pictures(pictures, options.outdir, name)
             report[str(path)] = numbers

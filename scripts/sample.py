@@ -27,24 +27,24 @@ from tqdm import tqdm
 
 from taming.data.base import ImagePaths
 from taming.data.custom import find_files
-from taming.experiment import model_from_run
 from taming.models.sampling import (
-    Drawing,
     Prior,
+    SamplingParams,
     decode_codes,
     empty_codes,
     encode_codes,
     numbers_of,
     paste,
     sample_images,
-    seen_whole,
     trained_grid,
     upper_part,
+    whole_condition,
 )
 from taming.models.vqvae2 import Level
-from taming.modules.transformer.sampling import generators_of
+from taming.modules.transformer.generate import generators_of
 from taming.pictures import save_picture, tile
-from taming.script import check_folder, choose_device, labels_of, run, script_parser
+from taming.run.folder import model_from_run
+from taming.run.script import check_folder, choose_device, labels_of, run, script_parser
 
 logger = logging.getLogger("taming.sample")
 
@@ -99,9 +99,9 @@ def grid_of(model: Prior, wish: str | None) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
-def drawing_of(options: argparse.Namespace, numbers: Iterable[int]) -> Drawing:
+def drawing_of(options: argparse.Namespace, numbers: Iterable[int]) -> SamplingParams:
     """How the tokens of the images with these numbers are drawn."""
-    return Drawing(
+    return SamplingParams(
         options.temperature,
         options.top_k,
         options.top_p,
@@ -125,7 +125,7 @@ def draw(
     for part in tqdm(numbers.split(options.batch_size), desc="batches", leave=False):
         drawing = drawing_of(options, numbers_of(item, part.tolist()))
         begun = codes.repeat(len(part), 1, 1, 1)
-        drawn = sample_images(model, seen_whole(condition[part]), begun, drawing, known)
+        drawn = sample_images(model, whole_condition(condition[part]), begun, drawing, known)
         images.append(model.show(drawn).cpu())
     return torch.cat(images)
 

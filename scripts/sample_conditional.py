@@ -33,20 +33,20 @@ from torch import Tensor
 from taming.data.utils import custom_collate
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.sampling import (
-    Drawing,
+    SamplingParams,
     condition_windows,
     decode_codes,
     empty_codes,
     encode_codes,
     paste,
-    seen_whole,
     trained_grid,
     upper_part,
+    whole_condition,
     write_codes,
 )
 from taming.modules.util import Labelator
 from taming.pictures import to_picture
-from taming.script import choose_device, parse_classes, parse_run, run, run_parser
+from taming.run.script import choose_device, parse_classes, parse_run, run, run_parser
 
 logger = logging.getLogger("taming.sample_conditional")
 
@@ -63,7 +63,7 @@ class Wish:
         label: Class to draw, of a prior over classes.
         scale: Size of the image to draw; 1 is the example's own, or what was trained.
         known: Share of the example's reconstruction, from above, that stays.
-        temperature: See `Drawing`, as top_k and greedy (0 or 1).
+        temperature: See `SamplingParams`, as top_k and greedy (0 or 1).
         every: Sites between two pictures.
         seed: Of the random numbers.
     """
@@ -196,8 +196,8 @@ class Studio:
         if example is not None and self.kind == "image":
             condition = condition_windows(model, example[1], grid)
         else:
-            condition = seen_whole(torch.tensor([[self._token(wish)]], device=model.device))
-        drawing = Drawing(wish.temperature, wish.top_k, greedy=bool(wish.greedy))
+            condition = whole_condition(torch.tensor([[self._token(wish)]], device=model.device))
+        drawing = SamplingParams(wish.temperature, wish.top_k, greedy=bool(wish.greedy))
         codes[:, ~known] = empty_codes(model, 1, (1, 1))[0]  # shown until others are written
         torch.manual_seed(wish.seed)
         for done in write_codes(model, condition, codes, drawing, known, wish.every):

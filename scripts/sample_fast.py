@@ -18,19 +18,19 @@ import torch
 from tqdm import tqdm
 
 from taming.models.sampling import (
-    Drawing,
     Prior,
+    SamplingParams,
     empty_codes,
     numbers_of,
     sample_images,
-    seen_whole,
     trained_grid,
+    whole_condition,
 )
 from taming.models.vqvae2 import Level
-from taming.modules.transformer.sampling import generators_of
+from taming.modules.transformer.generate import generators_of
 from taming.modules.util import Labelator
 from taming.pictures import save_picture
-from taming.script import choose_device, parse_classes, parse_run, run, run_parser
+from taming.run.script import choose_device, parse_classes, parse_run, run, run_parser
 
 logger = logging.getLogger("taming.sample_fast")
 
@@ -84,7 +84,7 @@ def main() -> None:
     model = saved.model().to(device)
     if not isinstance(model, Prior):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
-    filters = Drawing(options.temperature, options.top_k, options.top_p)
+    filters = SamplingParams(options.temperature, options.top_k, options.top_p)
     name = f"top_k_{options.top_k}_temp_{options.temperature:.2f}_top_p_{options.top_p}"
     target = (options.outdir or saved.folder) / "samples" / name / str(saved.step())
 
@@ -95,7 +95,7 @@ def main() -> None:
             codes = empty_codes(model, len(part), trained_grid(model))
             generators = generators_of(options.seed, numbers_of(token, part.tolist()))
             drawing = filters._replace(generators=generators)
-            images = model.show(sample_images(model, seen_whole(condition), codes, drawing))
+            images = model.show(sample_images(model, whole_condition(condition), codes, drawing))
             for number, image in zip(part.tolist(), images, strict=True):
                 save_picture(image, target / folder / f"{number:06}.png")
     logger.info("pictures in %s", target)

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from taming.experiment import model_from_run
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.level_prior import check_priors, sample_levels
 from taming.models.pixelcnn import PixelCNNPrior
 from taming.models.sampling import Prior
-from taming.modules.transformer.sampling import Drawing, generators_of
+from taming.modules.transformer.generate import SamplingParams, generators_of
 from taming.pictures import save_picture, tile
-from taming.script import check_folder, choose_device, labels_of, run, script_parser
+from taming.run.folder import model_from_run
+from taming.run.script import check_folder, choose_device, labels_of, run, script_parser
 
 logger = logging.getLogger("taming.sample_hierarchy")
 
@@ -71,7 +71,7 @@ def main() -> None:
     priors = load_priors(options.resume, device)
     tokenizer: Any = priors[-1].first_stage_model
     labels = torch.tensor(labels_of(priors[0], options.classes, options.num_samples), device=device)
-    filters = Drawing(
+    filters = SamplingParams(
         options.temperature,
         options.top_k,
         options.top_p,

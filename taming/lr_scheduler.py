@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 
 class LambdaWarmUpCosineScheduler:
@@ -44,3 +48,18 @@ class LambdaWarmUpCosineScheduler:
     def __call__(self, n: int) -> float:
         """Return the value at step n."""
         return self.schedule(n)
+
+
+def scheduled(optimizer: torch.optim.Optimizer, schedule: Callable[[int], float]) -> LambdaLR:
+    """Let a learning rate follow a schedule, also one that a run is resumed with.
+
+    Args:
+        optimizer: Its learning rate is what is scaled.
+        schedule: Factor of the learning rate by step.
+
+    Returns:
+        What is to be stepped; its state holds the step, not the schedule.
+    """
+    # LambdaLR puts the attributes of a callable object into checkpoints, and from there back into
+    # the new one, which would undo what the configuration says now. A function has none.
+    return LambdaLR(optimizer, lambda step: schedule(step))

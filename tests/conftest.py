@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from tiny_runs import TinyRuns
+    from support.runs import TinyRuns
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -34,6 +34,6 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> TinyRuns:
     """Runs of the shipped configurations at tiny sizes, trained when first asked for."""
-    from tiny_runs import TinyRuns  # imports the whole house, which most tests do not need
+    from support.runs import TinyRuns  # imports the whole house, which most tests do not need
 
     return TinyRuns(tmp_path_factory.mktemp("tiny_runs"))

@@ -14,7 +14,6 @@ import pytest
 import token_cache
 import torch
 from priors import SIZES, Sizes, compare
-from programs import call
 from race.classifier import Classifier, judge
 from race.contenders import contenders
 from race.drawing import mean_psnr
@@ -22,15 +21,15 @@ from race.folder import claim
 from race.networks import MODERN, NAMES, OrderZero, build_prior
 from race.plans import Plan
 from race.training import build_tokenizer, fit
+from support.models import DDCONFIG, GPT, PLAIN, images
+from support.runs import CONFIGS, TinyRuns, call
 from test_benchmarks import parquet, plan
-from tiny import DDCONFIG, GPT, PLAIN, images
-from tiny_runs import CONFIGS, TinyRuns
 from token_cache import seconds_per_image, training_step_of
 from torch.utils.data import DataLoader
 
-from taming.config import load_config
 from taming.models.cond_transformer import Net2NetTransformer
-from taming.modules.vqvae.sequence import UnarySequence
+from taming.modules.sequence.notations import UnarySequence
+from taming.run.config import load_config
 
 __all__ = ["parquet", "plan"]
 

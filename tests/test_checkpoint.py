@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
-from lightning1 import save_as_lightning_1
-from tiny import DDCONFIG, GAN, GPT, PLAIN, images, trainer
-from tiny_runs import run_main
+from support.models import DDCONFIG, GAN, GPT, PLAIN, images, trainer
+from support.original import save_as_lightning_1
+from support.runs import run_main
 from torch import nn
 
 from taming.checkpoint import SafeCheckpointIO, freeze, load_checkpoint, load_weights

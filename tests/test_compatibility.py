@@ -4,10 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from compatibility import Recorder, Row, check_target, table
-from original import TARGETS
+from support.compatibility import Recorder, Row, check_target, table
+from support.original import TARGETS
 
 
+@pytest.mark.reported(4)
 @pytest.mark.parametrize("target", list(TARGETS))
 def test_a_target_of_the_original_is_here(target: str) -> None:
     assert check_target(target, TARGETS[target]).failures == ()

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import CONDITION_OF, CONFIGS, ORIGINALS, TOKENIZER_OF, TinyRuns, run_main, shipped
+from support.runs import CONDITION_OF, CONFIGS, ORIGINALS, TOKENIZER_OF, TinyRuns, run_main, shipped
 
-from taming.config import load_config
-from taming.lightning_block import check_experiment
+from taming.modules.sequence.notations import TokenSequence
 from taming.modules.vqvae.quantize import VectorQuantizer2
-from taming.modules.vqvae.sequence import TokenSequence
+from taming.run.config import load_config
+from taming.run.lightning_block import check_experiment
 from taming.util import instantiate_from_config
 
 every_config = pytest.mark.parametrize("name", shipped())
@@ -26,6 +26,7 @@ def last(run: Path) -> dict[str, Any]:
     return torch.load(run / "checkpoints/last.ckpt", weights_only=True)
 
 
+@pytest.mark.reported(16, 22)
 @every_config
 def test_trains_validates_shows_pictures_and_resumes(
     name: str, tiny_runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

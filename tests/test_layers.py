@@ -10,27 +10,16 @@ ROOT = Path(__file__).resolve().parents[1]
 TAMING = ROOT / "taming"
 
 # First part of a module's path below taming -> those that it may import.
-ALLOWED = {
-    "util": set(),
-    "legacy": set(),
-    "source": set(),
-    "lr_scheduler": set(),
-    "signature": {"source"},
-    "config": {"util", "legacy", "signature", "source"},
+LEAVES = {"checkpoint", "lr_scheduler", "pictures", "util"}  # import nothing of taming
+ALLOWED: dict[str, set[str]] = {
+    **{leaf: set() for leaf in LEAVES},
     "checkpoint": {"util"},
     "modules": {"modules", "util"},
-    "models": {"models", "modules", "config", "checkpoint", "util", "lr_scheduler"},
-    "data": {"data", "config", "util"},
-    "pictures": set(),
-    "callbacks": {"config", "pictures", "util"},
-    "resume": {"config", "util"},
-    "experiment": {"config", "signature", "util"},
-    "lightning_block": {"config", "signature"},
-    "observers": {"config", "signature", "source", "experiment", "lightning_block", "util"},
-    "devices": set(),
-    "trainer": {"checkpoint", "config", "devices", "experiment", "observers", "util"},
-    "script": {"checkpoint", "config", "experiment", "models", "modules", "util"},
-    "cli": {"config", "legacy", "signature", "source", "util"},
+    "models": {"models", "modules", "checkpoint", "lr_scheduler", "util"},
+    "data": {"data", "util"},
+    "tokenizer": {"models", "checkpoint", "pictures", "util"},
+    "generator": {"models", "tokenizer", "checkpoint", "pictures", "util"},
+    "run": {"run", "models", "modules", "data", "checkpoint", "pictures", "util"},
 }
 PROGRAM_FILES = [ROOT / "main.py", *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
 PROGRAMS = {"scripts", "benchmarks", "tests", *(file.stem for file in PROGRAM_FILES)}
@@ -73,6 +62,7 @@ def test_imports_follow_the_table(module):
     assert inside <= ALLOWED[layer]
 
 
+@pytest.mark.reported(3)
 @pytest.mark.parametrize("file", sorted([*FILES, *RACE, *PROGRAM_FILES]), ids=_name)
 def test_nobody_imports_a_program(file):
     assert not {name.split(".")[0] for name in _imports(file, KNOWN)} & PROGRAMS
@@ -104,10 +94,10 @@ def test_every_folder_is_a_package():
     assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
 
 
-@pytest.mark.parametrize("name", ["config", "cli", "experiment"])
+@pytest.mark.parametrize("name", ["config", "cli", "folder"])
 def test_checking_needs_neither_torch_nor_lightning(name):
     """What runs before the configuration is checked imports nothing slow, even indirectly."""
-    reached, todo = set(), [f"taming.{name}"]
+    reached, todo = set(), [f"taming.run.{name}"]
     while todo:
         module = todo.pop()
         if module not in reached:

@@ -1,4 +1,4 @@
-"""The program from end to end, on toys."""
+"""The program from end to end, on support.models."""
 
 import logging
 import os
@@ -12,22 +12,22 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import main as program
-from taming.config import get_obj_from_str
+from taming.run.config import get_obj_from_str
 
 ROOT = Path(__file__).resolve().parents[1]
 
 CONFIG = """
 model:
   base_learning_rate: 0.01
-  target: toys.ToyModel
+  target: support.models.ToyModel
   params: {monitor: val/loss}
 data:
   target: main.DataModuleFromConfig
   params:
     batch_size: 2
     num_workers: 0
-    train: {target: toys.ToyData}
-    validation: {target: toys.ToyData}
+    train: {target: support.models.ToyData}
+    validation: {target: support.models.ToyData}
 lightning:
   callbacks: {image_logger: {params: {batch_frequency: 4}}}
   trainer: {max_epochs: 1, enable_model_summary: false, log_every_n_steps: 1}
@@ -145,11 +145,12 @@ def test_learning_rate_as_it_is(folder):
     assert rate == pytest.approx(0.01)
 
 
+@pytest.mark.reported(9)
 def test_tests_only_what_can_be_tested(folder, capsys):
-    tested = "model.target=toys.ToyTestedModel"
+    tested = "model.target=support.models.ToyTestedModel"
     program.main(["-b", "toy.yaml", *CPU, tested])
     assert "test/loss" not in capsys.readouterr().out
-    with_set = [tested, "data.params.test.target=toys.ToyData"]
+    with_set = [tested, "data.params.test.target=support.models.ToyData"]
     program.main(["-b", "toy.yaml", *CPU, *with_set])
     assert "test/loss" in capsys.readouterr().out
     program.main(["-b", "toy.yaml", "--no-test", *CPU, *with_set])
@@ -164,6 +165,7 @@ def test_wandb_gets_the_pictures_offline(folder):
     assert list(only_run().glob("wandb/offline-run-*/files/media/images/train/inputs_*.png"))
 
 
+@pytest.mark.reported(21)
 def test_two_processes_share_one_run(folder):
     argv = ["-b", "toy.yaml", "-t", "data.params.batch_size=1"]
     result = start(*argv, *CPU, "--devices", "2", "--strategy", "ddp")
@@ -188,8 +190,8 @@ def test_a_mistake_is_reported_before_torch_is_imported(folder):
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr == (
-        "error: command line: unknown key model.params.widht: toys.ToyModel takes no 'widht'; "
-        "did you mean 'width'?\n"
+        "error: command line: unknown key model.params.widht: support.models.ToyModel takes no "
+        "'widht'; did you mean 'width'?\n"
     )
 
 
@@ -247,6 +249,7 @@ def test_debug_opens_a_debugger_and_keeps_the_run_apart(folder, monkeypatch):
     assert len(seen) == 1 and only_run("logs/debug_runs").is_dir()
 
 
+@pytest.mark.reported(3)
 @pytest.mark.parametrize("name", program.__all__)
 def test_what_configurations_name_is_there(name):
     assert get_obj_from_str(f"main.{name}") is getattr(program, name)

@@ -52,6 +52,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "unpacked"
 
 
+@pytest.mark.reported(2)
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     files = [path.relative_to(wheel).as_posix() for path in wheel.rglob("*") if path.is_file()]
     assert "taming/models/vqgan.py" in files
@@ -59,6 +60,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert any(file.endswith("licenses/LICENSE") for file in files)
 
 
+@pytest.mark.reported(2)
 def test_the_wheel_is_imported_from_any_folder(wheel: Path, tmp_path: Path) -> None:
     code = "import taming.models.vqgan as module; print(module.__file__)"
     result = subprocess.run(

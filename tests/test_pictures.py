@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from taming.modules.vqvae.heatmap import depth_heat_map
+from taming.modules.vqvae.heatmap import length_heat_map
 from taming.pictures import save_picture, side_by_side, to_picture
 
 
@@ -28,7 +28,7 @@ def test_pictures_stand_side_by_side() -> None:
 
 
 def test_deeper_sites_are_brighter() -> None:
-    picture = depth_heat_map(torch.tensor([[[1, 2, 3, 4]]]), 4, (3, 12))
+    picture = length_heat_map(torch.tensor([[[1, 2, 3, 4]]]), 4, (3, 12))
     assert picture.shape == (1, 3, 3, 12)
     brightness = picture.mean(dim=(0, 1, 2))[::3]
     assert (brightness.diff() > 0).all()

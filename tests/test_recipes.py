@@ -10,13 +10,12 @@ import pytest
 import torch
 from curves import main, read
 from PIL import Image
-from programs import call, fails, pixels
-from tiny_runs import TinyRuns
+from support.runs import TinyRuns, call, fails, read_pixels
 
 from scripts.group_by_code import purity
 from scripts.quantize_colours import quantize
-from taming.experiment import model_from_run
 from taming.modules.util import Labelator
+from taming.run.folder import model_from_run
 
 GAP = 2  # pixels around every picture of a grid
 LEVELS = ("top", "bottom")
@@ -50,7 +49,7 @@ def test_colours_are_means_of_their_pixels_and_nearer_than_any_other() -> None:
 
 def test_quantized_versions_are_shown_beside_the_image(tmp_path: Path) -> None:
     call("quantize_colours", "-k", 2, 3, "--size", 20, "-o", tmp_path / "new/colours.png")
-    shown = pixels(tmp_path / "new/colours.png")
+    shown = read_pixels(tmp_path / "new/colours.png")
     assert shown.shape == (20 + 2 * GAP, 3 * (30 + GAP) + GAP, 3)
     for number, colours in ((1, 2), (2, 3)):
         left = GAP + number * (30 + GAP)
@@ -73,7 +72,7 @@ def test_impossible_colours_are_refused(capsys: pytest.CaptureFixture[str], tmp_
 def test_images_are_grouped_by_their_code(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     run, out = tiny_runs.of("vqvae_single_code.yaml"), tmp_path / "groups.png"
     call("group_by_code", "-r", run, "-n", 12, "--rows", 2, "--columns", 12, "-o", out)
-    shown = pixels(out)
+    shown = read_pixels(out)
     assert shown.shape[1] == 13 * (32 + GAP) + GAP
     first = shown[GAP : GAP + 32, GAP + 32 + GAP : GAP + 2 * (32 + GAP) - GAP]
     data = [
@@ -106,7 +105,7 @@ def test_every_level_is_evaluated(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     output = tmp_path / "evaluation.json"
     call("evaluate", "-r", tiny_runs.of("vqvae2_cifar10.yaml"), "-o", output)
     numbers = json.loads(output.read_text())
-    assert (numbers["val/top_slots_per_image"], numbers["val/bottom_slots_per_image"]) == (4, 16)
+    assert (numbers["val/top_codes_per_image"], numbers["val/bottom_codes_per_image"]) == (4, 16)
     assert sum(numbers["histograms"]["val/bottom_codes"]) == 16 * 12
 
 
@@ -123,8 +122,12 @@ def test_every_level_is_counted_in_a_reconstruction(
     assert {path.name for path in out.iterdir()} == {
         *("image.png", "image_compare.png", "reconstructions.json")
     }
-    assert pixels(out / "image.png").shape == (16, 16, 3)  # whole sites of the top level
-    assert pixels(out / "image_compare.png").shape == (20, 3 * 18 + 2, 3)  # what the top says too
+    assert read_pixels(out / "image.png").shape == (16, 16, 3)  # whole sites of the top level
+    assert read_pixels(out / "image_compare.png").shape == (
+        20,
+        3 * 18 + 2,
+        3,
+    )  # what the top says too
     (values,) = json.loads((out / "reconstructions.json").read_text()).values()
     assert values["sites"] == values["tokens"] == values["sequence_length"] == 4 + 16
     assert values["bits"] == pytest.approx(20 * math.log2(8))
@@ -140,7 +143,7 @@ def test_images_are_drawn_level_by_level(tiny_runs: TinyRuns, tmp_path: Path) ->
         call("sample_hierarchy", "-r", *runs, "-n", 3, "--batch_size", batch, "-s", seed, "-o", out)
         names = sorted(path.name for path in out.iterdir())
         assert names == ["000000.png", "000001.png", "000002.png", "grid.png"]
-        drawn[folder] = np.stack([pixels(out / name) for name in names[:3]]).astype(int)
+        drawn[folder] = np.stack([read_pixels(out / name) for name in names[:3]]).astype(int)
         assert drawn[folder].shape == (3, 16, 16, 3)
     # Other batches, other last digits; but the same codes.
     np.testing.assert_allclose(drawn["first"], drawn["again"], atol=1)
@@ -197,4 +200,4 @@ def test_a_figure_of_runs(tiny_runs: TinyRuns, tmp_path: Path, monkeypatch) -> N
     runs = [tiny_runs.of(name) for name in ("vqvae_cifar10.yaml", "vqvae_mnist.yaml")]
     monkeypatch.setattr("sys.argv", ["curves", "val/psnr", *map(str, runs), "-o", "new/a.png"])
     main()
-    assert pixels(tmp_path / "new/a.png").shape == (270, 450, 4)
+    assert read_pixels(tmp_path / "new/a.png").shape == (270, 450, 4)

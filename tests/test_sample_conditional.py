@@ -15,11 +15,10 @@ from urllib.parse import urlencode
 import numpy as np
 import pytest
 import torch
-from browser import chromium
 from models.test_cond_transformer import prior
 from PIL import Image
-from programs import call, fails
-from tiny_runs import TinyRuns
+from support.browser import chromium
+from support.runs import TinyRuns, call, fails
 
 from scripts.sample_conditional import Studio, Wish
 

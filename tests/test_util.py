@@ -105,6 +105,7 @@ def test_download_copies_the_file(tmp_path, address, over):
     assert list(target.parent.iterdir()) == [target]
 
 
+@pytest.mark.reported(25)
 @pytest.mark.parametrize("name", ["absent.bin", None])
 def test_failed_download_says_what_to_fetch_and_where_to_put_it(tmp_path, address, name):
     url = f"{address}/{name}" if name else (tmp_path / "nowhere").as_uri()

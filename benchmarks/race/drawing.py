@@ -14,18 +14,18 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
 
 from taming.models.sampling import (
-    Drawing,
+    SamplingParams,
     decode_codes,
     empty_codes,
     encode_codes,
     paste,
     sample_images,
-    seen_whole,
     trained_grid,
     upper_part,
+    whole_condition,
     write_codes,
 )
-from taming.modules.transformer.sampling import generators_of
+from taming.modules.transformer.generate import generators_of
 
 
 def draw(model: Any, amount: int, guidance: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -33,8 +33,8 @@ def draw(model: Any, amount: int, guidance: float = 1.0) -> Iterator[tuple[Tenso
     for part in tqdm(torch.arange(amount).split(100), desc="samples", leave=False):
         labels = (part % 10).to(model.device)
         codes = empty_codes(model, len(part), trained_grid(model))
-        drawing = Drawing(guidance=guidance, generators=generators_of(0, part.tolist()))
-        images = sample_images(model, seen_whole(labels[:, None]), codes, drawing)
+        drawing = SamplingParams(guidance=guidance, generators=generators_of(0, part.tolist()))
+        images = sample_images(model, whole_condition(labels[:, None]), codes, drawing)
         assert images.isfinite().all()
         yield images, labels
 
@@ -42,8 +42,8 @@ def draw(model: Any, amount: int, guidance: float = 1.0) -> Iterator[tuple[Tenso
 def complete_codes(model: Any, given: Tensor, labels: Tensor, known: Tensor) -> Tensor:
     """Draw codes (B, h, w, T) of classes (B,), of which those at known sites (h, w) are given."""
     codes = given.masked_fill(~known[..., None], -1)
-    drawing = Drawing(generators=generators_of(0, range(len(codes))))
-    for _ in write_codes(model, seen_whole(labels[:, None]), codes, drawing, known):
+    drawing = SamplingParams(generators=generators_of(0, range(len(codes))))
+    for _ in write_codes(model, whole_condition(labels[:, None]), codes, drawing, known):
         pass
     return codes
 

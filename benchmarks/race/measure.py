@@ -15,11 +15,11 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 
 from race.peers import ResidualVQ
 from taming.models.vqgan import VQModel
+from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.vqvae.base import Quantizer
-from taming.modules.vqvae.grammar import TokenSequence
 from taming.modules.vqvae.loop import Path
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
-from taming.modules.vqvae.rate import turns_within
+from taming.modules.vqvae.rate import lengths_within
 
 Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -130,7 +130,7 @@ def shuffled_lengths(threshold: Tensor) -> Callable[[Path, int], Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def lengths(path: Path, images: int) -> Tensor:
-        own = turns_within(path.distances, threshold.expand(len(path.distances)))
+        own = lengths_within(path.distances, threshold.expand(len(path.distances)))
         own = own.reshape(images, -1)
         order = torch.rand(own.shape, generator=generator).argsort(dim=1).to(own.device)
         return own.gather(1, order).flatten()
@@ -157,7 +157,7 @@ def threshold_for_mean(model: VQModel, images: Iterable[Tensor], length: float) 
     low, high = 1e-6 * distances.max(), distances.max()
     for _ in range(40):
         middle = (low * high).sqrt()
-        if turns_within(distances, middle.expand(len(distances))).float().mean() > length:
+        if lengths_within(distances, middle.expand(len(distances))).float().mean() > length:
             low = middle
         else:
             high = middle

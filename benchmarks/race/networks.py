@@ -18,7 +18,7 @@ from race.training import schedule
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.pixelcnn import PixelCNNPrior
 from taming.models.vqgan import VQModel
-from taming.modules.vqvae.sequence import TokenSequence, UnarySequence
+from taming.modules.sequence.notations import TokenSequence, UnarySequence
 
 TRANSFORMER = "taming.modules.transformer"
 HIDDEN = 0.1  # share of the classes that transformers do not see in training, for guidance
@@ -49,7 +49,7 @@ def build_prior(name: str, sizes: Sizes, tokenizer: VQModel, steps: int) -> pl.L
     assert isinstance(own, UnarySequence)
     params = {"n_e": own.n_e, "max_loops": own.max_loops, "dummies": own.dummies}
     kind = "RunLengthSequence" if name == "run-length" else "UnarySequence"
-    target = f"taming.modules.vqvae.sequence.{kind}"
+    target = f"taming.modules.sequence.notations.{kind}"
     sequence = UnarySequence(**params)
     depth = sequence.site_tokens + (name == "run-length")  # its count token
     side = tokenizer.encoder.resolution // tokenizer.encoder.factor

@@ -12,6 +12,7 @@ import vector_quantize_pytorch as vqp
 from einops import rearrange
 from torch import Tensor
 
+from taming.modules.sequence.notations import RasterSequence, UnarySequence
 from taming.modules.vqvae.base import (
     Quantizer,
     QuantizerInfo,
@@ -20,7 +21,6 @@ from taming.modules.vqvae.base import (
     code_perplexity,
     straight_through,
 )
-from taming.modules.vqvae.sequence import RasterSequence, UnarySequence
 
 # With its defaults (decay 0.8, rotation trick, dead codes kept) it does worse by 1 dB and more.
 OPTIONS = {

@@ -16,11 +16,11 @@ from race.contenders import Contender, contenders
 from race.peers import ResidualVQ
 from race.plans import Plan
 from taming.models.cond_transformer import Net2NetTransformer
-from taming.models.stages import Prior
+from taming.models.prior import Prior
 from taming.models.vqgan import VQModel
-from taming.modules.vqvae.cascade import Cascade
+from taming.modules.vqvae.loop import Cascade
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
-from taming.trainer import quiet_lightning
+from taming.run.trainer import quiet_lightning
 from taming.util import instantiate_from_config
 
 logger = logging.getLogger("taming.benchmark")
@@ -185,7 +185,7 @@ def bits_per_image(model: Prior, data: DataLoader) -> float:
     total, images = 0.0, 0
     for batch in data:
         batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        nats, _ = model.likelihood(model.see(batch))
+        nats, _ = model.likelihood(model.tokenize_batch(batch))
         total, images = total + float(nats.sum()), images + len(nats)
     return total / images / math.log(2)
 

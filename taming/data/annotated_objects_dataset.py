@@ -17,7 +17,7 @@ from taming.data.conditional_builder.objects_center_points import (
 )
 from taming.data.crops import Crop, RandomSquare, SquareCrop, Stretch
 from taming.data.helper_types import Annotation, Category, CropMethodType
-from taming.data.preprocessing import decode_image, naming, to_unit_range
+from taming.data.preprocessing import decode_image, error_context, to_unit_range
 from taming.util import get_obj_from_str
 
 logger = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ class AnnotatedObjectsDataset(Dataset[dict[str, Any]]):
         return {key: item[key] for key in self.keys}
 
     def _picture(self, path: Path) -> dict[str, Any]:
-        with naming(f"image {path}"):
+        with error_context(f"image {path}"):
             picture = decode_image(path, upright=False)
         view = self.crop.draw(*picture.shape[-2:])
         return {

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from taming.data.crops import SquareCrop
-from taming.data.preprocessing import decode_image, naming, to_unit_range
+from taming.data.preprocessing import decode_image, error_context, to_unit_range
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class PicturePaths(Dataset[dict[str, Any]], ABC):
 
     def _item(self, position: int) -> dict[str, Any]:
         path = self.labels["file_path_"][position]
-        with naming(f"image {path}"):
+        with error_context(f"image {path}"):
             picture = self.read(path)
             view = self.crop.draw(*picture.shape[-2:])
         image = to_unit_range(view.apply(picture, antialias=self.antialias))

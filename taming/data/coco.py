@@ -24,7 +24,7 @@ from taming.data.crops import Crop, SquareCrop, Stretch
 from taming.data.preprocessing import (
     decode_image,
     decode_mask,
-    naming,
+    error_context,
     one_hot,
     read_pair,
     to_unit_range,
@@ -123,7 +123,7 @@ class CocoBase(Dataset[dict[str, Any]]):
         image, segmentation = read_pair(image_path, map_path, self.decode_map)
         view = self.crop.draw(*image.shape[-2:])
         captions = self.captions[image_id]
-        with naming(f"map {map_path}"):
+        with error_context(f"map {map_path}"):
             segmentation = self.encode_map(view.apply(segmentation, InterpolationMode.NEAREST))
         return {
             "image": to_unit_range(view.apply(image)),

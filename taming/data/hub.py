@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from taming.data.crops import SquareCrop
-from taming.data.preprocessing import decode_image, naming, to_unit_range
+from taming.data.preprocessing import decode_image, error_context, to_unit_range
 from taming.data.roots import cache_folder, data_root
 
 CIFAR10_CLASSES = (
@@ -98,7 +98,7 @@ class ParquetRows:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int | None]:
         row = self.table.slice(index, 1)
-        with naming(f"{self.path}, row {index}"):
+        with error_context(f"{self.path}, row {index}"):
             image = decode_image(io.BytesIO(row[self.image_column][0]["bytes"].as_py()))
         return image, None if self.label_column is None else row[self.label_column][0].as_py()
 

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import InterpolationMode
 
 from taming.data.crops import SquareCrop
 from taming.data.imagenet_base import ImageNetBase, ImageNetTrain, ImageNetValidation
-from taming.data.preprocessing import interpolation_mode, naming, resize, to_unit_range
+from taming.data.preprocessing import error_context, interpolation_mode, resize, to_unit_range
 
 
 def shrink(picture: Tensor, factor: int) -> Tensor:
@@ -80,7 +80,7 @@ class ImageNetWithDegraded(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.base.data.labels_of(index)
-        with naming(f"image {item['file_path_']}"):
+        with error_context(f"image {item['file_path_']}"):
             picture = shrink(self.base.data.read(item["file_path_"]), self.hr_factor)
         view = self.crop.draw(*picture.shape[-2:])
         if self.degrade is not None:

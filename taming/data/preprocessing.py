@@ -47,7 +47,7 @@ def interpolation_mode(name: str) -> InterpolationMode:
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
+def error_context(what: str) -> Iterator[None]:
     """Turn a ValueError into a `DataError` that names what is being read."""
     try:
         yield
@@ -149,9 +149,9 @@ def read_pair(image: str, other: str, decode: Callable[[str], Tensor]) -> tuple[
     Raises:
         DataError: One of them cannot be decoded, or they have other shapes; names the file.
     """
-    with naming(f"image {image}"):
+    with error_context(f"image {image}"):
         picture = decode_image(image, upright=False)
-    with naming(f"map {other}"):
+    with error_context(f"map {other}"):
         drawn = decode(other)
     (height, width), (rows, columns) = picture.shape[-2:], drawn.shape[-2:]
     # A map may be smaller or larger, with sides that are rounded by less than a pixel.

@@ -16,8 +16,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from taming.data.crops import Crop, SquareCrop
 from taming.data.preprocessing import (
     decode_mask,
+    error_context,
     interpolation_mode,
-    naming,
     one_hot,
     read_pair,
     to_unit_range,
@@ -62,7 +62,7 @@ class SegmentationPaths(Dataset[dict[str, Any]]):
             mask = mask + 1  # uint8: 255 wraps round to 0
         view = self.crop.draw(*image.shape[-2:])
         item["image"] = to_unit_range(view.apply(image, self.interpolation))
-        with naming(f"map {item['segmentation_path_']}"):
+        with error_context(f"map {item['segmentation_path_']}"):
             mask = view.apply(mask, InterpolationMode.NEAREST)
             item["segmentation"] = one_hot(mask, self.n_labels)
         return item

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from taming.models.optimizer import scheduled
+from taming.lr_scheduler import scheduled
 from taming.modules.losses.base import AutoencoderLoss
 from taming.modules.util import first_non_finite
 from taming.modules.vqvae.base import Quantizer, QuantizerOutput

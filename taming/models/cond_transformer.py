@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taming.checkpoint import load_weights
-from taming.models.cached_tokens import is_cached
 from taming.models.fit import (
     check_condition,
     check_depths,
@@ -22,16 +21,15 @@ from taming.models.fit import (
     check_lengths,
     check_tokens,
 )
-from taming.models.optimizer import decayed_adamw
-from taming.models.stages import Grid, Prior, Seen
-from taming.modules.transformer.gpt import GPT
-from taming.modules.transformer.permuter import Identity, Permuter
-from taming.modules.transformer.sampling import (
-    Drawing,
+from taming.models.prior import Grid, Prior, TokenizedBatch, decayed_adamw, is_cached
+from taming.modules.transformer.generate import (
+    SamplingParams,
     filter_logits,
     grammatical,
     sample_tokens,
 )
+from taming.modules.transformer.gpt import GPT
+from taming.modules.transformer.permuter import Identity, Permuter
 from taming.modules.transformer.two_level import TwoLevelGPT
 from taming.modules.util import Labelator, SOSProvider
 from taming.util import instantiate_from_config
@@ -172,7 +170,7 @@ class Net2NetTransformer(Prior):
             logits = grammatical(logits, self.sequence.allowed(states)[present])
         return logits
 
-    def likelihood(self, seen: Seen) -> tuple[Tensor, Tensor]:
+    def likelihood(self, seen: TokenizedBatch) -> tuple[Tensor, Tensor]:
         """See `Prior.likelihood`."""
         nats = self.nll(seen.tokens, seen.condition, seen.grid)
         return nats, (seen.tokens >= 0).sum(dim=1)
@@ -255,7 +253,7 @@ class Net2NetTransformer(Prior):
             if steps is None or self.sequence.restricted or self.transformer.uses_sites:
                 raise ValueError("sample needs the grid (h, w) of the image to be written")
             grid = (1, x.shape[1] + steps)
-        drawing = Drawing(temperature, top_k, top_p, greedy=not sample)
+        drawing = SamplingParams(temperature, top_k, top_p, greedy=not sample)
         return sample_tokens(
             self.transformer, c, self.sequence, grid, drawing, x, steps=steps, callback=callback
         )
@@ -274,7 +272,7 @@ class Net2NetTransformer(Prior):
             Name -> (B, 3, H, W) in [-1, 1], for at most 4 images.
         """
         batch = {k: v[:4].to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        seen = self.see(batch)
+        seen = self.tokenize_batch(batch)
         zshape = (len(seen.codes), self.first_stage_model.quantize.e_dim, *seen.grid)
         half = self.first_sites(seen.tokens, seen.grid[0] * seen.grid[1] // 2)
         nothing = seen.tokens[:, :0]

@@ -7,11 +7,11 @@ from typing import Any
 from taming.models.vqgan import VQModel
 from taming.models.vqvae2 import Level
 from taming.modules.misc.coord import CoordStage
+from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.transformer.blocks import GPTConfig
 from taming.modules.transformer.gpt import GPT
 from taming.modules.transformer.two_level import TwoLevelGPT
 from taming.modules.util import Labelator, SOSProvider
-from taming.modules.vqvae.grammar import TokenSequence
 
 
 def condition_tokens(stage: Any) -> int:

@@ -17,18 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taming.models.cached_tokens import is_cached
 from taming.models.cond_transformer import Net2NetTransformer
+from taming.models.prior import TokenizedBatch, is_cached
 from taming.models.sampling import (
     Prior,
     empty_codes,
-    seen_whole,
     trained_grid,
+    whole_condition,
     write_codes,
 )
-from taming.models.stages import Seen
 from taming.models.vqvae2 import Level
-from taming.modules.transformer.sampling import Drawing
+from taming.modules.transformer.generate import SamplingParams
 from taming.modules.util import Labelator, SOSProvider
 from taming.util import DataError
 
@@ -83,7 +82,7 @@ class LowerLevelPrior(Net2NetTransformer):
             )
 
     @torch.no_grad()
-    def see(self, batch: Mapping[str, Any]) -> Seen:
+    def tokenize_batch(self, batch: Mapping[str, Any]) -> TokenizedBatch:
         """See `Prior.see`; here, one pass of the tokenizer gives the condition too."""
         if is_cached(batch):
             raise DataError("a token cache holds one level; train this prior from images")
@@ -91,7 +90,9 @@ class LowerLevelPrior(Net2NetTransformer):
         with torch.autocast(x.device.type, enabled=False):
             *above, codes = self.first_stage_model.codes_of(x)
         condition = self.first_stage_model.condition_of(above)
-        return Seen(codes, self.write_tokens(codes), x, *condition, x.shape[2] * x.shape[3])
+        return TokenizedBatch(
+            codes, self.write_tokens(codes), x, *condition, x.shape[2] * x.shape[3]
+        )
 
     @torch.no_grad()
     def encode_to_c(self, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +109,7 @@ class LowerLevelPrior(Net2NetTransformer):
 
 
 def sample_levels(
-    priors: Sequence[Prior], condition: Tensor, drawing: Drawing
+    priors: Sequence[Prior], condition: Tensor, drawing: SamplingParams
 ) -> tuple[Tensor, ...]:
     """Draw codes from the priors of all levels, each given what was drawn before.
 
@@ -136,7 +137,7 @@ def sample_levels(
             condition = level.condition_tokens(drawn)
         codes = empty_codes(prior, len(condition), trained_grid(prior))
         own = drawing if can_be_guided(prior) else drawing._replace(guidance=1.0)
-        for _ in write_codes(prior, seen_whole(condition), codes, own):
+        for _ in write_codes(prior, whole_condition(condition), codes, own):
             pass
         drawn.append(codes)
     return tuple(drawn)

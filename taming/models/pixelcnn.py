@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from taming.checkpoint import load_weights
-from taming.models.cached_tokens import is_cached
-from taming.models.optimizer import decayed_adamw
+from taming.models.prior import Prior, TokenizedBatch, decayed_adamw, is_cached
 from taming.models.sampling import (
     Condition,
     Window,
@@ -23,12 +22,11 @@ from taming.models.sampling import (
     sites_to_write,
     write_codes,
 )
-from taming.models.stages import Prior, Seen
 from taming.modules.pixelcnn.model import PixelCNN
 from taming.modules.pixelcnn.site import SiteSymbols
-from taming.modules.transformer.sampling import Drawing, draw
+from taming.modules.sequence.notations import RunLengthSequence, TokenSequence
+from taming.modules.transformer.generate import SamplingParams, draw
 from taming.modules.util import Labelator
-from taming.modules.vqvae.sequence import RunLengthSequence, TokenSequence
 from taming.util import instantiate_from_config
 
 
@@ -130,7 +128,7 @@ class PixelCNNPrior(Prior):
         _, lengths = self.first_stage_model.quantize.sequence.encode(codes)
         return self.pixelcnn.nll(codes, condition[:, 0]), lengths
 
-    def likelihood(self, seen: Seen) -> tuple[Tensor, Tensor]:
+    def likelihood(self, seen: TokenizedBatch) -> tuple[Tensor, Tensor]:
         """See `Prior.likelihood`."""
         return self.nll(seen.codes, seen.condition)
 
@@ -145,7 +143,7 @@ class PixelCNNPrior(Prior):
         self,
         codes: Tensor,
         condition: Tensor,
-        drawing: Drawing,
+        drawing: SamplingParams,
         known: int | Tensor = 0,
         callback: Callable[[], None] | None = None,
     ) -> Iterator[int]:
@@ -186,10 +184,10 @@ class PixelCNNPrior(Prior):
             Name -> (B, 3, H, W) in [-1, 1], for at most 4 images.
         """
         batch = {k: v[:4].to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        seen = self.see(batch)
+        seen = self.tokenize_batch(batch)
 
         def drawn(known: int, greedy: bool = False) -> Tensor:
-            table, drawing = seen.codes.clone(), Drawing(temperature, top_k, greedy=greedy)
+            table, drawing = seen.codes.clone(), SamplingParams(temperature, top_k, greedy=greedy)
             for _ in self.write(table, seen.condition, drawing, known):
                 pass
             return decode_codes(self, table)
@@ -210,7 +208,7 @@ def _(
     model: PixelCNNPrior,
     condition: Condition,
     codes: Tensor,
-    drawing: Drawing,
+    drawing: SamplingParams,
     known: int | Tensor = 0,
     longest: int | None = None,
     callback: Callable[[int], None] | None = None,

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.fit import check_lengths
-from taming.models.stages import Grid, Prior
+from taming.models.prior import Grid, Prior
+from taming.modules.transformer.generate import SamplingParams, sample_tokens
 from taming.modules.transformer.permuter import Identity
-from taming.modules.transformer.sampling import Drawing, sample_tokens
 
 
 class Window(NamedTuple):
@@ -76,7 +76,7 @@ def window_around(row: int, column: int, grid: Grid, size: Grid) -> Window:
     return Window(top, left, height, width)
 
 
-def seen_whole(tokens: Tensor) -> Condition:
+def whole_condition(tokens: Tensor) -> Condition:
     """Return a condition of which every window sees all tokens (B, L), such as a class."""
     return lambda window: tokens
 
@@ -106,7 +106,7 @@ def condition_windows(model: Net2NetTransformer, c: Tensor, grid: Grid) -> Condi
             f"the condition's grid {tuple(quant_c.shape[2:])} is not the image's {grid}, so a "
             "window cannot show the same part of both"
         )
-    return seen_whole(tokens)
+    return whole_condition(tokens)
 
 
 def upper_part(share: float, grid: Grid) -> Tensor:
@@ -167,7 +167,7 @@ def write_codes(
     model: Net2NetTransformer,
     condition: Condition,
     codes: Tensor,
-    drawing: Drawing,
+    drawing: SamplingParams,
     known: int | Tensor = 0,
     longest: int | None = None,
     callback: Callable[[int], None] | None = None,
@@ -268,7 +268,7 @@ def sample_images(
     model: Prior,
     condition: Condition,
     codes: Tensor,
-    drawing: Drawing,
+    drawing: SamplingParams,
     known: int | Tensor = 0,
 ) -> Tensor:
     """Draw images with a progress bar that counts tokens; see `write_codes`.

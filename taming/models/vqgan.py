@@ -15,13 +15,12 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from taming.checkpoint import load_weights
 from taming.models.autoencoder import QuantizedAutoencoder
-from taming.models.batches import tensor_of
 from taming.modules.diffusionmodules.model import Decoder, Encoder
-from taming.modules.util import start_orthogonal
+from taming.modules.util import start_orthogonal, tensor_of
 from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
-from taming.modules.vqvae.heatmap import depth_heat_map
+from taming.modules.vqvae.heatmap import length_heat_map
 from taming.modules.vqvae.quantize import GumbelQuantize, LoopyVectorQuantizer, VectorQuantizer2
-from taming.modules.vqvae.rate import fewest_tokens, turns_within
+from taming.modules.vqvae.rate import fewest_codes, lengths_within
 from taming.util import instantiate_from_config
 
 # Arguments of VQModel that go to the default quantizer.
@@ -204,7 +203,7 @@ class VQModel(QuantizedAutoencoder):
 
         def quality(tokens: Tensor) -> Tensor:
             tau = quantizer.thresholds(path, tokens)
-            codes = path.end_at(turns_within(path.distances, tau))
+            codes = path.end_at(lengths_within(path.distances, tau))
             x_rec = self.decode_code(codes.view(len(x), *z.shape[2:], -1))
             x_rec = self.as_input(x_rec).clamp(low, high)
             return peak_signal_noise_ratio(
@@ -212,7 +211,7 @@ class VQModel(QuantizedAutoencoder):
             )
 
         target = target_psnr.to(x).expand(len(x))
-        return fewest_tokens(quality, target, z[0, 0].numel(), quantizer.max_loops)
+        return fewest_codes(quality, target, z[0, 0].numel(), quantizer.max_loops)
 
     def decode(self, quant: Tensor) -> Tensor:
         """Decode z_q (B, D, h, w) to images (B, C, H, W), about in [-1, 1]."""
@@ -291,7 +290,7 @@ class VQModel(QuantizedAutoencoder):
         trace, turns = quantized.info.encodings, self.quantize.sequence.max_loops
         if not isinstance(trace, LoopTrace) or turns == 1:
             return {}
-        return {"depths": depth_heat_map(trace.lengths, turns, size)}
+        return {"depths": length_heat_map(trace.lengths, turns, size)}
 
     def to_rgb(self, x: Tensor) -> Tensor:
         """Colour images (B, C, H, W) of other than 3 channels by a fixed random projection.

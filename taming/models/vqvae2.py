@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from taming.models.vqgan import VQModel
 from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerInfo, QuantizerOutput
-from taming.modules.vqvae.heatmap import depth_heat_map
+from taming.modules.vqvae.heatmap import length_heat_map
 from taming.modules.vqvae.hierarchy import Hierarchy, HierarchyOutput, pile
 from taming.util import instantiate_from_config
 
@@ -97,7 +97,7 @@ class VQVAE2(VQModel):
                 pictures[f"{name}_only"] = shown if shown.shape[1] == 3 else self.to_rgb(shown)
             trace, turns = level.quantized.info.encodings, codes[number].shape[-1]
             if isinstance(trace, LoopTrace) and turns > 1:
-                pictures[f"{name}_depths"] = depth_heat_map(trace.lengths, turns, size)
+                pictures[f"{name}_depths"] = length_heat_map(trace.lengths, turns, size)
         return pictures
 
 
@@ -115,7 +115,7 @@ class Level(nn.Module):
 
     Args:
         model_config: ``{target, params}`` of the `VQVAE2`, such as
-            ``taming.experiment.model_from_run`` with the ``run``.
+            ``taming.run.folder.model_from_run`` with the ``run``.
         level: Name of the level.
 
     Attributes:

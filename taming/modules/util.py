@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taming.modules.vqvae.distributed import rows_of_all_ranks
+from taming.modules.distributed import rows_of_all_ranks
+from taming.util import DataError
 
 
 def count_params(module: nn.Module) -> int:
@@ -174,3 +175,20 @@ class SOSProvider(AbstractEncoder):
         """Map any batch (B, ...) to tokens (B, 1) int64, all the start token."""
         tokens = torch.full((c.shape[0], 1), self.sos_token, device=c.device)
         return (tokens, None, (None, None, tokens)) if self.quantize_interface else tokens
+
+
+def tensor_of(batch: Mapping[str, Any], key: str, parameter: str) -> Tensor:
+    """Take a tensor out of a batch.
+
+    Args:
+        batch: Name -> value.
+        key: Name.
+        parameter: What named it, for the message.
+
+    Raises:
+        DataError: The batch has no such tensor.
+    """
+    if not isinstance(value := batch.get(key), Tensor):
+        found = f"is a {type(value).__name__}, no tensor" if key in batch else "is missing"
+        raise DataError(f"{key!r}, {parameter}, {found} in the batch, which has {', '.join(batch)}")
+    return value

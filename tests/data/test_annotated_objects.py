@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from miniatures import write_coco_objects, write_image
 from PIL import Image
+from support.data import write_coco_objects, write_image
 
 from taming.data.annotated_objects_coco import AnnotatedObjectsCoco
 from taming.data.annotated_objects_dataset import build_crop

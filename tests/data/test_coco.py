@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from miniatures import write_coco
 from PIL import Image
+from support.data import write_coco
 
 from taming.data.coco import CocoImagesAndCaptionsTrain, CocoImagesAndCaptionsValidation
 

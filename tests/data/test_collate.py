@@ -33,11 +33,13 @@ def same(a, b):
     return a == b
 
 
+@pytest.mark.reported(1)
 def test_what_torch_can_stack_is_stacked_as_torch_does():
     assert same(custom_collate(ITEMS), default_collate(ITEMS))
     assert torch.equal(custom_collate([torch.zeros(2), torch.ones(2)])[1], torch.ones(2))
 
 
+@pytest.mark.reported(1)
 @pytest.mark.parametrize("counts", [(1, 3), (0, 2), (2, 0)])
 def test_annotations_stay_lists(counts):
     one = Annotation(area=1, image_id="1", bbox=(0, 0, 1, 1), category_no=0, category_id="0")

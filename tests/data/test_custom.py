@@ -159,6 +159,7 @@ def test_senseless_splits_are_refused(tmp_path):
         ImageFolder(str(tmp_path), split="validation", validation_fraction=1e-9)
 
 
+@pytest.mark.reported(24)
 @pytest.mark.parametrize("option", [{"random_crop": True}, {"random_flip": True}])
 def test_training_images_can_be_augmented(tmp_path, option):
     pixels = np.random.default_rng(0).integers(0, 256, (10, 14, 3), dtype=np.uint8)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from miniatures import write_faces
+from support.data import write_faces
 
 from taming.data import faceshq
 from taming.data.base import ImagePaths

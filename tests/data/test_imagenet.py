@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from miniatures import write_imagenet
+from support.data import write_imagenet
 
 import taming.data
 from taming.data import imagenet_base

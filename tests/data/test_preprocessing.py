@@ -16,8 +16,8 @@ from taming.data.preprocessing import (
     decode_depth,
     decode_image,
     decode_mask,
+    error_context,
     interpolation_mode,
-    naming,
     one_hot,
     read_pair,
     to_unit_range,
@@ -118,7 +118,7 @@ def test_errors_name_which_of_two_files_is_wrong(tmp_path):
         read_pair(image, mask, decode_mask)
     with pytest.raises(ValueError, match="image .*b.png: cannot be decoded"):
         read_pair(mask, image, decode_mask)
-    with pytest.raises(ValueError, match="^this: that$"), naming("this"):
+    with pytest.raises(ValueError, match="^this: that$"), error_context("this"):
         raise ValueError("that")
 
 

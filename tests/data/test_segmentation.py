@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from miniatures import write_ade20k, write_image, write_mask
 from PIL import Image
+from support.data import write_ade20k, write_image, write_mask
 
 from taming.data import ade20k, coco, sflckr
 from taming.data.preprocessing import decode_mask

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from golden import load_golden
-from tiny import DDCONFIG, GPT, LOOPY, PLAIN, images, trainer
+from support.models import DDCONFIG, GPT, LOOPY, PLAIN, images, trainer
+from support.original import load_golden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
 from taming.data.utils import custom_collate
-from taming.models.cached_tokens import fingerprint
 from taming.models.cond_transformer import Net2NetTransformer
+from taming.models.prior import fingerprint
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.util import NonFiniteError
 
@@ -184,7 +184,7 @@ def test_bits_are_logged_per_token_image_and_pixel(
     data = DataLoader([{"image": image} for image in x], batch_size=3)  # three and two
     (logged,) = fit.validate(model, data, verbose=False)
     with torch.no_grad():
-        seen = [model.see(batch) for batch in data]
+        seen = [model.tokenize_batch(batch) for batch in data]
         nats = torch.cat([model.nll(s.tokens, s.condition, s.grid) for s in seen])
         tokens = sum(int((s.tokens >= 0).sum()) for s in seen)
     bits = float(nats.sum()) / math.log(2)
@@ -224,10 +224,10 @@ def test_losses_from_cached_tokens_are_those_from_images(kind: str, tmp_path) ->
 
     batch = next(iter(cached))
     with pytest.raises(ValueError, match=r"another tokenizer \(fingerprint .* scripts/encode.py"):
-        prior(kind).see(batch)
+        prior(kind).tokenize_batch(batch)
     model.cond_stage_key = "depth"
     with pytest.raises(ValueError, match="the token cache has no 'depth'.* only tokens, grid"):
-        model.see(batch)
+        model.tokenize_batch(batch)
 
 
 @every_tokenizer
@@ -293,7 +293,7 @@ def test_what_the_data_do_not_hold_is_named() -> None:
     ):
         model = prior(cond_stage_config=labels, cond_stage_key=key)
         with pytest.raises(ValueError, match=message):
-            model.see(batch)
+            model.tokenize_batch(batch)
     with pytest.raises(ValueError, match="pkeep is a probability, at most 1, got 90"):
         prior(pkeep=90)
 

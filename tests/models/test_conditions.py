@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import DDCONFIG, GPT, PLAIN, trainer
+from support.models import DDCONFIG, GPT, PLAIN, trainer
 from torch.utils.data import DataLoader
 
 from taming.models.cond_transformer import Net2NetTransformer
@@ -105,6 +105,7 @@ def prior(key: str, **kwargs: Any) -> Net2NetTransformer:
     return Net2NetTransformer(GPT, tokenizer(), CONDITIONS[key][0], cond_stage_key=key, **kwargs)
 
 
+@pytest.mark.reported(23)
 @every_condition
 def test_trains_samples_and_shows(key: str, tmp_path) -> None:
     model, fit = prior(key), trainer(tmp_path)

@@ -36,7 +36,7 @@ ITSELF = {"cond_stage_config": "__is_first_stage__", "cond_stage_key": "image"}
         (
             {
                 "sequence_config": {
-                    "target": "taming.modules.vqvae.sequence.UnarySequence",
+                    "target": "taming.modules.sequence.notations.UnarySequence",
                     "params": {"n_e": 16, "max_loops": 5, "dummies": False},
                 }
             },
@@ -45,7 +45,7 @@ ITSELF = {"cond_stage_config": "__is_first_stage__", "cond_stage_key": "image"}
         (
             {
                 "sequence_config": {
-                    "target": "taming.modules.vqvae.sequence.RunLengthSequence",
+                    "target": "taming.modules.sequence.notations.RunLengthSequence",
                     "params": {"n_e": 16, "max_loops": 3, "dummies": True},
                 }
             },

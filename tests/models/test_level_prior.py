@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 import torch
 from models.test_vqvae2 import NAMES, every_pair, level_config, pictures, spread_codes
-from tiny import GPT, images, trainer
+from support.models import GPT, images, trainer
 
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.level_prior import LowerLevelPrior, check_priors, sample_levels
 from taming.models.pixelcnn import PixelCNNPrior
 from taming.models.sampling import decode_codes, encode_codes, trained_grid
 from taming.models.vqvae2 import Level
-from taming.modules.transformer.sampling import Drawing
+from taming.modules.transformer.generate import SamplingParams
 
 START = torch.zeros(3, 1, dtype=torch.int64)
 CLASSES = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}}
@@ -77,10 +77,12 @@ def test_a_lower_levels_prior_learns_given_what_stands_above(
 @every_pair
 def test_one_pass_of_the_tokenizer_sees_what_two_would(kinds: tuple[str, ...]) -> None:
     prior, batch = level_prior("bottom", *kinds), next(iter(images(4, 4)))
-    for own, general in zip(prior.see(batch), Net2NetTransformer.see(prior, batch), strict=True):
+    for own, general in zip(
+        prior.tokenize_batch(batch), Net2NetTransformer.tokenize_batch(prior, batch), strict=True
+    ):
         torch.testing.assert_close(own, general, rtol=0, atol=0)
     with pytest.raises(ValueError, match="train this prior from images"):
-        prior.see(batch | {"fingerprint": ["x"]})
+        prior.tokenize_batch(batch | {"fingerprint": ["x"]})
 
 
 @pytest.mark.parametrize("top", ["transformer", "pixelcnn"])
@@ -92,14 +94,14 @@ def test_each_level_is_drawn_given_those_above(kinds: tuple[str, ...], top: str)
     highest = level_prior("top", *kinds) if top == "transformer" else pixelcnn_prior(*kinds)
     priors = [highest, *lower]
     first, again, other = (
-        torch.manual_seed(seed) and sample_levels(priors, START, Drawing(top_k=9))
+        torch.manual_seed(seed) and sample_levels(priors, START, SamplingParams(top_k=9))
         for seed in (1, 1, 2)
     )
     for one, same, different in zip(first, again, other, strict=True):
         assert torch.equal(one, same) and not torch.equal(one, different)
     assert stage_of(lower[-1]).model.decode_code(first).shape == (3, 3, 16, 16)
     assert first[0].shape[:3] == (3, *trained_grid(highest))
-    greedy = sample_levels(priors, START, Drawing(greedy=True))
+    greedy = sample_levels(priors, START, SamplingParams(greedy=True))
     for number, prior in enumerate(lower, 1):
         condition = stage_of(prior).condition_tokens(greedy[:number])
         grid = trained_grid(prior)
@@ -122,7 +124,9 @@ def class_prior(*kinds: str) -> Net2NetTransformer:
 def test_the_class_is_that_of_the_top_and_guides_it() -> None:
     priors = [class_prior("ema", "flat"), level_prior("bottom", "ema", "flat")]
     draw = {
-        (label, scale): sample_levels(priors, START + label, Drawing(greedy=True, guidance=scale))
+        (label, scale): sample_levels(
+            priors, START + label, SamplingParams(greedy=True, guidance=scale)
+        )
         for label in (3, 7)
         for scale in (0.0, 1.0, 3.0)
     }
@@ -133,7 +137,7 @@ def test_the_class_is_that_of_the_top_and_guides_it() -> None:
         assert torch.equal(one, other)
     alone = [level_prior("top", "ema", "flat"), priors[1]]
     with pytest.raises(ValueError, match="guidance 3.0 needs .* that of no level was"):
-        sample_levels(alone, START, Drawing(guidance=3.0))
+        sample_levels(alone, START, SamplingParams(guidance=3.0))
 
 
 @every_pair

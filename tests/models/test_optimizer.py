@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from models.test_cond_transformer import prior
-from tiny import DDCONFIG, GAN
+from support.models import DDCONFIG, GAN
 
 from taming.models.vqgan import VQModel
 

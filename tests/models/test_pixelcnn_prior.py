@@ -6,7 +6,7 @@ import pytest
 import torch
 from models.test_cond_transformer import every_tokenizer, tokenizer_config
 from models.test_cond_transformer import prior as transformer_prior
-from tiny import images, trainer
+from support.models import images, trainer
 from torch.utils.data import DataLoader
 
 from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
@@ -16,11 +16,11 @@ from taming.models.sampling import (
     decode_codes,
     empty_codes,
     encode_codes,
-    seen_whole,
     trained_grid,
+    whole_condition,
     write_codes,
 )
-from taming.modules.transformer.sampling import Drawing, generators_of
+from taming.modules.transformer.generate import SamplingParams, generators_of
 
 STACKS = {
     "target": "taming.modules.pixelcnn.stacks.GatedStacks",
@@ -120,8 +120,8 @@ def test_a_mask_says_what_is_known(kind: str) -> None:
     model = prior(kind).eval()
     given = encode_codes(model, torch.rand(2, 3, 16, 16))
     known = torch.rand(SIDE, SIDE) < 0.7
-    codes, condition = given.clone(), seen_whole(torch.zeros(2, 1, dtype=torch.int64))
-    assert list(write_codes(model, condition, codes, Drawing(), known)) == [SIDE**2]
+    codes, condition = given.clone(), whole_condition(torch.zeros(2, 1, dtype=torch.int64))
+    assert list(write_codes(model, condition, codes, SamplingParams(), known)) == [SIDE**2]
     assert torch.equal(codes[:, known], given[:, known])
     assert not torch.equal(codes[:, ~known], given[:, ~known])
 
@@ -132,8 +132,8 @@ def test_an_image_does_not_depend_on_the_others_drawn_with_it() -> None:
     def drawn(images: range) -> torch.Tensor:
         codes = empty_codes(model, len(images), (SIDE, SIDE))
         labels = torch.zeros(len(images), 1, dtype=torch.int64)
-        drawing = Drawing(generators=generators_of(3, images))
-        list(write_codes(model, seen_whole(labels), codes, drawing))
+        drawing = SamplingParams(generators=generators_of(3, images))
+        list(write_codes(model, whole_condition(labels), codes, drawing))
         return codes
 
     together = drawn(range(5))
@@ -142,11 +142,13 @@ def test_an_image_does_not_depend_on_the_others_drawn_with_it() -> None:
 
 
 @every_tokenizer
-@pytest.mark.parametrize("drawing", [Drawing(), Drawing(0.7, 3, 0.9), Drawing(greedy=True)])
-def test_every_sample_decodes_on_any_grid(kind: str, drawing: Drawing) -> None:
+@pytest.mark.parametrize(
+    "drawing", [SamplingParams(), SamplingParams(0.7, 3, 0.9), SamplingParams(greedy=True)]
+)
+def test_every_sample_decodes_on_any_grid(kind: str, drawing: SamplingParams) -> None:
     model, grid = prior(kind).eval(), (3, 11)
     codes, labels = empty_codes(model, 5, grid), torch.zeros(5, 1, dtype=torch.int64)
-    assert list(write_codes(model, seen_whole(labels), codes, drawing)) == [33]
+    assert list(write_codes(model, whole_condition(labels), codes, drawing)) == [33]
     assert decode_codes(model, codes).shape == (5, 3, 6, 22)
     sequence = model.sequence
     assert torch.equal(sequence.decode(sequence.encode(codes)[0], grid), codes)
@@ -161,9 +163,9 @@ def test_completion_keeps_what_is_known_and_counts_what_is_drawn(kind: str) -> N
     model, x = prior(kind).eval(), torch.rand(2, 3, 16, 16)
     assert trained_grid(model) == (SIDE, SIDE)
     given = encode_codes(model, x)
-    codes, condition = given.clone(), seen_whole(torch.zeros(2, 1, dtype=torch.int64))
+    codes, condition = given.clone(), whole_condition(torch.zeros(2, 1, dtype=torch.int64))
     counts: list[int] = []
-    arguments = (model, condition, codes, Drawing(), 30)
+    arguments = (model, condition, codes, SamplingParams(), 30)
     written = list(write_codes(*arguments, longest=8, callback=counts.append))
     assert written == [38, 46, 54, 62, 64]
     known = torch.arange(SIDE**2) < 30
@@ -176,20 +178,25 @@ def test_completion_keeps_what_is_known_and_counts_what_is_drawn(kind: str) -> N
 def test_known_sites_after_the_last_unknown_one_cost_nothing() -> None:
     model = prior().eval()
     given = encode_codes(model, torch.rand(2, 3, 16, 16))
-    codes, condition = given.clone(), seen_whole(torch.zeros(2, 1, dtype=torch.int64))
+    codes, condition = given.clone(), whole_condition(torch.zeros(2, 1, dtype=torch.int64))
     known = torch.ones(SIDE, SIDE, dtype=torch.bool)
     known[0, 2] = known[0, 4] = False
-    written = list(write_codes(model, condition, codes, Drawing(), known, longest=1))
+    written = list(write_codes(model, condition, codes, SamplingParams(), known, longest=1))
     assert written == [3, 4, SIDE**2]
     assert torch.equal(codes[:, known], given[:, known])
     known[:] = True
-    assert list(write_codes(model, condition, given, Drawing(), known)) == []
+    assert list(write_codes(model, condition, given, SamplingParams(), known)) == []
 
 
 def test_the_filters_cut_off_what_is_unlikely() -> None:
-    model, condition = prior().eval(), seen_whole(torch.zeros(4, 1, dtype=torch.int64))
+    model, condition = prior().eval(), whole_condition(torch.zeros(4, 1, dtype=torch.int64))
     drawn = {}
-    for drawing in (Drawing(greedy=True), Drawing(top_k=1), Drawing(top_p=1e-6), Drawing()):
+    for drawing in (
+        SamplingParams(greedy=True),
+        SamplingParams(top_k=1),
+        SamplingParams(top_p=1e-6),
+        SamplingParams(),
+    ):
         codes = empty_codes(model, 4, (SIDE, SIDE))
         list(write_codes(model, condition, codes, drawing))
         drawn[drawing] = codes
@@ -214,7 +221,7 @@ def test_guidance_is_refused() -> None:
     model, labels = prior().eval(), torch.zeros(1, 1, dtype=torch.int64)
     codes = empty_codes(model, 1, (SIDE, SIDE))
     with pytest.raises(ValueError, match="a PixelCNNPrior has no guidance, got 2"):
-        list(write_codes(model, seen_whole(labels), codes, Drawing(guidance=2.0)))
+        list(write_codes(model, whole_condition(labels), codes, SamplingParams(guidance=2.0)))
 
 
 def test_only_weights_of_layers_decay_and_a_schedule_scales() -> None:

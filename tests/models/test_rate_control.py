@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import DDCONFIG, GAN, LOOPY, PLAIN, images, trainer
+from support.models import DDCONFIG, GAN, LOOPY, PLAIN, images, trainer
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from taming.models.vqgan import VQModel
-from taming.modules.vqvae.rate import fewest_tokens
+from taming.modules.vqvae.rate import fewest_codes
 
 SITES = 64
 
@@ -94,13 +94,13 @@ def test_where_a_psnr_is_out_of_reach_all_turns_are_taken(model, x) -> None:
 
 def test_bisection_finds_the_least_that_reaches_a_monotone_quality() -> None:
     needed = torch.tensor([4, 5, 11, 12, 99])
-    found = fewest_tokens(lambda n: (n >= needed).float(), torch.ones(5), sites=4, max_loops=3)
+    found = fewest_codes(lambda n: (n >= needed).float(), torch.ones(5), sites=4, max_loops=3)
     assert found.tolist() == [4, 5, 11, 12, 12]
 
 
 def test_what_bisection_finds_reaches_the_target_though_quality_goes_up_and_down() -> None:
     quality = torch.tensor([0.0] * 20 + [5.0, 4.0, 1.0, 5.0] * 20)
-    found = fewest_tokens(lambda n: quality[n], torch.full((3,), 4.5), sites=10, max_loops=8)
+    found = fewest_codes(lambda n: quality[n], torch.full((3,), 4.5), sites=10, max_loops=8)
     assert (quality[found] >= 4.5).all() and (found < 80).all()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from original import CONFIGS, PUBLISHED
+from support.original import CONFIGS, PUBLISHED
 
 from taming.util import instantiate_from_config
 

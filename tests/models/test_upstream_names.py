@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import DDCONFIG, PLAIN
+from support.models import DDCONFIG, PLAIN
 
 from taming.models.vqgan import VQModel
 from taming.modules.vqvae.quantize import GumbelQuantize

@@ -4,8 +4,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import load_golden
-from tiny import DDCONFIG, GAN, LOOPY, PLAIN, images, trainer
+from support.models import DDCONFIG, GAN, LOOPY, PLAIN, images, trainer
+from support.original import load_golden
 from torch.utils.data import DataLoader
 
 from taming.models.vqgan import EMAVQ, GumbelVQ, VQModel, VQNoDiscModel, VQSegmentationModel
@@ -105,6 +105,7 @@ def test_validation_returns_its_loss(tmp_path) -> None:
         assert float(returned.pop()) == pytest.approx(logged["val/aeloss"])
 
 
+@pytest.mark.reported(16)
 def test_temperature_follows_the_step_and_survives_a_resume(tmp_path) -> None:
     model, fit = gumbel(), trainer(tmp_path)
     fit.fit(model, images(6), images(2))
@@ -118,6 +119,7 @@ def test_temperature_follows_the_step_and_survives_a_resume(tmp_path) -> None:
     assert resumed.quantize.temperature == schedule(3) < schedule(2)
 
 
+@pytest.mark.reported(17)
 def test_gumbel_decodes_its_codes() -> None:
     model, x = gumbel().eval(), torch.rand(2, 3, 16, 16)
     with torch.no_grad():
@@ -132,6 +134,7 @@ def test_gumbel_scores_as_many_channels_as_a_latent_has() -> None:
     assert gumbel().quantize.proj.in_channels == 4
 
 
+@pytest.mark.reported(15)
 def test_averages_train_and_no_optimizer_has_them(tmp_path) -> None:
     model, fit = EMAVQ(DDCONFIG, GAN, 16, 4, sane_index_shape=True), trainer(tmp_path)
     before = model.quantize.codebook.clone()
@@ -159,6 +162,7 @@ def test_without_a_discriminator_only_the_generator_trains(tmp_path) -> None:
         VQNoDiscModel(DDCONFIG, GAN, 16, 4)
 
 
+@pytest.mark.reported(14)
 def test_beta_reaches_the_right_term() -> None:
     """The original could not ask for legacy=False, though its documentation said so."""
     losses = {}

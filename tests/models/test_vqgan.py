@@ -8,9 +8,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from golden import load_golden
 from lightning.pytorch.loggers import CSVLogger
-from tiny import DDCONFIG, GAN, LOOPY, PLAIN, images, trainer
+from support.models import DDCONFIG, GAN, LOOPY, PLAIN, images, trainer
+from support.original import load_golden
 
 from taming.models.vqgan import GumbelVQ, VQModel
 from taming.modules.losses.lpips import LPIPS
@@ -55,6 +55,7 @@ def test_only_a_training_that_begins_fetches_the_weights_of_lpips(monkeypatch, t
     assert fetched == ["load_heads", "load_vgg16"]
 
 
+@pytest.mark.reported(17)
 @pytest.mark.parametrize("kwargs", [{}, {"sane_index_shape": True}, {"quantizer_config": LOOPY}])
 def test_codes_of_any_shape_decode(kwargs: dict) -> None:
     tokenizer = model(**{"quantizer_config": None, **kwargs}).eval()
@@ -78,6 +79,7 @@ def test_codes_decode_to_the_reconstruction() -> None:
             torch.testing.assert_close(again, tokenizer.decode(quant), rtol=0, atol=0)
 
 
+@pytest.mark.reported(7)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("lossconfig", [GAN, PLAIN], ids=["gan", "plain"])
 @pytest.mark.parametrize("quantizer", [None, LOOPY], ids=["plain-vq", "loopy"])
@@ -232,6 +234,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path) -> None:
         assert torch.equal(value, second.state_dict()[name]), name
 
 
+@pytest.mark.reported(13)
 def test_what_is_not_finite_stops_training_and_is_named(tmp_path) -> None:
     tokenizer = model()
     with torch.no_grad():

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DDCONFIG, LOOPY, PLAIN, images, trainer
+from support.models import DDCONFIG, LOOPY, PLAIN, images, trainer
 
 from taming.models.vqvae2 import VQVAE2, Level
 from taming.modules.vqvae.hierarchy import Hierarchy
@@ -144,7 +144,7 @@ def test_training_moves_every_part_and_counts_every_level(kinds: tuple[str, ...]
     for level, kind in zip(NAMES[2], kinds, strict=True):
         assert 0 < logged[f"val/{level}_usage"] <= 1
         assert 1 <= logged[f"val/{level}_mean_length"] <= TURNS[kind]
-    assert logged["val/top_slots_per_image"] >= 16 and logged["val/bottom_slots_per_image"] >= 64
+    assert logged["val/top_codes_per_image"] >= 16 and logged["val/bottom_codes_per_image"] >= 64
     shown = tokenizer.eval().log_images(next(iter(images(3, 3))))
     depths = {f"{level}_depths" for level in NAMES[2] if kinds[0] == "loopy"}
     assert set(shown) == {"inputs", "reconstructions", "top_only"} | depths

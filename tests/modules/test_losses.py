@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import load_golden
+from support.original import load_golden
 from torch import nn
 
 import taming.modules.losses as losses
@@ -52,6 +52,7 @@ class Scene:
         return loss(torch.tensor(0.5), self.images, reconstructions, DISCRIMINATOR, step, **kwargs)
 
 
+@pytest.mark.reported(10)
 @pytest.mark.parametrize("name", ["hinge", "vanilla_actnorm", "before_start"])
 def test_numbers_of_the_original(shared, name):
     config, weights, io = load_golden(shared, f"vqlpips_{name}")
@@ -134,6 +135,7 @@ def test_adversary_pulls_as_hard_as_the_reconstruction():
     torch.testing.assert_close(total, rec + expected * g, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.reported(11)
 def test_adaptive_weight_is_capped_and_finite_at_zero_and_overflowing_gradients():
     layer = nn.Parameter(torch.tensor([1.0, 2.0]))
 
@@ -172,6 +174,7 @@ def test_adaptive_weight_is_that_of_the_batch_of_all_ranks(monkeypatch):
     torch.testing.assert_close(scene.generator(loss)[1]["train/d_weight"], expected)
 
 
+@pytest.mark.reported(12)
 def test_perfect_reconstruction_has_finite_gradients():
     scene = Scene()
     scene.images = scene.reconstruct().detach()
@@ -181,6 +184,7 @@ def test_perfect_reconstruction_has_finite_gradients():
     assert torch.isfinite(scene.last_layer.grad).all()
 
 
+@pytest.mark.reported(11)
 def test_discriminator_starts_at_once_and_generator_follows_the_ramp():
     scene, loss = Scene(), build(disc_start=10, disc_ramp_steps=4, disc_factor=0.5)
     factors = [scene.generator(loss, step)[1]["train/disc_factor"].item() for step in range(9, 17)]
@@ -207,6 +211,7 @@ def test_discriminator_learns_without_touching_the_decoder():
     assert all(parameter.grad is not None for parameter in loss.discriminator.parameters())
 
 
+@pytest.mark.reported(13)
 def test_losses_are_float32_under_autocast_and_agree_with_float32():
     scene, loss = Scene(), build().eval()
     exact, exact_log = scene.generator(loss)

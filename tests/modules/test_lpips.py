@@ -55,6 +55,7 @@ def test_is_the_same_in_both_modes_frozen_and_zero_on_equal_images(loss):
     assert loss(x, x).item() == 0
 
 
+@pytest.mark.reported(12)
 def test_vanishing_features_have_finite_gradients_and_others_length_one():
     """A bare root gives NaN where all channels are 0, infinity where their squares underflow."""
     features = torch.zeros(3, 8, 1, 1)
@@ -82,6 +83,7 @@ def test_use_dropout_only_names_the_weights(vgg_path, loss):
     assert torch.equal(loss(x, y), other(x, y))
 
 
+@pytest.mark.reported(25)
 def test_environment_names_the_files(monkeypatch, vgg_path, loss):
     monkeypatch.setenv("TAMING_LPIPS", str(HEADS))
     monkeypatch.setenv("TAMING_VGG16", vgg_path)
@@ -100,6 +102,7 @@ def test_without_pretraining_nothing_is_fetched(monkeypatch):
     assert set(LPIPS(pretrained=False).fetch_weights().state_dict()) >= {"lin4.model.1.weight"}
 
 
+@pytest.mark.reported(25)
 def test_a_checkpoint_that_brings_the_weights_spares_the_download(monkeypatch, loss):
     def fail(*args, **kwargs):
         raise AssertionError("nothing should be fetched")

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import load_golden
+from support.original import load_golden
 from torch import nn
 
 from taming.modules.diffusionmodules.model import (

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
+from taming.modules.distributed import sum_over_ranks
 from taming.modules.losses.base import (
     DISCRIMINATOR,
     GENERATOR,
@@ -17,7 +18,6 @@ from taming.modules.losses.base import (
     pixel_distance,
 )
 from taming.modules.losses.lpips import LPIPS
-from taming.modules.vqvae.distributed import sum_over_ranks
 
 
 def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:

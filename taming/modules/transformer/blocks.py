@@ -5,7 +5,7 @@ Axis letters: B sequences, L tokens, P cached tokens, C channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +13,105 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from taming.modules.transformer.cache import KVCache
-from taming.modules.transformer.rotary import rotate
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens so far, in memory that is taken once.
+
+    Attributes:
+        size: Most tokens that fit.
+        keys: One (B, heads, size, C / heads) tensor per layer, made when its first keys come.
+        values: Likewise.
+        length: P, tokens that are in.
+        first: (B, C), the first input of each sequence, which adaptive norms look at.
+    """
+
+    size: int
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    length: int = 0
+    first: Tensor | None = None
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values (B, heads, L, C / heads) of new tokens of one layer.
+
+        Returns:
+            Those of all P + L tokens.
+        """
+        if layer == len(self.keys):
+            batch, heads, _, channels = key.shape
+            self.keys.append(key.new_empty(batch, heads, self.size, channels))
+            self.values.append(value.new_empty(batch, heads, self.size, channels))
+        # Those of sequences that were not kept stay behind the others.
+        keys, values = self.keys[layer][: len(key)], self.values[layer][: len(value)]
+        end = self.length + key.shape[2]
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all sequences but those numbered ``rows``, (R,) int64; they move to the front."""
+        for part in (*self.keys, *self.values):
+            part[: len(rows), :, : self.length] = part[rows, :, : self.length]
+        if self.first is not None:
+            self.first = self.first[rows]
+
+    def clear(self) -> None:
+        """Forget all tokens; the memory serves as many sequences again, or fewer."""
+        self.length, self.first = 0, None
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotations by row, column and depth, each on a third of the channels of a head.
+
+    Rotary embedding is that of Su et al. 2021 (arXiv:2104.09864), shared out among axes as in Heo
+    et al. 2024 (arXiv:2403.13298, section 3.1) with its lower base, since grids are short.
+
+    Args:
+        channels: E, even and at least 6.
+        base: Ratio of the highest to the lowest frequency.
+
+    Raises:
+        ValueError: The number of channels is odd, or too small.
+    """
+
+    frequency: Tensor
+    axis: Tensor
+
+    def __init__(self, channels: int, base: float = 100.0) -> None:
+        super().__init__()
+        if channels % 2 or channels < 6:
+            raise ValueError(
+                "rotary embedding turns pairs of channels, at least one for each of row, column "
+                f"and depth: n_embd / n_head must be even and at least 6, got {channels}"
+            )
+        pair = torch.arange(channels // 2)
+        share = (pair // 3).float() / ((channels // 2 + 2) // 3)
+        self.register_buffer("frequency", base**-share, persistent=False)
+        self.register_buffer("axis", pair % 3, persistent=False)
+
+    def forward(self, sites: Tensor | None, length: int) -> Tensor | None:
+        """Compute the rotations of L inputs.
+
+        Args:
+            sites: (B, S, 3) int64, places of the last S inputs; None if no input has one.
+            length: L. Inputs without a place are not turned.
+
+        Returns:
+            (2, B, 1, L, E / 2) float32, cosines and sines; None where nothing turns.
+        """
+        if sites is None:
+            return None
+        angles = sites[..., self.axis] * self.frequency
+        angles = F.pad(angles, (0, 0, length - sites.shape[1], 0))[:, None]
+        return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn queries or keys (B, N, L, E) by (2, B, 1, L, E / 2) cosines and sines."""
+    cos, sin = rotation.unbind(0)
+    one, other = x.chunk(2, dim=-1)
+    return torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
 
 
 @dataclass

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taming.modules.transformer.backbone import Backbone, init_weights
+from taming.modules.sequence.grammar import GrammarState, by_site
 from taming.modules.transformer.blocks import GPTConfig
-from taming.modules.transformer.gpt import GPT
-from taming.modules.transformer.ragged import token_numbers
-from taming.modules.transformer.writing import Beginning, Turn, Writer
-from taming.modules.vqvae.grammar import GrammarState, by_site
+from taming.modules.transformer.generate import IncrementalDecoder, Prompt, Turn
+from taming.modules.transformer.gpt import GPT, Backbone, init_weights, token_numbers
 
 # Options that the depth transformer has from the main one, or would have no use for.
 NOT_WITHIN_SITES = {"vocab_size", "block_size", "n_unmasked", "site_shape", "rotary"}
@@ -136,12 +134,12 @@ class TwoLevelGPT(Backbone):
         """Return how many inputs an image of so many sites becomes, whatever their tokens."""
         return sites
 
-    def write(self, beginning: Beginning) -> Writer:
+    def write(self, beginning: Prompt) -> IncrementalDecoder:
         """Start to write sequences."""
-        return SiteWriter(self, beginning)
+        return TwoLevelDecoder(self, beginning)
 
 
-class SiteWriter(Writer):
+class TwoLevelDecoder(IncrementalDecoder):
     """Writes sequences that advance together, site by site.
 
     A sequence whose site has ended waits, at no cost, until those of all others have.
@@ -152,7 +150,7 @@ class SiteWriter(Writer):
             sequences.
     """
 
-    def __init__(self, model: TwoLevelGPT, beginning: Beginning) -> None:
+    def __init__(self, model: TwoLevelGPT, beginning: Prompt) -> None:
         self.model = model
         self.grid = beginning.grid
         self.cache, self.inner = model.new_cache(), model.depth.new_cache()
@@ -180,7 +178,7 @@ class SiteWriter(Writer):
         self.turn = Turn(rows, self.model.depth.head(hidden))
 
     def advance(self, rows: Tensor, tokens: Tensor, states: GrammarState) -> None:
-        """See `Writer.advance`."""
+        """See `IncrementalDecoder.advance`."""
         own = torch.searchsorted(self.rows, rows)
         self.sums[own] += self.model.embed_at(tokens, self.inner.length - 1)
         within = states.depth > 0

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from taming.modules.vqvae.grammar import TokenSequence
+from taming.modules.sequence.grammar import TokenSequence
 from taming.util import NonFiniteError
 
 

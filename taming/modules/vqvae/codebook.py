@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taming.modules.vqvae.distributed import of_first_rank, rows_of_all_ranks, sum_over_ranks
+from taming.modules.distributed import of_first_rank, rows_of_all_ranks, sum_over_ranks
 from taming.modules.vqvae.nearest import nearest_codes
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def depth_heat_map(lengths: Tensor, max_loops: int, size: tuple[int, int]) -> Tensor:
+def length_heat_map(lengths: Tensor, max_loops: int, size: tuple[int, int]) -> Tensor:
     """Colour each site by its length: dark for one turn, bright for the most.
 
     Args:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taming.modules.diffusionmodules.model import Decoder, Encoder
+from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.vqvae.base import Quantizer, QuantizerOutput
-from taming.modules.vqvae.grammar import TokenSequence
 from taming.util import instantiate_from_config
 
 

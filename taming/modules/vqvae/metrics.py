@@ -64,7 +64,7 @@ class CodebookMetrics(Metric):
             usage: Share of the K codes that occur, in [0, 1].
             perplexity: Exponential of the codes' entropy, in [1, K].
             mean_length: Slots written per site, in [1, T].
-            slots_per_image: Slots written per image.
+            codes_per_image: Slots written per image.
             never_within_threshold: Share of sites that ran into T turns, in [0, 1].
             quantization_error: Mean square of z - z_q per channel.
             codes, lengths: (K,) and (T + 1,) int64, how often each occurs.
@@ -76,7 +76,7 @@ class CodebookMetrics(Metric):
             "usage": (self.codes > 0).float().mean(),
             "perplexity": torch.special.entr(share).sum().exp(),
             "mean_length": slots / sites,
-            "slots_per_image": slots / self.images,
+            "codes_per_image": slots / self.images,
             "never_within_threshold": self.beyond / sites,
             "quantization_error": self.error / sites,
             "codes": self.codes,

@@ -1,23 +1,22 @@
-"""Quantizers: latents -> codebook entries, with what training and decoding need.
+"""The original's quantizers that take the nearest code, learned by gradient or by averages.
 
-Every quantizer takes z (B, D, h, w) and returns ``z_q, loss, (perplexity, encodings, indices)``;
-``get_codebook_entry(indices)`` gives z_q back.
-
-Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
+Axis letters: B images, D channels, h w grid, N latents, K codes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from abc import abstractmethod
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from taming.modules.distributed import sum_over_ranks
+from taming.modules.sequence.notations import RasterSequence
 from taming.modules.vqvae.base import (
-    LoopTrace,
     Quantizer,
     QuantizerInfo,
     QuantizerOutput,
@@ -26,20 +25,10 @@ from taming.modules.vqvae.base import (
     straight_through,
     vq_loss,
 )
-from taming.modules.vqvae.classic import (
-    EMAVectorQuantizer,
-    EmbeddingEMA,
-    VectorQuantizer,
-    VectorQuantizer2,
-)
-from taming.modules.vqvae.codebook import Codebook
-from taming.modules.vqvae.distributed import sum_over_ranks
-from taming.modules.vqvae.gumbel import GumbelQuantize
-from taming.modules.vqvae.loop import Path, Searches, Transform, check_codes
+from taming.modules.vqvae.codebook import check_precision, update_means
+from taming.modules.vqvae.loopy import LoopyVectorQuantizer
 from taming.modules.vqvae.nearest import nearest_codes
-from taming.modules.vqvae.rate import draw_tokens, per_image, threshold_for, turns_within
-from taming.modules.vqvae.sequence import UnarySequence
-from taming.util import instantiate_from_config
+from taming.util import NonFiniteError
 
 __all__ = [
     "EMAVectorQuantizer",
@@ -51,255 +40,389 @@ __all__ = [
 ]
 
 
-class LoopyVectorQuantizer(Quantizer):
-    """Quantizer that goes round a loop until a code is near enough: a sequence for each latent.
-
-    For a latent z, threshold tau and at most T turns, with r = z at first: let e_k be the code
-    nearest to r. If it is within tau, or this is turn T, write k and end the loop. Otherwise write
-    what the transform says (the dummy D = K, or k), transform r, and go round again. A latent's
-    path does not depend on tau, which only says where to stop.
+class PlainQuantizer(Quantizer):
+    """A quantizer with one code per latent.
 
     Args:
         n_e: K, number of codes.
         e_dim: D, channels of a latent.
-        beta: Weight of the commitment loss.
-        threshold: tau, Euclidean distance in the space of z at which a loop ends; may be inf. No
-            checkpoint changes it.
-        max_loops: T, most turns of a latent.
-        transform_config: ``{target, params}`` of a `Transform`.
-        target_length: Mean turns per latent in [1, T]: instead of a fixed ``threshold``, tau is
-            then steered to it while training and kept in the checkpoint.
-        length_range: Train one quantizer for all rates: each image of a training batch draws its
-            mean turns uniformly between these bounds in [1, T] and gets the threshold that gives
-            them. None trains with the quantizer's own threshold.
-        legacy: See `vq_loss`, of a codebook that learns by gradient.
-        ema_decay: Learn the codebook by moving averages of this decay; None by gradient.
-        start_batches: Number of first training batches from which k-means places the codes.
-        revive_below: Codes used less than this fraction of the uniform share are moved to
-            vectors that are searched now; 0 never.
+        remap: Path of an ``.npy`` file of used codes: indices then count only those.
+        unknown_index: What an unused code becomes under ``remap``: ``"random"``, ``"extra"`` (one
+            more index) or an index.
+
+    Attributes:
+        re_embed: Number of different indices.
 
     Raises:
-        ValueError: An argument is out of range, or not exactly one of ``threshold`` and
-            ``target_length`` is given.
+        ValueError: ``unknown_index`` is none of these, or ``remap`` names codes that do not exist.
+    """
+
+    used: Tensor
+
+    def __init__(
+        self, n_e: int, e_dim: int, remap: str | None = None, unknown_index: str | int = "random"
+    ) -> None:
+        super().__init__(n_e, e_dim)
+        if isinstance(unknown_index, str) and unknown_index not in ("random", "extra"):
+            raise ValueError(
+                f"unknown_index must be 'random', 'extra' or an index, got {unknown_index!r}"
+            )
+        self.remap = remap
+        self.re_embed = n_e
+        self.unknown_index = unknown_index
+        if remap is not None:
+            used = torch.from_numpy(np.load(remap)).long()
+            if len(used) == 0 or used.min() < 0 or used.max() >= n_e:
+                raise ValueError(f"remap: {remap} must name codes 0..{n_e - 1}, and at least one")
+            if isinstance(unknown_index, int) and not 0 <= unknown_index < len(used):
+                raise ValueError(
+                    f"unknown_index {unknown_index} is none of the {len(used)} used codes' numbers"
+                )
+            self.register_buffer("used", used)
+            self.re_embed = len(self.used) + (unknown_index == "extra")
+            if unknown_index == "extra":
+                self.unknown_index = len(self.used)
+        self.sequence = RasterSequence(self.re_embed)
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """The codes (K, D)."""
+
+    def remap_to_used(self, indices: Tensor) -> Tensor:
+        """Count codes among the used ones; unused ones become ``unknown_index``. Any shape."""
+        table = self.used.new_full((self.n_e,), -1)
+        table[self.used] = torch.arange(len(self.used), device=table.device)
+        new = table[indices]
+        if self.unknown_index == "random":
+            other = torch.randint_like(new, self.re_embed)
+        else:
+            other = torch.full_like(new, int(self.unknown_index))
+        return torch.where(new < 0, other, new)
+
+    def unmap_to_all(self, indices: Tensor) -> Tensor:
+        """Turn indices among the used codes back into codes; the extra index becomes the first."""
+        return self.used[torch.where(indices >= len(self.used), 0, indices)]
+
+    def get_codebook_entry(
+        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
+    ) -> Tensor:
+        """Look indices up.
+
+        Args:
+            indices: int64, any shape of as many indices as latents.
+            shape: (B, h, w, D) of the wanted grid; None gives (N, D).
+
+        Returns:
+            z_q (B, D, h, w), or (N, D) without a shape.
+
+        Raises:
+            ValueError: There is no such index.
+        """
+        codes = indices.reshape(-1)
+        if len(wrong := codes[(codes < 0) | (codes >= self.re_embed)]):
+            raise ValueError(f"index {int(wrong[0])} is none of 0..{self.re_embed - 1}")
+        if self.remap is not None:
+            codes = self.unmap_to_all(codes)
+        z_q = F.embedding(codes, self.codebook)
+        return z_q if shape is None else channels_second(z_q.view(shape))
+
+
+class EmbeddingEMA(nn.Module):
+    """Codes that are moving averages of the latents nearest to them (arXiv:1711.00937, A.1).
+
+    Args:
+        num_tokens: K, number of codes.
+        codebook_dim: D, channels of a code.
+        decay: Weight of the old averages.
+        eps: Fewest votes by which a code's sum is divided.
+    """
+
+    cluster_size: Tensor
+    embed_avg: Tensor
+
+    def __init__(
+        self, num_tokens: int, codebook_dim: int, decay: float = 0.99, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.decay = decay
+        self.eps = eps
+        start = torch.randn(num_tokens, codebook_dim)
+        self.weight = nn.Parameter(start, requires_grad=False)
+        # One vote each for where they stand: starting from none, as the original did, the first
+        # step divides by next to nothing and throws the codes far away.
+        self.register_buffer("cluster_size", torch.ones(num_tokens))
+        self.register_buffer("embed_avg", start.clone())
+
+    @torch.no_grad()
+    def learn(self, rows: Tensor, codes: Tensor) -> None:
+        """Take in latents (N, D) float32 and the codes (N,) they were mapped to, on all ranks."""
+        check_precision(self.weight, rows)
+        votes = sum_over_ranks(torch.bincount(codes, minlength=len(self.weight)).float())
+        means = (self.weight, self.cluster_size, self.embed_avg)
+        update_means(*means, votes, rows, codes, self.decay, self.eps)
+
+    def forward(self, embed_id: Tensor) -> Tensor:
+        """Look codes up: (...,) int64 -> (..., D)."""
+        return F.embedding(embed_id, self.weight)
+
+
+class NearestQuantizer(PlainQuantizer):
+    """A quantizer that gives each latent the nearest code; subclasses say how codes are learned."""
+
+    embedding: nn.Embedding | EmbeddingEMA
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes (K, D)."""
+        return self.embedding.weight
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        """Quantize latents.
+
+        Args:
+            z: (B, D, h, w).
+
+        Returns:
+            z_q like z; loss; info, whose indices are described at each class.
+
+        Raises:
+            ValueError: z has another shape.
+        """
+        if z.ndim != 4:
+            raise ValueError(f"expected latents (B, {self.e_dim}, h, w), got {tuple(z.shape)}")
+        rows = self._rows(z)
+        codes = nearest_codes(rows, self.codebook).indices
+        entries = self.embedding(codes)
+        loss = self._loss(rows, entries)
+        if self.training:
+            self._learn(rows.detach(), codes)
+        z_q = channels_second(entries.detach().view(len(z), *z.shape[2:], self.e_dim))
+        return QuantizerOutput(straight_through(z, z_q), loss, self._info(codes, z))
+
+    @abstractmethod
+    def _loss(self, rows: Tensor, entries: Tensor) -> Tensor:
+        """Compute the loss of latents (N, D) and their codes (N, D)."""
+
+    @abstractmethod
+    def _info(self, codes: Tensor, z: Tensor) -> QuantizerInfo:
+        """Say what is known of the codes (N,) of latents z (B, D, h, w)."""
+
+    def _learn(self, rows: Tensor, codes: Tensor) -> None:
+        """Update what is not learned by gradient; by default, nothing."""
+
+
+def gradient_loss(rows: Tensor, entries: Tensor, beta: float, legacy: bool) -> Tensor:
+    """Return `vq_loss` of latents (N, D) and the codes (N, D) nearest to them."""
+    codebook_term = F.mse_loss(entries, rows.detach())
+    return vq_loss(codebook_term, F.mse_loss(entries.detach(), rows), beta, legacy)
+
+
+def gradient_codebook(n_e: int, e_dim: int) -> nn.Embedding:
+    """Return codes (K, D) uniform in [-1/K, 1/K], to be learned by gradient."""
+    embedding = nn.Embedding(n_e, e_dim)
+    nn.init.uniform_(embedding.weight, -1 / n_e, 1 / n_e)
+    return embedding
+
+
+class VectorQuantizer(NearestQuantizer):
+    """The original's first quantizer: `VectorQuantizer2` that also returns who took which code.
+
+    Indices are (N, 1). ``encodings`` is one-hot, (N, K) float32: with many codes it fills the
+    memory, which the other quantizers avoid.
+
+    Args:
+        n_e: K, number of codes.
+        e_dim: D, channels of a latent.
+        beta: Weight of the codebook loss, as under ``legacy`` in `vq_loss`.
+    """
+
+    def __init__(self, n_e: int, e_dim: int, beta: float) -> None:
+        super().__init__(n_e, e_dim)
+        self.beta = beta
+        self.embedding = gradient_codebook(n_e, e_dim)
+
+    def _loss(self, rows: Tensor, entries: Tensor) -> Tensor:
+        return gradient_loss(rows, entries, self.beta, legacy=True)
+
+    def _info(self, codes: Tensor, z: Tensor) -> QuantizerInfo:
+        encodings = F.one_hot(codes, self.n_e).to(z.dtype)
+        return QuantizerInfo(code_perplexity(codes, self.n_e), encodings, codes[:, None])
+
+
+class VectorQuantizer2(NearestQuantizer):
+    """Nearest-code quantizer with a codebook trained by gradient (arXiv:1711.00937).
+
+    Indices are (N,); (N, 1) under ``remap``; (B, h, w) with ``sane_index_shape``.
+
+    Args:
+        n_e: K, number of codes.
+        e_dim: D, channels of a latent.
+        beta: Weight of the commitment loss (see `vq_loss` for ``legacy``).
+        remap: See `PlainQuantizer`.
+        unknown_index: See `PlainQuantizer`.
+        sane_index_shape: Return indices as (B, h, w) rather than flat.
+        legacy: Put beta on the codebook term, as the original's checkpoints were trained.
     """
 
     def __init__(
         self,
         n_e: int,
         e_dim: int,
-        beta: float = 0.25,
-        threshold: float | None = None,
-        max_loops: int = 4,
-        transform_config: Mapping[str, Any] | None = None,
-        target_length: float | None = None,
-        length_range: tuple[float, float] | None = None,
-        legacy: bool = False,
-        ema_decay: float | None = None,
-        start_batches: int = 4,
-        revive_below: float = 0.05,
+        beta: float,
+        remap: str | None = None,
+        unknown_index: str | int = "random",
+        sane_index_shape: bool = False,
+        legacy: bool = True,
     ) -> None:
-        super().__init__(n_e, e_dim)
-        if max_loops < 1:
-            raise ValueError(f"max_loops must be at least 1, got {max_loops}")
-        if (threshold is None) == (target_length is None):
-            raise ValueError("give exactly one of threshold and target_length")
-        if threshold is not None and not threshold >= 0:
-            raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
-        if target_length is not None and not 1 <= target_length <= max_loops:
-            raise ValueError(f"target_length must be in [1, {max_loops}], got {target_length}")
-        drawn = list(length_range or (1.0, 1.0))
-        if len(drawn) != 2 or not 1 <= drawn[0] <= drawn[1] <= max_loops:
-            raise ValueError(f"length_range must be two bounds in [1, {max_loops}], got {drawn}")
-        if transform_config is None:
-            residual = "taming.modules.vqvae.transforms.Residual"
-            transform_config = {"target": residual, "params": {"max_loops": max_loops}}
+        super().__init__(n_e, e_dim, remap, unknown_index)
         self.beta = beta
         self.legacy = legacy
-        self.max_loops = max_loops
-        self.target_length = target_length
-        self.length_range = length_range
-        self.start_batches = start_batches
-        self.embedding = Codebook(n_e, e_dim, ema_decay, revive_below)
-        self.transform: Transform = instantiate_from_config(transform_config)
-        self.transform.check(e_dim, max_loops)
-        self.sequence = UnarySequence(n_e, max_loops, dummies=self.transform.dummies)
-        self.threshold: Tensor
-        self.latent_std: Tensor
-        start = torch.tensor(float(1 if threshold is None else threshold))
-        self.register_buffer("threshold", start)
-        self.register_buffer("latent_std", torch.ones(()))
+        self.sane_index_shape = sane_index_shape
+        self.embedding = gradient_codebook(n_e, e_dim)
 
-    def forward(
+    def _loss(self, rows: Tensor, entries: Tensor) -> Tensor:
+        return gradient_loss(rows, entries, self.beta, self.legacy)
+
+    def _info(self, codes: Tensor, z: Tensor) -> QuantizerInfo:
+        if self.remap is not None:
+            codes = self.remap_to_used(codes)[:, None]
+        if self.sane_index_shape:
+            codes = codes.reshape(len(z), *z.shape[2:])
+        return QuantizerInfo(None, None, codes)
+
+
+class EMAVectorQuantizer(NearestQuantizer):
+    """Nearest-code quantizer whose codes are moving averages of their latents.
+
+    Indices are (N,), or (B, h, w) with ``sane_index_shape``.
+
+    Args:
+        n_embed: K, number of codes.
+        embedding_dim: D, channels of a latent.
+        beta: Weight of the commitment loss, which is all of the loss.
+        decay: See `EmbeddingEMA`.
+        eps: See `EmbeddingEMA`.
+        remap: See `PlainQuantizer`.
+        unknown_index: See `PlainQuantizer`.
+        sane_index_shape: Return indices as (B, h, w) rather than flat.
+    """
+
+    def __init__(
         self,
-        z: Tensor,
-        threshold: float | Tensor | None = None,
-        max_tokens: int | Tensor | None = None,
-    ) -> QuantizerOutput:
-        """Quantize latents, each with as many turns as it needs.
+        n_embed: int,
+        embedding_dim: int,
+        beta: float,
+        decay: float = 0.99,
+        eps: float = 1e-5,
+        remap: str | None = None,
+        unknown_index: str | int = "random",
+        sane_index_shape: bool = False,
+    ) -> None:
+        super().__init__(n_embed, embedding_dim, remap, unknown_index)
+        self.beta = beta
+        self.sane_index_shape = sane_index_shape
+        self.embedding: EmbeddingEMA = EmbeddingEMA(n_embed, embedding_dim, decay, eps)
+
+    def _loss(self, rows: Tensor, entries: Tensor) -> Tensor:
+        return self.beta * F.mse_loss(entries, rows)
+
+    def _learn(self, rows: Tensor, codes: Tensor) -> None:
+        self.embedding.learn(rows, codes)
+
+    def _info(self, codes: Tensor, z: Tensor) -> QuantizerInfo:
+        perplexity = code_perplexity(codes, self.n_e)
+        if self.remap is not None:
+            codes = self.remap_to_used(codes)
+        if self.sane_index_shape:
+            codes = codes.reshape(len(z), *z.shape[2:])
+        return QuantizerInfo(perplexity, None, codes)
+
+
+class GumbelQuantize(PlainQuantizer):
+    """Scores every code, then draws one by the Gumbel-softmax trick; in eval mode, the best one.
+
+    Args:
+        num_hiddens: C, channels of the input.
+        embedding_dim: D, channels of a code.
+        n_embed: K, number of codes.
+        straight_through: Draw single codes in training; otherwise mixtures of them.
+        kl_weight: Weight of the divergence of the scores from the uniform distribution.
+        temp_init: Temperature of the draw, above 0, until somebody sets ``temperature``.
+        use_vqinterface: Return the indices inside a `QuantizerInfo`; otherwise by themselves.
+        remap: See `PlainQuantizer`; the codes that are not used are then never drawn.
+        unknown_index: See `PlainQuantizer`.
+        legacy: Draw in eval mode too, as the original did.
+
+    Attributes:
+        temperature: Of the draw. It is not part of the state: `GumbelVQ` derives it from the step.
+    """
+
+    learns_alone = False
+
+    def __init__(
+        self,
+        num_hiddens: int,
+        embedding_dim: int,
+        n_embed: int,
+        straight_through: bool = True,
+        kl_weight: float = 5e-4,
+        temp_init: float = 1.0,
+        use_vqinterface: bool = True,
+        remap: str | None = None,
+        unknown_index: str | int = "random",
+        legacy: bool = False,
+    ) -> None:
+        super().__init__(n_embed, embedding_dim, remap, unknown_index)
+        self.n_embed, self.embedding_dim = n_embed, embedding_dim  # the original's names
+        self.straight_through = straight_through
+        self.kl_weight = kl_weight
+        self.temperature = temp_init
+        self.use_vqinterface = use_vqinterface
+        self.legacy = legacy
+        self.proj = nn.Conv2d(num_hiddens, n_embed, 1)
+        self.embed = nn.Embedding(n_embed, embedding_dim)
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes (K, D)."""
+        return self.embed.weight
+
+    def forward(self, z: Tensor, temp: float | None = None, return_logits: bool = False) -> Any:
+        """Quantize latents.
 
         Args:
-            z: (B, D, h, w) or (N, D); not changed.
-            threshold: tau, one for all or one per image (B,); None takes the quantizer's own, or
-                while training what ``length_range`` says.
-            max_tokens: Instead: most slots written for an image, one for all or one per image;
-                each image gets the smallest threshold that keeps it.
+            z: (B, C, h, w).
+            temp: Temperature of this draw; None for ``temperature``.
+            return_logits: Return the scores (B, K, h, w) too, as a fourth value.
 
         Returns:
-            z_q like z, float32; loss; info with a `LoopTrace` (fields (B, h, w) or (N,)) and
-            indices (B, h, w, T) or (N, T).
-
-        Raises:
-            ValueError: Both a threshold and a number of tokens are given, a threshold is negative
-                or no number, or there are fewer tokens than sites.
+            z_q (B, D, h, w); loss; info with indices (B, h, w), a `QuantizerOutput`. All float32.
         """
-        flat = self._rows(z)
-        rows = flat.detach()
-        if self.training and self.embedding.steps < self.start_batches:
-            self._start_from_data(rows, len(z))
-        path, tau = self._follow(rows, len(z), threshold, max_tokens)
-        lengths = turns_within(path.distances, tau)
-        codes = path.end_at(lengths)
-        z_q = straight_through(flat, self.transform.decode(codes, self.embedding.weight.detach()))
-        searches = self.transform.retrace(rows, codes, self.embedding.weight)
-        loss = self._loss(flat, searches)
-        last = path.distances.gather(1, lengths[:, None] - 1).squeeze(1)
-        trace = LoopTrace(lengths, last, last <= tau)
-        if self.training:
-            self._learn(rows, searches)
-            if threshold is None:
-                self._steer(path.distances)
-        info = QuantizerInfo(
-            code_perplexity(searches.found, self.n_e),
-            LoopTrace(*(self._grid(field, z) for field in trace)),
-            self._grid(codes, z),
-        )
-        z_q = self._grid(z_q, z)
-        return QuantizerOutput(z_q if z.ndim == 2 else channels_second(z_q), loss, info)
+        if not torch.isfinite(z).all():
+            raise NonFiniteError("the latents that reach the quantizer are not finite")
+        with torch.autocast(z.device.type, enabled=False):
+            logits = self._score(z.float())
+            z_q, indices = self._choose(logits, self.temperature if temp is None else temp)
+        log_q = logits.log_softmax(dim=1)
+        divergence = (log_q.exp() * (log_q + math.log(self.n_e))).sum(dim=1).mean()
+        loss = self.kl_weight * divergence
+        if not self.use_vqinterface:
+            return z_q, loss, indices
+        output = QuantizerOutput(z_q, loss, QuantizerInfo(None, None, indices))
+        return (*output, logits) if return_logits else output
 
-    @torch.no_grad()
-    def whole_path(self, z: Tensor) -> Path:
-        """Follow latents (B, D, h, w) or (N, D) through all turns, wherever they may end then."""
-        rows = self._rows(z).detach()
-        return self._walk(rows, rows.new_zeros(len(rows)))
+    def _score(self, z: Tensor) -> Tensor:
+        """Score latents (B, C, h, w): (B, K, h, w), under ``remap`` of the used codes only."""
+        logits = self.proj(z)
+        return logits if self.remap is None else logits[:, self.used]
 
-    @staticmethod
-    def thresholds(path: Path, tokens: Tensor) -> Tensor:
-        """Thresholds (N,) at which the images of a path write no more than ``tokens`` (B,)."""
-        distances = path.distances.unflatten(0, (len(tokens), -1))
-        return threshold_for(distances, tokens).repeat_interleave(distances.shape[1])
-
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
-    ) -> Tensor:
-        """Turn codes back into latents: exactly the z_q of `forward` in eval mode.
-
-        Args:
-            indices: (B, h, w, T) or (N, T) int64, valid codes.
-            shape: (B, h, w, D) if the indices are flat.
-
-        Returns:
-            z_q (B, D, h, w), or (N, D) for codes (N, T) without a shape.
-
-        Raises:
-            ValueError: The codes are not ones that the loop writes.
-        """
-        grid = indices.shape[:-1] if shape is None else shape[:3]
-        if indices.numel() != math.prod(grid) * self.max_loops:
-            raise ValueError(f"codes {tuple(indices.shape)} are not {self.max_loops} for each site")
-        codes = indices.reshape(-1, self.max_loops)
-        check_codes(codes, self.n_e, self.transform.dummies)
-        z_q = self.transform.decode(codes, self.embedding.weight)
-        z_q = z_q.reshape(*grid, self.e_dim)
-        return z_q if len(grid) == 1 else channels_second(z_q)
-
-    def followed(self) -> dict[str, Tensor]:
-        """Threshold relative to the latents' spread; nothing of an infinite one."""
-        relative = self.threshold / self.latent_std
-        return {} if relative.isinf() else {"relative_threshold": relative}
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Load (see `nn.Module`), except that a threshold fixed by the configuration stays."""
-        if self.target_length is None:
-            state_dict[f"{prefix}threshold"] = self.threshold
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def _follow(
-        self,
-        rows: Tensor,
-        images: int,
-        threshold: float | Tensor | None,
-        max_tokens: int | Tensor | None,
-    ) -> tuple[Path, Tensor]:
-        """Walk latents (N, D) as far as they may have to go; the path and tau (N,) of each."""
-        if threshold is not None and max_tokens is not None:
-            raise ValueError("give a threshold or max_tokens, not both")
-        sites = len(rows) // images
-        if threshold is None and max_tokens is None and self.training and self.length_range:
-            max_tokens = draw_tokens(images, sites, self.length_range, rows.device)
-        if max_tokens is None:
-            tau = torch.as_tensor(self.threshold if threshold is None else threshold)
-            if threshold is not None and not (tau >= 0).all():
-                raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
-            tau = per_image("threshold", tau.to(rows), images).repeat_interleave(sites)
-            return self._walk(rows, tau), tau
-        path = self.whole_path(rows)
-        tokens = per_image("max_tokens", torch.as_tensor(max_tokens, device=rows.device), images)
-        return path, self.thresholds(path, tokens)
-
-    def _walk(self, rows: Tensor, tau: Tensor) -> Path:
-        """Follow latents (N, D) until they are within tau (N,)."""
-        return self.transform.walk(rows, self.embedding.weight.detach(), tau, self.max_loops)
-
-    def _loss(self, z: Tensor, searches: Searches) -> Tensor:
-        """Codebook and commitment loss, averaged over all turns of the sites in the loop."""
-        latents = z[searches.sites]
-        commitment = F.mse_loss(searches.approximations.detach(), latents)
-        if self.embedding.ema_decay is not None:
-            return self.beta * commitment
-        codebook_term = F.mse_loss(searches.approximations, latents.detach())
-        return vq_loss(codebook_term, commitment, self.beta, self.legacy)
-
-    @torch.no_grad()
-    def _start_from_data(self, rows: Tensor, images: int) -> None:
-        """Place codes by k-means over the latents, then the threshold and the transform's turns."""
-        first = self.embedding.steps == 0
-        self.embedding.start_from(rows, fresh=bool(first))
-        if first and self.target_length is not None:
-            self.threshold.copy_(self._mean(nearest_codes(rows, self.embedding.weight).distances))
-        for _ in range(self.max_loops - 1):
-            path, tau = self._follow(rows, images, None, None)
-            codes = path.end_at(turns_within(path.distances, tau))
-            searches = self.transform.retrace(rows, codes, self.embedding.weight.detach())
-            self.transform.start(rows, searches, self.embedding.weight.detach())
-
-    @torch.no_grad()
-    def _learn(self, rows: Tensor, searches: Searches) -> None:
-        """Update what is neither trained by gradient nor steered."""
-        spread = (rows - self._mean(rows)).square().sum(dim=1)
-        momentum = 0.0 if self.embedding.steps == 0 else 0.99
-        self.latent_std.lerp_(self._mean(spread).sqrt(), 1 - momentum)
-        self.transform.learn(rows, searches, self.embedding.weight.detach())
-        self.embedding.learn(searches.targets, searches.found, searches.weights)
-
-    @torch.no_grad()
-    def _steer(self, distances: Tensor) -> None:
-        """Move the threshold toward the one that gives the mean turns wanted."""
-        if self.target_length is not None:
-            lengths = turns_within(distances, self.threshold.expand(len(distances)))
-            # 5% a step for each turn too many settles in tens of steps and does not overshoot.
-            excess = self._mean(lengths.float()) - self.target_length
-            moved = self.threshold * torch.exp(0.05 * excess.clamp(-1, 1))
-            # No factor leads away from 0, where all latents of a batch are the same.
-            self.threshold.copy_(torch.maximum(moved, 1e-3 * self.latent_std))
-
-    @staticmethod
-    def _mean(values: Tensor) -> Tensor:
-        """Mean of values (N, ...) over the latents of all ranks."""
-        count = values.new_full((1,), len(values))
-        *total, count = sum_over_ranks(torch.cat([values.sum(dim=0).flatten(), count]))
-        return torch.stack(total).reshape(values.shape[1:]) / count
-
-    @staticmethod
-    def _grid(rows: Tensor, z: Tensor) -> Tensor:
-        """Give rows (N, ...) the grid of z: (B, h, w, ...), or leave them for z (N, D)."""
-        return rows if z.ndim == 2 else rows.reshape(len(z), *z.shape[2:], *rows.shape[1:])
+    def _choose(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Draw, or pick, codes: z_q (B, D, h, w) and indices (B, h, w)."""
+        codes = self.codebook if self.remap is None else self.codebook[self.used]
+        if not self.training and not self.legacy:
+            indices = logits.argmax(dim=1)
+            return channels_second(F.embedding(indices, codes)), indices
+        hard = self.straight_through or not self.training
+        choice = F.gumbel_softmax(logits, temperature, hard=hard, dim=1)
+        return torch.einsum("bkhw,kd->bdhw", choice, codes), choice.argmax(dim=1)

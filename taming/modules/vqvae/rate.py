@@ -32,7 +32,7 @@ def per_image(name: str, value: Tensor, images: int) -> Tensor:
     return value.expand(images)
 
 
-def turns_within(distances: Tensor, threshold: Tensor) -> Tensor:
+def lengths_within(distances: Tensor, threshold: Tensor) -> Tensor:
     """Count the turns until a code is within the threshold; T if none ever is.
 
     Args:
@@ -78,7 +78,7 @@ def threshold_for(distances: Tensor, tokens: Tensor) -> Tensor:
     return ordered.gather(1, further[:, None]).squeeze(1)
 
 
-def fewest_tokens(
+def fewest_codes(
     quality: Callable[[Tensor], Tensor],
     target: Tensor,
     sites: int,
@@ -117,7 +117,7 @@ def fewest_tokens(
     return enough
 
 
-def draw_tokens(
+def draw_budgets(
     images: int, sites: int, lengths: tuple[float, float], device: torch.device
 ) -> Tensor:
     """Draw the tokens of each image: a mean length uniform in ``lengths``, times its sites.

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from taming.modules.vqvae.cascade import Cascade
-from taming.modules.vqvae.distributed import sum_over_ranks
-from taming.modules.vqvae.loop import ABSENT, Path, Searches, Transform
+from taming.modules.distributed import sum_over_ranks
+from taming.modules.vqvae.loop import ABSENT, Cascade, Path, Searches, Transform
 from taming.modules.vqvae.nearest import nearest_codes
 
 MOMENTUM = 0.95  # weight of the old value in running statistics
@@ -42,7 +41,7 @@ class Attract(Transform):
         self.step = step
 
     @torch.no_grad()
-    def walk(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
+    def search(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
         """Follow latents round the loop; one search, cost independent of T (see `Transform`)."""
         found, first = nearest_codes(z, codebook)
         slot = torch.arange(max_loops, device=z.device)
@@ -91,11 +90,11 @@ class Residual(Cascade):
         self.scales: Tensor
         self.register_buffer("scales", torch.ones(max_loops))
 
-    def see(self, codebook: Tensor, turn: int) -> Tensor:
+    def project(self, codebook: Tensor, turn: int) -> Tensor:
         """Scale codes (K, D) by S_t (see `Cascade`)."""
         return codebook if turn == 0 else codebook * self.scales[turn]
 
-    def pull(self, errors: Tensor, turn: int) -> tuple[Tensor, Tensor]:
+    def backproject(self, errors: Tensor, turn: int) -> tuple[Tensor, Tensor]:
         """Scale errors (M, D) by S_t; and S_t^2 (see `Cascade`)."""
         return errors * self.scales[turn], self.scales[turn].square()
 
@@ -151,11 +150,11 @@ class LinearResidual(Cascade):
             )
         super().check(e_dim, max_loops)
 
-    def see(self, codebook: Tensor, turn: int) -> Tensor:
+    def project(self, codebook: Tensor, turn: int) -> Tensor:
         """Map codes (K, D) by M_t (see `Cascade`)."""
         return codebook if turn == 0 else product(codebook, self.maps[turn].T)
 
-    def pull(self, errors: Tensor, turn: int) -> tuple[Tensor, Tensor]:
+    def backproject(self, errors: Tensor, turn: int) -> tuple[Tensor, Tensor]:
         """Map errors (M, D) by M_t^T; and the mean square of M_t's axes (see `Cascade`)."""
         axes = self.maps[turn]
         return product(errors, axes), axes.square().sum() / len(axes)

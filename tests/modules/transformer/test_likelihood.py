@@ -4,12 +4,12 @@ from itertools import product
 
 import pytest
 import torch
-from modules.transformer.test_sampling import MODERN, K, every_network, every_sequence, model
+from modules.transformer.test_generate import MODERN, K, every_network, every_sequence, model
 from torch import Tensor
 
-from taming.modules.transformer.ragged import length_groups
-from taming.modules.transformer.sampling import Drawing, grammatical, sample_tokens
-from taming.modules.vqvae.sequence import RasterSequence, RunLengthSequence, UnarySequence
+from taming.modules.sequence.notations import RasterSequence, RunLengthSequence, UnarySequence
+from taming.modules.transformer.generate import SamplingParams, grammatical, sample_tokens
+from taming.modules.transformer.gpt import length_groups
 
 TINY = [
     RasterSequence(3),
@@ -57,7 +57,7 @@ def test_the_probabilities_of_all_images_sum_to_one(levels: int, sequence) -> No
 @every_sequence
 def test_an_image_is_as_likely_alone_as_among_others(levels: int, sequence) -> None:
     network, condition = model(levels), torch.randint(12, (9, 2))
-    tokens = sample_tokens(network, condition, sequence, (2, 3), Drawing(2.0))
+    tokens = sample_tokens(network, condition, sequence, (2, 3), SamplingParams(2.0))
     with torch.no_grad():
         together = nats(network, condition, sequence, tokens, (2, 3))
         for row in range(9):
@@ -70,7 +70,7 @@ def test_an_image_is_as_likely_alone_as_among_others(levels: int, sequence) -> N
 def test_a_token_sees_its_past_alone(levels: int) -> None:
     network, sequence = model(levels), RunLengthSequence(K, 3, dummies=False)
     condition = torch.randint(12, (1, 2))
-    tokens = sample_tokens(network, condition, sequence, (2, 3), Drawing(2.0))
+    tokens = sample_tokens(network, condition, sequence, (2, 3), SamplingParams(2.0))
     states = sequence.states(tokens)
 
     def logits(inputs: Tensor) -> Tensor:

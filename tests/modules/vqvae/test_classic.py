@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import load_golden
+from support.original import load_golden
 
-from taming.modules.vqvae import classic, codebook
+from taming.modules.vqvae import codebook, quantize
 from taming.modules.vqvae.quantize import (
     EMAVectorQuantizer,
     GumbelQuantize,
@@ -67,6 +67,7 @@ def test_first_quantizer_equals_the_original(shared) -> None:
     assert (encodings.sum(dim=1) == 1).all()
 
 
+@pytest.mark.reported(18)
 @every_kind
 def test_index_shapes_are_the_originals_and_decode(kind: str, remap: str) -> None:
     quantizer, z = build(kind, remap), torch.randn(B, D, H, W)
@@ -138,6 +139,7 @@ def test_averages_after_a_step_lie_between_start_and_latents() -> None:
         torch.testing.assert_close(quantizer.codebook[code], expected)
 
 
+@pytest.mark.reported(15)
 def test_averages_reach_the_means_of_clusters() -> None:
     centers = torch.randn(4, D) * 5
     quantizer = ema(decay=0.9).train()
@@ -163,12 +165,12 @@ def test_averages_are_those_of_all_ranks(monkeypatch) -> None:
     ranks = [copy.deepcopy(whole) for _ in range(2)]
     whole(z)
     seen: list[torch.Tensor] = []
-    for module in (classic, codebook):
+    for module in (quantize, codebook):
         monkeypatch.setattr(module, "sum_over_ranks", lambda part: seen.append(part) or part)
     for rank, part in zip(ranks, z.split(2), strict=True):
         copy.deepcopy(rank)(part)
     total = {a.shape: a + b for a, b in zip(seen[:2], seen[2:], strict=True)}
-    for module in (classic, codebook):
+    for module in (quantize, codebook):
         monkeypatch.setattr(module, "sum_over_ranks", lambda part: total[part.shape])
     for rank, part in zip(ranks, z.split(2), strict=True):
         rank(part)

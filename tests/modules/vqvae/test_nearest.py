@@ -6,6 +6,7 @@ import torch
 from taming.modules.vqvae.nearest import nearest_codes
 
 
+@pytest.mark.reported(25)
 @pytest.mark.parametrize("max_scores", [1, 50, 64, 1 << 20])
 def test_equals_full_matrix_for_every_chunk(max_scores: int) -> None:
     vectors, codebook = torch.randn(37, 5), torch.randn(11, 5)

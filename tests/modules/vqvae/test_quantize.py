@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from golden import load_golden
+from support.original import load_golden
 
 from taming.modules.vqvae.codebook import Codebook
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer, VectorQuantizer2
@@ -68,6 +68,7 @@ def test_vector_quantizer_2_equals_the_original(name: str, shared, tmp_path) -> 
         torch.testing.assert_close(entry, golden.io["entry"])
 
 
+@pytest.mark.reported(19)
 @pytest.mark.parametrize("unknown", ["random", "extra", 1])
 def test_remap_is_inverted_on_used_codes(unknown, tmp_path) -> None:
     np.save(tmp_path / "used.npy", np.array([7, 2, 11]))
@@ -187,6 +188,7 @@ def test_training_fits_clusters_and_uses_every_code(transform: str, ema_decay) -
     assert (quantizer.embedding.usage > 0).all()
 
 
+@pytest.mark.reported(20)
 def test_dead_codes_are_revived_from_what_is_searched() -> None:
     quantizer = LoopyVectorQuantizer(K, D, 0.25, math.inf, 2, start_batches=0).train()
     with torch.no_grad():
@@ -368,6 +370,7 @@ def test_training_is_repeatable_from_its_state() -> None:
         assert torch.equal(value, run(3).state_dict()[key]), key
 
 
+@pytest.mark.reported(13)
 @every_transform
 def test_quantizing_is_float32_under_autocast(transform: str) -> None:
     quantizer, z = loopy(transform), torch.randn(2, D, 3, 3, dtype=torch.bfloat16)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from taming.modules.vqvae.codebook import k_means
 from taming.modules.vqvae.loop import Path, Searches, Transform
-from taming.modules.vqvae.rate import turns_within
+from taming.modules.vqvae.rate import lengths_within
 from taming.modules.vqvae.transforms import Attract, LinearResidual, Residual
 
 K, D, T = 12, 3, 6
@@ -16,7 +16,7 @@ K, D, T = 12, 3, 6
 
 def spell(path: Path, tau: float) -> tuple[Tensor, Tensor]:
     """Codes and lengths of a path that ends at a threshold."""
-    lengths = turns_within(path.distances, torch.full((len(path.distances),), tau))
+    lengths = lengths_within(path.distances, torch.full((len(path.distances),), tau))
     return path.end_at(lengths), lengths
 
 
@@ -46,7 +46,7 @@ def literal_loop(z: Tensor, codebook: Tensor, tau: float, turn, scale) -> list[l
 def test_attract_equals_the_literal_loop(step: float, tau: float) -> None:
     z, codebook = torch.randn(60, D), torch.randn(K, D)
     attract = Attract(step)
-    path = attract.walk(z, codebook, torch.full((60,), tau), T)
+    path = attract.search(z, codebook, torch.full((60,), tau), T)
     expected = literal_loop(
         z, codebook, tau, lambda r, e, t: (torch.lerp(r, e, step), K), lambda t: 1.0
     )
@@ -72,7 +72,7 @@ def mapped(beam: int = 1) -> LinearResidual:
 def test_residual_equals_the_literal_loop(tau: float) -> None:
     z, codebook, residual = torch.randn(60, D), torch.randn(K, D), scaled()
     sums = residual.scales.tolist()
-    path = residual.walk(z, codebook, torch.full((60,), tau), T)
+    path = residual.search(z, codebook, torch.full((60,), tau), T)
     expected = literal_loop(
         z,
         codebook,
@@ -86,7 +86,7 @@ def test_residual_equals_the_literal_loop(tau: float) -> None:
 def test_maps_that_only_scale_are_scales() -> None:
     z, codebook, residual, linear = torch.randn(60, D), torch.randn(K, D), scaled(), mapped()
     linear.maps.copy_(residual.scales[:, None, None] * torch.eye(D))
-    ours, theirs = (t.walk(z, codebook, torch.zeros(60), T) for t in (linear, residual))
+    ours, theirs = (t.search(z, codebook, torch.zeros(60), T) for t in (linear, residual))
     assert torch.equal(ours.codes, theirs.codes)
     torch.testing.assert_close(ours.distances, theirs.distances)
     found = [t.retrace(z, ours.codes[:, -1], codebook) for t in (linear, residual)]
@@ -97,7 +97,7 @@ def test_maps_that_only_scale_are_scales() -> None:
 def test_targets_step_down_the_gradient_of_the_error() -> None:
     z, codebook = torch.randn(60, D), torch.randn(K, D, requires_grad=True)
     for transform in (mapped(), scaled()):
-        codes = transform.walk(z, codebook.detach(), torch.zeros(60), T).codes[:, -1]
+        codes = transform.search(z, codebook.detach(), torch.zeros(60), T).codes[:, -1]
         searches = transform.retrace(z, codes, codebook)
         error = (searches.approximations - z[searches.sites]).square().sum() / 2
         (gradient,) = torch.autograd.grad(error, codebook)
@@ -108,7 +108,7 @@ def test_targets_step_down_the_gradient_of_the_error() -> None:
 
 def test_residual_distance_is_the_error_and_the_threshold_bounds_it() -> None:
     z, codebook, tau, residual = torch.randn(200, D), torch.randn(K, D), 0.4, mapped()
-    path = residual.walk(z, codebook, torch.full((200,), tau), T)
+    path = residual.search(z, codebook, torch.full((200,), tau), T)
     codes, length = spell(path, tau)
     error = (z - residual.decode(codes, codebook)).norm(dim=1)
     last = path.distances.gather(1, length[:, None] - 1).squeeze(1)
@@ -125,8 +125,8 @@ every_transform = pytest.mark.parametrize(
 @every_transform
 def test_a_threshold_only_cuts_the_path(transform: Transform) -> None:
     z, codebook, tau = torch.randn(50, D), torch.randn(K, D), 0.5
-    whole = transform.walk(z, codebook, torch.zeros(50), T)
-    short = transform.walk(z, codebook, torch.full((50,), tau), T)
+    whole = transform.search(z, codebook, torch.zeros(50), T)
+    short = transform.search(z, codebook, torch.full((50,), tau), T)
     codes, lengths = spell(whole, tau)
     assert torch.equal(codes, spell(short, tau)[0])
     assert len(lengths.unique()) > 1
@@ -137,7 +137,7 @@ def test_a_wider_beam_comes_nearer_and_a_full_one_nearest() -> None:
     distances = []
     for beam in (1, 4, K):
         residual = scaled(beam, turns)
-        distances.append(residual.walk(z, codebook, torch.zeros(40), turns).distances)
+        distances.append(residual.search(z, codebook, torch.zeros(40), turns).distances)
     sums = (codebook[:, None] + 0.6 * codebook).reshape(-1, D)
     torch.testing.assert_close(distances[2][:, 1], torch.cdist(z, sums).amin(dim=1))
     greedy, beam, full = (d[:, 1].mean() for d in distances)
@@ -148,7 +148,7 @@ def test_a_wider_beam_comes_nearer_and_a_full_one_nearest() -> None:
 @every_transform
 def test_searches_are_those_that_gave_the_codes(transform: Transform) -> None:
     z, codebook = torch.randn(50, D), torch.randn(K, D)
-    codes, lengths = spell(transform.walk(z, codebook, torch.full((50,), 0.5), T), 0.5)
+    codes, lengths = spell(transform.search(z, codebook, torch.full((50,), 0.5), T), 0.5)
     searches = transform.retrace(z, codes, codebook)
     last = torch.zeros(50, D)
     for site, approximation in zip(searches.sites, searches.approximations, strict=True):
@@ -163,7 +163,7 @@ def test_searches_are_those_that_gave_the_codes(transform: Transform) -> None:
 
 def whole_paths(transform: Transform, z: Tensor, codebook: Tensor) -> Searches:
     """Searches of latents that take every turn."""
-    codes = transform.walk(z, codebook, torch.zeros(len(z)), T).codes[:, -1]
+    codes = transform.search(z, codebook, torch.zeros(len(z)), T).codes[:, -1]
     return transform.retrace(z, codes, codebook)
 
 
@@ -184,7 +184,7 @@ def test_turns_that_no_latent_took_keep_their_sizes() -> None:
     z, codebook, residual = torch.randn(50, D), torch.randn(K, D), Residual(T)
     residual.scales = torch.linspace(1, 0.5, T)
     kept = residual.scales.clone()
-    ended_at_once = residual.walk(z, codebook, torch.full((50,), math.inf), T).codes[:, 0]
+    ended_at_once = residual.search(z, codebook, torch.full((50,), math.inf), T).codes[:, 0]
     residual.start(z, residual.retrace(z, ended_at_once, codebook), codebook)
     assert torch.equal(residual.scales, kept)
 
@@ -215,7 +215,7 @@ def test_maps_stay_small_where_codes_hardly_differ_and_latents_move() -> None:
     codebook = k_means(torch.randn(500, 8) * axes, torch.randn(16, 8) * axes)
     for step in range(300):
         z = torch.randn(64, 8) * axes * (1 + 0.2 * math.sin(step / 20))
-        codes = transform.walk(z, codebook, torch.full((64,), 0.5), 5).codes
+        codes = transform.search(z, codebook, torch.full((64,), 0.5), 5).codes
         searches = transform.retrace(z, codes[:, -1], codebook)
         (transform.start if step < 4 else transform.learn)(z, searches, codebook)
     assert torch.linalg.matrix_norm(transform.maps, ord=2).max() < 2

@@ -1,0 +1,147 @@
+"""Every flag of the original and of the current Trainer means what it says."""
+
+import inspect
+
+import lightning.pytorch as pl
+import pytest
+
+from taming.run.cli import parse_arguments
+
+
+def test_defaults_are_the_originals():
+    options = parse_arguments([])
+    assert (options.seed, options.train, options.no_test, options.scale_lr) == (
+        23,
+        False,
+        False,
+        True,
+    )
+    assert (options.base, options.name, options.resume, options.postfix) == ([], "", "", "")
+    assert options.trainer == {} and options.dotlist == []
+
+
+def test_the_originals_command_line():
+    options = parse_arguments(
+        ["--base", "a.yaml", "b.yaml", "-t", "True", "--gpus", "0,", "-n", "run", "-f", "_x"]
+        + ["-p", "proj", "-d", "-s", "3", "--no-test", "model.params.n_embed=64"]
+        + ["--max_epochs", "7"]
+    )
+    assert options.base == ["a.yaml", "b.yaml"]
+    assert (options.name, options.postfix, options.project, options.seed) == (
+        "run",
+        "_x",
+        "proj",
+        3,
+    )
+    assert options.train and options.debug and options.no_test
+    assert options.trainer == {"gpus": "0,", "max_epochs": 7}
+    assert options.dotlist == ["model.params.n_embed=64"]
+
+
+def test_several_base_flags_add_up():
+    assert parse_arguments(["-b", "a", "b", "-t", "-b", "c"]).base == ["a", "b", "c"]
+
+
+def test_overrides_may_stand_anywhere():
+    argv = ["-t", "a.b=1", "--fast_dev_run", "data={target: main.X, params: {k: v=1}}", "-b", "c"]
+    options = parse_arguments(argv)
+    assert options.dotlist == [argv[1], argv[3]]
+    assert options.train is True and options.trainer == {"fast_dev_run": True}
+
+
+def test_the_value_of_a_flag_is_no_override():
+    argv = ["-t", "x.y=1", "-n", "beta=0.25", "-f", "_lr=1e-4", "-b", "beta=0.25", "-b", "lr=0.1"]
+    options = parse_arguments(argv)
+    assert (options.name, options.postfix) == ("beta=0.25", "_lr=1e-4")
+    assert options.dotlist == ["x.y=1", "beta=0.25", "lr=0.1"]
+    assert options.train and options.base == []
+
+
+@pytest.mark.parametrize("name", set(inspect.signature(pl.Trainer).parameters))
+def test_every_trainer_argument_is_a_flag(name):
+    if name in ("callbacks", "plugins"):  # objects, which YAML describes
+        return
+    value = "7" if name == "max_time" else 7
+    assert parse_arguments([f"--{name}", "7"]).trainer == {name: value}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("100", 100), ("1e-4", 1e-4), ("0,1", "0,1"), ("-1", -1), ("false", False), ("null", None)]
+    + [("bf16-mixed", "bf16-mixed"), ("[0,1]", [0, 1]), ("00:01:00:00", "00:01:00:00")],
+)
+def test_values_are_yaml(text, value):
+    assert parse_arguments(["--devices", text]).trainer == {"devices": value}
+
+
+@pytest.mark.parametrize("text", ["12:00:00:00", "00:12:00:00"])
+def test_times_are_text(text):
+    assert parse_arguments(["--max_time", text]).trainer == {"max_time": text}
+    assert parse_arguments(["--max_time", "{hours: 2}"]).trainer == {"max_time": {"hours": 2}}
+
+
+@pytest.mark.parametrize("text", ["true", "Yes", "1", "t"])
+def test_switches(text):
+    assert parse_arguments(["-t", text]).train is True
+    assert parse_arguments(["--scale_lr", "false"]).scale_lr is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--max_step", "3"], "unknown flag --max_step; did you mean '--max_steps'?"),
+        (["--gpu", "0,"], "unknown flag --gpu; did you mean '--gpus'?"),
+        (["-t", "maybe"], "expected true or false, got 'maybe'"),
+        (["-b", "a.yaml", "-t", "true", "stray"], "unexpected argument 'stray'"),
+        (["-n", "x", "-r", "logs/y"], "give one"),
+        (["-s", "x"], "invalid int value"),
+    ],
+)
+def test_mistakes_end_with_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse_arguments(argv)
+    captured = capsys.readouterr()
+    assert raised.value.code == 2 and captured.out == ""
+    assert message in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.reported(6)
+def test_help_lists_every_flag_and_hides_old_ones(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    for flag in ("-b", "-n", "-r", "-t", "--no-test", "-p", "-d", "-s", "-f", "--wandb", "--gpus"):
+        assert f" {flag}" in text
+    for name in set(inspect.signature(pl.Trainer).parameters) - {"callbacks", "plugins"}:
+        assert f"--{name}" in text
+    assert "--distributed_backend" not in text
+    assert "in PowerShell, quote a value with a comma" in " ".join(text.split())
+
+
+def test_numbers_of_the_trainer_are_numbers() -> None:
+    arguments = "-b x --max_steps 1e3 --limit_val_batches 1.0 --max_epochs=-1 --fast_dev_run"
+    trainer = parse_arguments(arguments.split()).trainer
+    assert trainer == {
+        "max_steps": 1000,
+        "limit_val_batches": 1.0,
+        "max_epochs": -1,
+        "fast_dev_run": True,
+    }
+    assert isinstance(trainer["max_steps"], int) and isinstance(trainer["limit_val_batches"], float)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--max_steps", "argument --max_steps: expected one argument"),
+        ("--max_steps three", "argument --max_steps: expected a number, got 'three'"),
+        ("--max_steps .inf", "argument --max_steps: expected a whole number, got '.inf'"),
+        ("--devices [0", "argument --devices: cannot be read as YAML: '[0'"),
+        ("--max_epochs 1.5", "argument --max_epochs: expected a whole number, got '1.5'"),
+        ("--default_root_dir", "argument --default_root_dir: expected one argument"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_names_its_flag(flags: str, message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(f"-b x {flags}".split())
+    assert caught.value.code == 2 and message in capsys.readouterr().err

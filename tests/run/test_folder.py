@@ -1,0 +1,308 @@
+"""A run's folder is found again, and so is the model that it left."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from support import models as toys
+
+from taming.run.config import ConfigError, load_config
+from taming.run.folder import (
+    _RANK_VARIABLES,
+    _RUN_VARIABLE,
+    RunDir,
+    is_first_process,
+    model_from_run,
+    run_name,
+    without_starts,
+)
+from taming.run.lightning_block import (
+    DEFAULT_CALLBACKS,
+    callback_blocks,
+    check_experiment,
+    merge_block,
+)
+from taming.util import retrieve
+
+PROJECT = {
+    "model": {
+        "base_learning_rate": 0.1,
+        "target": "support.models.ToyModel",
+        "params": {"width": 5},
+    },
+    "data": {"target": "support.models.ToyDataModule"},
+}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run with a saved configuration and a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    run = RunDir(tmp_path / "logs" / "run")
+    run.configs.mkdir(parents=True)
+    run.checkpoints.mkdir()
+    OmegaConf.save(OmegaConf.create(PROJECT), run.configs / "2024-project.yaml")
+    torch.save({"state_dict": toys.ToyModel(width=5).state_dict()}, run.last_checkpoint)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "postfix", "expected"),
+    [
+        ("", ["configs/vq.yaml", "b.yaml"], "", "vq"),
+        ("mine", ["configs/vq.yaml"], "_x", "mine_x"),
+        ("", [], "", "run"),
+    ],
+)
+def test_names(name, base, postfix, expected):
+    assert run_name(name, base, postfix) == expected
+
+
+@pytest.fixture(autouse=True)
+def first_process(monkeypatch):
+    """No test leaves its run, or takes it for another's, in the environment."""
+    for name in (*_RANK_VARIABLES, _RUN_VARIABLE, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_runs_begun_in_one_second_do_not_meet(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        runs = [*pool.map(lambda _: RunDir.new("a", tmp_path), range(8))]
+    assert len({run.path for run in runs}) == 8
+    for run in runs:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_a", run.path.name)
+        assert run.path.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("saved", "hours"), [([], 0), (["model"], 0), (["model", -3], 0), ([-5, 5, 2], 5)]
+)
+def test_a_start_is_newer_than_all_before_whatever_the_clock_says(tmp_path, saved, hours):
+    run, now, form = RunDir(tmp_path), datetime.now(), "%Y-%m-%dT%H-%M-%S"
+    run.configs.mkdir()
+    for name in saved:
+        time = name if isinstance(name, str) else (now + timedelta(hours=name)).strftime(form)
+        (run.configs / f"{time}-project.yaml").touch()
+    for _ in range(2):
+        time = run.start_time()
+        (run.configs / f"{time}-project.yaml").touch()
+        assert (
+            timedelta(0)
+            <= datetime.strptime(time, form) - (now.replace(microsecond=0) + timedelta(hours=hours))
+            < timedelta(minutes=1)
+        )
+        times = [p.name for p in run.saved_configs if p.name[0].isdigit()]
+        assert times[-1].startswith(time)
+        assert len(times) == len({*times})
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_run_that_writes_nothing_leaves_no_folder(writes, tmp_path):
+    run = RunDir.new("a", tmp_path / "logs")
+    with pytest.raises(KeyError), run.kept_if_used():
+        if writes:
+            run.configs.mkdir()
+        raise KeyError
+    assert (tmp_path / "logs").exists() == run.path.exists() == writes
+
+
+def test_relaunched_processes_share_their_parents_run(tmp_path, monkeypatch):
+    parent = RunDir.new("a", tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert RunDir.new("a", tmp_path) == parent
+
+
+@pytest.mark.parametrize("variable", _RANK_VARIABLES)
+def test_only_the_first_process_makes_a_folder(variable, tmp_path, monkeypatch):
+    monkeypatch.setenv(variable, "1")
+    one = RunDir.new("a", tmp_path)
+    monkeypatch.setenv(variable, "2")
+    other = RunDir.new("a", tmp_path)
+    assert not [*tmp_path.iterdir()]
+    assert one != other  # they may know nothing of each other, as jobs that one srun started
+
+
+@pytest.mark.parametrize(("rank", "first"), [("0", True), ("1", False)])
+def test_torchrun_alone_numbers_its_processes(rank, first, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("SLURM_PROCID", str(1 - int(rank)))
+    assert is_first_process() == first
+
+
+def test_resume_finds_run_and_checkpoint(run):
+    other = run.checkpoints / "epoch=000001.ckpt"
+    other.touch()
+    assert RunDir.resume(run.path) == (run, run.last_checkpoint)
+    assert RunDir.resume(other) == (run, other)
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("nowhere", FileNotFoundError, "the run nowhere does not exist"),
+        ("logs", ValueError, "logs is no run"),
+        ("logs/run/configs/2024-project.yaml", None, None),
+        (
+            "logs/empty",
+            FileNotFoundError,
+            "the run logs/empty has no logs/empty/checkpoints/last.ckpt",
+        ),
+    ],
+)
+def test_what_is_no_run_is_refused(run, path, error, message):
+    empty = RunDir(run.path.parent / "empty")
+    empty.configs.mkdir(parents=True)
+    (empty.configs / "a.yaml").touch()
+    if error is None:
+        assert RunDir.resume(path)[0].path == run.path
+        return
+    with pytest.raises(error, match=message):
+        RunDir.resume(path)
+
+
+def test_model_from_run_has_the_runs_weights(run):
+    expected = torch.load(run.last_checkpoint, weights_only=True)["state_dict"]
+    for path in (run.path, run.last_checkpoint):
+        model = model_from_run(path, monitor="val/x")
+        assert not model.training and model.monitor == "val/x"
+        torch.testing.assert_close(model.state_dict(), expected)
+
+
+def test_a_run_of_another_model_than_is_asked_for_is_named(run):
+    message = f"the run {run.path} holds a support.models.ToyModel, which takes no lossconfig; "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model_from_run(run.path, lossconfig={"target": "taming.modules.losses.DummyLoss"})
+
+
+def test_what_a_run_started_from_has_served(run):
+    start = {"ckpt_path": "gone.ckpt", "ignore_keys": ["encoder"]}
+    block = {"n": 1, **start, "first_stage_config": {"target": "x", "params": {"m": 2, **start}}}
+    kept = {"n": 1, "first_stage_config": {"target": "x", "params": {"m": 2}}}
+    assert without_starts(block) == kept
+
+
+def test_model_from_run_takes_the_newest_configuration(run):
+    newer = {"model": {**PROJECT["model"], "params": {"width": 5, "monitor": "newer"}}}
+    OmegaConf.save(OmegaConf.create(newer), run.configs / "2025-project.yaml")
+    assert model_from_run(run.path).monitor == "newer"
+
+
+@pytest.mark.reported(5)
+def test_merge_block():
+    default = {"target": "a", "params": {"x": 1, "y": 2}}
+    assert merge_block(default, None) == default
+    assert merge_block(default, {"params": {"y": 3}}) == {"target": "a", "params": {"x": 1, "y": 3}}
+    assert merge_block(default, {"target": "b"}) == {"target": "b"}
+
+
+def test_callbacks_are_merged_replaced_and_removed():
+    blocks = callback_blocks(
+        {
+            "callbacks": {
+                "image_logger": {"params": {"max_images": 2}},
+                "rng_state": None,
+                "mine": {"target": "support.models.X"},
+            }
+        }
+    )
+    assert blocks["image_logger"]["target"] == DEFAULT_CALLBACKS["image_logger"]["target"]
+    assert blocks["image_logger"]["params"]["max_images"] == 2
+    assert set(blocks) == {*DEFAULT_CALLBACKS, "mine"} - {"rng_state"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "lightning.trainer.max_steps=3",
+        "lightning.trainer.gpus=2",
+        "lightning.logger.target=lightning.pytorch.loggers.WandbLogger",
+        "lightning.logger.params.sub_dir=x",
+        "lightning.modelcheckpoint.params.every_n_train_steps=5",
+        "lightning.callbacks.image_logger.params.batch_frequency=3",
+        "lightning.callbacks.image_logger=null",
+        "lightning.trainer.profiler={target: lightning.pytorch.profilers.SimpleProfiler}",
+        "lightning.trainer.max_time={hours: 2}",
+        "lightning.callbacks.mine={target: lightning.pytorch.callbacks.Timer}",
+        "lightning=null",
+    ],
+)
+def test_right_experiments_pass(run, change):
+    check_experiment(load_config(run.saved_configs, [change]), train=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("modle.x=1", "command line: unknown key modle; did you mean 'model'"),
+        ("model.base_learning_rate=null", "base_learning_rate must be a number, got None"),
+        ("lightning.trainer.max_step=3", "lightning.trainer.max_step; did you mean 'max_steps'"),
+        (
+            "lightning.trainer.plugins=[{target: lightning.pytorch.plugins.HalfPrecison}]",
+            "lightning.trainer.plugins.0.target: lightning.pytorch.plugins has no 'HalfPrecison'",
+        ),
+        ("lightning.callbacks=[rng_state]", "lightning.callbacks must be name: block, not a list"),
+        ("lightning.callbak.x=3", "lightning.callbak; did you mean 'callbacks'"),
+        ("lightning.callbacks.rng_state.param=3", "rng_state.param; did you mean 'params'"),
+        ("lightning.callbacks.mine.params.x=3", "lightning.callbacks.mine has no target"),
+        (
+            "lightning.callbacks.image_logger.params.max_image=3",
+            "taming.run.callbacks.ImageLogger takes no 'max_image'; did you mean 'max_images'",
+        ),
+        ("lightning.modelcheckpoint.params.save_topk=3", "did you mean 'save_top_k'"),
+        (
+            "lightning.logger={target: lightning.pytorch.loggers.CSVLogger, params: {nam: x}}",
+            "lightning.logger.params.nam: lightning.pytorch.loggers.CSVLogger takes no 'nam'",
+        ),
+        ("lightning.trainer.resume_from_checkpoint=no.ckpt", "there is no checkpoint no.ckpt"),
+    ],
+)
+def test_wrong_experiments_are_named(run, change, message):
+    with pytest.raises(ConfigError) as raised:
+        check_experiment(load_config(run.saved_configs, [change]), train=True)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "callbacks.image_logger.params.batch_frequency",
+        "callbacks.mine.params.max_bins",
+        "modelcheckpoint.params.save_top_k",
+        "logger.params.flush_logs_every_n_steps",
+    ],
+)
+def test_whole_floats_become_ints_in_the_lightning_block_too(run, path):
+    targets = [
+        "lightning.callbacks.mine.target=taming.run.callbacks.CodebookTelemetry",
+        "lightning.logger.target=lightning.pytorch.loggers.CSVLogger",
+    ]
+    config = load_config(run.saved_configs, [*targets, f"lightning.{path}=1e3"])
+    check_experiment(config, train=True)
+    value = retrieve(config.values["lightning"], path, ".")
+    assert (value, type(value)) == (1000, int)
+
+
+def test_a_key_may_be_there_for_interpolations(run):
+    for values in (["${w}"], ["${w}", 5]):  # the latter overrides the former
+        sources = [{"model": {"params": {"width": value}}} for value in values]
+        files = [run.path / f"{number}.yaml" for number in range(len(sources))]
+        for source, file in zip(sources, files, strict=True):
+            OmegaConf.save(OmegaConf.create(source), file)
+        check_experiment(load_config([*run.saved_configs, *files], ["w=4"]), train=True)
+    with pytest.raises(ConfigError, match="unknown key v"):
+        check_experiment(load_config(run.saved_configs, ["v=4", "model.params.width=4"]), True)
+
+
+def test_both_blocks_are_needed(run):
+    with pytest.raises(ConfigError, match="there is no 'model' block"):
+        check_experiment(load_config([]), train=False)
+
+
+def test_rate_is_not_needed_to_test(run):
+    config = load_config(run.saved_configs, ["model.base_learning_rate=null"])
+    check_experiment(config, train=False)

@@ -1,0 +1,231 @@
+"""The Trainer gets what the configuration says, and good defaults for the rest."""
+
+import warnings
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.profilers import SimpleProfiler
+from support import models as toys
+
+from taming.run import trainer as building
+from taming.run.callbacks import ImageLogger, SetupCallback
+from taming.run.config import ConfigError
+from taming.run.folder import PreparationError, RunDir
+from taming.run.observers import MonitorCheck, build_callbacks, build_checkpoints, build_loggers
+from taming.run.resume import LastCheckpoint
+
+PROJECT = {
+    "model": {"target": "support.models.ToyModel"},
+    "data": {"target": "support.models.ToyDataModule"},
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir(tmp_path / "2024-01-01T00-00-00_a b")
+
+
+def build(run, model=None, **lightning):
+    arguments = building.trainer_arguments(lightning, run)
+    return building.build_trainer(arguments, lightning, PROJECT, model or toys.ToyModel(), run)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "limits"),
+    [({}, (1000, -1)), ({"max_steps": 5}, (None, 5)), ({"max_epochs": 2, "max_steps": 5}, (2, 5))],
+)
+def test_length_of_training(run, trainer, limits):
+    trainer = build(run, trainer={"accelerator": "cpu", **trainer})
+    assert (trainer.max_epochs, trainer.max_steps) == limits
+
+
+def test_a_refused_argument_is_a_mistake_of_the_user(run):
+    with pytest.raises(ValueError, match=r"lightning\.trainer"):
+        build(run, trainer={"accelerator": "cpu", "limit_train_batches": 1.5})
+    for name, value, message in (
+        ("precision", "bf16-true", "precision bf16-true: .* train with bf16-mixed"),
+        ("max_time", 43200, "max_time needs quotes in YAML: '00:12:00:00' is twelve hours"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            building.trainer_arguments({"trainer": {name: value}}, run)
+
+
+def test_a_mistake_without_words_is_named_by_its_kind(run, monkeypatch):
+    trainer = build(run, trainer={"accelerator": "cpu"})
+    monkeypatch.setattr(trainer, "fit", Mock(side_effect=ValueError))
+    with pytest.raises(PreparationError, match="ValueError"):
+        building.fit(trainer, toys.ToyModel(), toys.ToyDataModule(), None)
+
+
+def test_blocks_in_the_arguments_of_the_trainer_are_built(run):
+    environment = {"target": "lightning.pytorch.plugins.environments.LightningEnvironment"}
+    profiler = {"target": "lightning.pytorch.profilers.SimpleProfiler", "params": {"extended": 0}}
+    given = {"plugins": [environment], "profiler": profiler, "max_time": {"hours": 2}}
+    trainer = build(run, trainer={"accelerator": "cpu", "devices": 1, **given})
+    assert isinstance(trainer.profiler, SimpleProfiler) and not trainer.profiler.extended
+    connector = trainer._accelerator_connector
+    assert isinstance(connector._cluster_environment_flag, LightningEnvironment)
+
+
+def test_a_job_of_slurm_is_not_requeued_by_lightning(run, monkeypatch):
+    for name, value in (("NTASKS", 1), ("JOB_NAME", "train"), ("PROCID", 0), ("LOCALID", 0)):
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    for given, requeued in (({}, False), ({"plugins": SLURMEnvironment()}, True)):
+        trainer = build(run, trainer={"accelerator": "cpu", "devices": 1, **given})
+        environment = trainer._accelerator_connector.cluster_environment
+        assert isinstance(environment, SLURMEnvironment)
+        assert environment.auto_requeue == requeued
+
+
+def test_learning_rate_counts_images_per_step():
+    data = {"params": {"batch_size": 3}}
+    assert building.learning_rate_scale({}, data, 4) == 12
+    assert building.learning_rate_scale({"accumulate_grad_batches": 2}, data, 4) == 24
+    with pytest.raises(ConfigError, match="--scale_lr false"):
+        building.learning_rate_scale({}, {}, 1)
+
+
+def test_manual_optimization_takes_over(run):
+    model = toys.ToyManualModel()
+    given = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "accelerator": "cpu"}
+    trainer = build(run, model, trainer=given)
+    assert (model.accumulate_grad_batches, model.gradient_clip_val) == (2, 0.5)
+    assert model.gradient_clip_algorithm == "norm"
+    assert (trainer.accumulate_grad_batches, trainer.gradient_clip_val) == (1, None)
+    automatic = build(run, trainer=given)
+    assert (automatic.accumulate_grad_batches, automatic.gradient_clip_val) == (2, 0.5)
+
+
+def test_manual_optimization_that_cannot_take_over_is_named():
+    class Bare(pl.LightningModule):
+        automatic_optimization = False
+
+    with pytest.raises(ValueError, match="Bare optimizes manually .* leave out gradient_clip_val"):
+        building.hand_over_optimization({"gradient_clip_val": 1.0}, Bare())
+    assert building.hand_over_optimization({"max_steps": 3}, Bare()) == {"max_steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"accumulate_grad_batches": 0}, "whole number of at least 1, got 0"),
+        ({"accumulate_grad_batches": {0: 1, 5: 4}}, "whole number of at least 1, got {0: 1, 5: 4}"),
+        ({"gradient_clip_algorithm": "nrom"}, "must be 'norm' or 'value', got 'nrom'"),
+    ],
+)
+def test_accumulation_and_clipping_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        building.hand_over_optimization(arguments, toys.ToyManualModel())
+
+
+@pytest.mark.reported(5)
+def test_default_loggers(run):
+    csv, tensorboard = build_loggers(None, run, "now", None)
+    assert isinstance(csv, CSVLogger) and csv.log_dir == f"{run.path}/csv/now/"
+    assert isinstance(tensorboard, TensorBoardLogger)
+    assert tensorboard.log_dir == f"{run.path}/tensorboard/"
+
+
+def test_configured_loggers_complete_the_defaults(run):
+    block = {"target": "lightning.pytorch.loggers.CSVLogger", "params": {"prefix": "x"}}
+    csv, _ = build_loggers(block, run, "now", None)
+    assert csv._prefix == "x" and csv.log_dir == f"{run.path}/csv/now/"
+    wandb = build_loggers({"target": "lightning.pytorch.loggers.WandbLogger"}, run, "now", None)[2]
+    assert isinstance(wandb, WandbLogger)
+    assert (wandb.name, wandb.version) == ("taming", "2024-01-01T00-00-00_a-b")
+    assert build_loggers(None, run, "now", "mine")[2].name == "mine"
+
+
+def test_wandb_that_is_not_installed_is_named(run, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'loopy-taming\[wandb\]'"):
+        build_loggers(None, run, "now", "mine")
+
+
+@pytest.mark.parametrize(
+    "advice", ["Consider setting `persistent_workers=True` in 'val_dataloader'"]
+)
+def test_advice_that_cannot_be_taken_is_hidden(advice):
+    with warnings.catch_warnings():
+        building.quiet_lightning()
+        warnings.warn(advice, stacklevel=1)
+
+
+def test_no_logger_needs_no_learning_rate_monitor(run):
+    trainer = build(run, trainer={"accelerator": "cpu", "logger": False})
+    assert not trainer.loggers
+    assert not any(isinstance(c, LearningRateMonitor) for c in trainer.callbacks)
+
+
+def test_callbacks_know_the_run(run):
+    blocks = {"callbacks": {"image_logger": {"params": {"max_images": 1}}, "rng_state": None}}
+    callbacks = build_callbacks(blocks, PROJECT, run, "now")
+    setup, images = callbacks[0], callbacks[1]
+    assert isinstance(setup, SetupCallback) and setup.cfgdir == run.configs
+    assert isinstance(images, ImageLogger)
+    assert (images.max_images, images.logdir) == (1, run.path)
+
+
+def test_own_callback_in_place_of_a_default(run):
+    blocks = {"callbacks": {"setup_callback": {"target": "lightning.pytorch.callbacks.Timer"}}}
+    assert isinstance(build_callbacks(blocks, PROJECT, run, "now")[0], pl.callbacks.Timer)
+
+
+def test_checkpoints_follow_the_models_monitor(run):
+    best, check, last = build_checkpoints({}, toys.ToyModel(monitor="val/loss"), run)
+    assert isinstance(best, ModelCheckpoint) and isinstance(last, LastCheckpoint)
+    assert isinstance(check, MonitorCheck) and check.monitor == "val/loss"
+    assert (best.monitor, best.save_top_k, best.filename) == ("val/loss", 3, "{epoch:06}")
+    assert last.path == run.last_checkpoint
+    (only,) = build_checkpoints({}, toys.ToyModel(), run)
+    assert isinstance(only, LastCheckpoint)
+    block = {"modelcheckpoint": {"params": {"every_n_train_steps": 7, "save_top_k": -1}}}
+    every, check, _ = build_checkpoints(block, toys.ToyModel(), run)
+    assert every._every_n_train_steps == 7 and every.dirpath == str(run.checkpoints)
+    assert every.filename == "{epoch:06}-{step:09}"  # a file for each time
+    assert check.monitor is None
+    for always in ("step", "epoch"):  # by which the newest are kept
+        MonitorCheck(always).on_validation_end(SimpleNamespace(callback_metrics={}), None)
+    asked = {"modelcheckpoint": {"params": {"monitor": "val/loss"}}}
+    best, check, _ = build_checkpoints(asked, toys.ToyModel(), run)
+    assert (best.monitor, best.save_top_k, check.monitor) == ("val/loss", 3, "val/loss")
+    best, *_ = build_checkpoints({}, toys.ToyModel(monitor="val/psnr"), run)
+    assert (best.mode, every.mode) == ("max", "min")
+    asked["modelcheckpoint"]["params"] = {"monitor": "val/psnr", "mode": "min"}
+    assert build_checkpoints(asked, toys.ToyModel(), run)[0].mode == "min"
+    often = {"trainer": {"val_check_interval": 0.5}}  # a file for each time, not for each epoch
+    best, *_ = build_checkpoints(often, toys.ToyModel(monitor="val/loss"), run)
+    assert best.filename == "{epoch:06}-{step:09}"
+
+
+def fit_with_monitor(run, monitor, **trainer):
+    model = toys.ToyModel(monitor=monitor)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    given = {"accelerator": "cpu", "devices": 1, "max_steps": 4, **quiet, **trainer}
+    building.fit(build(run, model, trainer=given), model, toys.ToyDataModule(), None)
+
+
+@pytest.mark.filterwarnings("ignore:`ModelCheckpoint")
+@pytest.mark.parametrize("validate", [False, True])
+def test_a_monitor_of_no_validation_is_warned_of(run, caplog, validate):
+    fit_with_monitor(run, "val/loss", limit_val_batches=int(validate), num_sanity_val_steps=0)
+    warnings = [r for r in caplog.records if "no validation and so no val/loss" in r.getMessage()]
+    assert len(warnings) == (not validate)
+    assert any(run.checkpoints.glob("epoch=*.ckpt")) == validate
+
+
+@pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
+def test_a_misspelt_monitor_is_named(run, num_sanity_val_steps):
+    with pytest.raises(PreparationError, match="'val/los'; did you mean 'val/loss'"):
+        fit_with_monitor(run, "val/los", num_sanity_val_steps=num_sanity_val_steps)
+
+
+@pytest.mark.parametrize("arguments", [{"fast_dev_run": True}, {"enable_checkpointing": False}])
+def test_no_checkpoints_where_none_are_wanted(run, arguments):
+    trainer = build(run, trainer={"accelerator": "cpu", **arguments})
+    assert not trainer.checkpoint_callbacks
