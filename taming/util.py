@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import logging
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,74 @@ def instantiate_from_config(config: Mapping[str, Any], **kwargs: Any) -> Any:
     if "target" not in config:
         raise ValueError(f"expected a block with a 'target', got the keys {sorted(config)}")
     return get_obj_from_str(config["target"])(**{**(config.get("params") or {}), **kwargs})
+
+
+def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
+    """List the keyword parameters of a class or function.
+
+    A constructor that takes ``**kwargs`` is followed to the next one in the MRO, whose parameters
+    are then optional, for ``*args`` may carry them.
+
+    Args:
+        target: Class or function.
+
+    Returns:
+        Name -> parameter; and True if it takes any other keyword as well.
+    """
+    inits = [c.__init__ for c in getattr(target, "__mro__", ()) if "__init__" in vars(c)]
+    python_inits = [init for init in inits if inspect.isfunction(init)]
+    try:
+        callables = python_inits or [target]
+        signatures = [[*inspect.signature(c).parameters.values()] for c in callables]
+    except (TypeError, ValueError):  # compiled code may have no signature
+        return {}, True
+    found: dict[str, inspect.Parameter] = {}
+    for depth, parameters in enumerate(signatures):
+        for parameter in parameters[bool(python_inits) :]:  # without self
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                optional = depth and parameter.default is parameter.empty
+                found.setdefault(
+                    parameter.name, parameter.replace(default=...) if optional else parameter
+                )
+        if parameters[-1:] == [] or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+            return found, False
+    return found, True
+
+
+def instantiate_with_sizes(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> Any:
+    """Build a ``{target, params}`` block whose sizes follow from the model around it.
+
+    A size that the target takes and the block does not state is filled in; a size that the block
+    states must agree.
+
+    Args:
+        config: The block.
+        sizes: Parameter name -> size. Names that the target does not take are ignored, so that one
+            mapping may hold the names of several quantizers.
+
+    Returns:
+        What the target returns.
+
+    Raises:
+        ValueError: A stated size disagrees, or see `instantiate_from_config`.
+
+    Example:
+        >>> block = {"target": "torch.nn.Linear", "params": {"in_features": 3}}
+        >>> instantiate_with_sizes(block, {"in_features": 3, "out_features": 5})
+        Linear(in_features=3, out_features=5, bias=True)
+    """
+    if not isinstance(config, Mapping) or "target" not in config:
+        return instantiate_from_config(config)  # which names the mistake
+    taken, _ = parameters_of(get_obj_from_str(config["target"]))
+    stated = config.get("params") or {}
+    derived = {name: size for name, size in sizes.items() if name in taken}
+    for name, size in derived.items():
+        if name in stated and stated[name] != size:
+            raise ValueError(
+                f"{config['target']}: {name} is {stated[name]}, but the model around it has "
+                f"{size}; leave {name} out, or state {size}"
+            )
+    return instantiate_from_config(config, **derived)
 
 
 def md5_hash(path: str | os.PathLike[str]) -> str:

@@ -14,7 +14,9 @@ from taming.util import (
     get_ckpt_path,
     get_obj_from_str,
     instantiate_from_config,
+    instantiate_with_sizes,
     md5_hash,
+    parameters_of,
     retrieve,
 )
 
@@ -143,3 +145,30 @@ def test_retrieve_names_what_is_missing_or_gives_the_default(key):
 def test_published_weights_need_a_known_name(tmp_path) -> None:
     with pytest.raises(ValueError, match="published weights are vgg_lpips; got 'vgg'"):
         get_ckpt_path("vgg", tmp_path)
+
+
+class Base:
+    def __init__(self, width, depth=2, **others):
+        self.sizes = width, depth, others
+
+
+class Forwarding(Base):
+    def __init__(self, label, **kwargs):
+        super().__init__(**kwargs)
+
+
+def test_parameters_are_followed_to_the_base():
+    found, is_open = parameters_of(Forwarding)
+    assert list(found) == ["label", "width", "depth"] and is_open
+    required = [p.name for p in found.values() if p.default is p.empty]
+    assert required == ["label"]
+    found, is_open = parameters_of(hashlib.sha256)
+    assert is_open or "string" in found
+
+
+def test_sizes_are_filled_in_and_must_agree():
+    block = {"target": f"{__name__}.Forwarding", "params": {"label": "x"}}
+    assert instantiate_with_sizes(block, {"width": 3, "height": 4}).sizes == (3, 2, {})
+    block["params"]["width"] = 5
+    with pytest.raises(ValueError, match="Forwarding: width is 5, but .* 3"):
+        instantiate_with_sizes(block, {"width": 3})
