@@ -75,11 +75,11 @@ def main() -> None:
     network = load_network(options.hub, "MiDaS").eval().to(device)
     prepare = load_network(options.hub, "transforms").default_transform
     for split, dataset in datasets.items():
-        names = dataset.data.labels["relpath"]
+        names = dataset.labels["relpath"]
         paths = [(outdir / split / name).with_suffix(".png") for name in names]
         missing = [number for number, path in enumerate(paths) if not path.exists()]
         for number in tqdm(missing, desc=split):
-            file = dataset.data.labels["file_path_"][number]
+            file = dataset.labels["file_path_"][number]
             with error_context(f"image {file}"):
                 image = to_unit_range(decode_image(file, upright=False))  # as it is read with maps
             save_depth(estimate_depth(network, prepare, image), paths[number])

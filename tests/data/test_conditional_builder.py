@@ -169,7 +169,7 @@ def test_unused_places_hold_the_last_token_and_too_many_objects_are_dropped(capl
     assert builder.build([]).tolist() == [255] * 15
     tokens = builder.build(random_things(7))
     assert {n for n, _ in builder.inverse_build(tokens)[0]} == {0, 1, 2, 3, 4}
-    assert "of 7 objects, 5 are kept" in caplog.text
+    assert "5 of 7 objects" in caplog.text
 
 
 def test_senseless_vocabularies_and_lengths_are_refused():

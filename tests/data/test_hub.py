@@ -83,7 +83,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path, parquet):
     with pytest.raises(ValueError, match="column 'label' of .* must hold structs"):
         ParquetImages(parquet, image_column="label")
     Path(parquet).write_text("no parquet")
-    with pytest.raises(ValueError, match="a.parquet is no Parquet file"):
+    with pytest.raises(ValueError, match="a.parquet is not a Parquet file"):
         ParquetImages(parquet)
 
 
@@ -142,7 +142,7 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_without_download_the_archive_must_be_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="CIFAR-10 is not in .*set download: true"):
+    with pytest.raises(FileNotFoundError, match="CIFAR10 is not in .*set download: true"):
         CIFAR10("train", root=str(tmp_path), download=False)
 
 
@@ -153,9 +153,9 @@ def test_an_unknown_split_is_refused():
 
 def test_downloads_go_where_the_environment_says(monkeypatch):
     monkeypatch.setenv("TAMING_DATA", "/somewhere")
-    with pytest.raises(FileNotFoundError, match="CIFAR-10 is not in /somewhere;"):
+    with pytest.raises(FileNotFoundError, match="CIFAR10 is not in /somewhere;"):
         CIFAR10(download=False)
     monkeypatch.delenv("TAMING_DATA")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    with pytest.raises(FileNotFoundError, match="CIFAR-10 is not in /cache/taming/data;"):
+    with pytest.raises(FileNotFoundError, match="CIFAR10 is not in /cache/taming/data;"):
         CIFAR10(download=False)
