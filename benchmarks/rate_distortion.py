@@ -163,7 +163,7 @@ def main() -> None:
     workers = options.workers or (1 if gpus else cores)
     options.threads = max(1, cores // workers)
     table = options.outdir / "measurements.csv"
-    rows = read_rows(table)
+    rows = load_rows(table)
     done = {(row["name"], int(row["seed"])) for row in rows}
     wanted = [
         (name, seed)
@@ -182,7 +182,7 @@ def main() -> None:
             finished.result()
         races = {pool.submit(race, plan, *which, options): which for which in wanted}
         collect(races, rows, table)
-    write_report(read_rows(table), plan, options.outdir)
+    write_report(load_rows(table), plan, options.outdir)
 
 
 def collect(
@@ -205,12 +205,12 @@ def collect(
             failed.append(error)
             continue
         rows = rows + finished.result()
-        write_rows(rows, table)
+        save_rows(rows, table)
     if failed:
         raise failed[0]
 
 
-def write_rows(rows: list[dict[str, Any]], table: Path) -> None:
+def save_rows(rows: list[dict[str, Any]], table: Path) -> None:
     """Save all measurements atomically: an interruption leaves the earlier table."""
     unfinished = table.with_suffix(".unfinished")
     with unfinished.open("w", newline="") as file:
@@ -220,7 +220,7 @@ def write_rows(rows: list[dict[str, Any]], table: Path) -> None:
     unfinished.replace(table)
 
 
-def read_rows(table: Path) -> list[dict[str, Any]]:
+def load_rows(table: Path) -> list[dict[str, Any]]:
     """Load the earlier measurements, or an empty list if the table does not exist."""
     if not table.exists():
         return []

@@ -23,7 +23,7 @@ from race.peers import FSQ, ResidualVQ
 from race.plans import PLANS, Plan, images_of
 from race.report import average, cell, codes_at, margins, quality_at, savings, write_report
 from race.training import BASE, build_tokenizer, trained_base, trained_tokenizer
-from rate_distortion import FIELDS, collect, race, read_rows
+from rate_distortion import FIELDS, collect, load_rows, race
 from scipy.stats import spearmanr
 
 from taming.modules.vqvae.base import Quantizer
@@ -92,7 +92,7 @@ def test_a_race_that_fails_takes_nothing_from_the_others(tmp_path) -> None:
             finished.set_result([dict.fromkeys(FIELDS, name)])
     with pytest.raises(ValueError, match="no such code"):
         collect(races, [dict.fromkeys(FIELDS, "before")], table)
-    assert {row["name"] for row in read_rows(table)} == {"before", "first", "third"}
+    assert {row["name"] for row in load_rows(table)} == {"before", "first", "third"}
     assert list(tmp_path.iterdir()) == [table]
 
 

@@ -41,34 +41,34 @@ def _block(target: str, **params: Any) -> dict[str, Any]:
     return {"target": target, "params": params}
 
 
-def _transform(name: str, depth: int, channels: int) -> dict[str, Any]:
+def _transform(name: str, turns: int, channels: int) -> dict[str, Any]:
     sizes = {
         "Attract": {"step": 0.5},
-        "Residual": {"max_loops": depth},
-        "LinearResidual": {"max_loops": depth, "e_dim": channels},
+        "Residual": {"max_loops": turns},
+        "LinearResidual": {"max_loops": turns, "e_dim": channels},
     }
-    embedding = {"depth_embedding": (depth, channels)}
+    embedding = {"depth_embedding": (turns, channels)}
     return _block(f"{TRANSFORMS}.{name}", **sizes[name], **embedding)
 
 
 def _loopy(
-    transform: str, codes: int, channels: int, depth: int = MAX_LOOPS, **params: Any
+    transform: str, codes: int, channels: int, turns: int = MAX_LOOPS, **params: Any
 ) -> dict[str, Any]:
     return _block(
         f"{QUANTIZE}.LoopyVectorQuantizer",
         n_e=codes,
         e_dim=channels,
-        max_loops=depth,
+        max_loops=turns,
         beta=BETA,
         ema_decay=0.95,
         revive_below=0.25,
-        transform_config=_transform(transform, depth, channels),
+        transform_config=_transform(transform, turns, channels),
         **params,
     )
 
 
-def _residual(depth: int, codes: int, channels: int, **params: Any) -> dict[str, Any]:
-    sizes = {"n_e": codes, "e_dim": channels, "depth": depth}
+def _residual(turns: int, codes: int, channels: int, **params: Any) -> dict[str, Any]:
+    sizes = {"n_e": codes, "e_dim": channels, "turns": turns}
     return _block("race.peers.ResidualVQ", **sizes, commitment_weight=BETA, **params)
 
 
@@ -84,12 +84,12 @@ def _peers(codes: int, channels: int) -> list[Contender]:
         name = "fsq-" + "x".join(map(str, levels))
         quantizer = _block("race.peers.FSQ", levels=levels, e_dim=channels)
         found.append(Contender(name, "fsq", quantizer))
-    for depth in (2, 3, 4, 8):
+    for turns in (2, 3, 4, 8):
         for shared in (False, True):
             kind = "shared" if shared else "separate"
-            quantizer = _residual(depth, codes, channels, shared_codebook=shared)
+            quantizer = _residual(turns, codes, channels, shared_codebook=shared)
             group = f"fixed depth, {kind}"
-            found.append(Contender(f"rvq-{depth}-{kind}", group, quantizer, beam=BEAM))
+            found.append(Contender(f"rvq-{turns}-{kind}", group, quantizer, beam=BEAM))
     dropout = _residual(6, codes, channels, quantize_dropout=True)
     rates = (1, 2, 3, 4, 6)
     found.append(Contender("rvq-dropout", "quantize_dropout", dropout, rates, beam=BEAM))
@@ -110,10 +110,10 @@ def _loops(codes: int, channels: int) -> list[Contender]:
         quantizer = linear(factor * codes, channels, target_length=2)
         name = f"loopy-2-{factor}x"
         found.append(Contender(name, "loopy, more codes", quantizer, (2,), beam=BEAM))
-    for depth in (2, 3, 4, 8):
+    for turns in (2, 3, 4, 8):
         # Without the threshold every site takes all turns.
-        quantizer = linear(codes, channels, depth, threshold=0.0)
-        found.append(Contender(f"fixed-{depth}", "fixed depth, mapped", quantizer, beam=BEAM))
+        quantizer = linear(codes, channels, turns, threshold=0.0)
+        found.append(Contender(f"fixed-{turns}", "fixed depth, mapped", quantizer, beam=BEAM))
     attract = _loopy("Attract", codes, channels, target_length=2)
     scaled = _loopy("Residual", codes, channels, target_length=2)
     return [

@@ -81,17 +81,17 @@ def measure(
     sequence = sequence or model.quantize.sequence
     psnr = PeakSignalNoiseRatio(data_range=2.0).to(model.device)
     ssim = StructuralSimilarityIndexMeasure(data_range=2.0).to(model.device)
-    written: list[Tensor] = []
+    parts: list[Tensor] = []
     for x in images:
         z_q, codes = quantize(model.encode_to_prequant(x))
         x_rec = model.decode(z_q).clamp(-1, 1)
         psnr.update(x_rec, x)
         ssim.update(x_rec, x)
-        written.append(codes)
-    codes = torch.cat(written)
+        parts.append(codes)
+    codes = torch.cat(parts)
     count, rows = len(codes), codes.flatten(0, 2)
     turns = sequence.max_loops
-    length = sum(float(sequence.encode(part[..., :turns])[1].sum()) for part in written)
+    length = sum(float(sequence.encode(part[..., :turns])[1].sum()) for part in parts)
     return Measurement(
         float(psnr.compute()),
         torch.as_tensor(ssim.compute()).item(),

@@ -38,7 +38,7 @@ class ResidualVQ(Quantizer):
     Args:
         n_e: K, number of codes of each turn.
         e_dim: D, channels of a latent.
-        depth: T, turns of every site.
+        turns: T, turns of every site.
         shared_codebook: Use one codebook for all turns.
         quantize_dropout: Train all numbers of turns from 1 to T, so that `shorten` may cut sites.
         options: Further keyword arguments of ``vector_quantize_pytorch.ResidualVQ``.
@@ -52,22 +52,22 @@ class ResidualVQ(Quantizer):
         self,
         n_e: int,
         e_dim: int,
-        depth: int,
+        turns: int,
         shared_codebook: bool = False,
         quantize_dropout: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(n_e, e_dim)
-        self.codebooks = 1 if shared_codebook else depth
+        self.codebooks = 1 if shared_codebook else turns
         self.inner = vqp.ResidualVQ(
             dim=e_dim,
             codebook_size=n_e,
-            num_quantizers=depth,
+            num_quantizers=turns,
             shared_codebook=shared_codebook,
             quantize_dropout=quantize_dropout,
             **{**OPTIONS, **options},
         )
-        self.shorten(depth)
+        self.shorten(turns)
 
     def shorten(self, turns: int) -> None:
         """Take only the first ``turns`` turns in evaluation; tokens need no end of a site."""

@@ -93,11 +93,7 @@ class CocoBase(Dataset[dict[str, Any]]):
         self.images = require(folder / "coco" / self.split, f"the images {self.split}", COCO)
         self.maps = _folder_of_maps(folder, self.split, use_stuffthing)
         self.captions, names = _read_captions(folder, self.split)
-        self.items = [
-            (image_id, name)
-            for image_id, name in names
-            if given_files is None or mask_name(name) in given_files
-        ]
+        self.items = [n for n in names if given_files is None or mask_name(n[1]) in given_files]
         square = SquareCrop(size, self.random_crop, crop_size=crop_size)
         self.crop: Crop = Stretch(size) if force_no_crop else square
         self.decode_map = partial(decode_image, upright=False)

@@ -205,18 +205,13 @@ def _select_split(
 
 
 def _class_names(root: str, paths: list[Path]) -> list[str]:
-    for path in paths:
-        if len(path.parts) == 1:
-            raise ValueError(
-                f"labels needs a subfolder per class, but {path} is directly in {root}"
-            )
+    if loose := [path for path in paths if len(path.parts) == 1]:
+        raise ValueError(f"labels needs a folder per class, but {loose[0]} is directly in {root}")
     return sorted({path.parts[0] for path in paths})
 
 
 def _class_labels(paths: list[Path], classes: list[str]) -> dict[str, Any]:
     names = [path.parts[0] for path in paths]
-    index = {name: number for number, name in enumerate(classes)}
-    return {
-        "class_label": np.array([index[name] for name in names], dtype=np.int64),
-        "human_label": names,
-    }
+    number = {name: number for number, name in enumerate(classes)}
+    labels = np.array([number[name] for name in names], dtype=np.int64)
+    return {"class_label": labels, "human_label": names}

@@ -223,9 +223,8 @@ class DownloadedImages(LabelledImages, ABC):
         except (OSError, RuntimeError) as error:
             if download:
                 raise ConnectionError(f"cannot download {name} ({error}); {remedy}") from error
-            raise FileNotFoundError(
-                f"{name} is not in {root}; set download: true, {remedy}"
-            ) from error
+            message = f"{name} is not in {root}; set download: true, {remedy}"
+            raise FileNotFoundError(message) from error
         return ArrayRows(np.asarray(archive.data), archive.targets)
 
     @abstractmethod

@@ -54,11 +54,7 @@ def str_to_indices(string: str) -> list[int]:
 def give_synsets_from_indices(
     indices: Iterable[int], path_to_yaml: str | os.PathLike[str]
 ) -> list[str]:
-    """Look up the synsets of class numbers.
-
-    Args:
-        indices: Class numbers, 0 to 999.
-        path_to_yaml: File that maps class numbers to synsets.
+    """Look up the synsets of class numbers (0 to 999) in a file that maps numbers to synsets.
 
     Raises:
         ValueError: A class number is missing from the file.

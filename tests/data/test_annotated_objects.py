@@ -194,7 +194,7 @@ def test_images_and_objects_are_filtered(coco):
 @pytest.mark.parametrize("crop_method", ["none", "center", "random-1d", "random-2d"])
 @pytest.mark.parametrize("random_flip", [False, True])
 def test_the_sequence_describes_the_crop_that_is_shown(coco, crop_method, random_flip):
-    """A picture that is left of the middle black and right of it white tells where it was cut."""
+    """Find the crop of a picture whose left half is black and whose right half is white."""
     keys = ["image", "crop_bbox", "flipped", "objects_bbox"]
     items = coco(keys=keys, crop_method=crop_method, random_flip=random_flip, no_tokens=8192)
     pixels = np.zeros((40, 60, 3), np.uint8)
@@ -263,7 +263,7 @@ def test_tokens_may_be_reserved_for_more_categories(open_images):
     assert open_images(no_object_classes=20).no_classes == 20
 
 
-def test_missing_parts_say_where_to_get_them(tmp_path, monkeypatch):
+def test_errors_for_missing_parts_name_their_source(tmp_path, monkeypatch):
     monkeypatch.setenv("TAMING_DATA", str(tmp_path))
     place = f"{tmp_path}/coco/val2017"
     with pytest.raises(FileNotFoundError, match=f"{place} does not exist: get .*cocodataset.org"):

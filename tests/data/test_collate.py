@@ -1,4 +1,4 @@
-"""Batches: as torch makes them, except for what cannot be stacked."""
+"""Batches: collated as torch does, except for values that cannot be stacked."""
 
 import numpy as np
 import pytest

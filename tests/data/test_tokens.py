@@ -1,4 +1,4 @@
-"""What is written to a token cache is read back, whatever the file that it is in."""
+"""Token caches: round trips across files, complete values, refusal of damaged caches."""
 
 import pickle
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_round_trip(vocab_size: int, tmp_path: Path) -> None:
         cache[7]
 
 
-def test_what_a_data_set_says_in_numbers_vectors_and_texts_is_kept(tmp_path: Path) -> None:
+def test_numbers_vectors_and_strings_of_items_are_kept(tmp_path: Path) -> None:
     items = [
         {
             "image": torch.rand(4, 4, 3),
