@@ -49,16 +49,7 @@ def parse_options() -> argparse.Namespace:
 def estimate_depth(
     network: nn.Module, prepare: Callable[[np.ndarray], Tensor], image: np.ndarray
 ) -> np.ndarray:
-    """Estimate the inverse depth of an image.
-
-    Args:
-        network: MiDaS.
-        prepare: MiDaS's transform of (H, W, 3) in [0, 255].
-        image: (H, W, 3) float32 in [-1, 1].
-
-    Returns:
-        (H, W) float32.
-    """
+    """Estimate the inverse depth (H, W) float32 of an image (H, W, 3) in [-1, 1]."""
     device = next(network.parameters()).device
     depth = network(prepare((image + 1) * 127.5).to(device))
     depth = F.interpolate(depth[:, None], image.shape[:2], mode="bicubic", align_corners=False)

@@ -63,11 +63,7 @@ def images_of(options: argparse.Namespace) -> dict[Path, Path]:
 
 
 def load_segmenter(options: argparse.Namespace) -> nn.Module:
-    """Load DeepLab and its weights.
-
-    Raises:
-        FileNotFoundError: The file of the weights does not exist.
-    """
+    """Load DeepLab and its weights."""
     if not options.weights.is_file():
         raise FileNotFoundError(
             f"the weights {options.weights} do not exist: get them from https://github.com/"

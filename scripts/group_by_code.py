@@ -28,13 +28,7 @@ logger = logging.getLogger("taming.group_by_code")
 
 
 class Grouped(NamedTuple):
-    """Encoded images.
-
-    Attributes:
-        images: (N, 3, H, W) float32 in [-1, 1].
-        codes: (N,) int64.
-        classes: (N,) int64; None without labels.
-    """
+    """Images (N, 3, H, W) in [-1, 1], their codes (N,) and their classes (N,), if known."""
 
     images: Tensor
     codes: Tensor
@@ -91,12 +85,7 @@ def encode(model: VQModel, data: Any, count: int) -> Grouped:
 
 
 def purity(codes: Tensor, classes: Tensor) -> float:
-    """Return the fraction of images whose class is the most common one of their code.
-
-    Args:
-        codes: (N,) int64.
-        classes: (N,) int64.
-    """
+    """Return the fraction of images (N,) whose class is the most common one of their code."""
     table = torch.zeros(int(codes.max()) + 1, int(classes.max()) + 1)
     table.index_put_((codes, classes), torch.ones(len(codes)), accumulate=True)
     return float(table.max(dim=1).values.sum() / len(codes))
@@ -104,17 +93,7 @@ def purity(codes: Tensor, classes: Tensor) -> float:
 
 @torch.no_grad()
 def rows_of(model: VQModel, grouped: Grouped, rows: int, columns: int) -> list[Tensor]:
-    """Collect a row of pictures per code, evenly spaced from the most to the least frequent.
-
-    Args:
-        model: The tokenizer.
-        grouped: Encoded images.
-        rows: Number of codes.
-        columns: Number of images per code; rows with fewer are padded with white.
-
-    Returns:
-        Per code (1 + columns, 3, H, W) in [-1, 1]: its decoded image, then images with it.
-    """
+    """Collect (1 + columns, 3, H, W) per code: its decoded image, then images with it or white."""
     counts = torch.bincount(grouped.codes)
     used = counts.argsort(descending=True)[: int((counts > 0).sum())]
     pictures = []

@@ -40,12 +40,7 @@ logger = logging.getLogger("taming.quantize_colours")
 
 
 class Painting(NamedTuple):
-    """Image with few colours.
-
-    Attributes:
-        palette: (K, 3) in [-1, 1].
-        codes: (H, W) int64, the palette index of each pixel.
-    """
+    """Palette (K, 3) in [-1, 1], and the palette index of each pixel, (H, W) int64."""
 
     palette: Tensor
     codes: Tensor

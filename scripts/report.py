@@ -89,13 +89,7 @@ def pictures(folder: Path, pattern: str) -> str:
 
 
 def page(folder: Path, tokenizer: dict[str, Any], rows: list[tuple[str, str]]) -> str:
-    """Build the HTML page.
-
-    Args:
-        folder: Folder of the pictures.
-        tokenizer: Content of ``tokenizer.json``.
-        rows: Rows of the table: name, value.
-    """
+    """Build the HTML page from a folder of pictures, ``tokenizer.json`` and the table's rows."""
     cells = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
         for name, value in rows
