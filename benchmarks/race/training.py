@@ -73,7 +73,7 @@ def build_tokenizer(
         plan: Sizes and durations.
         contender: Names the quantizer.
         steps: Training steps of the learning rate's schedule; None for the plan's.
-        quantize_start: See `QuantizedAutoencoder`.
+        quantize_start: Generator step from which the decoder sees codes.
     """
     block = contender.quantizer
     n_e = instantiate_from_config(block).n_e
