@@ -1,4 +1,4 @@
-"""How much the PixelCNN's sampling saves by keeping what it has computed.
+"""Time the PixelCNN's sampling with and without its cache.
 
 python benchmarks/pixelcnn_sampling.py --grid 8 16
 
@@ -78,11 +78,11 @@ WRITERS: dict[str, IncrementalDecoder] = {
 def measure(
     net: PixelCNN, shape: tuple[int, ...], device: torch.device, repeats: int
 ) -> dict[str, float]:
-    """Seconds to draw codes of a shape (B, h, w, T) in each way.
+    """Time each way of sampling codes of a shape (B, h, w, T).
 
     Returns:
-        Medians of as many rounds as ``repeats`` says, each of all ways in turn, after one round
-        that does not count.
+        Name of a way -> median seconds of ``repeats`` rounds, after one warm-up round. A round
+        runs all ways in turn.
     """
     labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
     seconds: dict[str, list[float]] = {name: [] for name in WRITERS}
@@ -99,11 +99,11 @@ def measure(
 def main() -> None:
     """Print median seconds and ratios as a table."""
     parser = script_parser(__doc__)
-    parser.add_argument("--grid", nargs="+", type=int, default=[8, 16], help="sides, in sites")
+    parser.add_argument("--grid", nargs="+", type=int, default=[8, 16], help="sides in sites")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--channels", type=int, default=128)
     parser.add_argument("--layers", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds to take the median of")
+    parser.add_argument("--repeats", type=int, default=5, help="number of rounds for the median")
     options = parser.parse_args()
     device = choose_device(options.device)
     site = SiteSymbols(n_e=256, max_loops=6, dummies=False)

@@ -335,7 +335,7 @@ def test_a_part_of_a_model(
     checkpoint = classes / "checkpoints/last.ckpt"
     if part is None:  # a Labelator has no weights
         error = fails(capsys, "extract_submodel", checkpoint, "part.ckpt")
-        assert "has no part 'cond_stage_model', only ['first_stage_model', 'transformer']" in error
+        assert "'cond_stage_model'" in error and "['first_stage_model', 'transformer']" in error
         return
     call("extract_submodel", checkpoint, "part.ckpt", part)
     found = torch.load("part.ckpt", weights_only=True)["state_dict"]
@@ -485,7 +485,7 @@ def test_networks_that_are_not_there_are_named(
     assert "in or below images" in error
     Image.new("RGB", (8, 8)).save("images/a.png")
     error = fails(capsys, "extract_segmentation", "out", "--images", "images")
-    assert "there are no weights downloads/deeplabv2" in error and "github.com/kazuto1011" in error
+    assert "downloads/deeplabv2" in error and "github.com/kazuto1011" in error
     error = fails(capsys, "extract_depth", "--hub", "images")
     assert "images has no hubconf.py" in error
 

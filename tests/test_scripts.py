@@ -400,7 +400,7 @@ def test_a_prior_trains_from_cached_tokens(
     assert list(run.glob("images/val/samples_half_*.png"))
     assert model_from_run(run).first_stage_key == "image"  # and goes on from images, if need be
     monkeypatch.setattr(sys, "argv", ["token_cache", "-r", str(run), "--cache", "cache/train"])
-    with pytest.raises(ValueError, match="was trained from a token cache, and not from images"):
+    with pytest.raises(ValueError, match="trained from a token cache"):
         token_cache.main()
 
 
@@ -429,7 +429,7 @@ def test_a_report_is_one_file(
         (tmp_path / f"{name}.json").write_text(json.dumps(numbers))
     call("reconstruct", "-r", tokenizer, photo, "-o", tmp_path / "reconstructions")
     call("sample", "-r", prior, "-n", 2, "-o", tmp_path / "samples")
-    assert "no *_completed.png" in fails(capsys, "report", tmp_path)
+    assert "*_completed.png" in fails(capsys, "report", tmp_path)
     where = ("-n", 1, "-o", tmp_path / "completions")
     call("sample", "-r", prior, "--complete", photo, *where)
     call("report", tmp_path)
