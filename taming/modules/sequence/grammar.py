@@ -107,18 +107,6 @@ class TokenSequence(ABC):
             raise ValueError(f"sequence {row}: site {site} of {sites} has no code")
         return codes.reshape(len(tokens), *grid, self.max_loops)
 
-    def sites(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return the place of each token in raster order, known before the token itself.
-
-        Args:
-            tokens: (B, L) int64.
-            grid: (h, w).
-
-        Returns:
-            (B, L, 3) int64: row, column and depth (place within the site); 0 for padding.
-        """
-        return place(self.states(tokens), grid) * (tokens >= 0)[..., None]
-
     @abstractmethod
     def states(self, tokens: Tensor) -> GrammarState:
         """Compute the state (B, L) before each token of valid sequences (B, L)."""
@@ -130,6 +118,11 @@ class TokenSequence(ABC):
     @abstractmethod
     def allowed(self, state: GrammarState) -> Tensor:
         """Mark the tokens that may come next: (..., V) bool for a state of shape (...)."""
+
+    def everything(self, state: GrammarState) -> Tensor:
+        """Return a mask (..., V) that allows every token after a state of shape (...)."""
+        shape = *state.site.shape, self.vocab_size
+        return torch.ones(shape, dtype=torch.bool, device=state.site.device)
 
     @abstractmethod
     def _encode_sites(self, codes: Tensor) -> Tensor:

@@ -9,17 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taming.modules.sequence.grammar import PAD, GrammarState, TokenSequence, by_site, place
-
-__all__ = [
-    "PAD",
-    "GrammarState",
-    "RasterSequence",
-    "RunLengthSequence",
-    "TokenSequence",
-    "UnarySequence",
-    "place",
-]
+from taming.modules.sequence.grammar import PAD, GrammarState, TokenSequence, by_site
 
 
 def _count_before(flags: Tensor) -> Tensor:
@@ -34,51 +24,6 @@ def _last_before(flags: Tensor) -> Tensor:
     last = torch.where(flags, position, -1)  # (B, L)
     last = last.cummax(dim=1).values if flags.numel() else last  # up to and with each position
     return F.pad(last, (1, 0), value=-1)[:, :-1]  # shifted by one: before it
-
-
-def _everything(state: GrammarState, vocab_size: int) -> Tensor:
-    """Mask (..., V) that allows every token after a state of shape (...)."""
-    shape = *state.site.shape, vocab_size
-    return torch.ones(shape, dtype=torch.bool, device=state.site.device)
-
-
-class RasterSequence(TokenSequence):
-    """One code per site in raster order: the original's sequence, every token allowed anywhere.
-
-    Args:
-        n_e: K, number of codes.
-
-    Example:
-        >>> tokens, lengths = RasterSequence(n_e=9).encode(torch.tensor([[[3, 1], [4, 1]]]))
-        >>> tokens, lengths
-        (tensor([[3, 1, 4, 1]]), tensor([4]))
-    """
-
-    restricted = False
-
-    def __init__(self, n_e: int) -> None:
-        super().__init__(n_e, max_loops=1)
-        self.vocab_size = n_e
-        self.site_tokens = 1
-
-    def states(self, tokens: Tensor) -> GrammarState:
-        """Compute states: every token is a site."""
-        site = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return GrammarState(site, torch.zeros_like(site), torch.zeros_like(site))
-
-    def advance(self, state: GrammarState, tokens: Tensor) -> GrammarState:
-        """Go on to the next site."""
-        return state._replace(site=state.site + 1)
-
-    def allowed(self, state: GrammarState) -> Tensor:
-        """Allow every token."""
-        return _everything(state, self.vocab_size)
-
-    def _encode_sites(self, codes: Tensor) -> Tensor:
-        return codes
-
-    def _decode_sites(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
-        return by_site(tokens, states.site, states.depth, tokens >= 0, (sites, 1))
 
 
 class UnarySequence(TokenSequence):
@@ -134,13 +79,13 @@ class UnarySequence(TokenSequence):
 
     def allowed(self, state: GrammarState) -> Tensor:
         """Allow every code; D before the last turn (dummies), or after a first code."""
-        mask = _everything(state, self.vocab_size)
+        mask = self.everything(state)
         may_be_d = state.depth < self.max_loops - 1 if self.dummies else state.depth > 0
         mask[..., self.n_e :] = may_be_d[..., None]
         return mask
 
     def _encode_sites(self, codes: Tensor) -> Tensor:
-        if self.dummies:
+        if self.dummies or self.max_loops == 1:
             return codes
         length = (codes >= 0).sum(dim=-1, keepdim=True)  # (B, S, 1)
         turn = torch.arange(self.max_loops, device=codes.device)  # (T,)
@@ -149,6 +94,23 @@ class UnarySequence(TokenSequence):
     def _decode_sites(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
         is_code = (tokens >= 0) & (self.dummies | (tokens < self.n_e))  # (B, L)
         return by_site(tokens, states.site, states.depth, is_code, (sites, self.max_loops))
+
+
+class RasterSequence(UnarySequence):
+    """One code per site in raster order: the original's sequence, every token allowed anywhere.
+
+    Args:
+        n_e: K, number of codes.
+
+    Example:
+        >>> RasterSequence(n_e=9).encode(torch.tensor([[[3, 1], [4, 1]]]))
+        (tensor([[3, 1, 4, 1]]), tensor([4]))
+    """
+
+    restricted = False
+
+    def __init__(self, n_e: int) -> None:
+        super().__init__(n_e, max_loops=1, dummies=False)
 
 
 class RunLengthSequence(TokenSequence):
@@ -199,7 +161,7 @@ class RunLengthSequence(TokenSequence):
 
     def allowed(self, state: GrammarState) -> Tensor:
         """Allow every code; counts at the beginning of a site."""
-        mask = _everything(state, self.vocab_size)
+        mask = self.everything(state)
         mask[..., self.n_e :] = (state.left == 0)[..., None]
         return mask
 

@@ -6,7 +6,7 @@ Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from taming.modules.sequence.notations import RasterSequence
 from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics
 from taming.util import NonFiniteError
 
-# --- outputs -------------------------------------------------------------------------------------
+GridShape = tuple[int, int, int, int]  # (B, h, w, D)
 
 
 class LoopTrace(NamedTuple):
@@ -51,9 +51,6 @@ class QuantizerOutput(NamedTuple):
     z_q: Tensor
     loss: Tensor
     info: QuantizerInfo
-
-
-# --- shared computations -------------------------------------------------------------------------
 
 
 def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
@@ -92,25 +89,35 @@ def vq_loss(codebook_term: Tensor, commitment: Tensor, beta: float, legacy: bool
     return beta * commitment + codebook_term
 
 
-def plain_attributes(module: nn.Module, without: Collection[str] = ()) -> dict[str, object]:
-    """Collect a module's class name and its public numbers, strings, bools and tuples of them."""
-
-    def plain(value: object) -> bool:
-        if isinstance(value, (tuple, list)):
-            return all(map(plain, value))
-        return value is None or isinstance(value, (bool, int, float, str))
-
-    found: dict[str, object] = {"type": type(module).__name__}
-    for name, value in vars(module).items():
-        if not name.startswith("_") and name not in (*without, "training") and plain(value):
-            found[name] = value
-    return found
+def is_plain(value: object) -> bool:
+    """Return True for None, numbers, strings, bools, and tuples or lists of them."""
+    if isinstance(value, (tuple, list)):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
-# --- base classes --------------------------------------------------------------------------------
+class Part(nn.Module):
+    """Base class of quantizers and transforms, which decide together which codes an image gets.
+
+    Attributes:
+        not_in_identity: Names of plain attributes that play no part in that decision.
+    """
+
+    not_in_identity: tuple[str, ...] = ()
+
+    def identity(self) -> dict[str, object]:
+        """Return what decides, beside parameters and buffers, which codes an image gets.
+
+        By default the class name and all plain public attributes: one too many only invalidates a
+        token cache, one too few lets a stale cache pass.
+        """
+        left_out = ("training", *self.not_in_identity)
+        public = {k: v for k, v in vars(self).items() if not k.startswith("_") and is_plain(v)}
+        public = {name: value for name, value in public.items() if name not in left_out}
+        return {"type": type(self).__name__, **public}
 
 
-class Quantizer(nn.Module, ABC):
+class Quantizer(Part, ABC):
     """Base class of all quantizers.
 
     Args:
@@ -123,13 +130,11 @@ class Quantizer(nn.Module, ABC):
             continuous latents.
         variable_rate: True if ``forward`` also takes ``threshold`` and ``max_codes``, each one
             number or one per image, and `fewest_codes` is implemented.
-        not_in_identity: Names of plain attributes that do not decide which codes an image gets.
     """
 
     sequence: TokenSequence
     trains_without_decoder = True
     variable_rate: bool = False
-    not_in_identity: tuple[str, ...] = ()
 
     def __init__(self, n_e: int, e_dim: int) -> None:
         super().__init__()
@@ -143,32 +148,17 @@ class Quantizer(nn.Module, ABC):
         """Quantize latents z (B, D, h, w)."""
 
     @abstractmethod
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
-    ) -> Tensor:
+    def get_codebook_entry(self, indices: Tensor, shape: GridShape | None = None) -> Tensor:
         """Turn indices back into z_q; ``shape`` is (B, h, w, D) for indices that are flat."""
 
     def traces(self, output: Any) -> dict[str, LoopTrace]:
-        """Return the `LoopTrace` of each level by name; "" names a single quantizer's.
-
-        Args:
-            output: Return value of ``forward``.
-        """
+        """Return the `LoopTrace` of each level of an output; that of a single quantizer is ""."""
         return {}
 
     def fewest_codes(
         self, z: Tensor, quality: Callable[[Tensor], Tensor], target: Tensor
     ) -> Tensor:
-        """Find the smallest ``max_codes`` of each image that reaches a quality.
-
-        Args:
-            z: (B, D, h, w) latents.
-            quality: Codes (B, h, w, T) -> quality (B,) of the images decoded from them.
-            target: (B,), the quality wanted.
-
-        Returns:
-            (B,) int64; the most codes possible where nothing reaches the target.
-        """
+        """Find the smallest ``max_codes`` (B,) with which each image reaches a target quality."""
         raise NotImplementedError(f"{type(self).__name__} has a fixed rate")
 
     def codebook_metrics(self) -> CodebookMetrics | HierarchyMetrics:
@@ -178,14 +168,6 @@ class Quantizer(nn.Module, ABC):
     def tracked_scalars(self) -> dict[str, Tensor]:
         """Return scalars of the quantizer's state to log while it trains, by name."""
         return {}
-
-    def identity(self) -> dict[str, object]:
-        """Return what decides, beside parameters and buffers, which codes an image gets.
-
-        By default all plain public attributes: one too many only invalidates a token cache, one
-        too few lets a stale cache pass. A quantizer lists the others in ``not_in_identity``.
-        """
-        return plain_attributes(self, self.not_in_identity)
 
     def _rows(self, z: Tensor) -> Tensor:
         """Check z and lay its latents out as rows: (B, D, h, w) or (N, D) -> (N, D) float32."""
@@ -265,17 +247,8 @@ class SingleCodeQuantizer(Quantizer):
         """Turn indices among the used codes back into codes; the extra index becomes the first."""
         return self.used[torch.where(indices >= len(self.used), 0, indices)]
 
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
-    ) -> Tensor:
-        """Look indices up in the codebook.
-
-        Args:
-            indices: int64 of any shape, one per latent.
-            shape: (B, h, w, D) of the wanted grid; None gives (N, D).
-
-        Returns:
-            z_q (B, D, h, w), or (N, D) without a shape.
+    def get_codebook_entry(self, indices: Tensor, shape: GridShape | None = None) -> Tensor:
+        """Look indices (int64, any shape) up: z_q (B, D, h, w), or (N, D) without a shape.
 
         Raises:
             ValueError: An index is out of range.

@@ -23,11 +23,6 @@ def k_means(vectors: Tensor, centers: Tensor, iterations: int = 10) -> Tensor:
 
     Returns:
         (K, D) centers.
-
-    Example:
-        >>> k_means(torch.tensor([[0.0], [1.0], [8.0]]), torch.tensor([[0.0], [9.0]]))
-        tensor([[0.5000],
-                [8.0000]])
     """
     for _ in range(iterations):
         found = nearest_codes(vectors, centers).indices
@@ -97,7 +92,7 @@ class Codebook(nn.Module):
         usage_decay: Weight of the old value in the running share of use.
 
     Raises:
-        ValueError: A size, decay or fraction is out of range.
+        ValueError: A decay or fraction is out of range.
 
     Example:
         >>> codebook, z = Codebook(n_e=4, e_dim=2, ema_decay=0.9), torch.randn(100, 2)
@@ -117,8 +112,6 @@ class Codebook(nn.Module):
         usage_decay: float = 0.98,
     ) -> None:
         super().__init__()
-        if n_e < 1 or e_dim < 1:
-            raise ValueError(f"n_e and e_dim must be at least 1, got n_e={n_e}, e_dim={e_dim}")
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"ema_decay must be in (0, 1), got {ema_decay}")
         if not 0 < usage_decay < 1:
@@ -167,8 +160,7 @@ class Codebook(nn.Module):
         """
         found_and_weights = torch.stack([torch.ones_like(weights), weights], dim=1)
         totals = weights.new_zeros(len(self.weight), 2).index_add_(0, found, found_and_weights)
-        # One all-reduce for both columns, each (K,).
-        counts, votes = sum_over_ranks(totals).unbind(1)
+        counts, votes = sum_over_ranks(totals).unbind(1)  # (K,) each, in one all-reduce
         self.usage.lerp_(counts / counts.sum(), 1 - self.usage_decay)
         if self.ema_decay is not None:
             weighted = targets * weights[:, None]

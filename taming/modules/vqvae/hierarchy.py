@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.sequence.grammar import TokenSequence
-from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
+from taming.modules.vqvae.base import GridShape, LoopTrace, Quantizer, QuantizerOutput
 from taming.modules.vqvae.metrics import HierarchyMetrics
 from taming.util import instantiate_from_config
 
@@ -111,8 +111,8 @@ class Hierarchy(Quantizer):
         }
         super().__init__(sum(q.n_e for q in built.values()), sum(q.e_dim for q in built.values()))
         self.level_dropout = level_dropout
-        self.names = tuple(built)
-        self.levels = tuple(built.values())
+        self.by_name = built
+        self.names, self.levels = tuple(built), tuple(built.values())
         self.quantizers = nn.ModuleDict(built)
         self.encoders, self.decoders, self.merges = (nn.ModuleList() for _ in range(3))
         self.factors = (1,)
@@ -135,8 +135,6 @@ class Hierarchy(Quantizer):
             "codes at several scales are not one sequence; a prior is over one level of them, "
             "taming.models.vqvae2.Level"
         )
-
-    # --- latents -> codes -> latents -------------------------------------------------------------
 
     def forward(self, z: Tensor) -> HierarchyOutput:
         """Quantize latents.
@@ -185,7 +183,7 @@ class Hierarchy(Quantizer):
         return stack * of_kept[:, :, None, None]
 
     def get_codebook_entry(
-        self, indices: Sequence[Tensor], shape: tuple[int, int, int, int] | None = None
+        self, indices: Sequence[Tensor], shape: GridShape | None = None
     ) -> Tensor:
         """Turn the codes of all levels, or of the upper ones only, back into their stack.
 
@@ -226,27 +224,21 @@ class Hierarchy(Quantizer):
                 return F.pad(stack, (0, 0, 0, 0, 0, self.e_dim - channels))
         raise ValueError(f"no level of {self.names} has a stack of {stack.shape[1]} channels")
 
-    # --- answers to the model around it ----------------------------------------------------------
-
     def traces(self, output: HierarchyOutput) -> dict[str, LoopTrace]:
         """Return the trace of each loopy level under the level's name."""
-        return {
-            name: trace
-            for name, level in zip(self.names, self.levels, strict=True)
-            for trace in level.traces(output.info.encodings[name].quantized).values()
-        }
+        outputs = output.info.encodings
+        traces = {n: q.traces(outputs[n].quantized).values() for n, q in self.by_name.items()}
+        return {name: trace for name, of_level in traces.items() for trace in of_level}
 
     def codebook_metrics(self) -> HierarchyMetrics:
         """Return a new metric that counts the codes of each level."""
-        levels = zip(self.names, self.levels, strict=True)
-        return HierarchyMetrics({name: level.codebook_metrics() for name, level in levels})
+        return HierarchyMetrics({n: q.codebook_metrics() for n, q in self.by_name.items()})
 
     def tracked_scalars(self) -> dict[str, Tensor]:
         """Return each level's scalars (see `Quantizer`) as ``{level}_{name}``."""
-        levels = zip(self.names, self.levels, strict=True)
-        return {f"{n}_{k}": v for n, level in levels for k, v in level.tracked_scalars().items()}
+        scalars = {n: q.tracked_scalars().items() for n, q in self.by_name.items()}
+        return {f"{name}_{key}": value for name, items in scalars.items() for key, value in items}
 
     def identity(self) -> dict[str, object]:
         """Return what decides the codes (see `Quantizer.identity`), that of each level included."""
-        levels = zip(self.names, self.levels, strict=True)
-        return {**super().identity(), "levels": {name: level.identity() for name, level in levels}}
+        return {**super().identity(), "levels": {n: q.identity() for n, q in self.by_name.items()}}

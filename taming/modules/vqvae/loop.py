@@ -17,20 +17,15 @@ finds the first turn that is within tau.
 
 A transform runs these turns in three methods, since each has something that the others lack:
 
-    search   latents -> path              No gradient: argmin has none. All K codes compete in every
-                                          turn, so this is where the time goes. It stops early once
-                                          every site has ended, and a beam keeps several partial
-                                          paths, so that the codes up to turn n are not always the
-                                          beginning of those up to turn n+1.
-    retrace  latents, codes -> searches   With the graph of the codebook. The path is known by now,
-                                          so a turn costs a lookup. It lists the query, the code
-                                          found and its target for each turn that a site took: what
-                                          the loss, the codebook's averages and revival, and the
-                                          transform itself learn from.
-    compose  codes -> vectors             Codes alone, as a decoder has them; queries are unknown.
-                                          `forward` takes its z_q from here too, not from z minus
-                                          the last residual, so that decoding repeats the same sums
-                                          in the same order and gives the same z_q, bit for bit.
+- ``search``: latents -> path, without gradient, for argmin has none. All K codes compete in every
+  turn, so this is where the time goes; it stops once every site has ended. A beam keeps several
+  partial paths, so the codes up to turn n need not be the beginning of those up to turn n+1.
+- ``retrace``: latents and codes -> searches, with the graph of the codebook. The path is known by
+  now, so a turn costs a lookup. It lists query, code and target of each turn that a site took:
+  what the loss, the codebook's averages and revival, and the transform itself learn from.
+- ``compose``: codes -> vectors, as a decoder has codes alone. `forward` takes its z_q from here
+  too, not from z minus the last residual: decoding then repeats the same sums in the same order
+  and gives the same z_q, bit for bit.
 
 Codes are 0..K-1 for a codebook vector, K for the dummy D ("transformed, went round again") and -1
 after the end.
@@ -48,10 +43,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taming.modules.vqvae.base import plain_attributes
+from taming.modules.vqvae.base import Part
 from taming.modules.vqvae.nearest import nearest_codes
 
 ABSENT = -1
+DepthShape = tuple[int, int] | None  # (T, D)
 
 
 class Path(NamedTuple):
@@ -121,7 +117,7 @@ def check_codes(codes: Tensor, n_e: int, dummies: bool) -> None:
         )
 
 
-class Transform(nn.Module, ABC):
+class Transform(Part, ABC):
     """One turn of the loop and its inverse.
 
     Args:
@@ -136,7 +132,7 @@ class Transform(nn.Module, ABC):
 
     dummies: bool
 
-    def __init__(self, depth_embedding: tuple[int, int] | None = None) -> None:
+    def __init__(self, depth_embedding: DepthShape = None) -> None:
         super().__init__()
         self.depth = None
         if depth_embedding is not None:
@@ -181,36 +177,26 @@ class Transform(nn.Module, ABC):
     def learn(self, z: Tensor, searches: Searches, codebook: Tensor) -> None:
         """Update the transform's statistics from a training batch; arguments of `initialize`."""
 
-    def identity(self) -> dict[str, object]:
-        """Return what decides, beside parameters and buffers, the codes: all plain attributes."""
-        return plain_attributes(self)
-
 
 class Cascade(Transform):
     """Subtract the nearest code and go on with what is left: r <- r - M_n e_k, writing k.
 
     All codes compete again in each turn, which sees the one codebook through a linear map M_n of
-    its own, M_0 = 1: what is left has another size and shape than the latents. A site decodes to
-    sum_n M_n e_{k_n}. The distance |r - M_n e_k| is |z - z_q|, so the threshold bounds the error
-    of every site that ends by itself. With M_n = 1 this is residual quantization with a shared
-    codebook (Lee et al. 2022, arXiv:2203.01941).
+    its own: what is left has another size and shape than the latents. The distance is |z - z_q|, so
+    the threshold bounds the error of every site that ends by itself. With M_n = 1 this is residual
+    quantization with a shared codebook (Lee et al. 2022, arXiv:2203.01941).
 
     Args:
         max_loops: T.
         depth_embedding: (T, D) of the depth embedding; None for none.
         beam: Partial paths kept per latent in each turn. 1 takes the nearest code, and a shorter
             path is then the beginning of a longer one; more finds better paths, at that many times
-            the cost of the search.
-
-    Raises:
-        ValueError: ``beam`` is out of range.
+            the cost of the search. At least 1.
     """
 
     dummies = False
 
-    def __init__(
-        self, max_loops: int, depth_embedding: tuple[int, int] | None = None, beam: int = 1
-    ) -> None:
+    def __init__(self, max_loops: int, depth_embedding: DepthShape = None, beam: int = 1) -> None:
         super().__init__(depth_embedding)
         if beam < 1:
             raise ValueError(f"beam must be at least 1, got {beam}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from taming.modules.distributed import sum_over_ranks
 from taming.modules.sequence.notations import UnarySequence
 from taming.modules.vqvae.base import (
+    GridShape,
     LoopTrace,
     Quantizer,
     QuantizerInfo,
@@ -41,15 +42,11 @@ from taming.modules.vqvae.rate import (
 from taming.util import instantiate_with_sizes
 
 RESIDUAL = {"target": "taming.modules.vqvae.transforms.Residual"}
+Rate = float | Tensor | None  # one number for all images, or one for each (B,)
 
 
 def build_transform(config: Mapping[str, Any], max_loops: int, e_dim: int) -> Transform:
-    """Build a quantizer's transform; T and D need not be stated.
-
-    Args:
-        config: ``{target, params}`` of a `Transform`. ``depth_embedding`` may be true.
-        max_loops: T.
-        e_dim: D.
+    """Build a quantizer's transform from ``{target, params}``, filling in T and D.
 
     Raises:
         ValueError: A stated size disagrees.
@@ -153,20 +150,15 @@ class LoopyVectorQuantizer(Quantizer):
 
     # --- latents -> codes -> latents -------------------------------------------------------------
 
-    def forward(
-        self,
-        z: Tensor,
-        threshold: float | Tensor | None = None,
-        max_codes: int | Tensor | None = None,
-    ) -> QuantizerOutput:
+    def forward(self, z: Tensor, threshold: Rate = None, max_codes: Rate = None) -> QuantizerOutput:
         """Quantize latents, each with as many turns as it needs.
 
         Args:
             z: (B, D, h, w) or (N, D); not changed.
-            threshold: tau, one for all or one per image (B,); None takes the quantizer's own or,
-                while training with a ``length_range``, draws a budget per image.
-            max_codes: Instead: most codes of an image, at least one per site, one number for all
-                or one per image; each image gets the smallest threshold that keeps to it.
+            threshold: tau; None takes the quantizer's own or, while training with a
+                ``length_range``, draws a budget per image.
+            max_codes: Instead: most codes of an image, at least one per site; each image gets the
+                smallest threshold that keeps to it.
 
         Returns:
             z_q like z, float32; loss; info with a `LoopTrace` (fields (B, h, w) or (N,)) and
@@ -200,9 +192,7 @@ class LoopyVectorQuantizer(Quantizer):
         z_q = self._grid(z_q, z)
         return QuantizerOutput(z_q if z.ndim == 2 else channels_second(z_q), loss, info)
 
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
-    ) -> Tensor:
+    def get_codebook_entry(self, indices: Tensor, shape: GridShape | None = None) -> Tensor:
         """Turn codes back into latents: exactly the z_q of `forward` in eval mode.
 
         Args:
@@ -234,31 +224,30 @@ class LoopyVectorQuantizer(Quantizer):
         rows = self._rows(z).detach()
         return self._search(rows, rows.new_zeros(len(rows)))
 
-    @staticmethod
-    def thresholds(path: Path, max_codes: Tensor) -> Tensor:
-        """Thresholds (N,) at which the images of a path have at most ``max_codes`` (B,) codes."""
-        distances = path.distances.unflatten(0, (len(max_codes), -1))  # (B, S, T)
-        return threshold_for(distances, max_codes).repeat_interleave(distances.shape[1])
-
     @torch.no_grad()
     def fewest_codes(
         self, z: Tensor, quality: Callable[[Tensor], Tensor], target: Tensor
     ) -> Tensor:
-        """Find the smallest ``max_codes`` of each image that reaches a quality: (B,)."""
+        """Find the smallest ``max_codes`` of each image with which it reaches a target quality.
+
+        Args:
+            z: (B, D, h, w) latents.
+            quality: Codes (B, h, w, T) -> quality (B,) of the images decoded from them.
+            target: (B,), the quality wanted.
+
+        Returns:
+            (B,) int64; T codes for every site where nothing reaches the target.
+        """
         path = self.whole_path(z)  # searched once, then cut to each budget
 
         def quality_within(max_codes: Tensor) -> Tensor:
-            lengths = lengths_within(path.distances, self.thresholds(path, max_codes))
+            lengths = lengths_within(path.distances, threshold_for(path.distances, max_codes))
             return quality(self._grid(path.end_at(lengths), z))
 
         return fewest_codes(quality_within, target, z[0, 0].numel(), self.max_loops)
 
     def _find_paths(
-        self,
-        rows: Tensor,
-        images: int,
-        threshold: float | Tensor | None,
-        max_codes: int | Tensor | None,
+        self, rows: Tensor, images: int, threshold: Rate = None, max_codes: Rate = None
     ) -> tuple[Path, Tensor]:
         """Find the path of latents (N, D), as long as needed, and the tau (N,) that cuts it."""
         if threshold is not None and max_codes is not None:
@@ -274,7 +263,8 @@ class LoopyVectorQuantizer(Quantizer):
             return self._search(rows, tau), tau
         path = self.whole_path(rows)
         budgets = torch.as_tensor(max_codes, device=rows.device)
-        return path, self.thresholds(path, expand_per_image("max_codes", budgets, images))
+        budgets = expand_per_image("max_codes", budgets, images)
+        return path, threshold_for(path.distances, budgets)
 
     def _search(self, rows: Tensor, tau: Tensor) -> Path:
         """Find the path of latents (N, D) until they are within tau (N,)."""
@@ -299,7 +289,7 @@ class LoopyVectorQuantizer(Quantizer):
         if first and self.target_length is not None:
             self.threshold.copy_(self._mean(nearest_codes(rows, self.embedding.weight).distances))
         for _ in range(self.max_loops - 1):  # a turn's size depends on the turns before it
-            path, tau = self._find_paths(rows, images, None, None)
+            path, tau = self._find_paths(rows, images)
             codes = path.end_at(lengths_within(path.distances, tau))
             searches = self.transform.retrace(rows, codes, self.embedding.weight.detach())
             self.transform.initialize(rows, searches, self.embedding.weight.detach())

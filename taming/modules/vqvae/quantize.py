@@ -27,18 +27,9 @@ from taming.modules.vqvae.base import (
     vq_loss,
 )
 from taming.modules.vqvae.codebook import check_precision, update_means
-from taming.modules.vqvae.loopy import LoopyVectorQuantizer
+from taming.modules.vqvae.loopy import LoopyVectorQuantizer as LoopyVectorQuantizer
 from taming.modules.vqvae.nearest import nearest_codes
 from taming.util import NonFiniteError
-
-__all__ = [
-    "EMAVectorQuantizer",
-    "EmbeddingEMA",
-    "GumbelQuantize",
-    "LoopyVectorQuantizer",
-    "VectorQuantizer",
-    "VectorQuantizer2",
-]
 
 
 class EmbeddingEMA(nn.Module):
@@ -83,35 +74,16 @@ class EmbeddingEMA(nn.Module):
 class NearestQuantizer(SingleCodeQuantizer):
     """Base class of quantizers that map each latent to its nearest code.
 
-    Args:
-        n_e: K, number of codes.
-        e_dim: D, channels of a latent.
-        beta: Weight of the commitment loss.
-        remap: Path of an ``.npy`` file of used codes (see `SingleCodeQuantizer`).
-        unknown_index: Index of an unused code under ``remap``.
-        sane_index_shape: Return indices as (B, h, w) rather than flat.
-
     Attributes:
         embedding: Holds ``weight``, the codes (K, D).
+        sane_index_shape: True to return indices as (B, h, w) rather than flat.
     """
 
     not_in_identity = ("remap", "beta", "sane_index_shape", "legacy")
     embedding: nn.Embedding | EmbeddingEMA
+    sane_index_shape = False
     _perplexity = True
     _flat_shape: tuple[int, ...] = (-1,)
-
-    def __init__(
-        self,
-        n_e: int,
-        e_dim: int,
-        beta: float,
-        remap: str | None = None,
-        unknown_index: str | int = "random",
-        sane_index_shape: bool = False,
-    ) -> None:
-        super().__init__(n_e, e_dim, remap, unknown_index)
-        self.beta = beta
-        self.sane_index_shape = sane_index_shape
 
     @property
     def codebook(self) -> Tensor:
@@ -119,17 +91,7 @@ class NearestQuantizer(SingleCodeQuantizer):
         return self.embedding.weight
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantize latents.
-
-        Args:
-            z: (B, D, h, w).
-
-        Returns:
-            z_q like z, float32; loss; info, whose indices are described at each class.
-
-        Raises:
-            ValueError: z has another shape.
-        """
+        """Quantize latents z (B, D, h, w); the shape of the indices is described at each class."""
         if z.ndim != 4:
             raise ValueError(f"expected latents (B, {self.e_dim}, h, w), got {tuple(z.shape)}")
         rows = self._rows(z)  # (N, D)
@@ -191,8 +153,10 @@ class VectorQuantizer2(NearestQuantizer):
         sane_index_shape: bool = False,
         legacy: bool = True,
     ) -> None:
-        super().__init__(n_e, e_dim, beta, remap, unknown_index, sane_index_shape)
+        super().__init__(n_e, e_dim, remap, unknown_index)
+        self.beta = beta
         self.legacy = legacy
+        self.sane_index_shape = sane_index_shape
         if remap is not None:
             self._flat_shape = (-1, 1)
         self.embedding = nn.Embedding(n_e, e_dim)
@@ -261,7 +225,9 @@ class EMAVectorQuantizer(NearestQuantizer):
         unknown_index: str | int = "random",
         sane_index_shape: bool = False,
     ) -> None:
-        super().__init__(n_embed, embedding_dim, beta, remap, unknown_index, sane_index_shape)
+        super().__init__(n_embed, embedding_dim, remap, unknown_index)
+        self.beta = beta
+        self.sane_index_shape = sane_index_shape
         self.embedding: EmbeddingEMA = EmbeddingEMA(n_embed, embedding_dim, decay, eps)
 
     def _loss(self, rows: Tensor, entries: Tensor) -> Tensor:

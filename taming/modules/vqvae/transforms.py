@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taming.modules.distributed import sum_over_ranks
-from taming.modules.vqvae.loop import ABSENT, Cascade, Path, Searches, Transform
+from taming.modules.vqvae.loop import ABSENT, Cascade, DepthShape, Path, Searches, Transform
 from taming.modules.vqvae.nearest import nearest_codes
 
 MOMENTUM = 0.95  # weight of the old value in running statistics
@@ -52,10 +52,6 @@ class Attract(Transform):
     Args:
         step: Fraction of the way to the code covered in a turn, in (0, 1].
         depth_embedding: (T, D) of the depth embedding; None for none.
-
-    Raises:
-        ValueError: ``step`` is out of range.
-
     Example:
         >>> codebook, z = torch.tensor([[0.0], [8.0]]), torch.tensor([[0.5], [6.0]])
         >>> path = Attract(step=0.5).search(z, codebook, torch.full((2,), 0.5), max_loops=4)
@@ -68,7 +64,7 @@ class Attract(Transform):
 
     dummies = True
 
-    def __init__(self, step: float = 0.5, depth_embedding: tuple[int, int] | None = None) -> None:
+    def __init__(self, step: float = 0.5, depth_embedding: DepthShape = None) -> None:
         super().__init__(depth_embedding)
         if not 0 < step <= 1:
             raise ValueError(f"step must be in (0, 1], got {step}")
@@ -126,9 +122,7 @@ class Residual(Cascade):
         tensor([[4.5000]])
     """
 
-    def __init__(
-        self, max_loops: int, depth_embedding: tuple[int, int] | None = None, beam: int = 1
-    ) -> None:
+    def __init__(self, max_loops: int, depth_embedding: DepthShape = None, beam: int = 1) -> None:
         super().__init__(max_loops, depth_embedding, beam)
         self.scales: Tensor
         self.register_buffer("scales", torch.ones(max_loops))
@@ -181,11 +175,7 @@ class LinearResidual(Cascade):
     """
 
     def __init__(
-        self,
-        max_loops: int,
-        e_dim: int,
-        depth_embedding: tuple[int, int] | None = None,
-        beam: int = 1,
+        self, max_loops: int, e_dim: int, depth_embedding: DepthShape = None, beam: int = 1
     ) -> None:
         super().__init__(max_loops, depth_embedding, beam)
         self.maps: Tensor
