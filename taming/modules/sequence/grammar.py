@@ -38,24 +38,22 @@ class TokenSequence(ABC):
     Args:
         n_e: K, number of codes.
         max_loops: T, most codes per site.
+        dummies: True for codes of the form ``D,D,A'``, False for ``A1,A2,A3``.
 
     Attributes:
         vocab_size: V, number of different tokens.
         site_tokens: Most tokens that one site can take.
         restricted: False if every token may come next everywhere.
-        dummies: True if the codes before a site's last are dummies, as in ``D,D,A'``.
     """
 
     vocab_size: int
     site_tokens: int
     restricted: bool = True
-    dummies: bool = False
 
-    def __init__(self, n_e: int, max_loops: int) -> None:
+    def __init__(self, n_e: int, max_loops: int, dummies: bool) -> None:
         if n_e < 1 or max_loops < 1:
             raise ValueError(f"n_e and max_loops must be at least 1, got {n_e} and {max_loops}")
-        self.n_e = n_e
-        self.max_loops = max_loops
+        self.n_e, self.max_loops, self.dummies = n_e, max_loops, dummies
 
     def encode(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Encode codes as tokens.

@@ -47,8 +47,7 @@ class UnarySequence(TokenSequence):
     """
 
     def __init__(self, n_e: int, max_loops: int, dummies: bool) -> None:
-        super().__init__(n_e, max_loops)
-        self.dummies = dummies
+        super().__init__(n_e, max_loops, dummies)
         self.vocab_size = n_e + (max_loops > 1)
         self.site_tokens = max_loops
 
@@ -127,14 +126,10 @@ class RunLengthSequence(TokenSequence):
         >>> codes = torch.tensor([[[[5, 7, -1], [2, -1, -1], [1, 1, 1]]]])  # 1 x 3 sites
         >>> RunLengthSequence(n_e=9, max_loops=3, dummies=False).encode(codes)[0]
         tensor([[ 9,  5,  7,  2, 10,  1,  1,  1]])
-        >>> codes = torch.tensor([[[[9, 7, -1], [2, -1, -1], [9, 9, 1]]]])
-        >>> RunLengthSequence(n_e=9, max_loops=3, dummies=True).encode(codes)[0]
-        tensor([[ 9,  7,  2, 10,  1]])
     """
 
     def __init__(self, n_e: int, max_loops: int, dummies: bool) -> None:
-        super().__init__(n_e, max_loops)
-        self.dummies = dummies
+        super().__init__(n_e, max_loops, dummies)
         self.vocab_size = n_e + max_loops - 1
         self.site_tokens = min(2, max_loops) if dummies else max_loops + (max_loops > 1)
 

@@ -21,6 +21,7 @@ from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics
 from taming.util import NonFiniteError
 
 GridShape = tuple[int, int, int, int]  # (B, h, w, D)
+Quality = Callable[[Tensor], Tensor]  # codes (B, h, w, T) -> (B,)
 
 
 class LoopTrace(NamedTuple):
@@ -80,9 +81,6 @@ def vq_loss(codebook_term: Tensor, commitment: Tensor, beta: float, legacy: bool
         commitment: |z - sg(e)|^2, a scalar; moves the encoder.
         beta: Weight of the commitment.
         legacy: Put beta on the other term, as the original's checkpoints were trained.
-
-    Returns:
-        The loss, a scalar.
     """
     if legacy:
         return commitment + beta * codebook_term
@@ -111,10 +109,10 @@ class Part(nn.Module):
         By default the class name and all plain public attributes: one too many only invalidates a
         token cache, one too few lets a stale cache pass.
         """
-        left_out = ("training", *self.not_in_identity)
-        public = {k: v for k, v in vars(self).items() if not k.startswith("_") and is_plain(v)}
-        public = {name: value for name, value in public.items() if name not in left_out}
-        return {"type": type(self).__name__, **public}
+        plain = {k: v for k, v in vars(self).items() if not k.startswith("_") and is_plain(v)}
+        for name in ("training", *self.not_in_identity):
+            plain.pop(name, None)
+        return {"type": type(self).__name__, **plain}
 
 
 class Quantizer(Part, ABC):
@@ -140,8 +138,7 @@ class Quantizer(Part, ABC):
         super().__init__()
         if n_e < 1 or e_dim < 1:
             raise ValueError(f"n_e and e_dim must be at least 1, got n_e={n_e}, e_dim={e_dim}")
-        self.n_e = n_e
-        self.e_dim = e_dim
+        self.n_e, self.e_dim = n_e, e_dim
 
     @abstractmethod
     def forward(self, z: Tensor) -> QuantizerOutput:
@@ -155,9 +152,7 @@ class Quantizer(Part, ABC):
         """Return the `LoopTrace` of each level of an output; that of a single quantizer is ""."""
         return {}
 
-    def fewest_codes(
-        self, z: Tensor, quality: Callable[[Tensor], Tensor], target: Tensor
-    ) -> Tensor:
+    def fewest_codes(self, z: Tensor, quality: Quality, target: Tensor) -> Tensor:
         """Find the smallest ``max_codes`` (B,) with which each image reaches a target quality."""
         raise NotImplementedError(f"{type(self).__name__} has a fixed rate")
 
@@ -172,10 +167,8 @@ class Quantizer(Part, ABC):
     def _rows(self, z: Tensor) -> Tensor:
         """Check z and lay its latents out as rows: (B, D, h, w) or (N, D) -> (N, D) float32."""
         if z.ndim not in (2, 4) or z.shape[1] != self.e_dim:
-            raise ValueError(
-                f"expected latents (B, {self.e_dim}, h, w) or (N, {self.e_dim}), "
-                f"got {tuple(z.shape)}"
-            )
+            expected = f"(B, {self.e_dim}, h, w) or (N, {self.e_dim})"
+            raise ValueError(f"expected latents {expected}, got {tuple(z.shape)}")
         if not torch.isfinite(z).all():
             raise NonFiniteError("the latents that reach the quantizer are not finite")
         return rearrange(z, "b d h w -> (b h w) d").float() if z.ndim == 4 else z.float()
@@ -193,9 +186,6 @@ class SingleCodeQuantizer(Quantizer):
 
     Attributes:
         re_embed: Number of different indices.
-
-    Raises:
-        ValueError: ``unknown_index`` is invalid, or ``remap`` names codes out of range.
     """
 
     not_in_identity = ("remap",)  # the codes it names are a buffer
@@ -209,18 +199,14 @@ class SingleCodeQuantizer(Quantizer):
             raise ValueError(
                 f"unknown_index must be 'random', 'extra' or an index, got {unknown_index!r}"
             )
-        self.remap = remap
-        self.re_embed = n_e
-        self.unknown_index = unknown_index
+        self.remap, self.unknown_index, self.re_embed = remap, unknown_index, n_e
         if remap is not None:
             used = torch.from_numpy(np.load(remap)).long()
             if len(used) == 0 or used.min() < 0 or used.max() >= n_e:
                 raise ValueError(f"remap: {remap} must name codes 0..{n_e - 1}, and at least one")
             if isinstance(unknown_index, int) and not 0 <= unknown_index < len(used):
-                raise ValueError(
-                    f"unknown_index must be in 0..{len(used) - 1}, one of the {len(used)} used "
-                    f"codes, got {unknown_index}"
-                )
+                most = len(used) - 1  # of the numbers of used codes
+                raise ValueError(f"unknown_index must be in 0..{most}, got {unknown_index}")
             self.register_buffer("used", used)
             self.re_embed = len(self.used) + (unknown_index == "extra")
             if unknown_index == "extra":
@@ -248,11 +234,7 @@ class SingleCodeQuantizer(Quantizer):
         return self.used[torch.where(indices >= len(self.used), 0, indices)]
 
     def get_codebook_entry(self, indices: Tensor, shape: GridShape | None = None) -> Tensor:
-        """Look indices (int64, any shape) up: z_q (B, D, h, w), or (N, D) without a shape.
-
-        Raises:
-            ValueError: An index is out of range.
-        """
+        """Look up indices (int64, any shape): z_q (B, D, h, w), or (N, D) without a shape."""
         codes = indices.reshape(-1)
         if len(wrong := codes[(codes < 0) | (codes >= self.re_embed)]):
             raise ValueError(f"index {int(wrong[0])} is out of range 0..{self.re_embed - 1}")

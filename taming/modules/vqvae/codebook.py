@@ -32,29 +32,25 @@ def k_means(vectors: Tensor, centers: Tensor, iterations: int = 10) -> Tensor:
     return centers
 
 
+Running = tuple[Tensor, Tensor, Tensor]
+
+
 @torch.no_grad()
 def update_means(
-    means: Tensor,
-    counts: Tensor,
-    sums: Tensor,
-    votes: Tensor,
-    vectors: Tensor,
-    found: Tensor,
-    decay: float,
-    eps: float = 1e-5,
+    running: Running, votes: Tensor, vectors: Tensor, found: Tensor, decay: float, eps: float = 1e-5
 ) -> None:
     """Update the running mean of the vectors mapped to each code, over all ranks.
 
     Args:
-        means: (K, D) running means; changed in place, except where the votes are below ``eps``.
-        counts: (K,) running votes; changed in place.
-        sums: (K, D) running sums; changed in place.
+        running: Running means (K, D), votes (K,) and sums (K, D), all changed in place; means only
+            where the votes are above ``eps``.
         votes: (K,) vectors mapped to each code now, on all ranks.
         vectors: (M, D) float32, vectors of this rank.
         found: (M,) int64, their codes.
         decay: Weight of the old values in (0, 1).
         eps: Smallest vote count by which a sum is divided.
     """
+    means, counts, sums = running
     totals = torch.zeros_like(sums).index_add_(0, found, vectors)
     counts.lerp_(votes, 1 - decay)
     sums.lerp_(sum_over_ranks(totals), 1 - decay)
@@ -63,11 +59,7 @@ def update_means(
 
 
 def check_precision(codebook: Tensor, vectors: Tensor) -> None:
-    """Refuse a codebook (K, D) of another dtype than the vectors (M, D) that it learns from.
-
-    Raises:
-        ValueError: The dtypes differ.
-    """
+    """Raise a ValueError if a codebook is of another dtype than the vectors it learns from."""
     if codebook.dtype != vectors.dtype:
         raise ValueError(
             f"the codebook is {codebook.dtype}, but latents are searched and averaged as "
@@ -90,9 +82,6 @@ class Codebook(nn.Module):
         revive_below: A code whose running share of use falls under this fraction of the uniform
             share 1/K is replaced by a vector that is searched now; 0 never revives.
         usage_decay: Weight of the old value in the running share of use.
-
-    Raises:
-        ValueError: A decay or fraction is out of range.
 
     Example:
         >>> codebook, z = Codebook(n_e=4, e_dim=2, ema_decay=0.9), torch.randn(100, 2)
@@ -118,9 +107,7 @@ class Codebook(nn.Module):
             raise ValueError(f"usage_decay must be in (0, 1), got {usage_decay}")
         if not 0 <= revive_below < 1:
             raise ValueError(f"revive_below must be in [0, 1), got {revive_below}")
-        self.ema_decay = ema_decay
-        self.revive_below = revive_below
-        self.usage_decay = usage_decay
+        self.ema_decay, self.usage_decay, self.revive_below = ema_decay, usage_decay, revive_below
         start = torch.empty(n_e, e_dim).uniform_(-1 / n_e, 1 / n_e)
         self.weight = nn.Parameter(start, requires_grad=ema_decay is None)
         self.steps: Tensor
@@ -163,9 +150,8 @@ class Codebook(nn.Module):
         counts, votes = sum_over_ranks(totals).unbind(1)  # (K,) each, in one all-reduce
         self.usage.lerp_(counts / counts.sum(), 1 - self.usage_decay)
         if self.ema_decay is not None:
-            weighted = targets * weights[:, None]
-            means = (self.weight, self.counts, self.sums)
-            update_means(*means, votes, weighted, found, self.ema_decay)
+            running = (self.weight, self.counts, self.sums)
+            update_means(running, votes, targets * weights[:, None], found, self.ema_decay)
         self._revive(targets)
         self.steps += 1
 

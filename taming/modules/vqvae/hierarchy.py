@@ -63,7 +63,8 @@ class Hierarchy(Quantizer):
     """Quantizers at several scales, in place of one: VQ-VAE-2.
 
     Args:
-        quantizers: Name -> ``{target, params}`` of the quantizer of each level, the top first.
+        quantizers: Name -> ``{target, params}`` of the quantizer of each level, the top first; at
+            least two.
         ddconfig: Keyword arguments of `Encoder` and `Decoder`, which lead from each level to the
             one above and back; its ``resolution`` is the height h of the finest level. Channels
             follow from the quantizers.
@@ -72,14 +73,9 @@ class Hierarchy(Quantizer):
             then learns to be useful without those below; otherwise the lowest may take over.
 
     Attributes:
-        n_e: Codes of all levels together.
-        e_dim: D, channels of all levels together.
         names: Names of the levels, the top first.
         levels: Their quantizers.
         factors: Downsampling factor of each level relative to the finest grid, the top first.
-
-    Raises:
-        ValueError: There are fewer than two levels, or ``level_dropout`` is out of range.
 
     Example:
         >>> ema = "taming.modules.vqvae.quantize.EMAVectorQuantizer"
@@ -137,14 +133,7 @@ class Hierarchy(Quantizer):
         )
 
     def forward(self, z: Tensor) -> HierarchyOutput:
-        """Quantize latents.
-
-        Args:
-            z: (B, D, h, w), h and w multiples of the largest factor.
-
-        Raises:
-            ValueError: h or w is not such a multiple.
-        """
+        """Quantize latents z (B, D, h, w); h and w must be multiples of the largest factor."""
         h, w = z.shape[2:]
         if h % self.factors[0] or w % self.factors[0]:
             raise ValueError(

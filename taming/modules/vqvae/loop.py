@@ -3,17 +3,15 @@
 A latent z goes round the loop for at most T turns, n = 0..T-1. With r_0 = z, turn n is
 
     k_n     = argmin_k |r_n - M_n e_k|          the nearest code wins
-    d_n     = |r_n - M_n e_{k_n}|               distance of z, or of what is left of it, to a code
+    d_n     = |r_n - M_n e_{k_n}|               how far r_n is from that code
     d_n <= tau, or n = T-1:  write k_n and end  here the site ends
     otherwise:               write a code, transform r_n to r_{n+1}, go round again
 
     Attract  writes D,    r_{n+1} = r_n + step (e_{k_n} - r_n),  z_q = e_{k_n},            M_n = 1
     Cascade  writes k_n,  r_{n+1} = r_n - M_n e_{k_n},           z_q = sum_n M_n e_{k_n},  M_0 = 1
 
-(`Attract` measures d_n from where r_n has come to. Residuals stay in the space of z: M_n brings
-the codebook to them.) The path does not depend on the threshold tau, which only decides where it is
-cut: `Path` lists, for every turn, the codes if the site ended there, and `rate.lengths_within`
-finds the first turn that is within tau.
+The path does not depend on the threshold tau, which only decides where it is cut: `Path` lists, for
+every turn, the codes if the site ended there; `rate.lengths_within` finds the first within tau.
 
 A transform runs these turns in three methods, since each has something that the others lack:
 
@@ -92,15 +90,12 @@ class Searches(NamedTuple):
 
 
 def check_codes(codes: Tensor, n_e: int, dummies: bool) -> None:
-    """Refuse codes (N, T) that the loop never writes.
+    """Raise a ValueError that names the first site of codes (N, T) that the loop never writes.
 
     Args:
         codes: (N, T) int64.
         n_e: K.
         dummies: True for the form ``D,D,A'``, False for ``A1,A2,A3``.
-
-    Raises:
-        ValueError: A site has no code, has one out of range, or goes on after its end.
     """
     last = (codes >= 0).sum(dim=1, keepdim=True) - 1  # (N, 1)
     turn = torch.arange(codes.shape[1], device=codes.device)  # (T,)
@@ -131,12 +126,12 @@ class Transform(Part, ABC):
     """
 
     dummies: bool
+    depth: nn.Parameter | None
 
     def __init__(self, depth_embedding: DepthShape = None) -> None:
         super().__init__()
-        self.depth = None
-        if depth_embedding is not None:
-            self.depth = nn.Parameter(torch.zeros(*depth_embedding))
+        start = None if depth_embedding is None else nn.Parameter(torch.zeros(*depth_embedding))
+        self.register_parameter("depth", start)
 
     @abstractmethod
     def search(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
@@ -200,8 +195,7 @@ class Cascade(Transform):
         super().__init__(depth_embedding)
         if beam < 1:
             raise ValueError(f"beam must be at least 1, got {beam}")
-        self.max_loops = max_loops
-        self.beam = beam
+        self.max_loops, self.beam = max_loops, beam
 
     @abstractmethod
     def project(self, codebook: Tensor, turn: int) -> Tensor:

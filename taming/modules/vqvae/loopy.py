@@ -8,7 +8,7 @@ Axis letters: B images, D channels, h w grid, N = B h w latents, K codes, T turn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from taming.modules.distributed import sum_over_ranks
 from taming.modules.sequence.notations import UnarySequence
+from taming.modules.vqvae import rate
 from taming.modules.vqvae.base import (
     GridShape,
     LoopTrace,
+    Quality,
     Quantizer,
     QuantizerInfo,
     QuantizerOutput,
@@ -32,13 +34,6 @@ from taming.modules.vqvae.codebook import Codebook
 from taming.modules.vqvae.loop import Path, Searches, Transform, check_codes
 from taming.modules.vqvae.metrics import LoopMetrics
 from taming.modules.vqvae.nearest import nearest_codes
-from taming.modules.vqvae.rate import (
-    expand_per_image,
-    fewest_codes,
-    lengths_within,
-    sample_budgets,
-    threshold_for,
-)
 from taming.util import instantiate_with_sizes
 
 RESIDUAL = {"target": "taming.modules.vqvae.transforms.Residual"}
@@ -46,11 +41,7 @@ Rate = float | Tensor | None  # one number for all images, or one for each (B,)
 
 
 def build_transform(config: Mapping[str, Any], max_loops: int, e_dim: int) -> Transform:
-    """Build a quantizer's transform from ``{target, params}``, filling in T and D.
-
-    Raises:
-        ValueError: A stated size disagrees.
-    """
+    """Build a transform from ``{target, params}`` with T and D filled in where not stated."""
     sizes: dict[str, Any] = {"max_loops": max_loops, "e_dim": e_dim}
     params = dict(config.get("params") or {})
     if depth := params.get("depth_embedding"):
@@ -62,25 +53,24 @@ def build_transform(config: Mapping[str, Any], max_loops: int, e_dim: int) -> Tr
 class LoopyVectorQuantizer(Quantizer):
     """Quantizer that goes round a loop until a code is near enough: a sequence for each latent.
 
-    For a latent z, threshold tau and at most T turns, with r = z at first: let e_k be the code
-    nearest to r. If it is within tau, or this is turn T, write k and end the loop. Otherwise write
-    a code of the transform's choice (the dummy D = K, or k), transform r, and go round again. A
-    latent's path does not depend on tau, which only decides where to stop.
+    Start with r = z. If the code e_k nearest to r is within the threshold tau, or this is turn T,
+    write k and end the loop. Otherwise write a code of the transform's choice (the dummy D = K, or
+    k), transform r, and go round again.
 
     Args:
         n_e: K, number of codes.
         e_dim: D, channels of a latent.
         beta: Weight of the commitment loss.
-        threshold: tau, Euclidean distance in the space of z at which a loop ends; may be inf. No
-            checkpoint changes it.
+        threshold: tau, Euclidean distance in the space of z at which a loop ends; may be inf. A
+            checkpoint does not change it.
         max_loops: T, most turns of a latent.
         transform_config: ``{target, params}`` of a `Transform`, by default `Residual`. T and D
             follow from this quantizer; ``depth_embedding: true`` stands for (T, D).
-        target_length: Mean turns per latent in [1, T]: instead of a fixed ``threshold``, tau is
-            then steered to it while training and kept in the checkpoint.
-        length_range: Train one quantizer for all rates: each image of a training batch draws its
-            mean turns uniformly between these bounds in [1, T] and gets the threshold that gives
-            them. None trains with the quantizer's own threshold.
+        target_length: Mean length in [1, T]: instead of a fixed ``threshold``, tau is then steered
+            to it while training and kept in the checkpoint.
+        length_range: Train one quantizer for all rates: the mean length of each image of a training
+            batch is sampled uniformly between these bounds in [1, T], and it gets the threshold
+            that gives it. None trains with the quantizer's own threshold.
         legacy: Put beta on the codebook term instead, for a codebook that learns by gradient.
         ema_decay: Learn the codebook by moving averages of this decay; None by gradient.
         start_batches: Number of first training batches from which k-means places the codes.
@@ -133,11 +123,8 @@ class LoopyVectorQuantizer(Quantizer):
         bounds = list(length_range or (1.0, 1.0))
         if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= max_loops:
             raise ValueError(f"length_range must be two bounds in [1, {max_loops}], got {bounds}")
-        self.beta = beta
-        self.legacy = legacy
-        self.max_loops = max_loops
-        self.target_length = target_length
-        self.length_range = length_range
+        self.beta, self.legacy, self.max_loops = beta, legacy, max_loops
+        self.target_length, self.length_range = target_length, length_range
         self.start_batches = start_batches
         self.embedding = Codebook(n_e, e_dim, ema_decay, revive_below)
         self.transform = build_transform(transform_config or RESIDUAL, max_loops, e_dim)
@@ -148,15 +135,13 @@ class LoopyVectorQuantizer(Quantizer):
         self.register_buffer("threshold", start)
         self.register_buffer("latent_std", torch.ones(()))
 
-    # --- latents -> codes -> latents -------------------------------------------------------------
-
     def forward(self, z: Tensor, threshold: Rate = None, max_codes: Rate = None) -> QuantizerOutput:
         """Quantize latents, each with as many turns as it needs.
 
         Args:
             z: (B, D, h, w) or (N, D); not changed.
             threshold: tau; None takes the quantizer's own or, while training with a
-                ``length_range``, draws a budget per image.
+                ``length_range``, samples a budget per image.
             max_codes: Instead: most codes of an image, at least one per site; each image gets the
                 smallest threshold that keeps to it.
 
@@ -173,22 +158,19 @@ class LoopyVectorQuantizer(Quantizer):
         if self.training and self.embedding.steps < self.start_batches:
             self._start_from_data(rows, len(z))
         path, tau = self._find_paths(rows, len(z), threshold, max_codes)
-        lengths = lengths_within(path.distances, tau)  # (N,): here each site ends
+        lengths = rate.lengths_within(path.distances, tau)  # (N,): here each site ends
         codes = path.end_at(lengths)  # (N, T)
         z_q = straight_through(flat, self.transform.decode(codes, self.embedding.weight.detach()))
         searches = self.transform.retrace(rows, codes, self.embedding.weight)
         loss = self._loss(flat, searches)
         last = path.distances.gather(1, lengths[:, None] - 1).squeeze(1)  # (N,)
-        trace = LoopTrace(lengths, last, last <= tau)
+        trace = LoopTrace(*(self._grid(x, z) for x in (lengths, last, last <= tau)))
         if self.training:
             self._learn(rows, searches)
             if threshold is None:
                 self._steer_threshold(path.distances)
-        info = QuantizerInfo(
-            code_perplexity(searches.found, self.n_e),
-            LoopTrace(*(self._grid(field, z) for field in trace)),
-            self._grid(codes, z),
-        )
+        perplexity = code_perplexity(searches.found, self.n_e)
+        info = QuantizerInfo(perplexity, trace, self._grid(codes, z))
         z_q = self._grid(z_q, z)
         return QuantizerOutput(z_q if z.ndim == 2 else channels_second(z_q), loss, info)
 
@@ -207,9 +189,8 @@ class LoopyVectorQuantizer(Quantizer):
         """
         grid = indices.shape[:-1] if shape is None else shape[:3]
         if indices.numel() != math.prod(grid) * self.max_loops:
-            raise ValueError(
-                f"expected {self.max_loops} codes for each site, got {tuple(indices.shape)}"
-            )
+            got = tuple(indices.shape)
+            raise ValueError(f"expected {self.max_loops} codes for each site, got the shape {got}")
         codes = indices.reshape(-1, self.max_loops)  # (N, T)
         check_codes(codes, self.n_e, self.transform.dummies)
         z_q = self.transform.decode(codes, self.embedding.weight)
@@ -225,9 +206,7 @@ class LoopyVectorQuantizer(Quantizer):
         return self._search(rows, rows.new_zeros(len(rows)))
 
     @torch.no_grad()
-    def fewest_codes(
-        self, z: Tensor, quality: Callable[[Tensor], Tensor], target: Tensor
-    ) -> Tensor:
+    def fewest_codes(self, z: Tensor, quality: Quality, target: Tensor) -> Tensor:
         """Find the smallest ``max_codes`` of each image with which it reaches a target quality.
 
         Args:
@@ -241,10 +220,11 @@ class LoopyVectorQuantizer(Quantizer):
         path = self.whole_path(z)  # searched once, then cut to each budget
 
         def quality_within(max_codes: Tensor) -> Tensor:
-            lengths = lengths_within(path.distances, threshold_for(path.distances, max_codes))
-            return quality(self._grid(path.end_at(lengths), z))
+            tau = rate.threshold_for(path.distances, max_codes)
+            codes = path.end_at(rate.lengths_within(path.distances, tau))
+            return quality(self._grid(codes, z))
 
-        return fewest_codes(quality_within, target, z[0, 0].numel(), self.max_loops)
+        return rate.fewest_codes(quality_within, target, z[0, 0].numel(), self.max_loops)
 
     def _find_paths(
         self, rows: Tensor, images: int, threshold: Rate = None, max_codes: Rate = None
@@ -254,17 +234,17 @@ class LoopyVectorQuantizer(Quantizer):
             raise ValueError("give a threshold or max_codes, not both")
         sites = len(rows) // images
         if threshold is None and max_codes is None and self.training and self.length_range:
-            max_codes = sample_budgets(images, sites, self.length_range, rows.device)
+            max_codes = rate.sample_budgets(images, sites, self.length_range, rows.device)
         if max_codes is None:
             tau = torch.as_tensor(self.threshold if threshold is None else threshold)
             if threshold is not None and not (tau >= 0).all():
                 raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
-            tau = expand_per_image("threshold", tau.to(rows), images).repeat_interleave(sites)
+            tau = rate.expand_per_image("threshold", tau.to(rows), images).repeat_interleave(sites)
             return self._search(rows, tau), tau
         path = self.whole_path(rows)
         budgets = torch.as_tensor(max_codes, device=rows.device)
-        budgets = expand_per_image("max_codes", budgets, images)
-        return path, threshold_for(path.distances, budgets)
+        budgets = rate.expand_per_image("max_codes", budgets, images)
+        return path, rate.threshold_for(path.distances, budgets)
 
     def _search(self, rows: Tensor, tau: Tensor) -> Path:
         """Find the path of latents (N, D) until they are within tau (N,)."""
@@ -290,7 +270,7 @@ class LoopyVectorQuantizer(Quantizer):
             self.threshold.copy_(self._mean(nearest_codes(rows, self.embedding.weight).distances))
         for _ in range(self.max_loops - 1):  # a turn's size depends on the turns before it
             path, tau = self._find_paths(rows, images)
-            codes = path.end_at(lengths_within(path.distances, tau))
+            codes = path.end_at(rate.lengths_within(path.distances, tau))
             searches = self.transform.retrace(rows, codes, self.embedding.weight.detach())
             self.transform.initialize(rows, searches, self.embedding.weight.detach())
 
@@ -307,14 +287,12 @@ class LoopyVectorQuantizer(Quantizer):
     def _steer_threshold(self, distances: Tensor) -> None:
         """Move the threshold toward the one that gives ``target_length``."""
         if self.target_length is not None:
-            lengths = lengths_within(distances, self.threshold.expand(len(distances)))
+            lengths = rate.lengths_within(distances, self.threshold.expand(len(distances)))
             # 5% a step for each turn too many settles in tens of steps and does not overshoot.
             excess = self._mean(lengths.float()) - self.target_length
             moved = self.threshold * torch.exp(0.05 * excess.clamp(-1, 1))
             # No factor leads away from 0, where all latents of a batch are the same.
             self.threshold.copy_(torch.maximum(moved, 1e-3 * self.latent_std))
-
-    # --- answers to the model around it ----------------------------------------------------------
 
     def traces(self, output: Any) -> dict[str, LoopTrace]:
         """Return the trace of an output of `forward` under the name ""."""

@@ -49,8 +49,7 @@ class EmbeddingEMA(nn.Module):
         self, num_tokens: int, codebook_dim: int, decay: float = 0.99, eps: float = 1e-5
     ) -> None:
         super().__init__()
-        self.decay = decay
-        self.eps = eps
+        self.decay, self.eps = decay, eps
         start = torch.randn(num_tokens, codebook_dim)
         self.weight = nn.Parameter(start, requires_grad=False)
         # One vote each for the initial position. With none, as in the original, the first step
@@ -63,8 +62,8 @@ class EmbeddingEMA(nn.Module):
         """Update from latents (N, D) float32 and the codes (N,) nearest to them, on all ranks."""
         check_precision(self.weight, rows)
         votes = sum_over_ranks(torch.bincount(codes, minlength=len(self.weight)).float())
-        means = (self.weight, self.cluster_size, self.embed_avg)
-        update_means(*means, votes, rows, codes, self.decay, self.eps)
+        running = (self.weight, self.cluster_size, self.embed_avg)
+        update_means(running, votes, rows, codes, self.decay, self.eps)
 
     def forward(self, embed_id: Tensor) -> Tensor:
         """Look codes up: (...,) int64 -> (..., D)."""
@@ -154,9 +153,7 @@ class VectorQuantizer2(NearestQuantizer):
         legacy: bool = True,
     ) -> None:
         super().__init__(n_e, e_dim, remap, unknown_index)
-        self.beta = beta
-        self.legacy = legacy
-        self.sane_index_shape = sane_index_shape
+        self.beta, self.legacy, self.sane_index_shape = beta, legacy, sane_index_shape
         if remap is not None:
             self._flat_shape = (-1, 1)
         self.embedding = nn.Embedding(n_e, e_dim)
@@ -226,8 +223,7 @@ class EMAVectorQuantizer(NearestQuantizer):
         sane_index_shape: bool = False,
     ) -> None:
         super().__init__(n_embed, embedding_dim, remap, unknown_index)
-        self.beta = beta
-        self.sane_index_shape = sane_index_shape
+        self.beta, self.sane_index_shape = beta, sane_index_shape
         self.embedding: EmbeddingEMA = EmbeddingEMA(n_embed, embedding_dim, decay, eps)
 
     def _loss(self, rows: Tensor, entries: Tensor) -> Tensor:
@@ -282,11 +278,9 @@ class GumbelQuantize(SingleCodeQuantizer):
     ) -> None:
         super().__init__(n_embed, embedding_dim, remap, unknown_index)
         self.n_embed, self.embedding_dim = n_embed, embedding_dim  # the original's names
-        self.straight_through = straight_through
-        self.kl_weight = kl_weight
-        self.temperature = temp_init
+        self.straight_through, self.legacy = straight_through, legacy
+        self.kl_weight, self.temperature = kl_weight, temp_init
         self.use_vqinterface = use_vqinterface
-        self.legacy = legacy
         self.proj = nn.Conv2d(num_hiddens, n_embed, 1)
         self.embed = nn.Embedding(n_embed, embedding_dim)
 
@@ -309,7 +303,8 @@ class GumbelQuantize(SingleCodeQuantizer):
         if not torch.isfinite(z).all():
             raise NonFiniteError("the latents that reach the quantizer are not finite")
         with torch.autocast(z.device.type, enabled=False):
-            logits = self._score(z.float())
+            logits = self.proj(z.float())  # (B, K, h, w), under remap of the used codes only
+            logits = logits if self.remap is None else logits[:, self.used]
             z_q, indices = self._choose(logits, self.temperature if temp is None else temp)
         log_q = logits.log_softmax(dim=1)
         divergence = (log_q.exp() * (log_q + math.log(self.n_e))).sum(dim=1).mean()
@@ -318,11 +313,6 @@ class GumbelQuantize(SingleCodeQuantizer):
             return z_q, loss, indices
         output = QuantizerOutput(z_q, loss, QuantizerInfo(None, None, indices))
         return (*output, logits) if return_logits else output
-
-    def _score(self, z: Tensor) -> Tensor:
-        """Score latents (B, C, h, w): (B, K, h, w), under ``remap`` of the used codes only."""
-        logits = self.proj(z)
-        return logits if self.remap is None else logits[:, self.used]
 
     def _choose(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Draw, or pick, codes: z_q (B, D, h, w) and indices (B, h, w)."""

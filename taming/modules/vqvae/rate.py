@@ -16,16 +16,10 @@ from torch import Tensor
 
 
 def expand_per_image(name: str, value: Tensor, images: int) -> Tensor:
-    """Expand the value of the named argument, one number or one per image, to (B,).
-
-    Raises:
-        ValueError: The value has another shape.
-    """
+    """Expand one number to (B,); raise a ValueError if it is not one, nor one for each image."""
     if value.ndim > 1 or value.numel() not in (1, images):
-        raise ValueError(
-            f"{name} must be one number or one for each of {images} images, got the shape "
-            f"{tuple(value.shape)}"
-        )
+        expected = f"one number or one for each of {images} images"
+        raise ValueError(f"{name} must be {expected}, got the shape {tuple(value.shape)}")
     return value.expand(images)
 
 
@@ -119,10 +113,6 @@ def fewest_codes(
 def sample_budgets(
     images: int, sites: int, lengths: tuple[float, float], device: torch.device
 ) -> Tensor:
-    """Sample a budget per image: a mean length uniform in ``lengths``, times its sites.
-
-    Returns:
-        (B,) int64.
-    """
+    """Sample a budget (B,) int64: a mean length uniform in ``lengths``, times an image's sites."""
     mean = torch.empty(images, device=device).uniform_(*lengths)
     return (mean * sites).round().long()

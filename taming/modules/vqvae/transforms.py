@@ -23,7 +23,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def relative_sizes(searches: Searches, default: Tensor) -> Tensor:
-    """RMS of what is left at each turn over the RMS of the latents, on all ranks.
+    """RMS of the queries of each turn over that of the latents, on all ranks.
 
     Args:
         searches: Of a `Cascade`; only latents that went on to a turn count there.
@@ -118,8 +118,6 @@ class Residual(Cascade):
         >>> path = residual.search(z, codebook, threshold=torch.zeros(1), max_loops=3)
         >>> path.codes[0, -1].tolist(), path.distances.tolist()
         ([1, 0, 2], [[0.5, 0.5, 0.0]])
-        >>> residual.decode(path.codes[:, -1], codebook)
-        tensor([[4.5000]])
     """
 
     def __init__(self, max_loops: int, depth_embedding: DepthShape = None, beam: int = 1) -> None:
