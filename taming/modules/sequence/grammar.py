@@ -157,7 +157,7 @@ def by_site(
     """
     sites, places = shape
     kept = kept & (site < sites) & (depth < places)
-    # What is left out goes to one column past the end, which is then cut off.
+    # Tokens left out go to one column past the end, which is then cut off.
     column = torch.where(kept, site * places + depth, sites * places)  # (B, L)
     table = tokens.new_full((len(tokens), sites * places + 1), PAD)
     return table.scatter_(1, column, tokens)[:, :-1].unflatten(1, shape)  # (B, S, P)

@@ -27,7 +27,7 @@ def _last_before(flags: Tensor) -> Tensor:
 
 
 class UnarySequence(TokenSequence):
-    """Unary notation: a site's length is the number of its tokens; D = K marks what is no end.
+    """Unary notation: the length of a site is marked token by token, with the dummy D = K.
 
     With dummies, a site is its codes: ``D,D,A'``, ended by the only one that is not D. Without, D
     ends a site that is shorter than T: ``A1,A2,D``. Where T is 1, there is no D.
@@ -140,10 +140,10 @@ class RunLengthSequence(TokenSequence):
     def states(self, tokens: Tensor) -> GrammarState:
         """Compute states from the distance to the last count token and what it announced."""
         count = _last_before(tokens >= self.n_e)  # (B, L), position
-        written = torch.arange(tokens.shape[1], device=tokens.device) - count - 1
+        since = torch.arange(tokens.shape[1], device=tokens.device) - count - 1  # codes after it
         announced = self._announced(tokens.gather(1, count.clamp(min=0)))
-        left = torch.where(count >= 0, (announced - written).clamp(min=0), 0)
-        depth = torch.where(left > 0, written + 1, 0)
+        left = torch.where(count >= 0, (announced - since).clamp(min=0), 0)
+        depth = torch.where(left > 0, since + 1, 0)
         ends = (tokens >= 0) & (tokens < self.n_e) & (left <= 1)
         return GrammarState(_count_before(ends), depth, left)
 

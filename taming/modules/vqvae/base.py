@@ -25,7 +25,7 @@ Quality = Callable[[Tensor], Tensor]  # codes (B, h, w, T) -> (B,)
 
 
 class LoopTrace(NamedTuple):
-    """Where the loop of each site ended.
+    """End of the loop of each site.
 
     Attributes:
         lengths: (B, h, w) int64 in [1, T], number of codes.
@@ -104,7 +104,7 @@ class Part(nn.Module):
     not_in_identity: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, object]:
-        """Return what decides, beside parameters and buffers, which codes an image gets.
+        """Collect all that decides which codes an image gets, except parameters and buffers.
 
         By default the class name and all plain public attributes: one too many only invalidates a
         token cache, one too few lets a stale cache pass.

@@ -14,15 +14,12 @@ from taming.modules.vqvae.nearest import nearest_codes
 
 
 def k_means(vectors: Tensor, centers: Tensor, iterations: int = 10) -> Tensor:
-    """Run Lloyd's algorithm from given centers; a center without vectors stays where it is.
+    """Run Lloyd's algorithm and return centers (K, D); one without vectors stays where it is.
 
     Args:
         vectors: (M, D) float32.
         centers: (K, D) float32, the initial centers; not changed.
         iterations: Rounds of assignment and averaging.
-
-    Returns:
-        (K, D) centers.
     """
     for _ in range(iterations):
         found = nearest_codes(vectors, centers).indices
@@ -69,7 +66,7 @@ def check_precision(codebook: Tensor, vectors: Tensor) -> None:
 
 
 class Codebook(nn.Module):
-    """K vectors, learned by gradient or by exponential moving averages of what is mapped to them.
+    """K vectors, learned by gradient or by exponential moving averages of vectors mapped to them.
 
     The moving-average update is that of van den Oord et al. 2017 (arXiv:1711.00937, appendix A.1)
     with sums over all ranks. Random choices are seeded by the number of the step, so a resumed run
@@ -173,7 +170,7 @@ class Codebook(nn.Module):
             self.sums[codes] = vectors
 
     def _sample(self, vectors: Tensor, amount: int) -> Tensor:
-        """Draw rows of vectors (M, D) at random, repeating them only if M < amount."""
+        """Choose rows of vectors (M, D) at random, repeating them only if M < amount."""
         generator = torch.Generator().manual_seed(int(self.steps))
         order = torch.randperm(len(vectors), generator=generator)  # (M,)
         repeats = -(-amount // len(vectors))  # rounded up

@@ -2,7 +2,7 @@
 
 From Razavi et al. 2019 (arXiv:1906.00446, section 3.1). The latents z of the finest level are
 encoded further, level by level. Quantization then goes from the coarsest level, the top, downward:
-every level sees z_q of the levels above, decoded to its own scale, and quantizes what these lack.
+every level sees z_q of the levels above, decoded to its own scale, and quantizes the rest.
 
 Axis letters: B images, D channels of all levels, h w grid of the finest level, K codes, T turns.
 Sizes of one level have an index l; its *stack* is z_q of this level and of all levels above,
@@ -69,7 +69,7 @@ class Hierarchy(Quantizer):
             one above and back; its ``resolution`` is the height h of the finest level. Channels
             follow from the quantizers.
         level_dropout: Share of training images, in [0, 1], whose stack keeps only the upper levels,
-            down to one drawn at random, and zeros for those below, as in `pad_stack`. Every level
+            down to one chosen at random, and zeros for those below, as in `pad_stack`. Every level
             then learns to be useful without those below; otherwise the lowest may take over.
 
     Attributes:
@@ -229,5 +229,5 @@ class Hierarchy(Quantizer):
         return {f"{name}_{key}": value for name, items in scalars.items() for key, value in items}
 
     def identity(self) -> dict[str, object]:
-        """Return what decides the codes (see `Quantizer.identity`), that of each level included."""
+        """Add the identity of each level."""
         return {**super().identity(), "levels": {n: q.identity() for n, q in self.by_name.items()}}

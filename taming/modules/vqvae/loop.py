@@ -1,4 +1,4 @@
-"""The loop of one site: the path of a latent, the searches along it, and what a turn does.
+"""The loop of one site: the path of a latent, the searches along it, and the transform of a turn.
 
 A latent z goes round the loop for at most T turns, n = 0..T-1. With r_0 = z, turn n is
 
@@ -16,14 +16,14 @@ every turn, the codes if the site ended there; `rate.lengths_within` finds the f
 A transform runs these turns in three methods, since each has something that the others lack:
 
 - ``search``: latents -> path, without gradient, for argmin has none. All K codes compete in every
-  turn, so this is where the time goes; it stops once every site has ended. A beam keeps several
+  turn, so most of the time is spent here; it stops once every site has ended. A beam keeps several
   partial paths, so the codes up to turn n need not be the beginning of those up to turn n+1.
 - ``retrace``: latents and codes -> searches, with the graph of the codebook. The path is known by
-  now, so a turn costs a lookup. It lists query, code and target of each turn that a site took:
-  what the loss, the codebook's averages and revival, and the transform itself learn from.
-- ``compose``: codes -> vectors, as a decoder has codes alone. `forward` takes its z_q from here
-  too, not from z minus the last residual: decoding then repeats the same sums in the same order
-  and gives the same z_q, bit for bit.
+  now, so a turn costs a lookup. It lists query, code and target of each turn that a site took. The
+  loss, the codebook's averages and revival, and the transform itself learn from this list.
+- ``compose``: codes -> vectors, since a decoder has only codes. The quantizer's ``forward`` takes
+  z_q from here too, not from z minus the last residual: decoding then repeats the same sums in the
+  same order and gives the same z_q, bit for bit.
 
 Codes are 0..K-1 for a codebook vector, K for the dummy D ("transformed, went round again") and -1
 after the end.
@@ -49,7 +49,7 @@ DepthShape = tuple[int, int] | None  # (T, D)
 
 
 class Path(NamedTuple):
-    """Where the loop of each latent may end.
+    """Possible ends of the loop of each latent.
 
     Attributes:
         codes: (N, T, T) int64; ``codes[:, n]`` are the codes written if the loop ends at turn n.
@@ -174,12 +174,12 @@ class Transform(Part, ABC):
 
 
 class Cascade(Transform):
-    """Subtract the nearest code and go on with what is left: r <- r - M_n e_k, writing k.
+    """Subtract the nearest code and go on with the residual: r <- r - M_n e_k, writing k.
 
     All codes compete again in each turn, which sees the one codebook through a linear map M_n of
-    its own: what is left has another size and shape than the latents. The distance is |z - z_q|, so
-    the threshold bounds the error of every site that ends by itself. With M_n = 1 this is residual
-    quantization with a shared codebook (Lee et al. 2022, arXiv:2203.01941).
+    its own, since residuals have another size and shape than latents. The distance is |z - z_q|, so
+    the threshold bounds the error of every site that ends before the last turn. With M_n = 1 this
+    is residual quantization with a shared codebook (Lee et al. 2022, arXiv:2203.01941).
 
     Args:
         max_loops: T.

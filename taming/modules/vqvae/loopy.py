@@ -1,6 +1,6 @@
 """The loopy vector quantizer: each latent becomes a sequence of codes, as long as it needs.
 
-`taming.modules.vqvae.loop` has the equations of the loop, and says where a site ends.
+The equations of the loop are in `taming.modules.vqvae.loop`.
 
 Axis letters: B images, D channels, h w grid, N = B h w latents, K codes, T turns.
 """
@@ -276,7 +276,7 @@ class LoopyVectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def _learn(self, rows: Tensor, searches: Searches) -> None:
-        """Update what is neither trained by gradient nor steered."""
+        """Update the latents' spread and all that learns by running statistics."""
         spread = (rows - self._mean(rows)).square().sum(dim=1)
         momentum = 0.0 if self.embedding.steps == 0 else 0.99
         self.latent_std.lerp_(self._mean(spread).sqrt(), 1 - momentum)
@@ -308,7 +308,7 @@ class LoopyVectorQuantizer(Quantizer):
         return {} if relative.isinf() else {"relative_threshold": relative}
 
     def identity(self) -> dict[str, object]:
-        """Return what decides the codes (see `Quantizer.identity`), the transform's included."""
+        """Add the transform's identity."""
         return {**super().identity(), "transform": self.transform.identity()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

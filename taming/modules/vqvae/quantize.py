@@ -1,7 +1,7 @@
 """The original's quantizers: one code per latent.
 
 `VectorQuantizer2` and `VectorQuantizer` learn the codebook by gradient, `EMAVectorQuantizer` by
-moving averages; `GumbelQuantize` draws codes from scores. `LoopyVectorQuantizer` is re-exported.
+moving averages; `GumbelQuantize` samples codes from scores. `LoopyVectorQuantizer` is re-exported.
 
 Axis letters: B images, C input channels, D channels of a code, h w grid, N latents, K codes.
 """
@@ -107,7 +107,7 @@ class NearestQuantizer(SingleCodeQuantizer):
         """Compute the loss of latents (N, D) and their codes (N, D)."""
 
     def _learn(self, rows: Tensor, codes: Tensor) -> None:
-        """Update what is not learned by gradient; by default, nothing."""
+        """Update codes that do not learn by gradient; by default, nothing."""
 
     def _info(self, codes: Tensor, z: Tensor) -> QuantizerInfo:
         """Describe the codes (N,) of latents z (B, D, h, w)."""
@@ -234,7 +234,7 @@ class EMAVectorQuantizer(NearestQuantizer):
 
 
 class GumbelQuantize(SingleCodeQuantizer):
-    """Score every code and draw one by the Gumbel-softmax trick; in eval mode, take the best.
+    """Score every code and sample one by the Gumbel-softmax trick; in eval mode, take the best.
 
     The straight-through estimator is that of Jang et al. 2017 (arXiv:1611.01144, section 2.2).
 
@@ -242,16 +242,16 @@ class GumbelQuantize(SingleCodeQuantizer):
         num_hiddens: C, channels of the input.
         embedding_dim: D, channels of a code.
         n_embed: K, number of codes.
-        straight_through: Draw single codes in training; otherwise mixtures of them.
+        straight_through: Sample single codes in training; otherwise mixtures of them.
         kl_weight: Weight of the divergence of the scores from the uniform distribution.
         temp_init: Initial ``temperature``, above 0.
         use_vqinterface: Return the indices inside a `QuantizerInfo`; otherwise by themselves.
-        remap: Path of an ``.npy`` file of used codes; the others are then never drawn.
+        remap: Path of an ``.npy`` file of used codes; the others are then never sampled.
         unknown_index: Index of an unused code: ``"random"``, ``"extra"`` or a number.
-        legacy: Draw in eval mode too, as the original did.
+        legacy: Sample in eval mode too, as the original did.
 
     Attributes:
-        temperature: Of the draw. It is not part of the state: `GumbelVQ` derives it from the step.
+        temperature: Not part of the state, since `GumbelVQ` derives it from the step.
 
     Example:
         >>> quantizer = GumbelQuantize(num_hiddens=8, embedding_dim=4, n_embed=16).eval()
@@ -294,7 +294,7 @@ class GumbelQuantize(SingleCodeQuantizer):
 
         Args:
             z: (B, C, h, w).
-            temp: Temperature of this draw; None for ``temperature``.
+            temp: Temperature of this call; None for ``temperature``.
             return_logits: Return the scores (B, K, h, w) too, as a fourth value.
 
         Returns:
@@ -315,7 +315,7 @@ class GumbelQuantize(SingleCodeQuantizer):
         return (*output, logits) if return_logits else output
 
     def _choose(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Draw, or pick, codes: z_q (B, D, h, w) and indices (B, h, w)."""
+        """Sample, or take the best, codes: z_q (B, D, h, w) and indices (B, h, w)."""
         codes = self.codebook if self.remap is None else self.codebook[self.used]
         if not self.training and not self.legacy:
             indices = logits.argmax(dim=1)
