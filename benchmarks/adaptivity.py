@@ -34,7 +34,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
-from taming.modules.vqvae.heatmap import length_heat_map
+from taming.modules.vqvae.metrics import length_heat_map
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.pictures import save_picture, tile, to_picture
 from taming.run.folder import model_from_run
@@ -160,7 +160,7 @@ def code_limits(model: VQModel, batches: Sequence[Tensor]) -> dict[str, dict[str
     sites, found = latents[0][0, 0].numel(), {}
     for share in (1.0, 1.1, 1.5, 2.0, 3.3, 5.0):
         limit = int(share * sites)
-        used = [model.quantize(z, max_tokens=limit).info.indices for z in latents]
+        used = [model.quantize(z, max_codes=limit).info.indices for z in latents]
         counts = torch.cat([lengths_of(codes).sum((1, 2)) for codes in used])
         mean = float(counts.float().mean())
         found[str(limit)] = {"exceeded": int((counts > limit).sum()), "mean used": mean}

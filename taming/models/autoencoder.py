@@ -20,7 +20,7 @@ from taming.lr_scheduler import scheduled
 from taming.modules.losses.base import AutoencoderLoss
 from taming.modules.util import first_non_finite
 from taming.modules.vqvae.base import Quantizer, QuantizerOutput
-from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics, codebook_metrics
+from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics
 from taming.util import NonFiniteError
 
 
@@ -62,7 +62,7 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
         quantize_start: int = 0,
     ) -> None:
         super().__init__()
-        if quantize_start and not quantize.learns_alone:
+        if quantize_start and not quantize.trains_without_decoder:
             raise ValueError(
                 f"{type(quantize).__name__} learns from the decoder and has no quantize_start"
             )
@@ -77,8 +77,8 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
         self.image_key = image_key
         self.loss = loss
         self.quantize = quantize
-        self.train_codebook = codebook_metrics(quantize)
-        self.val_codebook = codebook_metrics(quantize)
+        self.train_codebook = quantize.codebook_metrics()
+        self.val_codebook = quantize.codebook_metrics()
         low, high = self.value_range
         self.val_psnr = PeakSignalNoiseRatio(data_range=high - low)
 
@@ -269,7 +269,7 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
         if not metrics.update_called:  # a run resumed at the very end of an epoch
             return
         values = {k: v for k, v in metrics.compute().items() if v.ndim == 0}
-        values |= self.quantize.followed()
+        values |= self.quantize.tracked_scalars()
         self.log_dict({f"{split}/{key}": v for key, v in values.items()}, sync_dist=True)
         metrics.reset()
 

@@ -17,10 +17,9 @@ from taming.checkpoint import load_weights
 from taming.models.autoencoder import QuantizedAutoencoder
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.util import start_orthogonal, tensor_of
-from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
-from taming.modules.vqvae.heatmap import length_heat_map
-from taming.modules.vqvae.quantize import GumbelQuantize, LoopyVectorQuantizer, VectorQuantizer2
-from taming.modules.vqvae.rate import fewest_codes, lengths_within
+from taming.modules.vqvae.base import Quantizer, QuantizerOutput
+from taming.modules.vqvae.metrics import length_heat_map
+from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from taming.util import instantiate_from_config
 
 # Arguments of VQModel that go to the default quantizer.
@@ -185,7 +184,7 @@ class VQModel(QuantizedAutoencoder):
             return self.quantize(z)
         if sum(rate is not None for rate in rates) > 1:
             raise ValueError("give one of threshold, max_tokens and target_psnr")
-        if not isinstance(self.quantize, LoopyVectorQuantizer):
+        if not self.quantize.variable_rate:
             raise ValueError(f"{type(self.quantize).__name__} has one rate, which cannot be set")
         if target_psnr is not None:
             max_tokens = self._tokens_for(torch.as_tensor(target_psnr, device=x.device), x, z)
@@ -196,22 +195,15 @@ class VQModel(QuantizedAutoencoder):
         """Fewest tokens (B,) with which images (B, C, H, W) reach a PSNR in dB."""
         if self.training:
             raise ValueError("target_psnr needs the model in eval mode: a search must not train it")
+        low, high = self.value_range
 
-        quantizer, (low, high) = self.quantize, self.value_range
-        assert isinstance(quantizer, LoopyVectorQuantizer)
-        path = quantizer.whole_path(z)  # walked once, then cut by each number of tokens
-
-        def quality(tokens: Tensor) -> Tensor:
-            tau = quantizer.thresholds(path, tokens)
-            codes = path.end_at(lengths_within(path.distances, tau))
-            x_rec = self.decode_code(codes.view(len(x), *z.shape[2:], -1))
-            x_rec = self.as_input(x_rec).clamp(low, high)
+        def quality(codes: Tensor) -> Tensor:
+            x_rec = self.as_input(self.decode_code(codes)).clamp(low, high)
             return peak_signal_noise_ratio(
                 x_rec, x, data_range=high - low, dim=(1, 2, 3), reduction="none"
             )
 
-        target = target_psnr.to(x).expand(len(x))
-        return fewest_codes(quality, target, z[0, 0].numel(), quantizer.max_loops)
+        return self.quantize.fewest_codes(z, quality, target_psnr.to(x).expand(len(x)))
 
     def decode(self, quant: Tensor) -> Tensor:
         """Decode z_q (B, D, h, w) to images (B, C, H, W), about in [-1, 1]."""
@@ -264,7 +256,7 @@ class VQModel(QuantizedAutoencoder):
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Tensor], **unused: Any) -> dict[str, Tensor]:
-        """Pictures of a batch: inputs, reconstructions and, for a loopy quantizer, its depths.
+        """Pictures of a batch: inputs, reconstructions and, for a loopy quantizer, its lengths.
 
         Returns:
             Name -> (B, 3, H, W) in [-1, 1].
@@ -278,7 +270,7 @@ class VQModel(QuantizedAutoencoder):
         return pictures | self.code_pictures(quantized, (x.shape[2], x.shape[3]))
 
     def code_pictures(self, quantized: QuantizerOutput, size: tuple[int, int]) -> dict[str, Tensor]:
-        """Pictures of the codes: their depths, for a loopy quantizer of several turns.
+        """Pictures of the codes: their lengths, for a loopy quantizer of several turns.
 
         Args:
             quantized: What `encode` returned.
@@ -287,10 +279,10 @@ class VQModel(QuantizedAutoencoder):
         Returns:
             Name -> (B, 3, H, W) in [-1, 1].
         """
-        trace, turns = quantized.info.encodings, self.quantize.sequence.max_loops
-        if not isinstance(trace, LoopTrace) or turns == 1:
+        trace, turns = self.quantize.traces(quantized).get(""), self.quantize.sequence.max_loops
+        if trace is None or turns == 1:
             return {}
-        return {"depths": length_heat_map(trace.lengths, turns, size)}
+        return {"lengths": length_heat_map(trace.lengths, turns, size)}
 
     def to_rgb(self, x: Tensor) -> Tensor:
         """Colour images (B, C, H, W) of other than 3 channels by a fixed random projection.

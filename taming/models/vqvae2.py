@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from taming.models.vqgan import VQModel
-from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerInfo, QuantizerOutput
-from taming.modules.vqvae.heatmap import length_heat_map
-from taming.modules.vqvae.hierarchy import Hierarchy, HierarchyOutput, pile
+from taming.modules.vqvae.base import Quantizer, QuantizerInfo, QuantizerOutput
+from taming.modules.vqvae.hierarchy import Hierarchy, HierarchyOutput, extend_stack
+from taming.modules.vqvae.metrics import length_heat_map
 from taming.util import instantiate_from_config
 
 
@@ -78,10 +78,10 @@ class VQVAE2(VQModel):
 
     def decode_stack(self, stack: Tensor) -> Tensor:
         """Decode the stack of any level to images (B, C, H, W); levels below it count as zero."""
-        return self.decode(self.quantize.complete(stack))
+        return self.decode(self.quantize.pad_stack(stack))
 
     def code_pictures(self, quantized: HierarchyOutput, size: tuple[int, int]) -> dict[str, Tensor]:
-        """Pictures of the codes: what the upper levels show alone, and depths of loopy levels.
+        """Pictures of the codes: what the upper levels show alone, and lengths of loopy levels.
 
         Args:
             quantized: What `encode` returned.
@@ -91,13 +91,13 @@ class VQVAE2(VQModel):
             Name -> (B, 3, H, W) in [-1, 1].
         """
         pictures, codes = {}, quantized.info.indices
-        for number, (name, level) in enumerate(quantized.info.encodings.items()):
+        traces = self.quantize.traces(quantized)
+        for number, name in enumerate(self.quantize.names):
             if number + 1 < len(codes):
                 shown = self.as_input(self.decode_code(codes[: number + 1]))
                 pictures[f"{name}_only"] = shown if shown.shape[1] == 3 else self.to_rgb(shown)
-            trace, turns = level.quantized.info.encodings, codes[number].shape[-1]
-            if isinstance(trace, LoopTrace) and turns > 1:
-                pictures[f"{name}_depths"] = length_heat_map(trace.lengths, turns, size)
+            if name in traces and (turns := codes[number].shape[-1]) > 1:
+                pictures[f"{name}_lengths"] = length_heat_map(traces[name].lengths, turns, size)
         return pictures
 
 
@@ -207,7 +207,7 @@ class Level(nn.Module):
         """Decode codes (B, h_l, w_l, T_l) under the stack of the level above to images."""
         batch, h, w = code_b.shape[:3]
         shape = (batch, h, w, self.quantize.e_dim)
-        return self.decode(pile(above, self.quantize.get_codebook_entry(code_b, shape)))
+        return self.decode(extend_stack(above, self.quantize.get_codebook_entry(code_b, shape)))
 
     def as_input(self, x_rec: Tensor) -> Tensor:
         """Bring what is decoded, (B, C, H, W), into the form of an input; see `VQModel`."""

@@ -107,7 +107,7 @@ def test_what_bisection_finds_reaches_the_target_though_quality_goes_up_and_down
 def test_rates_that_make_no_sense_are_refused(model, x) -> None:
     with pytest.raises(ValueError, match="give one of threshold, max_tokens and target_psnr"):
         model.encode(x, threshold=1.0, max_tokens=100)
-    with pytest.raises(ValueError, match="of 64 sites needs at least 64 tokens, got 3"):
+    with pytest.raises(ValueError, match="64 sites.* at least 64 codes, got 3"):
         model.encode(x, max_tokens=3)
     plain = VQModel(DDCONFIG, PLAIN, 16, 4)
     with pytest.raises(ValueError, match="VectorQuantizer2 has one rate, which cannot be set"):
