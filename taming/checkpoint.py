@@ -44,11 +44,8 @@ def load_checkpoint(
         path: File written by ``torch.save`` or Lightning (versions 1 and 2).
         trust_checkpoint: Also load objects of any class; such a file can run arbitrary code while
             it is loaded.
-        lazy: Map the file into memory, so that tensors which are not used, such as those of
-            optimizers, are never read. The file must not change meanwhile.
-
-    Returns:
-        The content of the file.
+        lazy: Map the file into memory, so that unused tensors, such as those of optimizers, are
+            never read. The file must not change meanwhile.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -126,12 +123,16 @@ def load_weights(
         )
     if missing:
         logger.warning("%s lacks weights of the loss, which stay as they were: %s", path, missing)
-    # A frozen tokenizer is built without its loss; a list of all its weights would bury the rest.
-    if unknown := [key for key in unexpected if not _is_of_loss(key)]:
-        logger.warning("%s holds weights that %s does not have: %s", path, name, unknown)
-    if of_loss := len(unexpected) - len(unknown):
-        logger.info("%s holds %d weights of a loss that %s does not have", path, of_loss, name)
+    _log_unexpected(path, name, unexpected)
     logger.info("loaded %s from %s", name, path)
+
+
+def _log_unexpected(path: str | os.PathLike[str], name: str, keys: Sequence[str]) -> None:
+    # A frozen tokenizer is built without its loss; a list of all its weights would bury the rest.
+    if unknown := [key for key in keys if not _is_of_loss(key)]:
+        logger.warning("%s holds weights that %s does not have: %s", path, name, unknown)
+    if of_loss := len(keys) - len(unknown):
+        logger.info("%s holds %d weights of a loss that %s does not have", path, of_loss, name)
 
 
 def _is_of_loss(key: str) -> bool:

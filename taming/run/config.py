@@ -110,15 +110,13 @@ def load_config(
     """Merge YAML files from left to right, then overrides, then ``key=value`` items.
 
     Mappings are merged key by key and lists are replaced, as OmegaConf does. A later ``target``
-    thus meets the earlier ``params``; `check_block` names those that it does not take.
+    thus meets the earlier ``params``; `check_block` names those that it does not take. Old
+    spellings are translated (`taming.run.legacy`).
 
     Args:
         paths: YAML files.
         dotlist: Items such as ``model.params.n_embed=64`` or ``data="{target: main.X}"``.
         overrides: Nested values that override the files.
-
-    Returns:
-        The configuration, with old spellings translated (`taming.run.legacy`).
 
     Raises:
         ConfigError: A file is missing or broken, or two files cannot be merged.
@@ -302,8 +300,7 @@ def check_block(
     check_keys(config, path, block, ["target", "params", *extra])
     target = block.get("target")
     if not isinstance(target, str):
-        message = f"{path} has no target (a path like 'main.Name'), got {target!r}"
-        raise config.error(path, message)
+        raise config.error(path, f"{path} has no target like 'main.Name', got {target!r}")
     try:
         found = get_obj_from_str(target)
     except ValueError as error:
@@ -317,8 +314,7 @@ def check_block(
     given = {*params, *added, *_ADDED_BY_MODEL.get(path.rpartition(".")[2], ())}
     required = [n for n, p in parameters_of(found)[0].items() if p.default is p.empty]
     if missing := [name for name in required if name not in given]:
-        message = f"{path}.params lacks {', '.join(missing)}, which {target} needs"
-        raise config.error(path, message)
+        raise config.error(path, f"{path}.params lacks {', '.join(missing)} for {target}")
 
 
 def _check_arguments(config: LoadedConfig, path: str, params: Any, target: str) -> None:
@@ -336,8 +332,12 @@ def _check_arguments(config: LoadedConfig, path: str, params: Any, target: str) 
                 valid |= parameters_of(get_obj_from_str(receiver))[0]
             check_keys(config, where, value, list(valid))
         _check_value(config, where, value)
-        if name in parameters and (value is not None or target != TRAINER):
-            params[name] = _to_type(config, where, value, parameters[name].annotation)
+        if name not in parameters:  # it is one of **kwargs
+            continue
+        types = type_names(parameters[name].annotation)
+        # The Trainer takes more than it declares, such as 0 for False; of it, check numbers alone.
+        if target != TRAINER or (value is not None and {*types} <= {"int", "float", "None"}):
+            params[name] = _to_type(config, where, value, types)
 
 
 def _check_value(config: LoadedConfig, path: str, value: Any) -> None:
@@ -357,9 +357,8 @@ def _is_meant_as_block(value: Mapping[str, Any]) -> bool:
     return "params" in value or bool(get_close_matches("target", map(str, value), cutoff=0.8))
 
 
-def _to_type(config: LoadedConfig, path: str, value: Any, annotation: Any) -> Any:
-    """Refuse a value that does not have the type of its argument; 1e4 becomes an int."""
-    names = type_names(annotation)
+def _to_type(config: LoadedConfig, path: str, value: Any, names: Sequence[str]) -> Any:
+    """Refuse a value that has none of the types of its argument; 1e4 becomes an int."""
     if not set(names) <= set(_FITTING) or any(type(value) in _FITTING[name] for name in names):
         return value
     if "int" in names and isinstance(value, float) and value.is_integer():

@@ -208,7 +208,7 @@ def build_loggers(experiment: Experiment) -> list[Logger]:
     """
     module, path = "lightning.pytorch.loggers", experiment.run.path
     given = experiment.lightning.get("logger")
-    block: Any = given and merge_block(DEFAULT_LOGGER, given)
+    block = given and merge_block(DEFAULT_LOGGER, given)
     defaults = {
         f"{module}.CSVLogger": {"name": f"csv/{experiment.start_time}", "version": ""},
         f"{module}.TensorBoardLogger": {"name": "tensorboard", "version": ""},
@@ -222,7 +222,7 @@ def build_loggers(experiment: Experiment) -> list[Logger]:
     folder = {"save_dir": str(path)}
     blocks = {t: {"target": t, "params": {**folder, **p}} for t, p in defaults.items()}
     if block:
-        blocks[block["target"]] = merge_block(blocks.get(block["target"], block), block)
+        blocks[block["target"]] = merge_block(blocks.get(block["target"]) or block, block)
     return [instantiate_from_config(block) for block in blocks.values()]
 
 

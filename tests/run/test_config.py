@@ -267,6 +267,7 @@ def test_callbacks_are_merged_replaced_and_removed():
         "lightning.callbacks.image_logger=null",
         "lightning.trainer.profiler={target: lightning.pytorch.profilers.SimpleProfiler}",
         "lightning.trainer.max_time={hours: 2}",
+        "lightning.trainer={enable_progress_bar: 0, accumulate_grad_batches: null}",
         "lightning.callbacks.mine={target: lightning.pytorch.callbacks.Timer}",
         "lightning=null",
     ],
