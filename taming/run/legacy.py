@@ -39,21 +39,23 @@ _OLD_STRATEGIES = ("ddp", "ddp2", "ddp_cpu", "ddp_spawn", "dp", "horovod")
 # the modules that hold their classes now.
 _MOVED = {
     "taming.callbacks": "taming.run.callbacks",
+    "taming.data.imagenet_depth": "taming.data.imagenet",
+    "taming.data.imagenet_scale": "taming.data.imagenet",
     "taming.experiment": "taming.run.folder",
-    "taming.modules.transformer.backbone": "taming.modules.transformer.gpt",
+    "taming.modules.diffusionmodules.decoders": "taming.modules.diffusionmodules.model",
     "taming.modules.transformer.clusters": "taming.modules.transformer.mingpt",
-    "taming.modules.vqvae.cascade": "taming.modules.vqvae.loop",
     "taming.modules.vqvae.classic": "taming.modules.vqvae.quantize",
     "taming.modules.vqvae.gumbel": "taming.modules.vqvae.quantize",
-    "taming.modules.vqvae.plain": "taming.modules.vqvae.quantize",
     "taming.modules.vqvae.sequence": "taming.modules.sequence.notations",
+    "taming.observers": "taming.run.callbacks",
     "taming.resume": "taming.run.callbacks",
 }
 
-# Targets of taming-transformers that no longer exist.
+# Targets that moved alone, or that another one replaces.
 _TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 _REPLACED = {
     "cutlit.DataModuleFromConfig": "main.DataModuleFromConfig",
+    "taming.checkpoint.SafeCheckpointIO": "taming.run.trainer.SafeCheckpointIO",
     "pytorch_lightning.loggers.TestTubeLogger": _TENSORBOARD,
     "pytorch_lightning.loggers.test_tube.TestTubeLogger": _TENSORBOARD,
 }

@@ -104,19 +104,23 @@ EARLIER = [
     "taming.callbacks.CodebookTelemetry",
     "taming.callbacks.ImageLogger",
     "taming.callbacks.SetupCallback",
+    "taming.checkpoint.SafeCheckpointIO",
+    "taming.data.imagenet_depth.DRINExamples",
+    "taming.data.imagenet_depth.ImageNetTrainWithDepth",
+    "taming.data.imagenet_scale.ImageNetEdgesTrain",
+    "taming.data.imagenet_scale.ImageNetScaleValidation",
     "taming.experiment.data_from_run",
     "taming.experiment.model_from_run",
-    "taming.modules.transformer.backbone.Backbone",
+    "taming.modules.diffusionmodules.decoders.SimpleDecoder",
     "taming.modules.transformer.clusters.KMeans",
-    "taming.modules.vqvae.cascade.Cascade",
     "taming.modules.vqvae.classic.EMAVectorQuantizer",
     "taming.modules.vqvae.classic.VectorQuantizer",
     "taming.modules.vqvae.classic.VectorQuantizer2",
     "taming.modules.vqvae.gumbel.GumbelQuantize",
-    "taming.modules.vqvae.plain.PlainQuantizer",
     "taming.modules.vqvae.sequence.RasterSequence",
     "taming.modules.vqvae.sequence.RunLengthSequence",
     "taming.modules.vqvae.sequence.UnarySequence",
+    "taming.observers.MonitorCheck",
     "taming.resume.LastCheckpoint",
     "taming.resume.RngState",
 ]
@@ -124,9 +128,8 @@ EARLIER = [
 
 @pytest.mark.parametrize("target", EARLIER)
 def test_a_saved_configuration_of_an_earlier_run_names_what_is_there(tmp_path, target):
-    with pytest.raises(ValueError, match="has no module"):
-        get_obj_from_str(target)
     file = tmp_path / "2024-01-01T00-00-00-project.yaml"
     file.write_text(f"model: {{params: {{part_config: {{target: {target}}}}}}}")
     block = load_config([file]).values["model"]["params"]["part_config"]
+    assert block["target"] != target
     assert get_obj_from_str(block["target"]).__name__ == target.rpartition(".")[2]
