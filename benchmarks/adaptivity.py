@@ -37,8 +37,8 @@ from taming.models.vqgan import VQModel
 from taming.modules.vqvae.metrics import length_heat_map
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.pictures import save_picture, tile, to_picture
+from taming.run.cli import choose_device, run
 from taming.run.folder import model_from_run
-from taming.run.script import choose_device, run
 
 logger = logging.getLogger("taming.benchmark")
 

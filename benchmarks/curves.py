@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib import pyplot as plt
 
-from taming.run.script import run
+from taming.run.cli import run
 
 
 def read(folder: Path, key: str) -> tuple[list[int], list[float]]:

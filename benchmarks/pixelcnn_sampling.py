@@ -22,7 +22,7 @@ from torch import Tensor
 from taming.modules.pixelcnn.model import PixelCNN
 from taming.modules.pixelcnn.site import SiteSymbols
 from taming.modules.pixelcnn.stacks import GatedStacks
-from taming.run.script import choose_device, run, script_parser
+from taming.run.cli import choose_device, run, script_parser
 
 logger = logging.getLogger("taming.pixelcnn_sampling")
 

@@ -44,7 +44,7 @@ from torch import Tensor
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.vqgan import VQModel
 from taming.modules.util import count_params
-from taming.run.script import run
+from taming.run.cli import run
 
 logger = logging.getLogger("taming.benchmark")
 Row = dict[str, Any]

@@ -54,7 +54,7 @@ from tqdm import tqdm
 from taming.models.vqgan import VQModel
 from taming.modules.sequence.notations import UnarySequence
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
-from taming.run.script import run
+from taming.run.cli import run
 
 logger = logging.getLogger("taming.benchmark")
 

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from taming.data.tokens import TokenCache
 from taming.data.utils import custom_collate
 from taming.models.prior import Prior, is_cached
+from taming.run.cli import choose_device, run
 from taming.run.folder import data_from_run, model_from_run
-from taming.run.script import choose_device, run
 
 logger = logging.getLogger("taming.benchmark")
 Work = Callable[[Mapping[str, Any]], None]  # on a batch

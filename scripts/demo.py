@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from taming.data.photos import VALIDATION_PHOTOS
-from taming.run.script import run
+from taming.run.cli import run
 
 logger = logging.getLogger("taming.demo")
 ROOT = Path(__file__).resolve().parents[1]

@@ -30,7 +30,7 @@ from taming.data.utils import custom_collate
 from taming.models.prior import fingerprint
 from taming.models.vqgan import VQModel
 from taming.models.vqvae2 import VQVAE2
-from taming.run.script import choose_device, parse_run, run, run_parser
+from taming.run.cli import choose_device, parse_run, run, run_parser
 
 logger = logging.getLogger("taming.encode")
 

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
 from taming.models.vqvae2 import VQVAE2
+from taming.run.cli import choose_device, run
 from taming.run.folder import data_from_run, model_from_run
-from taming.run.script import choose_device, run
 from taming.run.trainer import quiet_lightning
 
 logger = logging.getLogger("taming.evaluate")

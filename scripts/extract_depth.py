@@ -24,7 +24,8 @@ from tqdm import tqdm
 from taming.data.imagenet import ImageNetTrain, ImageNetValidation
 from taming.data.preprocessing import decode_image, error_context, to_unit_range
 from taming.data.roots import data_root
-from taming.run.script import choose_device, load_network, run, script_parser
+from taming.run.cli import choose_device, run, script_parser
+from taming.util import load_network
 
 logger = logging.getLogger("taming.extract_depth")
 

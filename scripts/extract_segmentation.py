@@ -24,7 +24,8 @@ from taming.checkpoint import load_checkpoint
 from taming.data.custom import find_files
 from taming.data.preprocessing import decode_image
 from taming.data.roots import data_root, read_list
-from taming.run.script import choose_device, load_network, run, script_parser
+from taming.run.cli import choose_device, run, script_parser
+from taming.util import load_network
 
 logger = logging.getLogger("taming.extract_segmentation")
 

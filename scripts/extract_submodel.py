@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from taming.checkpoint import load_checkpoint
-from taming.run.script import run
+from taming.run.cli import run
 
 logger = logging.getLogger("taming.extract_submodel")
 

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
 from taming.pictures import save_picture, tile
+from taming.run.cli import choose_device, run, script_parser
 from taming.run.folder import data_from_run, model_from_run
-from taming.run.script import choose_device, run, script_parser
 
 logger = logging.getLogger("taming.group_by_code")
 

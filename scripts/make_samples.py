@@ -29,7 +29,7 @@ from taming.models.sampling import (
 )
 from taming.modules.transformer.generate import generators_of
 from taming.pictures import save_picture
-from taming.run.script import choose_device, parse_run, run, samples_folder, samples_parser
+from taming.run.cli import choose_device, parse_run, run, samples_folder, samples_parser
 
 logger = logging.getLogger("taming.make_samples")
 

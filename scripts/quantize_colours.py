@@ -34,7 +34,7 @@ from taming.data.preprocessing import (
 from taming.modules.vqvae.codebook import k_means
 from taming.modules.vqvae.nearest import nearest_codes
 from taming.pictures import save_picture, side_by_side
-from taming.run.script import run
+from taming.run.cli import run
 
 logger = logging.getLogger("taming.quantize_colours")
 

@@ -36,8 +36,8 @@ from taming.models.vqvae2 import VQVAE2
 from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.pictures import save_picture, side_by_side
+from taming.run.cli import check_folder, choose_device, run
 from taming.run.folder import model_from_run
-from taming.run.script import check_folder, choose_device, run
 
 logger = logging.getLogger("taming.reconstruct")
 

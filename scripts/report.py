@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 
-from taming.run.script import run
+from taming.run.cli import run
 
 logger = logging.getLogger("taming.report")
 

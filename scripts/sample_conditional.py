@@ -46,7 +46,7 @@ from taming.models.sampling import (
 )
 from taming.modules.util import Labelator
 from taming.pictures import to_picture
-from taming.run.script import choose_device, parse_classes, parse_run, run, run_parser
+from taming.run.cli import choose_device, parse_classes, parse_run, run, run_parser
 
 logger = logging.getLogger("taming.sample_conditional")
 

@@ -30,7 +30,7 @@ from taming.models.vqvae2 import Level
 from taming.modules.transformer.generate import generators_of
 from taming.modules.util import Labelator
 from taming.pictures import save_picture
-from taming.run.script import choose_device, parse_classes, parse_run, run, run_parser
+from taming.run.cli import choose_device, parse_classes, parse_run, run, run_parser
 
 logger = logging.getLogger("taming.sample_fast")
 

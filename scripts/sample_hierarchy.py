@@ -23,8 +23,8 @@ from taming.models.pixelcnn import PixelCNNPrior
 from taming.models.sampling import Prior
 from taming.modules.transformer.generate import SamplingParams, generators_of
 from taming.pictures import save_picture, tile
+from taming.run.cli import check_folder, choose_device, labels_of, run, script_parser
 from taming.run.folder import model_from_run
-from taming.run.script import check_folder, choose_device, labels_of, run, script_parser
 
 logger = logging.getLogger("taming.sample_hierarchy")
 

@@ -10,8 +10,7 @@ from support.runs import CONDITION_OF, CONFIGS, ORIGINALS, TOKENIZER_OF, TinyRun
 
 from taming.modules.sequence.notations import TokenSequence
 from taming.modules.vqvae.quantize import VectorQuantizer2
-from taming.run.config import load_config
-from taming.run.lightning_block import check_experiment
+from taming.run.config import check_experiment, load_config
 from taming.util import instantiate_from_config
 
 every_config = pytest.mark.parametrize("name", shipped())

@@ -160,7 +160,7 @@ def test_a_checkpoint_alone_needs_a_configuration(
     call("sample_fast", "-r", alone, "-b", config, *options)
     call("sample_fast", "-r", alone, "-c", config, *options)
     assert len(list((tmp_path / "out").rglob("*.png"))) == 1
-    assert "is no run" in fails(capsys, "sample_fast", "-r", alone, *options)
+    assert "is not a run" in fails(capsys, "sample_fast", "-r", alone, *options)
 
 
 def test_overrides_and_their_mistakes(classes: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +172,7 @@ def test_overrides_and_their_mistakes(classes: Path, capsys: pytest.CaptureFixtu
     )
     assert "does not fit Net2NetTransformer" in error
     error = fails(capsys, "sample_fast", "-r", classes, "-n", 1)
-    assert f"there is no class 999: this prior knows the labels 0 to {CLASSES - 1}" in error
+    assert f"there is no class 999: the labels of this prior are 0 to {CLASSES - 1}" in error
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,9 @@ def test_networks_that_are_not_there_are_named(
     monkeypatch.setattr("torch.hub.load", refuse)
     write_imagenet(tmp_path, depth=False)
     error = fails(capsys, "extract_depth")
-    assert "MiDaS of intel-isl/MiDaS is neither a folder here nor to be had from torch hub" in error
+    assert (
+        "MiDaS of intel-isl/MiDaS is neither a local folder nor available from torch hub" in error
+    )
     assert "--hub" in error
     (tmp_path / "images").mkdir()
     error = fails(capsys, "extract_segmentation", "out", "--images", "images")

@@ -107,7 +107,7 @@ def test_classes_need_no_data(tiny_runs: TinyRuns) -> None:
         pictures = [rows(f"{address}/sample", label=label)[-1]["picture"] for label in (3, 3, 7)]
         assert pictures[0] == pictures[1] and decoded(pictures[0]).shape == (16, 16, 3)
         (error,) = rows(f"{address}/sample", label=10)
-        assert error == {"error": "there is no class 10: this prior knows the labels 0 to 9"}
+        assert error == {"error": "there is no class 10: the labels of this prior are 0 to 9"}
 
 
 @pytest.mark.parametrize("order", ["Identity", "SpiralIn"])

@@ -459,7 +459,7 @@ def test_a_run_must_exist(
 ) -> None:
     more = [photo] if script == "reconstruct" else []
     assert "does not exist" in fails(capsys, script, "-r", tmp_path / "nowhere", *more)
-    assert f"{tmp_path} is no run" in fails(capsys, script, "-r", tmp_path, *more)
+    assert f"{tmp_path} is not a run" in fails(capsys, script, "-r", tmp_path, *more)
 
 
 @pytest.mark.parametrize("script", ["reconstruct", "sample", "evaluate"])
@@ -524,7 +524,7 @@ def test_mistakes_about_samples(
         (["--complete", "x.png"], "class-conditional: give --classes, such as 3,7"),
         (["--classes", "3", "--guidance", "2"], "guidance 2.0 needs a prior that was trained with"),
         (["--classes", "cat"], "expected class labels such as 3,7, got 'cat'"),
-        (["--classes", "3,10"], "there is no class 10: this prior knows the labels 0 to 9"),
+        (["--classes", "3,10"], "there is no class 10: the labels of this prior are 0 to 9"),
     ],
 )
 def test_mistakes_about_classes(

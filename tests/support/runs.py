@@ -17,7 +17,7 @@ from PIL import Image
 from support.data import write_coco, write_faces, write_imagenet
 
 import main as program
-from taming.run.script import run
+from taming.run.cli import run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TOKENIZER_OF = {
