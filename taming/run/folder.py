@@ -248,7 +248,7 @@ class SavedRun:
             ValueError: The path is not a run, or a file cannot be read.
         """
         path = Path(path)
-        run = RunDir(path.absolute().parents[2])
+        run = RunDir(path.absolute().parent.parent)
         if path.is_file() and files and not run.saved_configs:
             checkpoint, files = path, list(files)
         else:

@@ -181,6 +181,8 @@ def test_a_saved_run_takes_files_and_overrides(run, tmp_path):
     assert (saved.folder, saved.checkpoint) == (run.path, run.last_checkpoint)
     assert saved.model().monitor == "val/y"
     assert len(saved.data().data) == 6
+    of_checkpoint = SavedRun.load(run.last_checkpoint, [wide], ["data.params.size=6"])
+    assert of_checkpoint.config.values == saved.config.values  # merged into the run's own
     assert "data" not in SavedRun.load(run.path, ignore_data=True).config.values
     alone = SavedRun.load(run.path, [wide], alone=True)
     assert alone.config.values == {"model": {"params": {"monitor": "val/y"}}}
