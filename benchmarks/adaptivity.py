@@ -3,7 +3,7 @@
 Measures a trained loopy tokenizer on held-out images: rank correlations of tokens per site with
 local contrast, gradient energy and the error after one turn; of tokens per image with its JPEG and
 PNG size; tokens under added noise and blur; tokens at three fixed errors, with the rate at which
-they are violated; whether max_tokens and target_psnr keep what they promise; and images of kinds
+they are violated; whether max_codes and target_psnr keep what they promise; and images of kinds
 that it never saw.
 
 python benchmarks/adaptivity.py --race results/rate_distortion/standard --test test.parquet
@@ -156,7 +156,7 @@ def token_limits(model: VQModel, batches: Sequence[Tensor]) -> dict[str, dict[st
     sites, found = latents[0][0, 0].numel(), {}
     for share in (1.0, 1.1, 1.5, 2.0, 3.3, 5.0):
         limit = int(share * sites)
-        used = [model.quantize(z, max_tokens=limit).info.indices for z in latents]
+        used = [model.quantize(z, max_codes=limit).info.indices for z in latents]
         counts = torch.cat([lengths_of(codes).sum((1, 2)) for codes in used])
         mean = float(counts.float().mean())
         found[str(limit)] = {"exceeded": int((counts > limit).sum()), "mean used": mean}

@@ -20,7 +20,7 @@ from taming.lr_scheduler import scheduled
 from taming.modules.losses.base import AutoencoderLoss
 from taming.modules.util import first_non_finite
 from taming.modules.vqvae.base import Quantizer, QuantizerOutput
-from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics, codebook_metrics
+from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics
 from taming.util import NonFiniteError
 
 
@@ -77,8 +77,8 @@ class QuantizedAutoencoder(pl.LightningModule, ABC):
         self.image_key = image_key
         self.loss = loss
         self.quantize = quantize
-        self.train_codebook = codebook_metrics(quantize)
-        self.val_codebook = codebook_metrics(quantize)
+        self.train_codebook = quantize.codebook_metrics()
+        self.val_codebook = quantize.codebook_metrics()
         low, high = self.value_range
         self.val_psnr = PeakSignalNoiseRatio(data_range=high - low)
 

@@ -6,13 +6,15 @@ Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from taming.modules.sequence.grammar import TokenSequence
+from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics
 from taming.util import NonFiniteError
 
 
@@ -91,11 +93,14 @@ class Quantizer(nn.Module, ABC):
 
     Attributes:
         sequence: The token sequence in which a prior reads its codes by default.
-        learns_alone: Whether it learns while the decoder sees nothing of its codes.
+        learns_alone: True if it learns while the decoder sees nothing of its codes.
+        variable_rate: True if ``forward`` takes ``threshold`` and ``max_codes``, and
+            `fewest_codes` searches for a quality.
     """
 
     sequence: TokenSequence
     learns_alone = True
+    variable_rate = False
 
     def __init__(self, n_e: int, e_dim: int) -> None:
         super().__init__()
@@ -113,6 +118,32 @@ class Quantizer(nn.Module, ABC):
         self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
     ) -> Tensor:
         """Turn indices back into z_q; ``shape`` is (B, h, w, D) for indices that are flat."""
+
+    def fewest_codes(
+        self, z: Tensor, quality: Callable[[Tensor], Tensor], target: Tensor
+    ) -> Tensor:
+        """Find the smallest ``max_codes`` (B,) at which each image reaches a quality.
+
+        Only quantizers with a ``variable_rate`` search.
+
+        Args:
+            z: Latents (B, D, h, w).
+            quality: Codes (B, h, w, T) -> quality (B,) of the images that they decode to.
+            target: (B,) quality wanted.
+        """
+        raise NotImplementedError
+
+    def traces(self, output: Any) -> dict[str, LoopTrace]:
+        """Return the trace of each level's loop by the level's name ("" for a single quantizer).
+
+        Args:
+            output: Result of ``forward``.
+        """
+        return {}
+
+    def codebook_metrics(self) -> CodebookMetrics | HierarchyMetrics:
+        """Return a new metric that counts this quantizer's codes."""
+        return CodebookMetrics(self.n_e, self.sequence.max_loops)
 
     def followed(self) -> dict[str, Tensor]:
         """Scalars of its state that are worth following while it trains, by name."""

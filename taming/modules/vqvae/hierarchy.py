@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.sequence.grammar import TokenSequence
-from taming.modules.vqvae.base import Quantizer, QuantizerOutput
+from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
+from taming.modules.vqvae.metrics import HierarchyMetrics
 from taming.util import instantiate_from_config
 
 
@@ -163,6 +164,17 @@ class Hierarchy(Quantizer):
         kept = torch.where(dropped, channels.cumsum(0)[kept - 1], self.e_dim)
         of_kept = torch.arange(self.e_dim, device=stack.device) < kept[:, None]
         return stack * of_kept[:, :, None, None]
+
+    def traces(self, output: HierarchyOutput) -> dict[str, LoopTrace]:
+        """Return the trace of each level that has one, by the level's name."""
+        levels = zip(self.levels, output.info.encodings.items(), strict=True)
+        traces = {name: q.traces(level.quantized) for q, (name, level) in levels}
+        return {name: trace[""] for name, trace in traces.items() if trace}
+
+    def codebook_metrics(self) -> HierarchyMetrics:
+        """Return new metrics that count the codes of each level."""
+        levels = zip(self.names, self.levels, strict=True)
+        return HierarchyMetrics({name: level.codebook_metrics() for name, level in levels})
 
     def followed(self) -> dict[str, Tensor]:
         """What is worth following in each level (see `Quantizer`), by ``level_name``."""

@@ -9,7 +9,7 @@ Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,13 @@ from taming.modules.vqvae.base import (
 from taming.modules.vqvae.codebook import Codebook
 from taming.modules.vqvae.loop import Path, Searches, Transform, check_codes
 from taming.modules.vqvae.nearest import nearest_codes
-from taming.modules.vqvae.rate import draw_budgets, lengths_within, per_image, threshold_for
+from taming.modules.vqvae.rate import (
+    draw_budgets,
+    fewest_codes,
+    lengths_within,
+    per_image,
+    threshold_for,
+)
 from taming.util import instantiate_from_config
 
 
@@ -66,6 +72,8 @@ class LoopyVectorQuantizer(Quantizer):
         ValueError: An argument is out of range, or not exactly one of ``threshold`` and
             ``target_length`` is given.
     """
+
+    variable_rate = True
 
     def __init__(
         self,
@@ -117,7 +125,7 @@ class LoopyVectorQuantizer(Quantizer):
         self,
         z: Tensor,
         threshold: float | Tensor | None = None,
-        max_tokens: int | Tensor | None = None,
+        max_codes: int | Tensor | None = None,
     ) -> QuantizerOutput:
         """Quantize latents, each with as many turns as it needs.
 
@@ -125,7 +133,7 @@ class LoopyVectorQuantizer(Quantizer):
             z: (B, D, h, w) or (N, D); not changed.
             threshold: tau, one for all or one per image (B,); None takes the quantizer's own, or
                 while training what ``length_range`` says.
-            max_tokens: Instead: most slots written for an image, one for all or one per image;
+            max_codes: Instead: most slots written for an image, one for all or one per image;
                 each image gets the smallest threshold that keeps it.
 
         Returns:
@@ -140,7 +148,7 @@ class LoopyVectorQuantizer(Quantizer):
         rows = flat.detach()
         if self.training and self.embedding.steps < self.start_batches:
             self._start_from_data(rows, len(z))
-        path, tau = self._follow(rows, len(z), threshold, max_tokens)
+        path, tau = self._follow(rows, len(z), threshold, max_codes)
         lengths = lengths_within(path.distances, tau)
         codes = path.end_at(lengths)
         z_q = straight_through(flat, self.transform.decode(codes, self.embedding.weight.detach()))
@@ -165,6 +173,27 @@ class LoopyVectorQuantizer(Quantizer):
         """Follow latents (B, D, h, w) or (N, D) through all turns, wherever they may end then."""
         rows = self._rows(z).detach()
         return self._walk(rows, rows.new_zeros(len(rows)))
+
+    @torch.no_grad()
+    def fewest_codes(
+        self, z: Tensor, quality: Callable[[Tensor], Tensor], target: Tensor
+    ) -> Tensor:
+        """Find the smallest ``max_codes`` (B,) at which each image reaches a quality.
+
+        The path is followed once, then cut for each number of codes that is tried.
+        """
+        path = self.whole_path(z)
+
+        def quality_of(codes: Tensor) -> Tensor:
+            lengths = lengths_within(path.distances, self.thresholds(path, codes))
+            return quality(self._grid(path.end_at(lengths), z))
+
+        return fewest_codes(quality_of, target, z[0, 0].numel(), self.max_loops)
+
+    def traces(self, output: QuantizerOutput) -> dict[str, LoopTrace]:
+        """Return the trace of the loop under the name ""."""
+        assert isinstance(output.info.encodings, LoopTrace)
+        return {"": output.info.encodings}
 
     @staticmethod
     def thresholds(path: Path, tokens: Tensor) -> Tensor:
@@ -212,22 +241,22 @@ class LoopyVectorQuantizer(Quantizer):
         rows: Tensor,
         images: int,
         threshold: float | Tensor | None,
-        max_tokens: int | Tensor | None,
+        max_codes: int | Tensor | None,
     ) -> tuple[Path, Tensor]:
         """Walk latents (N, D) as far as they may have to go; the path and tau (N,) of each."""
-        if threshold is not None and max_tokens is not None:
-            raise ValueError("give a threshold or max_tokens, not both")
+        if threshold is not None and max_codes is not None:
+            raise ValueError("give a threshold or max_codes, not both")
         sites = len(rows) // images
-        if threshold is None and max_tokens is None and self.training and self.length_range:
-            max_tokens = draw_budgets(images, sites, self.length_range, rows.device)
-        if max_tokens is None:
+        if threshold is None and max_codes is None and self.training and self.length_range:
+            max_codes = draw_budgets(images, sites, self.length_range, rows.device)
+        if max_codes is None:
             tau = torch.as_tensor(self.threshold if threshold is None else threshold)
             if threshold is not None and not (tau >= 0).all():
                 raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
             tau = per_image("threshold", tau.to(rows), images).repeat_interleave(sites)
             return self._walk(rows, tau), tau
         path = self.whole_path(rows)
-        tokens = per_image("max_tokens", torch.as_tensor(max_tokens, device=rows.device), images)
+        tokens = per_image("max_codes", torch.as_tensor(max_codes, device=rows.device), images)
         return path, self.thresholds(path, tokens)
 
     def _walk(self, rows: Tensor, tau: Tensor) -> Path:

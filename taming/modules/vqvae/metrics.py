@@ -5,14 +5,12 @@ Axis letters: B images, D channels, h w grid, K codes, T turns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-
-from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
-from taming.modules.vqvae.hierarchy import Hierarchy
 
 
 class CodebookMetrics(Metric):
@@ -40,12 +38,12 @@ class CodebookMetrics(Metric):
         self.add_state("beyond", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, z: Tensor, quantized: QuantizerOutput) -> None:
+    def update(self, z: Tensor, quantized: Any) -> None:
         """Add a batch.
 
         Args:
             z: (B, D, h, w) latents.
-            quantized: What the quantizer made of them.
+            quantized: `QuantizerOutput` for them.
         """
         slots = quantized.info.indices.reshape(-1, self.max_loops)
         written = slots[(slots >= 0) & (slots < self.n_e)]
@@ -53,8 +51,9 @@ class CodebookMetrics(Metric):
         lengths = (slots >= 0).sum(dim=1)
         self.lengths += torch.bincount(lengths, minlength=self.max_loops + 1)
         self.error += (z.detach().float() - quantized.z_q.detach()).square().mean(1).sum()
-        if isinstance(quantized.info.encodings, LoopTrace):
-            self.beyond += (~quantized.info.encodings.within).sum()
+        within = getattr(quantized.info.encodings, "within", None)
+        if within is not None:
+            self.beyond += (~within).sum()
         self.images += len(z)
 
     def compute(self) -> dict[str, Tensor]:
@@ -88,15 +87,12 @@ class HierarchyMetrics(nn.Module):
     """The same for each level of a hierarchy, with the level's name before each value's.
 
     Args:
-        hierarchy: The quantizers.
+        levels: Name of a level -> metric of its quantizer.
     """
 
-    def __init__(self, hierarchy: Hierarchy) -> None:
+    def __init__(self, levels: Mapping[str, Any]) -> None:
         super().__init__()
-        self.levels = {
-            name: CodebookMetrics(level.n_e, level.sequence.max_loops)
-            for name, level in zip(hierarchy.names, hierarchy.levels, strict=True)
-        }
+        self.levels = dict(levels)
         self.registered = nn.ModuleList(self.levels.values())
 
     @property
@@ -126,10 +122,3 @@ class HierarchyMetrics(nn.Module):
         """Forget all that was added."""
         for metrics in self.levels.values():
             metrics.reset()
-
-
-def codebook_metrics(quantizer: Quantizer) -> CodebookMetrics | HierarchyMetrics:
-    """Return what counts the codes of a quantizer."""
-    if isinstance(quantizer, Hierarchy):
-        return HierarchyMetrics(quantizer)
-    return CodebookMetrics(quantizer.n_e, quantizer.sequence.max_loops)

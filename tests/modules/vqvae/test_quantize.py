@@ -289,21 +289,21 @@ def test_a_steered_threshold_leaves_zero(transform: str, value: float) -> None:
 def test_tokens_are_never_more_than_wanted_and_as_many_as_can_be(transform: str) -> None:
     quantizer, z = loopy(transform), torch.randn(6, D, 4, 4)
     wanted = torch.tensor([16, 17, 30, 50, 16 * T, 999])
-    trace = quantizer(z, max_tokens=wanted).info.encodings
+    trace = quantizer(z, max_codes=wanted).info.encodings
     tokens = trace.lengths.sum((1, 2))
     assert (tokens <= wanted).all()
     assert tokens[-1] == tokens[-2] and tokens[0] == 16
     # A site's distance may fall below several thresholds at once, so one turn more of one site may
     # be out of reach; but no more than that is lost.
     assert (tokens[1:4] >= wanted[1:4] - T + 1).all()
-    one_by_one = [quantizer(z[i : i + 1], max_tokens=int(wanted[i])) for i in range(6)]
+    one_by_one = [quantizer(z[i : i + 1], max_codes=int(wanted[i])) for i in range(6)]
     assert torch.equal(trace.lengths, torch.cat([o.info.encodings.lengths for o in one_by_one]))
 
 
 @every_transform
 def test_tokens_are_met_by_a_threshold(transform: str) -> None:
     quantizer, z = loopy(transform), torch.randn(1, D, 4, 4)
-    out = quantizer(z, max_tokens=40)
+    out = quantizer(z, max_codes=40)
     trace = out.info.encodings
     tau = trace.distances[trace.within].max()
     assert torch.equal(quantizer(z, threshold=tau).info.indices, out.info.indices)
@@ -312,12 +312,12 @@ def test_tokens_are_met_by_a_threshold(transform: str) -> None:
 
 def test_fewer_tokens_than_sites_are_refused() -> None:
     with pytest.raises(ValueError, match="of 16 sites needs at least 16 tokens, got 15"):
-        loopy()(torch.randn(2, D, 4, 4), max_tokens=15)
-    with pytest.raises(ValueError, match="a threshold or max_tokens, not both"):
-        loopy()(torch.randn(2, D, 4, 4), threshold=1.0, max_tokens=20)
+        loopy()(torch.randn(2, D, 4, 4), max_codes=15)
+    with pytest.raises(ValueError, match="a threshold or max_codes, not both"):
+        loopy()(torch.randn(2, D, 4, 4), threshold=1.0, max_codes=20)
     with pytest.raises(ValueError, match="tokens are a whole number"):
-        loopy()(torch.randn(2, D, 4, 4), max_tokens=20.5)
-    for name, values in (("threshold", torch.ones(3)), ("max_tokens", torch.full((3,), 20))):
+        loopy()(torch.randn(2, D, 4, 4), max_codes=20.5)
+    for name, values in (("threshold", torch.ones(3)), ("max_codes", torch.full((3,), 20))):
         with pytest.raises(ValueError, match=rf"{name} is one number or one for each of 2 images"):
             loopy()(torch.randn(2, D, 4, 4), **{name: values})
 
