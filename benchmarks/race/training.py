@@ -73,7 +73,7 @@ def build_tokenizer(
         plan: Sizes.
         contender: Its quantizer.
         steps: Training steps, for the learning rate; None for the plan's.
-        quantize_start: See `QuantizedAutoencoder`.
+        quantize_start: Generator step from which the decoder sees codes.
     """
     block = contender.quantizer
     n_e = instantiate_from_config(block).n_e
@@ -151,7 +151,7 @@ def prior_bits(plan: Plan, tokenizer: VQModel, train: Any, test: Any, precision:
     """
     pl.seed_everything(0, verbose=False)
     device = tokenizer.device  # it comes back to the CPU with the prior that it is trained in
-    side = plan.ddconfig["resolution"] // tokenizer.encoder.factor
+    side = tokenizer.grid[0]
     sequence = tokenizer.quantize.sequence
     model = Net2NetTransformer(
         transformer_config={

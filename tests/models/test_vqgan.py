@@ -186,7 +186,7 @@ def test_before_quantize_start_only_the_quantizer_knows_of_codes(tmp_path, ema_d
     continuous.load_state_dict(whole.state_dict(), strict=False)
     x = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
-        assert torch.equal(continuous._reconstruct(x)[2], whole._reconstruct(x)[2])
+        assert torch.equal(continuous.reconstruct(x)[2], whole.reconstruct(x)[2])
 
 
 def test_a_rest_of_batches_is_not_lost(tmp_path) -> None:
@@ -283,8 +283,46 @@ def test_an_orthogonal_start_keeps_lengths_on_both_sides_of_the_latents() -> Non
         assert not tokenizer.get_submodule(name).bias.any()
 
 
-def test_sizes_that_disagree_are_refused() -> None:
-    with pytest.raises(ValueError, match="n_embed 99 and embed_dim 4 do not agree"):
-        VQModel(DDCONFIG, GAN, 99, 4, quantizer_config=LOOPY)
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("LoopyVectorQuantizer", {"n_e": 16, "e_dim": 4}),
+        ("VectorQuantizer2", {"n_e": 16, "e_dim": 4}),
+        ("EMAVectorQuantizer", {"n_embed": 16, "embedding_dim": 4}),
+        ("GumbelQuantize", {"n_embed": 16, "embedding_dim": 4, "num_hiddens": 4}),
+    ],
+)
+def test_the_quantizer_takes_the_sizes_of_the_model(name: str, sizes: dict[str, int]) -> None:
+    own = {"beta": 0.25} | ({"threshold": 0.5} if name.startswith("Loopy") else {})
+    block = {"target": f"taming.modules.vqvae.quantize.{name}"}
+    block["params"] = {} if name.startswith("Gumbel") else own
+    for stated in ({}, sizes):
+        quantizer = model(quantizer_config={**block, "params": block["params"] | stated}).quantize
+        assert (quantizer.n_e, quantizer.e_dim) == (16, 4)
+    for size, value in sizes.items():
+        wrong = {**block, "params": {**block["params"], size: 99}}
+        with pytest.raises(ValueError, match=rf"{size}.*\b99\b.*\b{value}\b"):
+            model(quantizer_config=wrong)
+
+
+def test_images_in_which_the_decoder_differs_from_the_encoder_are_refused() -> None:
     with pytest.raises(ValueError, match="in_channels 3, but out_ch 1"):
         VQModel({**DDCONFIG, "out_ch": 1}, GAN, 16, 4)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"sane_index_shape": True}, {"quantizer_config": LOOPY}])
+def test_codes_have_one_shape_whatever_the_quantizer(kwargs: dict) -> None:
+    tokenizer = model(**{"quantizer_config": None, **kwargs}).eval()
+    assert (tokenizer.grid, tokenizer.factor) == ((8, 8), 2)
+    x = torch.rand(2, 3, 16, 32)
+    with torch.no_grad():
+        codes, quant = tokenizer.encode_to_codes(x), tokenizer.encode(x).z_q
+        assert codes.shape == (2, 8, 16, 3 if "quantizer_config" in kwargs else 1)
+        assert torch.equal(tokenizer.decode_code(codes), tokenizer.decode(quant))
+
+
+def test_only_a_tokenizer_of_one_code_per_site_is_a_condition() -> None:
+    plain = model(quantizer_config=None)
+    assert (plain.condition_vocab_size, plain.condition_length) == (16, 64)
+    with pytest.raises(ValueError, match="LoopyVectorQuantizer.*different lengths"):
+        _ = model().condition_length

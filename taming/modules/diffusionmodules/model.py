@@ -9,8 +9,9 @@ Axis letters: B batch, C channels, H W image or feature map, h w latent grid.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -202,3 +203,21 @@ class Decoder(nn.Module):
         if self.give_pre_end:
             return h
         return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def check_ddconfig(ddconfig: Mapping[str, Any]) -> None:
+    """Refuse sizes of encoder and decoder that do not make a VQ model.
+
+    Raises:
+        ValueError: A size is missing or does not fit.
+    """
+    if ddconfig.get("double_z", True):
+        raise ValueError("ddconfig of a VQ model needs double_z: false, for one z, not two")
+    if lacking := [n for n in ("in_channels", "out_ch", "z_channels") if n not in ddconfig]:
+        raise ValueError(f"ddconfig lacks {', '.join(lacking)}")
+    channels, out_ch = ddconfig["in_channels"], ddconfig["out_ch"]
+    if channels != out_ch:
+        raise ValueError(
+            f"ddconfig has in_channels {channels}, but out_ch {out_ch}: the decoder must return "
+            "as many channels as the encoder takes"
+        )

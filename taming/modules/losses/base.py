@@ -6,12 +6,14 @@ Axis letters: B images, C channels, H W image.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from taming.util import NonFiniteError
 
 GENERATOR, DISCRIMINATOR = 0, 1
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
@@ -29,6 +31,18 @@ def pixel_distance(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     if name not in DISTANCES:
         raise ValueError(f"distance must be one of {sorted(DISTANCES)}, got {name!r}")
     return DISTANCES[name]
+
+
+def check_finite(values: Mapping[str, Tensor]) -> None:
+    """Refuse scalars that are not finite.
+
+    Raises:
+        NonFiniteError: Names them.
+    """
+    finite = torch.stack([value.detach().float() for value in values.values()]).isfinite()
+    if not finite.all():  # one wait for the GPU rather than one per value
+        wrong = [name for name, good in zip(values, finite.tolist(), strict=True) if not good]
+        raise NonFiniteError(f"{', '.join(wrong)} not finite")
 
 
 class Reconstructions(NamedTuple):

@@ -94,12 +94,14 @@ class Quantizer(nn.Module, ABC):
     Attributes:
         sequence: The token sequence in which a prior reads its codes by default.
         learns_alone: True if it learns while the decoder sees nothing of its codes.
+        names: Names of its levels, the top first; () for a single quantizer.
         variable_rate: True if ``forward`` takes ``threshold`` and ``max_codes``, and
             `fewest_codes` searches for a quality.
     """
 
     sequence: TokenSequence
     learns_alone = True
+    names: tuple[str, ...] = ()
     variable_rate = False
 
     def __init__(self, n_e: int, e_dim: int) -> None:
