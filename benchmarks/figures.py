@@ -63,7 +63,7 @@ def draw_cascade(
     for step in range(MAX_LOOPS + 100):
         codes = transform.search(latents, codebook, everywhere, MAX_LOOPS).codes[:, -1]
         searches = transform.retrace(latents, codes, codebook)
-        update = transform.start if step < MAX_LOOPS else transform.learn
+        update = transform.initialize if step < MAX_LOOPS else transform.learn
         update(latents, searches, codebook)
     path = transform.search(z, codebook, torch.zeros(1), MAX_LOOPS)
     length = lengths_within(path.distances, torch.tensor([TAU]))

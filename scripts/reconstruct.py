@@ -179,8 +179,8 @@ def save_pictures(pictures: Mapping[str, Tensor], folder: Path, name: str) -> No
     """Write ``<name>.png``, ``<name>_depth.png`` of a loopy tokenizer, ``<name>_compare.png``."""
     reconstruction, depth, compare = (folder / file for file in files_of(name))
     save_picture(pictures["reconstruction"], reconstruction)
-    if "depths" in pictures:
-        save_picture(pictures["depths"], depth)
+    if "lengths" in pictures:
+        save_picture(pictures["lengths"], depth)
     save_picture(side_by_side(*pictures.values()), compare)
 
 

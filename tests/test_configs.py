@@ -47,7 +47,7 @@ def test_trains_validates_shows_pictures_and_resumes(
     if is_loopy:
         assert (before["state_dict"][steps], after["state_dict"][steps]) == (2, 4)
         several = quantizer["params"]["max_loops"] > 1
-        assert bool(list(run.glob("images/val/depths_*.png"))) == several
+        assert bool(list(run.glob("images/val/lengths_*.png"))) == several
     if "monitor" in load_config([CONFIGS / name]).values["model"]["params"]:  # that value is there
         assert (run / "checkpoints/epoch=000000.ckpt").is_file()
     for key, value in after["state_dict"].items():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from taming.modules.diffusionmodules.model import Encoder
 from taming.modules.vqvae.base import Quantizer
-from taming.modules.vqvae.heatmap import length_heat_map
+from taming.modules.vqvae.metrics import length_heat_map
 
 
 class FirstStage:
@@ -107,7 +107,7 @@ class FirstStage:
         """
         codes = self.codes_by_level(quantized)
         return {
-            f"{name}_depths" if name else "depths": length_heat_map(trace.lengths, turns, size)
+            f"{name}_lengths" if name else "lengths": length_heat_map(trace.lengths, turns, size)
             for name, trace in self.quantize.traces(quantized).items()
             if (turns := codes[name].shape[-1]) > 1
         }

@@ -117,7 +117,7 @@ class VQModel(ManualOptimization, FirstStage):
         self.image_key, self.monitor, self.quantize_start = image_key, monitor, quantize_start
         self.loss: AutoencoderLoss = instantiate_from_config(lossconfig)
         self.quantize = build_quantizer(n_embed, embed_dim, quantizer_config, own)
-        if quantize_start and not self.quantize.learns_alone:
+        if quantize_start and not self.quantize.trains_without_decoder:
             raise ValueError(
                 f"{type(self.quantize).__name__} learns from the decoder and has no quantize_start"
             )
@@ -294,11 +294,11 @@ class VQModel(ManualOptimization, FirstStage):
 
     def on_train_epoch_end(self) -> None:
         """Log the use of the codebook over the epoch."""
-        self.log_dict(self.codebook.pop("train", self.quantize.followed()), sync_dist=True)
+        self.log_dict(self.codebook.pop("train", self.quantize.tracked_scalars()), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Log the use of the codebook over the validation set."""
-        self.log_dict(self.codebook.pop("val", self.quantize.followed()), sync_dist=True)
+        self.log_dict(self.codebook.pop("val", self.quantize.tracked_scalars()), sync_dist=True)
 
     def codebook_histograms(self) -> dict[str, Tensor]:
         """Return counts of codes (K,) and lengths (T + 1,) so far by ``{split}/{name}``."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from taming.models.first_stage import FirstStage
 from taming.models.vqgan import VQModel
 from taming.modules.vqvae.base import Quantizer, QuantizerInfo, QuantizerOutput
-from taming.modules.vqvae.hierarchy import Hierarchy, HierarchyOutput, pile
+from taming.modules.vqvae.hierarchy import Hierarchy, HierarchyOutput, extend_stack
 from taming.util import instantiate_from_config
 
 
@@ -96,7 +96,7 @@ class VQVAE2(VQModel):
 
     def decode_stack(self, stack: Tensor) -> Tensor:
         """Decode the stack of any level to images (B, C, H, W); levels below it count as zero."""
-        return self.decode(self.quantize.complete(stack))
+        return self.decode(self.quantize.pad_stack(stack))
 
     def code_pictures(self, quantized: HierarchyOutput, size: tuple[int, int]) -> dict[str, Tensor]:
         """Show what the upper levels decode to without those below, and the lengths."""
@@ -221,7 +221,7 @@ class Level(nn.Module, FirstStage):
         """Decode codes (B, h_l, w_l, T_l) under the stack of the level above to images."""
         batch, h, w = code_b.shape[:3]
         shape = (batch, h, w, self.quantize.e_dim)
-        return self.decode(pile(above, self.quantize.get_codebook_entry(code_b, shape)))
+        return self.decode(extend_stack(above, self.quantize.get_codebook_entry(code_b, shape)))
 
     def as_input(self, x_rec: Tensor) -> Tensor:
         """Bring decoded images (B, C, H, W) into the form of an input, as the model does."""

@@ -250,12 +250,12 @@ def test_what_is_not_finite_stops_training_and_is_named(tmp_path) -> None:
         trainer(tmp_path).fit(tokenizer, images(4), images(2))
 
 
-def test_pictures_show_inputs_reconstructions_and_depths() -> None:
+def test_pictures_show_inputs_reconstructions_and_lengths() -> None:
     pictures = model().eval().log_images({"image": torch.rand(2, 16, 16, 3)})
     assert {name: tuple(p.shape) for name, p in pictures.items()} == dict.fromkeys(
-        ("inputs", "reconstructions", "depths"), (2, 3, 16, 16)
+        ("inputs", "reconstructions", "lengths"), (2, 3, 16, 16)
     )
-    assert pictures["depths"].min() >= -1 and pictures["depths"].max() <= 1
+    assert pictures["lengths"].min() >= -1 and pictures["lengths"].max() <= 1
 
 
 def test_other_than_three_channels_are_coloured_if_it_is_said_how_many() -> None:

@@ -116,13 +116,13 @@ def test_codes_of_upper_levels_decode_as_if_the_lower_were_zero() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 @torch.no_grad()
 def test_level_dropout_leaves_the_upper_levels(share: float) -> None:
-    """As `complete` does, in a share of the training images; there is none in evaluation."""
+    """As `pad_stack` does, in a share of the training images; there is none in evaluation."""
     config = hierarchy_config("flat", "flat", "flat")["params"]
     hierarchy = Hierarchy(**config, level_dropout=share)
     z = torch.randn(200, 12, 8, 8)
     whole = hierarchy.eval()(z).z_q
     codes = hierarchy(z).info.indices
-    upper = [hierarchy.complete(hierarchy.get_codebook_entry(codes[:n])) for n in (1, 2)]
+    upper = [hierarchy.pad_stack(hierarchy.get_codebook_entry(codes[:n])) for n in (1, 2)]
     dropped = hierarchy.train()(z).z_q
     alike = torch.stack([(dropped == other).flatten(1).all(1) for other in (*upper, whole)])
     assert (alike.sum(0) == 1).all()
@@ -147,8 +147,8 @@ def test_training_moves_every_part_and_counts_every_level(kinds: tuple[str, ...]
         assert 1 <= logged[f"val/{level}_mean_length"] <= TURNS[kind]
     assert logged["val/top_codes_per_image"] >= 16 and logged["val/bottom_codes_per_image"] >= 64
     shown = tokenizer.eval().log_images(next(iter(images(3, 3))))
-    depths = {f"{level}_depths" for level in NAMES[2] if kinds[0] == "loopy"}
-    assert set(shown) == {"inputs", "reconstructions", "top_only"} | depths
+    lengths = {f"{level}_lengths" for level in NAMES[2] if kinds[0] == "loopy"}
+    assert set(shown) == {"inputs", "reconstructions", "top_only"} | lengths
     assert all(picture.shape == (3, 3, 16, 16) for picture in shown.values())
 
 
@@ -188,9 +188,9 @@ def test_what_does_not_fit_is_refused(wrong, message: str) -> None:
         wrong()
 
 
-def test_thresholds_of_all_levels_are_followed() -> None:
-    followed = model("loopy", "flat", "loopy").quantize.followed()
-    assert set(followed) == {"top_relative_threshold", "bottom_relative_threshold"}
+def test_thresholds_of_all_levels_are_tracked() -> None:
+    tracked = model("loopy", "flat", "loopy").quantize.tracked_scalars()
+    assert set(tracked) == {"top_relative_threshold", "bottom_relative_threshold"}
 
 
 def level_config(name: str, *kinds: str) -> dict[str, Any]:

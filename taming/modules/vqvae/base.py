@@ -1,4 +1,4 @@
-"""The quantizer contract: its output, what all quantizers share, and the loss they train by.
+"""The quantizer contract: outputs, base classes, and the loss of van den Oord et al. 2017.
 
 Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
 """
@@ -6,24 +6,29 @@ Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from taming.modules.sequence.grammar import TokenSequence
+from taming.modules.sequence.notations import RasterSequence
 from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics
 from taming.util import NonFiniteError
 
+# --- outputs -------------------------------------------------------------------------------------
+
 
 class LoopTrace(NamedTuple):
-    """How the loop of each site ended; the ``encodings`` of a loopy quantizer.
+    """Where the loop of each site ended.
 
     Attributes:
-        lengths: (B, h, w) int64 in [1, T], turns taken (and slots written).
-        distances: (B, h, w) float32, what was compared with the threshold at last (see `Path`).
+        lengths: (B, h, w) int64 in [1, T], number of codes.
+        distances: (B, h, w) float32, distance compared with the threshold in the last turn.
         within: (B, h, w) bool, False where T turns did not bring a code within the threshold.
     """
 
@@ -46,6 +51,9 @@ class QuantizerOutput(NamedTuple):
     z_q: Tensor
     loss: Tensor
     info: QuantizerInfo
+
+
+# --- shared computations -------------------------------------------------------------------------
 
 
 def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
@@ -71,8 +79,8 @@ def vq_loss(codebook_term: Tensor, commitment: Tensor, beta: float, legacy: bool
     """Weigh the two terms of equation 3 of van den Oord et al. 2017 (arXiv:1711.00937).
 
     Args:
-        codebook_term: |sg(z) - e|^2, moves codes.
-        commitment: |z - sg(e)|^2, moves the encoder.
+        codebook_term: |sg(z) - e|^2, a scalar; moves the codes.
+        commitment: |z - sg(e)|^2, a scalar; moves the encoder.
         beta: Weight of the commitment.
         legacy: Put beta on the other term, as the original's checkpoints were trained.
 
@@ -84,25 +92,46 @@ def vq_loss(codebook_term: Tensor, commitment: Tensor, beta: float, legacy: bool
     return beta * commitment + codebook_term
 
 
+def plain_attributes(module: nn.Module, without: Collection[str] = ()) -> dict[str, object]:
+    """Collect a module's class name and its public numbers, strings, bools and tuples of them."""
+
+    def plain(value: object) -> bool:
+        if isinstance(value, (tuple, list)):
+            return all(map(plain, value))
+        return value is None or isinstance(value, (bool, int, float, str))
+
+    found: dict[str, object] = {"type": type(module).__name__}
+    for name, value in vars(module).items():
+        if not name.startswith("_") and name not in (*without, "training") and plain(value):
+            found[name] = value
+    return found
+
+
+# --- base classes --------------------------------------------------------------------------------
+
+
 class Quantizer(nn.Module, ABC):
-    """What every quantizer has in common.
+    """Base class of all quantizers.
 
     Args:
         n_e: K, number of codes.
         e_dim: D, channels of a latent.
 
     Attributes:
-        sequence: The token sequence in which a prior reads its codes by default.
-        learns_alone: True if it learns while the decoder sees nothing of its codes.
-        names: Names of its levels, the top first; () for a single quantizer.
-        variable_rate: True if ``forward`` takes ``threshold`` and ``max_codes``, and
-            `fewest_codes` searches for a quality.
+        sequence: Token sequence in which a prior reads the codes by default.
+        trains_without_decoder: True if the codes can be learned while the decoder still gets
+            continuous latents.
+        variable_rate: True if ``forward`` also takes ``threshold`` and ``max_codes``, each one
+            number or one per image, and `fewest_codes` is implemented.
+        names: Names of the levels, the top first; () for a single quantizer.
+        not_in_identity: Names of plain attributes that do not decide which codes an image gets.
     """
 
     sequence: TokenSequence
-    learns_alone = True
+    trains_without_decoder = True
+    variable_rate: bool = False
     names: tuple[str, ...] = ()
-    variable_rate = False
+    not_in_identity: tuple[str, ...] = ()
 
     def __init__(self, n_e: int, e_dim: int) -> None:
         super().__init__()
@@ -121,35 +150,44 @@ class Quantizer(nn.Module, ABC):
     ) -> Tensor:
         """Turn indices back into z_q; ``shape`` is (B, h, w, D) for indices that are flat."""
 
+    def traces(self, output: Any) -> dict[str, LoopTrace]:
+        """Return the `LoopTrace` of each level by name; "" names a single quantizer's.
+
+        Args:
+            output: Return value of ``forward``.
+        """
+        return {}
+
     def fewest_codes(
         self, z: Tensor, quality: Callable[[Tensor], Tensor], target: Tensor
     ) -> Tensor:
-        """Find the smallest ``max_codes`` (B,) at which each image reaches a quality.
-
-        Only quantizers with a ``variable_rate`` search.
+        """Find the smallest ``max_codes`` of each image that reaches a quality.
 
         Args:
-            z: Latents (B, D, h, w).
-            quality: Codes (B, h, w, T) -> quality (B,) of the images that they decode to.
-            target: (B,) quality wanted.
-        """
-        raise NotImplementedError
+            z: (B, D, h, w) latents.
+            quality: Codes (B, h, w, T) -> quality (B,) of the images decoded from them.
+            target: (B,), the quality wanted.
 
-    def traces(self, output: Any) -> dict[str, LoopTrace]:
-        """Return the trace of each level's loop by the level's name ("" for a single quantizer).
-
-        Args:
-            output: Result of ``forward``.
+        Returns:
+            (B,) int64; the most codes possible where nothing reaches the target.
         """
-        return {}
+        raise NotImplementedError(f"{type(self).__name__} has a fixed rate")
 
     def codebook_metrics(self) -> CodebookMetrics | HierarchyMetrics:
-        """Return a new metric that counts this quantizer's codes."""
+        """Return a new metric that counts the codes of this quantizer."""
         return CodebookMetrics(self.n_e, self.sequence.max_loops)
 
-    def followed(self) -> dict[str, Tensor]:
-        """Scalars of its state that are worth following while it trains, by name."""
+    def tracked_scalars(self) -> dict[str, Tensor]:
+        """Return scalars of the quantizer's state to log while it trains, by name."""
         return {}
+
+    def identity(self) -> dict[str, object]:
+        """Return what decides, beside parameters and buffers, which codes an image gets.
+
+        By default all plain public attributes: one too many only invalidates a token cache, one
+        too few lets a stale cache pass. A quantizer lists the others in ``not_in_identity``.
+        """
+        return plain_attributes(self, self.not_in_identity)
 
     def _rows(self, z: Tensor) -> Tensor:
         """Check z and lay its latents out as rows: (B, D, h, w) or (N, D) -> (N, D) float32."""
@@ -161,3 +199,93 @@ class Quantizer(nn.Module, ABC):
         if not torch.isfinite(z).all():
             raise NonFiniteError("the latents that reach the quantizer are not finite")
         return rearrange(z, "b d h w -> (b h w) d").float() if z.ndim == 4 else z.float()
+
+
+class SingleCodeQuantizer(Quantizer):
+    """Base class of the original's quantizers: one code per latent, and remapped indices.
+
+    Args:
+        n_e: K, number of codes.
+        e_dim: D, channels of a latent.
+        remap: Path of an ``.npy`` file of used codes; indices then number only those.
+        unknown_index: Index of an unused code under ``remap``: ``"random"``, ``"extra"`` (one
+            more index) or a number.
+
+    Attributes:
+        re_embed: Number of different indices.
+
+    Raises:
+        ValueError: ``unknown_index`` is invalid, or ``remap`` names codes out of range.
+    """
+
+    not_in_identity = ("remap",)  # the codes it names are a buffer
+    used: Tensor
+
+    def __init__(
+        self, n_e: int, e_dim: int, remap: str | None = None, unknown_index: str | int = "random"
+    ) -> None:
+        super().__init__(n_e, e_dim)
+        if isinstance(unknown_index, str) and unknown_index not in ("random", "extra"):
+            raise ValueError(
+                f"unknown_index must be 'random', 'extra' or an index, got {unknown_index!r}"
+            )
+        self.remap = remap
+        self.re_embed = n_e
+        self.unknown_index = unknown_index
+        if remap is not None:
+            used = torch.from_numpy(np.load(remap)).long()
+            if len(used) == 0 or used.min() < 0 or used.max() >= n_e:
+                raise ValueError(f"remap: {remap} must name codes 0..{n_e - 1}, and at least one")
+            if isinstance(unknown_index, int) and not 0 <= unknown_index < len(used):
+                raise ValueError(
+                    f"unknown_index must be in 0..{len(used) - 1}, one of the {len(used)} used "
+                    f"codes, got {unknown_index}"
+                )
+            self.register_buffer("used", used)
+            self.re_embed = len(self.used) + (unknown_index == "extra")
+            if unknown_index == "extra":
+                self.unknown_index = len(self.used)
+        self.sequence = RasterSequence(self.re_embed)
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """The codes (K, D)."""
+
+    def remap_to_used(self, indices: Tensor) -> Tensor:
+        """Number codes among the used ones; unused ones become ``unknown_index``. Any shape."""
+        table = self.used.new_full((self.n_e,), -1)
+        table[self.used] = torch.arange(len(self.used), device=table.device)
+        new = table[indices]
+        if self.unknown_index == "random":
+            other = torch.randint_like(new, self.re_embed)
+        else:
+            other = torch.full_like(new, int(self.unknown_index))
+        return torch.where(new < 0, other, new)
+
+    def unmap_to_all(self, indices: Tensor) -> Tensor:
+        """Turn indices among the used codes back into codes; the extra index becomes the first."""
+        return self.used[torch.where(indices >= len(self.used), 0, indices)]
+
+    def get_codebook_entry(
+        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
+    ) -> Tensor:
+        """Look indices up in the codebook.
+
+        Args:
+            indices: int64 of any shape, one per latent.
+            shape: (B, h, w, D) of the wanted grid; None gives (N, D).
+
+        Returns:
+            z_q (B, D, h, w), or (N, D) without a shape.
+
+        Raises:
+            ValueError: An index is out of range.
+        """
+        codes = indices.reshape(-1)
+        if len(wrong := codes[(codes < 0) | (codes >= self.re_embed)]):
+            raise ValueError(f"index {int(wrong[0])} is out of range 0..{self.re_embed - 1}")
+        if self.remap is not None:
+            codes = self.unmap_to_all(codes)
+        z_q = F.embedding(codes, self.codebook)
+        return z_q if shape is None else channels_second(z_q.view(shape))

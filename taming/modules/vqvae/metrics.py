@@ -1,6 +1,6 @@
-"""What a quantizer did over an epoch, summed over batches and processes.
+"""Codebook statistics over an epoch, summed over batches and processes, and pictures of lengths.
 
-Axis letters: B images, D channels, h w grid, K codes, T turns.
+Axis letters: B images, D channels, h w grid, H W image, K codes, T turns.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -18,7 +19,7 @@ class CodebookMetrics(Metric):
 
     Args:
         n_e: K, number of codes.
-        max_loops: T, slots per site.
+        max_loops: T, most codes per site.
     """
 
     full_state_update = False
@@ -43,39 +44,35 @@ class CodebookMetrics(Metric):
 
         Args:
             z: (B, D, h, w) latents.
-            quantized: `QuantizerOutput` for them.
+            quantized: `QuantizerOutput` of the latents.
         """
-        slots = quantized.info.indices.reshape(-1, self.max_loops)
-        written = slots[(slots >= 0) & (slots < self.n_e)]
-        self.codes += torch.bincount(written, minlength=self.n_e)
-        lengths = (slots >= 0).sum(dim=1)
-        self.lengths += torch.bincount(lengths, minlength=self.max_loops + 1)
+        codes = quantized.info.indices.reshape(-1, self.max_loops)  # (B h w, T)
+        real = codes[(codes >= 0) & (codes < self.n_e)]  # without dummies and absent ones
+        self.codes += torch.bincount(real, minlength=self.n_e)
+        self.lengths += torch.bincount((codes >= 0).sum(dim=1), minlength=self.max_loops + 1)
         self.error += (z.detach().float() - quantized.z_q.detach()).square().mean(1).sum()
-        within = getattr(quantized.info.encodings, "within", None)
-        if within is not None:
-            self.beyond += (~within).sum()
         self.images += len(z)
 
     def compute(self) -> dict[str, Tensor]:
-        """Summarize all that was added.
+        """Summarize all batches.
 
         Returns:
             usage: Share of the K codes that occur, in [0, 1].
             perplexity: Exponential of the codes' entropy, in [1, K].
-            mean_length: Slots written per site, in [1, T].
-            codes_per_image: Slots written per image.
+            mean_length: Codes per site, in [1, T].
+            codes_per_image: Codes per image.
             never_within_threshold: Share of sites that ran into T turns, in [0, 1].
             quantization_error: Mean square of z - z_q per channel.
             codes, lengths: (K,) and (T + 1,) int64, how often each occurs.
         """
         share = self.codes.float() / self.codes.sum()
         sites = self.lengths.sum()
-        slots = (self.lengths * torch.arange(self.max_loops + 1, device=sites.device)).sum()
+        total = (self.lengths * torch.arange(self.max_loops + 1, device=sites.device)).sum()
         return {
             "usage": (self.codes > 0).float().mean(),
             "perplexity": torch.special.entr(share).sum().exp(),
-            "mean_length": slots / sites,
-            "codes_per_image": slots / self.images,
+            "mean_length": total / sites,
+            "codes_per_image": total / self.images,
             "never_within_threshold": self.beyond / sites,
             "quantization_error": self.error / sites,
             "codes": self.codes,
@@ -83,35 +80,44 @@ class CodebookMetrics(Metric):
         }
 
 
+class LoopMetrics(CodebookMetrics):
+    """`CodebookMetrics` of a loopy quantizer, whose encodings are a `LoopTrace`."""
+
+    def update(self, z: Tensor, quantized: Any) -> None:
+        """Add a batch; also count the sites that never came within the threshold."""
+        super().update(z, quantized)
+        self.beyond += (~quantized.info.encodings.within).sum()
+
+
 class HierarchyMetrics(nn.Module):
-    """The same for each level of a hierarchy, with the level's name before each value's.
+    """The metrics of each level of a hierarchy, with the level's name before each value's.
 
     Args:
-        levels: Name of a level -> metric of its quantizer.
+        levels: Name of a level -> its metric.
     """
 
-    def __init__(self, levels: Mapping[str, Any]) -> None:
+    def __init__(self, levels: Mapping[str, CodebookMetrics | HierarchyMetrics]) -> None:
         super().__init__()
         self.levels = dict(levels)
         self.registered = nn.ModuleList(self.levels.values())
 
     @property
     def update_called(self) -> bool:
-        """Whether anything was added since the last reset."""
+        """True if a batch was added since the last reset."""
         return any(metrics.update_called for metrics in self.levels.values())
 
     def update(self, z: Tensor, quantized: Any) -> None:
         """Add a batch.
 
         Args:
-            z: What went into the hierarchy; the latents of each level are in its output.
-            quantized: A `HierarchyOutput`.
+            z: Latents of the finest level; unused, for the output has those of every level.
+            quantized: `HierarchyOutput` of the latents.
         """
         for name, level in quantized.info.encodings.items():
             self.levels[name].update(level.z, level.quantized)
 
     def compute(self) -> dict[str, Tensor]:
-        """Summarize all that was added: ``{level}_{name}`` of each value of `CodebookMetrics`."""
+        """Summarize all batches: ``{level}_{name}`` of each value of `CodebookMetrics`."""
         return {
             f"{level}_{name}": value
             for level, metrics in self.levels.items()
@@ -119,6 +125,25 @@ class HierarchyMetrics(nn.Module):
         }
 
     def reset(self) -> None:
-        """Forget all that was added."""
+        """Forget all batches."""
         for metrics in self.levels.values():
             metrics.reset()
+
+
+def length_heat_map(lengths: Tensor, max_loops: int, size: tuple[int, int]) -> Tensor:
+    """Colour each site by its length: dark for one turn, bright for the most.
+
+    Args:
+        lengths: (B, h, w) int64 in [1, max_loops].
+        max_loops: T, the length of the brightest colour.
+        size: (H, W) of the picture.
+
+    Returns:
+        (B, 3, H, W) float32 in [-1, 1].
+    """
+    import matplotlib  # slow, and only pictures need it
+
+    share = (lengths.cpu() - 1).float() / max(max_loops - 1, 1)
+    colours = matplotlib.colormaps["inferno"](share.numpy())[..., :3]
+    picture = torch.from_numpy(colours).float().permute(0, 3, 1, 2) * 2 - 1  # (B, 3, h, w)
+    return F.interpolate(picture, size=size, mode="nearest").to(lengths.device)

@@ -105,11 +105,9 @@ def test_unknown_index_must_be_one(remap: str) -> None:
 def test_codes_that_do_not_exist_are_refused(remap: str, tmp_path) -> None:
     for quantizer in (ema(), VectorQuantizer2(K, D, 0.25, remap), GumbelQuantize(D, D, K)):
         for wrong in (-1, quantizer.re_embed):
-            with pytest.raises(
-                ValueError, match=rf"index {wrong} is none of 0..{quantizer.re_embed - 1}"
-            ):
+            with pytest.raises(ValueError, match=rf"index {wrong} .* 0..{quantizer.re_embed - 1}"):
                 quantizer.get_codebook_entry(torch.tensor([0, wrong]))
-    with pytest.raises(ValueError, match="unknown_index -5 is none of the 3 used"):
+    with pytest.raises(ValueError, match="unknown_index must be in 0..2.* got -5"):
         VectorQuantizer2(K, D, 0.25, remap, unknown_index=-5)
     np.save(tmp_path / "wrong.npy", np.array([3, K]))
     with pytest.raises(ValueError, match=rf"wrong.npy must name codes 0..{K - 1}"):

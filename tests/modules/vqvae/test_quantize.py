@@ -164,7 +164,7 @@ def test_sites_that_ran_into_the_last_turn_are_told() -> None:
 @pytest.mark.parametrize("codes", [[-1] * T, [K] * T, [0, -1, 0, -1, -1], [K + 1, -1, -1, -1, -1]])
 @every_transform
 def test_codes_the_loop_never_writes_are_refused(transform: str, codes: list) -> None:
-    with pytest.raises(ValueError, match="no sequence of the form"):
+    with pytest.raises(ValueError, match="are not of the form"):
         loopy(transform).get_codebook_entry(torch.tensor([codes]))
 
 
@@ -214,7 +214,7 @@ def test_a_later_start_begins_from_the_present_codes() -> None:
     codebook = Codebook(K, 1, ema_decay=0.9)
     places = 10 * torch.randperm(K).float()[:, None]
     codebook.weight.copy_(places)
-    codebook.start_from((places + torch.tensor([[-1.0, 1.0]])).reshape(-1, 1), fresh=False)
+    codebook.initialize((places + torch.tensor([[-1.0, 1.0]])).reshape(-1, 1), fresh=False)
     assert torch.equal(codebook.weight, places)
 
 
@@ -249,7 +249,7 @@ def test_a_batch_moves_the_threshold_by_5_percent_at_most_and_not_if_it_has_its_
 
 def test_codes_that_nothing_finds_stay_where_they_are() -> None:
     codebook = Codebook(2, 1, ema_decay=0.8, revive_below=0.0)
-    codebook.start_from(torch.tensor([[-5.0], [5.0]]), fresh=True)
+    codebook.initialize(torch.tensor([[-5.0], [5.0]]), fresh=True)
     weight = codebook.weight.clone()
     found = weight.argmax(dim=0).expand(4)
     for _ in range(600):  # until votes for the other one are too few to divide by
@@ -311,14 +311,14 @@ def test_tokens_are_met_by_a_threshold(transform: str) -> None:
 
 
 def test_fewer_tokens_than_sites_are_refused() -> None:
-    with pytest.raises(ValueError, match="of 16 sites needs at least 16 tokens, got 15"):
+    with pytest.raises(ValueError, match="16 sites.* at least 16 codes, got 15"):
         loopy()(torch.randn(2, D, 4, 4), max_codes=15)
     with pytest.raises(ValueError, match="a threshold or max_codes, not both"):
         loopy()(torch.randn(2, D, 4, 4), threshold=1.0, max_codes=20)
-    with pytest.raises(ValueError, match="tokens are a whole number"):
+    with pytest.raises(ValueError, match="max_codes must be a whole number"):
         loopy()(torch.randn(2, D, 4, 4), max_codes=20.5)
     for name, values in (("threshold", torch.ones(3)), ("max_codes", torch.full((3,), 20))):
-        with pytest.raises(ValueError, match=rf"{name} is one number or one for each of 2 images"):
+        with pytest.raises(ValueError, match=rf"{name} must be one number or one for each of 2"):
             loopy()(torch.randn(2, D, 4, 4), **{name: values})
 
 
@@ -407,11 +407,11 @@ def test_quantizing_is_float32_under_autocast(transform: str) -> None:
                     "params": {"max_loops": 3},
                 }
             },
-            "Residual has max_loops=3, but its quantizer 4",
+            "Residual: max_loops is 3.*has 4",
         ),
         (
             {"max_loops": 2, "transform_config": TRANSFORMS["attract-depth"]},
-            r"depth_embedding \(5, 4\) must be \(max_loops, e_dim\) = \(2, 4\)",
+            r"Attract: depth_embedding is \(5, 4\).*has \(2, 4\)",
         ),
         ({"revive_below": -1.0}, "revive_below must be in"),
     ],
@@ -422,7 +422,7 @@ def test_arguments_out_of_range_are_refused(kwargs: dict, message: str) -> None:
 
 
 def test_codes_of_another_number_of_turns_are_refused() -> None:
-    with pytest.raises(ValueError, match=rf"codes \(2, 4, 4\) are not {T} for each site"):
+    with pytest.raises(ValueError, match=rf"expected {T} codes for each site, got \(2, 4, 4\)"):
         loopy().get_codebook_entry(torch.zeros(2, 4, 4, dtype=torch.int64), (2, 4, 4, D))
 
 
@@ -439,11 +439,11 @@ def test_a_threshold_that_is_no_distance_is_refused(threshold: float) -> None:
         loopy()(torch.randn(1, D, 2, 2), threshold=threshold)
 
 
-def test_the_threshold_is_followed_in_units_of_the_latents_spread() -> None:
+def test_the_threshold_is_tracked_in_units_of_the_latents_spread() -> None:
     quantizer = loopy(threshold=0.8)
     quantizer.latent_std.fill_(1.6)
-    assert quantizer.followed() == {"relative_threshold": torch.tensor(0.5)}
-    assert loopy(threshold=math.inf).followed() == {}  # which JSON could not hold
+    assert quantizer.tracked_scalars() == {"relative_threshold": torch.tensor(0.5)}
+    assert loopy(threshold=math.inf).tracked_scalars() == {}  # which JSON could not hold
 
 
 def test_a_fixed_threshold_outlives_a_checkpoint_and_a_steered_one_comes_with_it() -> None:
