@@ -45,6 +45,12 @@ _FITTING = {
     "Mapping[str, Any]": {dict},
 }
 
+# Required sizes that the surrounding model fills in (taming.util.instantiate_with_sizes).
+_ADDED_BY_MODEL = {
+    "quantizer_config": ("n_e", "e_dim", "n_embed", "embedding_dim", "num_hiddens"),
+    "transform_config": ("max_loops", "e_dim"),
+}
+
 # Mappings whose keys a class hands on as keyword arguments: parameter -> who receives them.
 _SPLATTED = {
     "ddconfig": (
@@ -197,7 +203,8 @@ def check_block(
     params = block.get("params")
     params = {} if params is None else params
     _check_arguments(config, f"{path}.params", params, signature, target)
-    missing = [n for n in signature.required if n not in params and n not in injected]
+    added = (*injected, *_ADDED_BY_MODEL.get(path.rpartition(".")[2], ()))
+    missing = [n for n in signature.required if n not in params and n not in added]
     if missing:
         raise ConfigError(
             f"{config.origin(path)}: {path}.params lacks {', '.join(missing)}, which {target} needs"
