@@ -1,6 +1,6 @@
 """Building blocks of the convolutional encoder and decoder, from DDPM (arXiv:2006.11239).
 
-Axis letters: B batch, C channels, E channels of the time embedding, H W feature map.
+Axis letters: B images, C channels, E channels of the time embedding, H W feature map.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """Return the normalisation used throughout, with eps 1e-6."""
+    """Return the group norm used throughout, with eps 1e-6."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -64,7 +64,7 @@ class ResnetBlock(nn.Module):
         out_channels: C of the output; a 1x1 convolution adapts the shortcut where they differ.
         dropout: Probability of zeroing an activation before the second convolution.
         groups: Groups of the norms.
-        time_channels: E; 0 for a block that knows no time.
+        time_channels: E; 0 for a block without a time embedding.
     """
 
     def __init__(

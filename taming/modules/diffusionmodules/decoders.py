@@ -1,6 +1,6 @@
 """Small decoders of the original, without attention.
 
-Axis letters: B batch, C channels, H W feature map.
+Axis letters: B images, C channels, H W feature map.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from taming.modules.diffusionmodules.blocks import ResnetBlock, Upsample, group_
 
 
 class SimpleDecoder(nn.Module):
-    """Three residual blocks, then twice the height and width.
+    """Three residual blocks, then upsampling by 2.
 
     Args:
         in_channels: C of the input; a multiple of 32.
@@ -40,14 +40,14 @@ class SimpleDecoder(nn.Module):
 
 
 class UpsampleDecoder(nn.Module):
-    """Residual blocks at each resolution, doubling height and width from one to the next.
+    """Residual blocks at each resolution, with upsampling by 2 in between.
 
     Args:
         in_channels: C of the input; a multiple of 32.
         out_channels: C of the output.
         ch: Unit of the widths; a multiple of 32.
-        num_res_blocks: One less than the residual blocks per level.
-        resolution: Height of the output; any other is decoded as well.
+        num_res_blocks: Number of residual blocks per level, less one.
+        resolution: Height of a training image; others are accepted.
         ch_mult: Channels of each level as multiples of ``ch``, lowest resolution first.
         dropout: Probability of zeroing an activation inside the blocks.
     """

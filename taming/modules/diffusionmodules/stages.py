@@ -1,15 +1,15 @@
-"""Stages of the convolutional networks: residual blocks at one resolution, perhaps attention.
+"""Stages of the convolutional networks: residual blocks and attention at one resolution.
 
-Axis letters: B batch, C channels, E channels of the time embedding, H W feature map, h w the
+Axis letters: B images, C channels, E channels of the time embedding, H W feature map, h w the
 smallest one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from itertools import pairwise, zip_longest
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,69 +18,63 @@ from taming.modules.diffusionmodules.blocks import AttnBlock, ResnetBlock
 logger = logging.getLogger(__name__)
 
 
-class StagePlan(NamedTuple):
-    """What stands at one resolution.
+class Stage(nn.Module):
+    """Residual blocks at one resolution, each followed by attention if there is any.
 
-    Attributes:
-        in_channels: C of the input.
-        out_channels: C after the first block.
-        num_blocks: How many residual blocks.
-        attention: Whether attention follows each of them.
-        dropout: Passed on to the blocks.
+    Args:
+        widths: (before, after) channels of each block.
+        attention: Put attention after each block.
+        dropout: Probability of zeroing an activation inside the blocks.
         groups: Groups of the norms.
+        time_channels: E; 0 for blocks without a time embedding.
     """
 
-    in_channels: int
-    out_channels: int
-    num_blocks: int
-    attention: bool
-    dropout: float
-    groups: int
-
-
-class Stage(nn.Module):
-    """Residual blocks at one resolution, each followed by attention where the plan says so."""
-
-    def __init__(self, plan: StagePlan) -> None:
+    def __init__(
+        self,
+        widths: list[tuple[int, int]],
+        attention: bool,
+        dropout: float,
+        groups: int = 32,
+        time_channels: int = 0,
+    ) -> None:
         super().__init__()
-        widths = [plan.in_channels] + [plan.out_channels] * plan.num_blocks
         self.block = nn.ModuleList(
-            ResnetBlock(before, after, plan.dropout, plan.groups)
-            for before, after in pairwise(widths)
+            ResnetBlock(*width, dropout, groups, time_channels) for width in widths
         )
-        self.attn = nn.ModuleList(
-            AttnBlock(plan.out_channels, plan.groups)
-            for _ in range(plan.num_blocks * plan.attention)
-        )
+        self.attn = nn.ModuleList(AttnBlock(after, groups) for _, after in widths * attention)
+
+    def steps(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Yield each block with its attention, or the identity."""
+        return zip_longest(self.block, self.attn, fillvalue=nn.Identity())
 
     def run_blocks(self, h: Tensor) -> Tensor:
-        """Map (B, in_channels, H, W) to (B, out_channels, H, W)."""
-        for block, attn in zip_longest(self.block, self.attn, fillvalue=nn.Identity()):
-            h = attn(block(h))
+        """Map (B, C, H, W) to (B, C', H, W)."""
+        for block, attention in self.steps():
+            h = attention(block(h))
         return h
 
 
 class DownStage(Stage):
-    """A stage of the encoder: blocks, then a module that halves the map (or the identity)."""
+    """Stage of the encoder: blocks, then a module that halves the map (or the identity)."""
 
-    def __init__(self, plan: StagePlan, downsample: nn.Module) -> None:
-        super().__init__(plan)
+    def __init__(self, downsample: nn.Module, *plan: Any) -> None:
+        super().__init__(*plan)
         self.downsample = downsample
 
     def forward(self, h: Tensor) -> Tensor:
-        """Map (B, in_channels, H, W) to (B, out_channels, H / 2, W / 2); the last keeps H, W."""
+        """Map (B, C, H, W) to (B, C', H / 2, W / 2); the last stage keeps H, W."""
         return self.downsample(self.run_blocks(h))
 
 
 class UpStage(Stage):
-    """A stage of the decoder: blocks, then a module that doubles the map (or the identity)."""
+    """Stage of the decoder: blocks, then a module that doubles the map (or the identity)."""
 
-    def __init__(self, plan: StagePlan, upsample: nn.Module) -> None:
-        super().__init__(plan)
+    def __init__(self, upsample: nn.Module, *plan: Any) -> None:
+        super().__init__(*plan)
         self.upsample = upsample
 
     def forward(self, h: Tensor) -> Tensor:
-        """Map (B, in_channels, H, W) to (B, out_channels, 2 H, 2 W); the last keeps H, W."""
+        """Map (B, C, H, W) to (B, C', 2 H, 2 W); the last stage keeps H, W."""
         return self.upsample(self.run_blocks(h))
 
 
@@ -89,9 +83,9 @@ class Middle(nn.Module):
 
     Args:
         channels: C of the output.
-        dropout: See `ResnetBlock`, as ``groups`` and ``time_channels``.
+        dropout: Probability of zeroing an activation inside the blocks.
         groups: Groups of the norms.
-        time_channels: E.
+        time_channels: E; 0 for blocks without a time embedding.
         in_channels: C of the input; None for ``channels``.
     """
 
@@ -118,7 +112,7 @@ def level_widths(ch: int, ch_mult: Sequence[int], groups: int) -> list[int]:
     """Return the channels of each level, highest resolution first.
 
     Raises:
-        ValueError: There is no level, or a width does not divide into the groups of the norm.
+        ValueError: There is no level, or a width is not a multiple of the norms' groups.
     """
     widths = [ch * factor for factor in ch_mult]
     if not widths or any(width < 1 or width % groups for width in [ch, *widths]):
@@ -130,7 +124,7 @@ def level_widths(ch: int, ch_mult: Sequence[int], groups: int) -> list[int]:
 
 
 def warn_of_unreached(attn_resolutions: Sequence[int], reached: Sequence[int]) -> None:
-    """Log which attention resolutions no level has, since their attention is silently absent."""
+    """Log the attention resolutions that no level has: their attention is silently absent."""
     if missed := sorted(set(attn_resolutions) - set(reached)):
         logger.warning(
             "attn_resolutions %s add no attention: the levels have the resolutions %s",

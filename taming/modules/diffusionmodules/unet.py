@@ -1,30 +1,29 @@
 """U-Nets: the network of DDPM (Ho et al. 2020, arXiv:2006.11239), and one with a latent variable.
 
-No model here is built of them; they are kept for code that imports them from the original.
+No model here uses them; they are kept for code that imports them from the original.
 
-Axis letters: B batch, C channels, E channels of the time embedding, H W image or feature map, h w
+Axis letters: B images, C channels, E channels of the time embedding, H W image or feature map, h w
 the smallest feature map.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import pairwise, zip_longest
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taming.modules.diffusionmodules.blocks import (
-    AttnBlock,
-    Downsample,
-    ResnetBlock,
-    Upsample,
-    group_norm,
+from taming.modules.diffusionmodules.blocks import Downsample, Upsample, group_norm
+from taming.modules.diffusionmodules.stages import (
+    Middle,
+    Stage,
+    level_widths,
+    warn_of_unreached,
 )
-from taming.modules.diffusionmodules.stages import Middle, level_widths, warn_of_unreached
 
 
 def get_timestep_embedding(timesteps: Tensor, embedding_dim: int) -> Tensor:
@@ -50,37 +49,13 @@ class TimeEmbedding(nn.Module):
         return self.dense[1](F.silu(self.dense[0](get_timestep_embedding(t, self.channels))))
 
 
-class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention or not.
-
-    Args:
-        widths: (before, after) channels of each block.
-        attention: Whether attention follows.
-        dropout: See `ResnetBlock`.
-        time_channels: E.
-    """
-
-    def __init__(
-        self, widths: list[tuple[int, int]], attention: bool, dropout: float, time_channels: int
-    ) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(*width, dropout, time_channels=time_channels) for width in widths
-        )
-        self.attn = nn.ModuleList(AttnBlock(after) for _, after in widths * attention)
-
-    def steps(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """Yield each block with what follows it."""
-        return zip_longest(self.block, self.attn, fillvalue=nn.Identity())
-
-
-class DownLevel(Level):
-    """A level of the way down; ``downsample`` ends all but the last, where it is the identity."""
+class DownLevel(Stage):
+    """Stage of the way down; ``downsample`` is the identity in the last."""
 
     downsample: nn.Module
 
     def forward(self, h: Tensor, time: Tensor | None) -> list[Tensor]:
-        """Map (B, C, H, W) to the features after each step."""
+        """Map (B, C, H, W) to the features after each block, and after downsampling."""
         features = [h]
         for block, attention in self.steps():
             features.append(attention(block(features[-1], time)))
@@ -89,33 +64,33 @@ class DownLevel(Level):
         return features[1:]
 
 
-class UpLevel(Level):
-    """A level of the way up; ``upsample`` ends it."""
+class UpLevel(Stage):
+    """Stage of the way up; ``upsample`` is the identity in the last."""
 
     upsample: nn.Module
 
     def forward(self, h: Tensor, features: list[Tensor], time: Tensor | None) -> Tensor:
-        """Map (B, C, H, W) to the next level's input, using up features of the way down."""
+        """Map (B, C, H, W) to the next stage's input; pops features of the way down."""
         for block, attention in self.steps():
             h = attention(block(torch.cat([h, features.pop()], dim=1), time))
         return self.upsample(h)
 
 
 class UNet(nn.Module):
-    """What both U-Nets share: the way down, the way up with skip connections, and the time.
+    """Base of both U-Nets: the way down, the way up with skip connections, and the time.
 
     Args:
         ch: Channels at the first convolution; a multiple of 32.
         out_ch: Channels of the output.
         ch_mult: Channels of each level as multiples of ``ch``, highest resolution first.
         num_res_blocks: Residual blocks per level on the way down; one more on the way up.
-        attn_resolutions: See `Encoder`.
+        attn_resolutions: Heights of the levels with attention, for an image of ``resolution``.
         dropout: Probability of zeroing an activation inside the blocks.
         resamp_with_conv: Learn the down- and upsampling.
         in_channels: Channels of the input.
-        resolution: Height of the images that ``attn_resolutions`` refers to.
-        use_timestep: Whether the network is told a step.
-        extra_channels: Channels, at the smallest feature map, put beside those of the way down.
+        resolution: Height of a training image.
+        use_timestep: Embed a time step.
+        extra_channels: Channels concatenated to the smallest feature map.
     """
 
     def __init__(
@@ -137,7 +112,7 @@ class UNet(nn.Module):
         widths = level_widths(ch, ch_mult, 32)
         resolutions = [resolution // 2**i for i in range(len(widths))]
         warn_of_unreached(attn_resolutions, resolutions)
-        # Blocks have weights for the time even where there is none, as in the original.
+        # As in the original, blocks have weights for the time even without time steps.
         time_channels = 4 * ch
         self.temb = TimeEmbedding(ch, time_channels) if use_timestep else None
         self.conv_in = nn.Conv2d(in_channels, ch, kernel_size=3, padding=1)
@@ -145,11 +120,11 @@ class UNet(nn.Module):
         below = [*widths[1:], widths[-1]]
         for i, (before, after) in enumerate(pairwise([ch, *widths])):
             attention, same = resolutions[i] in attn_resolutions, [after] * num_res_blocks
-            down = DownLevel([*pairwise([before, *same])], attention, dropout, time_channels)
-            # On the way up, the last block of a level meets what came into it on the way down.
+            down = DownLevel([*pairwise([before, *same])], attention, dropout, 32, time_channels)
+            # On the way up, a stage's last block takes the input of the stage on the way down.
             inputs = zip([below[i], *same], [*same, before], strict=True)
             pairs = [(h + skip, after) for h, skip in inputs]
-            up = UpLevel(pairs, attention, dropout, time_channels)
+            up = UpLevel(pairs, attention, dropout, 32, time_channels)
             last = i == len(widths) - 1
             down.downsample = nn.Identity() if last else Downsample(after, resamp_with_conv)
             up.upsample = Upsample(after, resamp_with_conv) if i else nn.Identity()
@@ -160,10 +135,10 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], out_ch, kernel_size=3, padding=1)
 
     def embed_time(self, t: Tensor | None) -> Tensor | None:
-        """Embed steps (B,) as (B, E), if the network is told any.
+        """Embed steps (B,) as (B, E); None without time steps.
 
         Raises:
-            ValueError: The network is told steps and there are none, or the other way round.
+            ValueError: Steps are missing or unexpected.
         """
         if (self.temb is None) != (t is None):
             raise ValueError(
@@ -173,21 +148,21 @@ class UNet(nn.Module):
         return None if self.temb is None else self.temb(t)
 
     def contract(self, x: Tensor, time: Tensor | None) -> list[Tensor]:
-        """Go down from (B, in_channels, H, W); returns the features of all steps, in order."""
+        """Go down from (B, in_channels, H, W); return all features in order."""
         features = [self.conv_in(x)]
         for level in self.down:
             features += level(features[-1], time)
         return features
 
     def expand(self, h: Tensor, features: list[Tensor], time: Tensor | None) -> Tensor:
-        """Go up from (B, C, h, w), using the features up; returns (B, out_ch, H, W)."""
+        """Go up from (B, C, h, w) with skip connections; return (B, out_ch, H, W)."""
         for level in reversed(self.up):
             h = level(h, features, time)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Model(UNet):
-    """The U-Net of DDPM; arguments as in `UNet`."""
+    """The U-Net of DDPM, with the arguments of `UNet`."""
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Map (B, in_channels, H, W), at steps (B,), to (B, out_ch, H, W)."""
@@ -198,15 +173,16 @@ class Model(UNet):
 
 
 class VUNet(UNet):
-    """A U-Net over a condition that also gets a latent variable at its smallest feature map.
+    """A U-Net over a condition, with a latent variable at the smallest feature map.
 
     Args:
-        ch: See `UNet`, as ``ch_mult``, ``use_timestep`` and all that is not named here.
-        ch_mult: Channels of each level as multiples of ``ch``.
-        in_channels: Plays no part.
+        ch: Channels at the first convolution; a multiple of 32.
+        ch_mult: Channels of each level as multiples of ``ch``, highest resolution first.
+        in_channels: Not used.
         c_channels: Channels of the condition.
         z_channels: Channels of the latent variable.
-        use_timestep: Whether the network is told a step.
+        use_timestep: Embed a time step.
+        **sizes: Further arguments of `UNet`.
     """
 
     def __init__(
@@ -232,11 +208,7 @@ class VUNet(UNet):
         self.z_in = nn.Conv2d(z_channels, smallest, kernel_size=1)
 
     def forward(self, x: Tensor, z: Tensor, t: Tensor | None = None) -> Tensor:
-        """Map a condition (B, c_channels, H, W) and z (B, z_channels, h, w) to an image.
-
-        Returns:
-            (B, out_ch, H, W).
-        """
+        """Map conditions (B, c_channels, H, W) and z (B, z_channels, h, w) to (B, out_ch, H, W)."""
         time = self.embed_time(t)
         features = self.contract(x, time)
         h = self.mid(torch.cat([features[-1], self.z_in(z)], dim=1), time)
