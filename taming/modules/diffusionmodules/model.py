@@ -19,19 +19,16 @@ from torch import Tensor, nn
 from taming.modules.diffusionmodules.blocks import (
     AttnBlock,
     Downsample,
-    ResnetBlock,
-    Upsample,
-    group_norm,
-)
-from taming.modules.diffusionmodules.decoders import SimpleDecoder, UpsampleDecoder
-from taming.modules.diffusionmodules.stages import (
     DownStage,
     Middle,
+    ResnetBlock,
+    Upsample,
     UpStage,
+    group_norm,
     level_widths,
     warn_of_unreached,
 )
-from taming.modules.diffusionmodules.unet import Model, VUNet
+from taming.modules.diffusionmodules.unet import Model, SimpleDecoder, UpsampleDecoder, VUNet
 
 # The original had all of its networks in this module.
 __all__ = [

@@ -1,4 +1,5 @@
-"""U-Nets: the network of DDPM (Ho et al. 2020, arXiv:2006.11239), and one with a latent variable.
+"""Further networks of the original: the U-Net of DDPM (arXiv:2006.11239), one with a latent
+variable, and small decoders.
 
 No model here uses them; they are kept for code that imports them from the original.
 
@@ -17,10 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taming.modules.diffusionmodules.blocks import Downsample, Upsample, group_norm
-from taming.modules.diffusionmodules.stages import (
+from taming.modules.diffusionmodules.blocks import (
+    Downsample,
     Middle,
+    ResnetBlock,
     Stage,
+    Upsample,
+    group_norm,
     level_widths,
     warn_of_unreached,
 )
@@ -76,8 +80,8 @@ class UpLevel(Stage):
         return self.upsample(h)
 
 
-class UNet(nn.Module):
-    """Base of both U-Nets: the way down, the way up with skip connections, and the time.
+class Model(nn.Module):
+    """The U-Net of DDPM: the way down, and the way up with skip connections.
 
     Args:
         ch: Channels at the first convolution; a multiple of 32.
@@ -134,8 +138,12 @@ class UNet(nn.Module):
         self.norm_out = group_norm(widths[0], 32)
         self.conv_out = nn.Conv2d(widths[0], out_ch, kernel_size=3, padding=1)
 
-    def embed_time(self, t: Tensor | None) -> Tensor | None:
-        """Embed steps (B,) as (B, E); None without time steps.
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        """Map (B, in_channels, H, W), at steps (B,), to (B, out_ch, H, W)."""
+        return self.run(x, t)
+
+    def run(self, x: Tensor, t: Tensor | None, latent: Tensor | None = None) -> Tensor:
+        """Run the network, with ``latent`` (B, extra_channels, h, w) at the smallest feature map.
 
         Raises:
             ValueError: Steps are missing or unexpected.
@@ -145,44 +153,25 @@ class UNet(nn.Module):
                 f"use_timestep is {self.temb is not None}, but t is "
                 f"{'missing' if t is None else 'given'}"
             )
-        return None if self.temb is None else self.temb(t)
-
-    def contract(self, x: Tensor, time: Tensor | None) -> list[Tensor]:
-        """Go down from (B, in_channels, H, W); return all features in order."""
+        time = None if self.temb is None else self.temb(t)  # (B, E)
         features = [self.conv_in(x)]
-        for level in self.down:
-            features += level(features[-1], time)
-        return features
-
-    def expand(self, h: Tensor, features: list[Tensor], time: Tensor | None) -> Tensor:
-        """Go up from (B, C, h, w) with skip connections; return (B, out_ch, H, W)."""
-        for level in reversed(self.up):
-            h = level(h, features, time)
+        for stage in self.down:
+            features += stage(features[-1], time)
+        h = features[-1] if latent is None else torch.cat([features[-1], latent], dim=1)
+        h = self.mid(h, time)  # (B, C, h, w)
+        for stage in reversed(self.up):
+            h = stage(h, features, time)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class Model(UNet):
-    """The U-Net of DDPM, with the arguments of `UNet`."""
-
-    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        """Map (B, in_channels, H, W), at steps (B,), to (B, out_ch, H, W)."""
-        time = self.embed_time(t)
-        features = self.contract(x, time)
-        h = self.mid(features[-1], time)
-        return self.expand(h, features, time)
-
-
-class VUNet(UNet):
+class VUNet(Model):
     """A U-Net over a condition, with a latent variable at the smallest feature map.
 
+    Takes the arguments of `Model`, of which ``in_channels`` is not used, and:
+
     Args:
-        ch: Channels at the first convolution; a multiple of 32.
-        ch_mult: Channels of each level as multiples of ``ch``, highest resolution first.
-        in_channels: Not used.
         c_channels: Channels of the condition.
         z_channels: Channels of the latent variable.
-        use_timestep: Embed a time step.
-        **sizes: Further arguments of `UNet`.
     """
 
     def __init__(
@@ -197,19 +186,77 @@ class VUNet(UNet):
         **sizes: Any,
     ) -> None:
         smallest = ch * ch_mult[-1]
-        super().__init__(
-            ch=ch,
-            ch_mult=ch_mult,
-            in_channels=c_channels,
-            use_timestep=use_timestep,
-            extra_channels=smallest,
-            **sizes,
-        )
+        sizes |= {"in_channels": c_channels, "extra_channels": smallest}
+        super().__init__(ch=ch, ch_mult=ch_mult, use_timestep=use_timestep, **sizes)
         self.z_in = nn.Conv2d(z_channels, smallest, kernel_size=1)
 
     def forward(self, x: Tensor, z: Tensor, t: Tensor | None = None) -> Tensor:
         """Map conditions (B, c_channels, H, W) and z (B, z_channels, h, w) to (B, out_ch, H, W)."""
-        time = self.embed_time(t)
-        features = self.contract(x, time)
-        h = self.mid(torch.cat([features[-1], self.z_in(z)], dim=1), time)
-        return self.expand(h, features, time)
+        return self.run(x, t, self.z_in(z))
+
+
+class SimpleDecoder(nn.Module):
+    """Three residual blocks, then upsampling by 2.
+
+    Args:
+        in_channels: C of the input; a multiple of 32.
+        out_channels: C of the output.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        widths = [in_channels, 2 * in_channels, 4 * in_channels, 2 * in_channels]
+        self.model = nn.Sequential(
+            nn.Conv2d(in_channels, in_channels, 1),
+            *(ResnetBlock(before, after) for before, after in pairwise(widths)),
+            nn.Conv2d(2 * in_channels, in_channels, 1),
+            Upsample(in_channels),
+        )
+        self.norm_out = group_norm(in_channels, 32)
+        self.conv_out = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, 2 H, 2 W)."""
+        return self.conv_out(F.silu(self.norm_out(self.model(x))))
+
+
+class UpsampleDecoder(nn.Module):
+    """Residual blocks at each resolution, with upsampling by 2 in between.
+
+    Args:
+        in_channels: C of the input; a multiple of 32.
+        out_channels: C of the output.
+        ch: Unit of the widths; a multiple of 32.
+        num_res_blocks: Number of residual blocks per level, less one.
+        resolution: Height of a training image; others are accepted.
+        ch_mult: Channels of each level as multiples of ``ch``, lowest resolution first.
+        dropout: Probability of zeroing an activation inside the blocks.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        ch: int,
+        num_res_blocks: int,
+        resolution: int,
+        ch_mult: Sequence[int] = (2, 2),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.resolution = resolution
+        widths = [ch * factor for factor in ch_mult]
+        self.res_blocks = nn.ModuleList()
+        for before, after in pairwise([in_channels, *widths]):
+            steps = pairwise([before] + [after] * (num_res_blocks + 1))
+            self.res_blocks.append(nn.Sequential(*(ResnetBlock(*step, dropout) for step in steps)))
+        self.upsample_blocks = nn.ModuleList(Upsample(width) for width in widths[:-1])
+        self.norm_out = group_norm(widths[-1], 32)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, H f, W f), f = 2^(levels - 1)."""
+        h = self.res_blocks[0](x)
+        for upsample, blocks in zip(self.upsample_blocks, self.res_blocks[1:], strict=True):
+            h = blocks(upsample(h))
+        return self.conv_out(F.silu(self.norm_out(h)))
