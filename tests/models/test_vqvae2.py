@@ -64,7 +64,7 @@ def pictures(count: int, height: int = 16, width: int = 16) -> torch.Tensor:
     return torch.rand(count, 3, height, width) * 2 - 1
 
 
-def test_a_level_is_told_all_slots_of_those_above_absent_ones_too() -> None:
+def test_a_levels_condition_holds_all_codes_above_and_marks_absent_ones() -> None:
     config = model_config("loopy", "ema", "flat")
     level = Level(config, "bottom")
     top, middle = torch.tensor([[[[0, 3, -1], [5, -1, -1]]]]), torch.tensor([[[[7], [0]]]])
@@ -89,11 +89,11 @@ def test_codes_of_all_levels_decode_to_the_reconstruction(kinds: tuple[str, ...]
     assert all(map(torch.equal, tokenizer.encode_to_codes(x), codes))
     assert torch.equal(tokenizer.decode_code(codes), tokenizer.decode(quant))
     torch.testing.assert_close(loss, sum(level.quantized.loss for level in levels.values()))
-    assert all(len(c.unique()) > 2 for c in codes)  # the codes do say something
+    assert all(len(c.unique()) > 2 for c in codes)  # codes that vary
 
 
 @torch.no_grad()
-def test_a_level_depends_on_those_above_and_on_none_below() -> None:
+def test_a_level_depends_on_the_levels_above_only() -> None:
     tokenizer, x = model("ema", "loopy", "flat").eval(), pictures(2)
     before = tokenizer.encode(x).info.encodings
     for number, moved in enumerate(before):
@@ -116,7 +116,7 @@ def test_codes_of_upper_levels_decode_as_if_the_lower_were_zero() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 @torch.no_grad()
 def test_level_dropout_leaves_the_upper_levels(share: float) -> None:
-    """As `pad_stack` does, in a share of the training images; there is none in evaluation."""
+    """Zero the lower levels as `pad_stack` does, for a share of the training images only."""
     config = hierarchy_config("flat", "flat", "flat")["params"]
     hierarchy = Hierarchy(**config, level_dropout=share)
     z = torch.randn(200, 12, 8, 8)
@@ -134,7 +134,9 @@ def test_level_dropout_leaves_the_upper_levels(share: float) -> None:
 
 
 @every_pair
-def test_training_moves_every_part_and_counts_every_level(kinds: tuple[str, ...], tmp_path) -> None:
+def test_training_changes_every_part_and_counts_every_level(
+    kinds: tuple[str, ...], tmp_path
+) -> None:
     tokenizer = model(*kinds).train()
     before = {name: value.clone() for name, value in tokenizer.named_parameters()}
     tokenizer.learning_rate = 1e-3
