@@ -190,6 +190,23 @@ def test_what_does_not_fit_is_refused(wrong, message: str) -> None:
         wrong()
 
 
+def test_a_hierarchy_answers_for_its_levels() -> None:
+    hierarchy = model("loopy", "flat", "loopy").quantize.eval()
+    out = hierarchy(torch.randn(2, 12, 8, 8))
+    traces = hierarchy.traces(out)
+    assert list(traces) == ["top", "bottom"] and not hierarchy.variable_rate
+    assert traces["bottom"] is out.info.encodings["bottom"].quantized.info.encodings
+    before = str(hierarchy.identity())
+    hierarchy.levels[2].transform.beam = 2
+    assert before != str(hierarchy.identity())
+    metrics = hierarchy.codebook_metrics()
+    metrics.update(None, out)
+    never = {name: float((~trace.within).float().mean()) for name, trace in traces.items()}
+    for name in NAMES[3]:
+        share = metrics.compute()[f"{name}_never_within_threshold"]
+        assert share == pytest.approx(never.get(name, 0.0))
+
+
 def test_thresholds_of_all_levels_are_tracked() -> None:
     tracked = model("loopy", "flat", "loopy").quantize.tracked_scalars()
     assert set(tracked) == {"top_relative_threshold", "bottom_relative_threshold"}

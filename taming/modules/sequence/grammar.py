@@ -38,24 +38,22 @@ class TokenSequence(ABC):
     Args:
         n_e: K, number of codes.
         max_loops: T, most codes per site.
+        dummies: True for codes of the form ``D,D,A'``, False for ``A1,A2,A3``.
 
     Attributes:
         vocab_size: V, number of different tokens.
         site_tokens: Most tokens that one site can take.
         restricted: False if every token may come next everywhere.
-        dummies: True if the codes before a site's last are dummies, as in ``D,D,A'``.
     """
 
     vocab_size: int
     site_tokens: int
     restricted: bool = True
-    dummies: bool = False
 
-    def __init__(self, n_e: int, max_loops: int) -> None:
+    def __init__(self, n_e: int, max_loops: int, dummies: bool) -> None:
         if n_e < 1 or max_loops < 1:
             raise ValueError(f"n_e and max_loops must be at least 1, got {n_e} and {max_loops}")
-        self.n_e = n_e
-        self.max_loops = max_loops
+        self.n_e, self.max_loops, self.dummies = n_e, max_loops, dummies
 
     def encode(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Encode codes as tokens.
@@ -107,18 +105,6 @@ class TokenSequence(ABC):
             raise ValueError(f"sequence {row}: site {site} of {sites} has no code")
         return codes.reshape(len(tokens), *grid, self.max_loops)
 
-    def sites(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return the place of each token in raster order, known before the token itself.
-
-        Args:
-            tokens: (B, L) int64.
-            grid: (h, w).
-
-        Returns:
-            (B, L, 3) int64: row, column and depth (place within the site); 0 for padding.
-        """
-        return place(self.states(tokens), grid) * (tokens >= 0)[..., None]
-
     @abstractmethod
     def states(self, tokens: Tensor) -> GrammarState:
         """Compute the state (B, L) before each token of valid sequences (B, L)."""
@@ -130,6 +116,11 @@ class TokenSequence(ABC):
     @abstractmethod
     def allowed(self, state: GrammarState) -> Tensor:
         """Mark the tokens that may come next: (..., V) bool for a state of shape (...)."""
+
+    def everything(self, state: GrammarState) -> Tensor:
+        """Return a mask (..., V) that allows every token after a state of shape (...)."""
+        shape = *state.site.shape, self.vocab_size
+        return torch.ones(shape, dtype=torch.bool, device=state.site.device)
 
     @abstractmethod
     def _encode_sites(self, codes: Tensor) -> Tensor:
@@ -166,7 +157,7 @@ def by_site(
     """
     sites, places = shape
     kept = kept & (site < sites) & (depth < places)
-    # What is left out goes to one column past the end, which is then cut off.
+    # Tokens left out go to one column past the end, which is then cut off.
     column = torch.where(kept, site * places + depth, sites * places)  # (B, L)
     table = tokens.new_full((len(tokens), sites * places + 1), PAD)
     return table.scatter_(1, column, tokens)[:, :-1].unflatten(1, shape)  # (B, S, P)

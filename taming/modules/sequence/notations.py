@@ -9,17 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taming.modules.sequence.grammar import PAD, GrammarState, TokenSequence, by_site, place
-
-__all__ = [
-    "PAD",
-    "GrammarState",
-    "RasterSequence",
-    "RunLengthSequence",
-    "TokenSequence",
-    "UnarySequence",
-    "place",
-]
+from taming.modules.sequence.grammar import PAD, GrammarState, TokenSequence, by_site
 
 
 def _count_before(flags: Tensor) -> Tensor:
@@ -36,53 +26,8 @@ def _last_before(flags: Tensor) -> Tensor:
     return F.pad(last, (1, 0), value=-1)[:, :-1]  # shifted by one: before it
 
 
-def _everything(state: GrammarState, vocab_size: int) -> Tensor:
-    """Mask (..., V) that allows every token after a state of shape (...)."""
-    shape = *state.site.shape, vocab_size
-    return torch.ones(shape, dtype=torch.bool, device=state.site.device)
-
-
-class RasterSequence(TokenSequence):
-    """One code per site in raster order: the original's sequence, every token allowed anywhere.
-
-    Args:
-        n_e: K, number of codes.
-
-    Example:
-        >>> tokens, lengths = RasterSequence(n_e=9).encode(torch.tensor([[[3, 1], [4, 1]]]))
-        >>> tokens, lengths
-        (tensor([[3, 1, 4, 1]]), tensor([4]))
-    """
-
-    restricted = False
-
-    def __init__(self, n_e: int) -> None:
-        super().__init__(n_e, max_loops=1)
-        self.vocab_size = n_e
-        self.site_tokens = 1
-
-    def states(self, tokens: Tensor) -> GrammarState:
-        """Compute states: every token is a site."""
-        site = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return GrammarState(site, torch.zeros_like(site), torch.zeros_like(site))
-
-    def advance(self, state: GrammarState, tokens: Tensor) -> GrammarState:
-        """Go on to the next site."""
-        return state._replace(site=state.site + 1)
-
-    def allowed(self, state: GrammarState) -> Tensor:
-        """Allow every token."""
-        return _everything(state, self.vocab_size)
-
-    def _encode_sites(self, codes: Tensor) -> Tensor:
-        return codes
-
-    def _decode_sites(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
-        return by_site(tokens, states.site, states.depth, tokens >= 0, (sites, 1))
-
-
 class UnarySequence(TokenSequence):
-    """Unary notation: a site's length is the number of its tokens; D = K marks what is no end.
+    """Unary notation: the length of a site is marked token by token, with the dummy D = K.
 
     With dummies, a site is its codes: ``D,D,A'``, ended by the only one that is not D. Without, D
     ends a site that is shorter than T: ``A1,A2,D``. Where T is 1, there is no D.
@@ -102,8 +47,7 @@ class UnarySequence(TokenSequence):
     """
 
     def __init__(self, n_e: int, max_loops: int, dummies: bool) -> None:
-        super().__init__(n_e, max_loops)
-        self.dummies = dummies
+        super().__init__(n_e, max_loops, dummies)
         self.vocab_size = n_e + (max_loops > 1)
         self.site_tokens = max_loops
 
@@ -134,13 +78,13 @@ class UnarySequence(TokenSequence):
 
     def allowed(self, state: GrammarState) -> Tensor:
         """Allow every code; D before the last turn (dummies), or after a first code."""
-        mask = _everything(state, self.vocab_size)
+        mask = self.everything(state)
         may_be_d = state.depth < self.max_loops - 1 if self.dummies else state.depth > 0
         mask[..., self.n_e :] = may_be_d[..., None]
         return mask
 
     def _encode_sites(self, codes: Tensor) -> Tensor:
-        if self.dummies:
+        if self.dummies or self.max_loops == 1:
             return codes
         length = (codes >= 0).sum(dim=-1, keepdim=True)  # (B, S, 1)
         turn = torch.arange(self.max_loops, device=codes.device)  # (T,)
@@ -149,6 +93,23 @@ class UnarySequence(TokenSequence):
     def _decode_sites(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
         is_code = (tokens >= 0) & (self.dummies | (tokens < self.n_e))  # (B, L)
         return by_site(tokens, states.site, states.depth, is_code, (sites, self.max_loops))
+
+
+class RasterSequence(UnarySequence):
+    """One code per site in raster order: the original's sequence, every token allowed anywhere.
+
+    Args:
+        n_e: K, number of codes.
+
+    Example:
+        >>> RasterSequence(n_e=9).encode(torch.tensor([[[3, 1], [4, 1]]]))
+        (tensor([[3, 1, 4, 1]]), tensor([4]))
+    """
+
+    restricted = False
+
+    def __init__(self, n_e: int) -> None:
+        super().__init__(n_e, max_loops=1, dummies=False)
 
 
 class RunLengthSequence(TokenSequence):
@@ -165,14 +126,10 @@ class RunLengthSequence(TokenSequence):
         >>> codes = torch.tensor([[[[5, 7, -1], [2, -1, -1], [1, 1, 1]]]])  # 1 x 3 sites
         >>> RunLengthSequence(n_e=9, max_loops=3, dummies=False).encode(codes)[0]
         tensor([[ 9,  5,  7,  2, 10,  1,  1,  1]])
-        >>> codes = torch.tensor([[[[9, 7, -1], [2, -1, -1], [9, 9, 1]]]])
-        >>> RunLengthSequence(n_e=9, max_loops=3, dummies=True).encode(codes)[0]
-        tensor([[ 9,  7,  2, 10,  1]])
     """
 
     def __init__(self, n_e: int, max_loops: int, dummies: bool) -> None:
-        super().__init__(n_e, max_loops)
-        self.dummies = dummies
+        super().__init__(n_e, max_loops, dummies)
         self.vocab_size = n_e + max_loops - 1
         self.site_tokens = min(2, max_loops) if dummies else max_loops + (max_loops > 1)
 
@@ -183,10 +140,10 @@ class RunLengthSequence(TokenSequence):
     def states(self, tokens: Tensor) -> GrammarState:
         """Compute states from the distance to the last count token and what it announced."""
         count = _last_before(tokens >= self.n_e)  # (B, L), position
-        written = torch.arange(tokens.shape[1], device=tokens.device) - count - 1
+        since = torch.arange(tokens.shape[1], device=tokens.device) - count - 1  # codes after it
         announced = self._announced(tokens.gather(1, count.clamp(min=0)))
-        left = torch.where(count >= 0, (announced - written).clamp(min=0), 0)
-        depth = torch.where(left > 0, written + 1, 0)
+        left = torch.where(count >= 0, (announced - since).clamp(min=0), 0)
+        depth = torch.where(left > 0, since + 1, 0)
         ends = (tokens >= 0) & (tokens < self.n_e) & (left <= 1)
         return GrammarState(_count_before(ends), depth, left)
 
@@ -199,7 +156,7 @@ class RunLengthSequence(TokenSequence):
 
     def allowed(self, state: GrammarState) -> Tensor:
         """Allow every code; counts at the beginning of a site."""
-        mask = _everything(state, self.vocab_size)
+        mask = self.everything(state)
         mask[..., self.n_e :] = (state.left == 0)[..., None]
         return mask
 

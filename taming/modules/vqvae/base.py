@@ -6,7 +6,7 @@ Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +20,12 @@ from taming.modules.sequence.notations import RasterSequence
 from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics
 from taming.util import NonFiniteError
 
-# --- outputs -------------------------------------------------------------------------------------
+GridShape = tuple[int, int, int, int]  # (B, h, w, D)
+Quality = Callable[[Tensor], Tensor]  # codes (B, h, w, T) -> (B,)
 
 
 class LoopTrace(NamedTuple):
-    """Where the loop of each site ended.
+    """End of the loop of each site.
 
     Attributes:
         lengths: (B, h, w) int64 in [1, T], number of codes.
@@ -51,9 +52,6 @@ class QuantizerOutput(NamedTuple):
     z_q: Tensor
     loss: Tensor
     info: QuantizerInfo
-
-
-# --- shared computations -------------------------------------------------------------------------
 
 
 def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
@@ -83,34 +81,41 @@ def vq_loss(codebook_term: Tensor, commitment: Tensor, beta: float, legacy: bool
         commitment: |z - sg(e)|^2, a scalar; moves the encoder.
         beta: Weight of the commitment.
         legacy: Put beta on the other term, as the original's checkpoints were trained.
-
-    Returns:
-        The loss, a scalar.
     """
     if legacy:
         return commitment + beta * codebook_term
     return beta * commitment + codebook_term
 
 
-def plain_attributes(module: nn.Module, without: Collection[str] = ()) -> dict[str, object]:
-    """Collect a module's class name and its public numbers, strings, bools and tuples of them."""
-
-    def plain(value: object) -> bool:
-        if isinstance(value, (tuple, list)):
-            return all(map(plain, value))
-        return value is None or isinstance(value, (bool, int, float, str))
-
-    found: dict[str, object] = {"type": type(module).__name__}
-    for name, value in vars(module).items():
-        if not name.startswith("_") and name not in (*without, "training") and plain(value):
-            found[name] = value
-    return found
+def is_plain(value: object) -> bool:
+    """Return True for None, numbers, strings, bools, and tuples or lists of them."""
+    if isinstance(value, (tuple, list)):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
-# --- base classes --------------------------------------------------------------------------------
+class Part(nn.Module):
+    """Base class of quantizers and transforms, which decide together which codes an image gets.
+
+    Attributes:
+        not_in_identity: Names of plain attributes that play no part in that decision.
+    """
+
+    not_in_identity: tuple[str, ...] = ()
+
+    def identity(self) -> dict[str, object]:
+        """Collect all that decides which codes an image gets, except parameters and buffers.
+
+        By default the class name and all plain public attributes: one too many only invalidates a
+        token cache, one too few lets a stale cache pass.
+        """
+        plain = {k: v for k, v in vars(self).items() if not k.startswith("_") and is_plain(v)}
+        for name in ("training", *self.not_in_identity):
+            plain.pop(name, None)
+        return {"type": type(self).__name__, **plain}
 
 
-class Quantizer(nn.Module, ABC):
+class Quantizer(Part, ABC):
     """Base class of all quantizers.
 
     Args:
@@ -124,53 +129,33 @@ class Quantizer(nn.Module, ABC):
         variable_rate: True if ``forward`` also takes ``threshold`` and ``max_codes``, each one
             number or one per image, and `fewest_codes` is implemented.
         names: Names of the levels, the top first; () for a single quantizer.
-        not_in_identity: Names of plain attributes that do not decide which codes an image gets.
     """
 
     sequence: TokenSequence
     trains_without_decoder = True
     variable_rate: bool = False
     names: tuple[str, ...] = ()
-    not_in_identity: tuple[str, ...] = ()
 
     def __init__(self, n_e: int, e_dim: int) -> None:
         super().__init__()
         if n_e < 1 or e_dim < 1:
             raise ValueError(f"n_e and e_dim must be at least 1, got n_e={n_e}, e_dim={e_dim}")
-        self.n_e = n_e
-        self.e_dim = e_dim
+        self.n_e, self.e_dim = n_e, e_dim
 
     @abstractmethod
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize latents z (B, D, h, w)."""
 
     @abstractmethod
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
-    ) -> Tensor:
+    def get_codebook_entry(self, indices: Tensor, shape: GridShape | None = None) -> Tensor:
         """Turn indices back into z_q; ``shape`` is (B, h, w, D) for indices that are flat."""
 
     def traces(self, output: Any) -> dict[str, LoopTrace]:
-        """Return the `LoopTrace` of each level by name; "" names a single quantizer's.
-
-        Args:
-            output: Return value of ``forward``.
-        """
+        """Return the `LoopTrace` of each level of an output; that of a single quantizer is ""."""
         return {}
 
-    def fewest_codes(
-        self, z: Tensor, quality: Callable[[Tensor], Tensor], target: Tensor
-    ) -> Tensor:
-        """Find the smallest ``max_codes`` of each image that reaches a quality.
-
-        Args:
-            z: (B, D, h, w) latents.
-            quality: Codes (B, h, w, T) -> quality (B,) of the images decoded from them.
-            target: (B,), the quality wanted.
-
-        Returns:
-            (B,) int64; the most codes possible where nothing reaches the target.
-        """
+    def fewest_codes(self, z: Tensor, quality: Quality, target: Tensor) -> Tensor:
+        """Find the smallest ``max_codes`` (B,) with which each image reaches a target quality."""
         raise NotImplementedError(f"{type(self).__name__} has a fixed rate")
 
     def codebook_metrics(self) -> CodebookMetrics | HierarchyMetrics:
@@ -181,21 +166,11 @@ class Quantizer(nn.Module, ABC):
         """Return scalars of the quantizer's state to log while it trains, by name."""
         return {}
 
-    def identity(self) -> dict[str, object]:
-        """Return what decides, beside parameters and buffers, which codes an image gets.
-
-        By default all plain public attributes: one too many only invalidates a token cache, one
-        too few lets a stale cache pass. A quantizer lists the others in ``not_in_identity``.
-        """
-        return plain_attributes(self, self.not_in_identity)
-
     def _rows(self, z: Tensor) -> Tensor:
         """Check z and lay its latents out as rows: (B, D, h, w) or (N, D) -> (N, D) float32."""
         if z.ndim not in (2, 4) or z.shape[1] != self.e_dim:
-            raise ValueError(
-                f"expected latents (B, {self.e_dim}, h, w) or (N, {self.e_dim}), "
-                f"got {tuple(z.shape)}"
-            )
+            expected = f"(B, {self.e_dim}, h, w) or (N, {self.e_dim})"
+            raise ValueError(f"expected latents {expected}, got {tuple(z.shape)}")
         if not torch.isfinite(z).all():
             raise NonFiniteError("the latents that reach the quantizer are not finite")
         return rearrange(z, "b d h w -> (b h w) d").float() if z.ndim == 4 else z.float()
@@ -213,9 +188,6 @@ class SingleCodeQuantizer(Quantizer):
 
     Attributes:
         re_embed: Number of different indices.
-
-    Raises:
-        ValueError: ``unknown_index`` is invalid, or ``remap`` names codes out of range.
     """
 
     not_in_identity = ("remap",)  # the codes it names are a buffer
@@ -229,18 +201,14 @@ class SingleCodeQuantizer(Quantizer):
             raise ValueError(
                 f"unknown_index must be 'random', 'extra' or an index, got {unknown_index!r}"
             )
-        self.remap = remap
-        self.re_embed = n_e
-        self.unknown_index = unknown_index
+        self.remap, self.unknown_index, self.re_embed = remap, unknown_index, n_e
         if remap is not None:
             used = torch.from_numpy(np.load(remap)).long()
             if len(used) == 0 or used.min() < 0 or used.max() >= n_e:
                 raise ValueError(f"remap: {remap} must name codes 0..{n_e - 1}, and at least one")
             if isinstance(unknown_index, int) and not 0 <= unknown_index < len(used):
-                raise ValueError(
-                    f"unknown_index must be in 0..{len(used) - 1}, one of the {len(used)} used "
-                    f"codes, got {unknown_index}"
-                )
+                most = len(used) - 1  # of the numbers of used codes
+                raise ValueError(f"unknown_index must be in 0..{most}, got {unknown_index}")
             self.register_buffer("used", used)
             self.re_embed = len(self.used) + (unknown_index == "extra")
             if unknown_index == "extra":
@@ -267,21 +235,8 @@ class SingleCodeQuantizer(Quantizer):
         """Turn indices among the used codes back into codes; the extra index becomes the first."""
         return self.used[torch.where(indices >= len(self.used), 0, indices)]
 
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
-    ) -> Tensor:
-        """Look indices up in the codebook.
-
-        Args:
-            indices: int64 of any shape, one per latent.
-            shape: (B, h, w, D) of the wanted grid; None gives (N, D).
-
-        Returns:
-            z_q (B, D, h, w), or (N, D) without a shape.
-
-        Raises:
-            ValueError: An index is out of range.
-        """
+    def get_codebook_entry(self, indices: Tensor, shape: GridShape | None = None) -> Tensor:
+        """Look up indices (int64, any shape): z_q (B, D, h, w), or (N, D) without a shape."""
         codes = indices.reshape(-1)
         if len(wrong := codes[(codes < 0) | (codes >= self.re_embed)]):
             raise ValueError(f"index {int(wrong[0])} is out of range 0..{self.re_embed - 1}")

@@ -14,20 +14,12 @@ from taming.modules.vqvae.nearest import nearest_codes
 
 
 def k_means(vectors: Tensor, centers: Tensor, iterations: int = 10) -> Tensor:
-    """Run Lloyd's algorithm from given centers; a center without vectors stays where it is.
+    """Run Lloyd's algorithm and return centers (K, D); one without vectors stays where it is.
 
     Args:
         vectors: (M, D) float32.
         centers: (K, D) float32, the initial centers; not changed.
         iterations: Rounds of assignment and averaging.
-
-    Returns:
-        (K, D) centers.
-
-    Example:
-        >>> k_means(torch.tensor([[0.0], [1.0], [8.0]]), torch.tensor([[0.0], [9.0]]))
-        tensor([[0.5000],
-                [8.0000]])
     """
     for _ in range(iterations):
         found = nearest_codes(vectors, centers).indices
@@ -37,29 +29,25 @@ def k_means(vectors: Tensor, centers: Tensor, iterations: int = 10) -> Tensor:
     return centers
 
 
+Running = tuple[Tensor, Tensor, Tensor]
+
+
 @torch.no_grad()
 def update_means(
-    means: Tensor,
-    counts: Tensor,
-    sums: Tensor,
-    votes: Tensor,
-    vectors: Tensor,
-    found: Tensor,
-    decay: float,
-    eps: float = 1e-5,
+    running: Running, votes: Tensor, vectors: Tensor, found: Tensor, decay: float, eps: float = 1e-5
 ) -> None:
     """Update the running mean of the vectors mapped to each code, over all ranks.
 
     Args:
-        means: (K, D) running means; changed in place, except where the votes are below ``eps``.
-        counts: (K,) running votes; changed in place.
-        sums: (K, D) running sums; changed in place.
+        running: Running means (K, D), votes (K,) and sums (K, D), all changed in place; means only
+            where the votes are above ``eps``.
         votes: (K,) vectors mapped to each code now, on all ranks.
         vectors: (M, D) float32, vectors of this rank.
         found: (M,) int64, their codes.
         decay: Weight of the old values in (0, 1).
         eps: Smallest vote count by which a sum is divided.
     """
+    means, counts, sums = running
     totals = torch.zeros_like(sums).index_add_(0, found, vectors)
     counts.lerp_(votes, 1 - decay)
     sums.lerp_(sum_over_ranks(totals), 1 - decay)
@@ -68,11 +56,7 @@ def update_means(
 
 
 def check_precision(codebook: Tensor, vectors: Tensor) -> None:
-    """Refuse a codebook (K, D) of another dtype than the vectors (M, D) that it learns from.
-
-    Raises:
-        ValueError: The dtypes differ.
-    """
+    """Raise a ValueError if a codebook is of another dtype than the vectors it learns from."""
     if codebook.dtype != vectors.dtype:
         raise ValueError(
             f"the codebook is {codebook.dtype}, but latents are searched and averaged as "
@@ -82,7 +66,7 @@ def check_precision(codebook: Tensor, vectors: Tensor) -> None:
 
 
 class Codebook(nn.Module):
-    """K vectors, learned by gradient or by exponential moving averages of what is mapped to them.
+    """K vectors, learned by gradient or by exponential moving averages of vectors mapped to them.
 
     The moving-average update is that of van den Oord et al. 2017 (arXiv:1711.00937, appendix A.1)
     with sums over all ranks. Random choices are seeded by the number of the step, so a resumed run
@@ -95,9 +79,6 @@ class Codebook(nn.Module):
         revive_below: A code whose running share of use falls under this fraction of the uniform
             share 1/K is replaced by a vector that is searched now; 0 never revives.
         usage_decay: Weight of the old value in the running share of use.
-
-    Raises:
-        ValueError: A size, decay or fraction is out of range.
 
     Example:
         >>> codebook, z = Codebook(n_e=4, e_dim=2, ema_decay=0.9), torch.randn(100, 2)
@@ -117,17 +98,13 @@ class Codebook(nn.Module):
         usage_decay: float = 0.98,
     ) -> None:
         super().__init__()
-        if n_e < 1 or e_dim < 1:
-            raise ValueError(f"n_e and e_dim must be at least 1, got n_e={n_e}, e_dim={e_dim}")
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"ema_decay must be in (0, 1), got {ema_decay}")
         if not 0 < usage_decay < 1:
             raise ValueError(f"usage_decay must be in (0, 1), got {usage_decay}")
         if not 0 <= revive_below < 1:
             raise ValueError(f"revive_below must be in [0, 1), got {revive_below}")
-        self.ema_decay = ema_decay
-        self.revive_below = revive_below
-        self.usage_decay = usage_decay
+        self.ema_decay, self.usage_decay, self.revive_below = ema_decay, usage_decay, revive_below
         start = torch.empty(n_e, e_dim).uniform_(-1 / n_e, 1 / n_e)
         self.weight = nn.Parameter(start, requires_grad=ema_decay is None)
         self.steps: Tensor
@@ -167,13 +144,11 @@ class Codebook(nn.Module):
         """
         found_and_weights = torch.stack([torch.ones_like(weights), weights], dim=1)
         totals = weights.new_zeros(len(self.weight), 2).index_add_(0, found, found_and_weights)
-        # One all-reduce for both columns, each (K,).
-        counts, votes = sum_over_ranks(totals).unbind(1)
+        counts, votes = sum_over_ranks(totals).unbind(1)  # (K,) each, in one all-reduce
         self.usage.lerp_(counts / counts.sum(), 1 - self.usage_decay)
         if self.ema_decay is not None:
-            weighted = targets * weights[:, None]
-            means = (self.weight, self.counts, self.sums)
-            update_means(*means, votes, weighted, found, self.ema_decay)
+            running = (self.weight, self.counts, self.sums)
+            update_means(running, votes, targets * weights[:, None], found, self.ema_decay)
         self._revive(targets)
         self.steps += 1
 
@@ -195,7 +170,7 @@ class Codebook(nn.Module):
             self.sums[codes] = vectors
 
     def _sample(self, vectors: Tensor, amount: int) -> Tensor:
-        """Draw rows of vectors (M, D) at random, repeating them only if M < amount."""
+        """Choose rows of vectors (M, D) at random, repeating them only if M < amount."""
         generator = torch.Generator().manual_seed(int(self.steps))
         order = torch.randperm(len(vectors), generator=generator)  # (M,)
         repeats = -(-amount // len(vectors))  # rounded up

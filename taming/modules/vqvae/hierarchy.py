@@ -2,7 +2,7 @@
 
 From Razavi et al. 2019 (arXiv:1906.00446, section 3.1). The latents z of the finest level are
 encoded further, level by level. Quantization then goes from the coarsest level, the top, downward:
-every level sees z_q of the levels above, decoded to its own scale, and quantizes what these lack.
+every level sees z_q of the levels above, decoded to its own scale, and quantizes the rest.
 
 Axis letters: B images, D channels of all levels, h w grid of the finest level, K codes, T turns.
 Sizes of one level have an index l; its *stack* is z_q of this level and of all levels above,
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.sequence.grammar import TokenSequence
-from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
+from taming.modules.vqvae.base import GridShape, LoopTrace, Quantizer, QuantizerOutput
 from taming.modules.vqvae.metrics import HierarchyMetrics
 from taming.util import instantiate_from_config
 
@@ -63,23 +63,19 @@ class Hierarchy(Quantizer):
     """Quantizers at several scales, in place of one: VQ-VAE-2.
 
     Args:
-        quantizers: Name -> ``{target, params}`` of the quantizer of each level, the top first.
+        quantizers: Name -> ``{target, params}`` of the quantizer of each level, the top first; at
+            least two.
         ddconfig: Keyword arguments of `Encoder` and `Decoder`, which lead from each level to the
             one above and back; its ``resolution`` is the height h of the finest level. Channels
             follow from the quantizers.
         level_dropout: Share of training images, in [0, 1], whose stack keeps only the upper levels,
-            down to one drawn at random, and zeros for those below, as in `pad_stack`. Every level
+            down to one chosen at random, and zeros for those below, as in `pad_stack`. Every level
             then learns to be useful without those below; otherwise the lowest may take over.
 
     Attributes:
-        n_e: Codes of all levels together.
-        e_dim: D, channels of all levels together.
         names: Names of the levels, the top first.
         levels: Their quantizers.
         factors: Downsampling factor of each level relative to the finest grid, the top first.
-
-    Raises:
-        ValueError: There are fewer than two levels, or ``level_dropout`` is out of range.
 
     Example:
         >>> ema = "taming.modules.vqvae.quantize.EMAVectorQuantizer"
@@ -111,8 +107,8 @@ class Hierarchy(Quantizer):
         }
         super().__init__(sum(q.n_e for q in built.values()), sum(q.e_dim for q in built.values()))
         self.level_dropout = level_dropout
-        self.names = tuple(built)
-        self.levels = tuple(built.values())
+        self.by_name = built
+        self.names, self.levels = tuple(built), tuple(built.values())
         self.quantizers = nn.ModuleDict(built)
         self.encoders, self.decoders, self.merges = (nn.ModuleList() for _ in range(3))
         self.factors = (1,)
@@ -136,17 +132,8 @@ class Hierarchy(Quantizer):
             "taming.models.vqvae2.Level"
         )
 
-    # --- latents -> codes -> latents -------------------------------------------------------------
-
     def forward(self, z: Tensor) -> HierarchyOutput:
-        """Quantize latents.
-
-        Args:
-            z: (B, D, h, w), h and w multiples of the largest factor.
-
-        Raises:
-            ValueError: h or w is not such a multiple.
-        """
+        """Quantize latents z (B, D, h, w); h and w must be multiples of the largest factor."""
         h, w = z.shape[2:]
         if h % self.factors[0] or w % self.factors[0]:
             raise ValueError(
@@ -185,7 +172,7 @@ class Hierarchy(Quantizer):
         return stack * of_kept[:, :, None, None]
 
     def get_codebook_entry(
-        self, indices: Sequence[Tensor], shape: tuple[int, int, int, int] | None = None
+        self, indices: Sequence[Tensor], shape: GridShape | None = None
     ) -> Tensor:
         """Turn the codes of all levels, or of the upper ones only, back into their stack.
 
@@ -226,27 +213,21 @@ class Hierarchy(Quantizer):
                 return F.pad(stack, (0, 0, 0, 0, 0, self.e_dim - channels))
         raise ValueError(f"no level of {self.names} has a stack of {stack.shape[1]} channels")
 
-    # --- answers to the model around it ----------------------------------------------------------
-
     def traces(self, output: HierarchyOutput) -> dict[str, LoopTrace]:
         """Return the trace of each loopy level under the level's name."""
-        return {
-            name: trace
-            for name, level in zip(self.names, self.levels, strict=True)
-            for trace in level.traces(output.info.encodings[name].quantized).values()
-        }
+        outputs = output.info.encodings
+        traces = {n: q.traces(outputs[n].quantized).values() for n, q in self.by_name.items()}
+        return {name: trace for name, of_level in traces.items() for trace in of_level}
 
     def codebook_metrics(self) -> HierarchyMetrics:
         """Return a new metric that counts the codes of each level."""
-        levels = zip(self.names, self.levels, strict=True)
-        return HierarchyMetrics({name: level.codebook_metrics() for name, level in levels})
+        return HierarchyMetrics({n: q.codebook_metrics() for n, q in self.by_name.items()})
 
     def tracked_scalars(self) -> dict[str, Tensor]:
         """Return each level's scalars (see `Quantizer`) as ``{level}_{name}``."""
-        levels = zip(self.names, self.levels, strict=True)
-        return {f"{n}_{k}": v for n, level in levels for k, v in level.tracked_scalars().items()}
+        scalars = {n: q.tracked_scalars().items() for n, q in self.by_name.items()}
+        return {f"{name}_{key}": value for name, items in scalars.items() for key, value in items}
 
     def identity(self) -> dict[str, object]:
-        """Return what decides the codes (see `Quantizer.identity`), that of each level included."""
-        levels = zip(self.names, self.levels, strict=True)
-        return {**super().identity(), "levels": {name: level.identity() for name, level in levels}}
+        """Add the identity of each level."""
+        return {**super().identity(), "levels": {n: q.identity() for n, q in self.by_name.items()}}

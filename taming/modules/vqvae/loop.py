@@ -1,36 +1,29 @@
-"""The loop of one site: the path of a latent, the searches along it, and what a turn does.
+"""The loop of one site: the path of a latent, the searches along it, and the transform of a turn.
 
 A latent z goes round the loop for at most T turns, n = 0..T-1. With r_0 = z, turn n is
 
     k_n     = argmin_k |r_n - M_n e_k|          the nearest code wins
-    d_n     = |r_n - M_n e_{k_n}|               distance of z, or of what is left of it, to a code
+    d_n     = |r_n - M_n e_{k_n}|               how far r_n is from that code
     d_n <= tau, or n = T-1:  write k_n and end  here the site ends
     otherwise:               write a code, transform r_n to r_{n+1}, go round again
 
     Attract  writes D,    r_{n+1} = r_n + step (e_{k_n} - r_n),  z_q = e_{k_n},            M_n = 1
     Cascade  writes k_n,  r_{n+1} = r_n - M_n e_{k_n},           z_q = sum_n M_n e_{k_n},  M_0 = 1
 
-(`Attract` measures d_n from where r_n has come to. Residuals stay in the space of z: M_n brings
-the codebook to them.) The path does not depend on the threshold tau, which only decides where it is
-cut: `Path` lists, for every turn, the codes if the site ended there, and `rate.lengths_within`
-finds the first turn that is within tau.
+The path does not depend on the threshold tau, which only decides where it is cut: `Path` lists, for
+every turn, the codes if the site ended there; `rate.lengths_within` finds the first within tau.
 
 A transform runs these turns in three methods, since each has something that the others lack:
 
-    search   latents -> path              No gradient: argmin has none. All K codes compete in every
-                                          turn, so this is where the time goes. It stops early once
-                                          every site has ended, and a beam keeps several partial
-                                          paths, so that the codes up to turn n are not always the
-                                          beginning of those up to turn n+1.
-    retrace  latents, codes -> searches   With the graph of the codebook. The path is known by now,
-                                          so a turn costs a lookup. It lists the query, the code
-                                          found and its target for each turn that a site took: what
-                                          the loss, the codebook's averages and revival, and the
-                                          transform itself learn from.
-    compose  codes -> vectors             Codes alone, as a decoder has them; queries are unknown.
-                                          `forward` takes its z_q from here too, not from z minus
-                                          the last residual, so that decoding repeats the same sums
-                                          in the same order and gives the same z_q, bit for bit.
+- ``search``: latents -> path, without gradient, for argmin has none. All K codes compete in every
+  turn, so most of the time is spent here; it stops once every site has ended. A beam keeps several
+  partial paths, so the codes up to turn n need not be the beginning of those up to turn n+1.
+- ``retrace``: latents and codes -> searches, with the graph of the codebook. The path is known by
+  now, so a turn costs a lookup. It lists query, code and target of each turn that a site took. The
+  loss, the codebook's averages and revival, and the transform itself learn from this list.
+- ``compose``: codes -> vectors, since a decoder has only codes. The quantizer's ``forward`` takes
+  z_q from here too, not from z minus the last residual: decoding then repeats the same sums in the
+  same order and gives the same z_q, bit for bit.
 
 Codes are 0..K-1 for a codebook vector, K for the dummy D ("transformed, went round again") and -1
 after the end.
@@ -48,14 +41,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taming.modules.vqvae.base import plain_attributes
+from taming.modules.vqvae.base import Part
 from taming.modules.vqvae.nearest import nearest_codes
 
 ABSENT = -1
+DepthShape = tuple[int, int] | None  # (T, D)
 
 
 class Path(NamedTuple):
-    """Where the loop of each latent may end.
+    """Possible ends of the loop of each latent.
 
     Attributes:
         codes: (N, T, T) int64; ``codes[:, n]`` are the codes written if the loop ends at turn n.
@@ -96,15 +90,12 @@ class Searches(NamedTuple):
 
 
 def check_codes(codes: Tensor, n_e: int, dummies: bool) -> None:
-    """Refuse codes (N, T) that the loop never writes.
+    """Raise a ValueError that names the first site of codes (N, T) that the loop never writes.
 
     Args:
         codes: (N, T) int64.
         n_e: K.
         dummies: True for the form ``D,D,A'``, False for ``A1,A2,A3``.
-
-    Raises:
-        ValueError: A site has no code, has one out of range, or goes on after its end.
     """
     last = (codes >= 0).sum(dim=1, keepdim=True) - 1  # (N, 1)
     turn = torch.arange(codes.shape[1], device=codes.device)  # (T,)
@@ -121,7 +112,7 @@ def check_codes(codes: Tensor, n_e: int, dummies: bool) -> None:
         )
 
 
-class Transform(nn.Module, ABC):
+class Transform(Part, ABC):
     """One turn of the loop and its inverse.
 
     Args:
@@ -135,12 +126,12 @@ class Transform(nn.Module, ABC):
     """
 
     dummies: bool
+    depth: nn.Parameter | None
 
-    def __init__(self, depth_embedding: tuple[int, int] | None = None) -> None:
+    def __init__(self, depth_embedding: DepthShape = None) -> None:
         super().__init__()
-        self.depth = None
-        if depth_embedding is not None:
-            self.depth = nn.Parameter(torch.zeros(*depth_embedding))
+        start = None if depth_embedding is None else nn.Parameter(torch.zeros(*depth_embedding))
+        self.register_parameter("depth", start)
 
     @abstractmethod
     def search(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
@@ -181,41 +172,30 @@ class Transform(nn.Module, ABC):
     def learn(self, z: Tensor, searches: Searches, codebook: Tensor) -> None:
         """Update the transform's statistics from a training batch; arguments of `initialize`."""
 
-    def identity(self) -> dict[str, object]:
-        """Return what decides, beside parameters and buffers, the codes: all plain attributes."""
-        return plain_attributes(self)
-
 
 class Cascade(Transform):
-    """Subtract the nearest code and go on with what is left: r <- r - M_n e_k, writing k.
+    """Subtract the nearest code and go on with the residual: r <- r - M_n e_k, writing k.
 
     All codes compete again in each turn, which sees the one codebook through a linear map M_n of
-    its own, M_0 = 1: what is left has another size and shape than the latents. A site decodes to
-    sum_n M_n e_{k_n}. The distance |r - M_n e_k| is |z - z_q|, so the threshold bounds the error
-    of every site that ends by itself. With M_n = 1 this is residual quantization with a shared
-    codebook (Lee et al. 2022, arXiv:2203.01941).
+    its own, since residuals have another size and shape than latents. The distance is |z - z_q|, so
+    the threshold bounds the error of every site that ends before the last turn. With M_n = 1 this
+    is residual quantization with a shared codebook (Lee et al. 2022, arXiv:2203.01941).
 
     Args:
         max_loops: T.
         depth_embedding: (T, D) of the depth embedding; None for none.
         beam: Partial paths kept per latent in each turn. 1 takes the nearest code, and a shorter
             path is then the beginning of a longer one; more finds better paths, at that many times
-            the cost of the search.
-
-    Raises:
-        ValueError: ``beam`` is out of range.
+            the cost of the search. At least 1.
     """
 
     dummies = False
 
-    def __init__(
-        self, max_loops: int, depth_embedding: tuple[int, int] | None = None, beam: int = 1
-    ) -> None:
+    def __init__(self, max_loops: int, depth_embedding: DepthShape = None, beam: int = 1) -> None:
         super().__init__(depth_embedding)
         if beam < 1:
             raise ValueError(f"beam must be at least 1, got {beam}")
-        self.max_loops = max_loops
-        self.beam = beam
+        self.max_loops, self.beam = max_loops, beam
 
     @abstractmethod
     def project(self, codebook: Tensor, turn: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The loopy vector quantizer: each latent becomes a sequence of codes, as long as it needs.
 
-`taming.modules.vqvae.loop` has the equations of the loop, and says where a site ends.
+The equations of the loop are in `taming.modules.vqvae.loop`.
 
 Axis letters: B images, D channels, h w grid, N = B h w latents, K codes, T turns.
 """
@@ -8,7 +8,7 @@ Axis letters: B images, D channels, h w grid, N = B h w latents, K codes, T turn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,11 @@ from torch import Tensor
 
 from taming.modules.distributed import sum_over_ranks
 from taming.modules.sequence.notations import UnarySequence
+from taming.modules.vqvae import rate
 from taming.modules.vqvae.base import (
+    GridShape,
     LoopTrace,
+    Quality,
     Quantizer,
     QuantizerInfo,
     QuantizerOutput,
@@ -31,29 +34,14 @@ from taming.modules.vqvae.codebook import Codebook
 from taming.modules.vqvae.loop import Path, Searches, Transform, check_codes
 from taming.modules.vqvae.metrics import LoopMetrics
 from taming.modules.vqvae.nearest import nearest_codes
-from taming.modules.vqvae.rate import (
-    expand_per_image,
-    fewest_codes,
-    lengths_within,
-    sample_budgets,
-    threshold_for,
-)
 from taming.util import instantiate_with_sizes
 
 RESIDUAL = {"target": "taming.modules.vqvae.transforms.Residual"}
+Rate = float | Tensor | None  # one number for all images, or one for each (B,)
 
 
 def build_transform(config: Mapping[str, Any], max_loops: int, e_dim: int) -> Transform:
-    """Build a quantizer's transform; T and D need not be stated.
-
-    Args:
-        config: ``{target, params}`` of a `Transform`. ``depth_embedding`` may be true.
-        max_loops: T.
-        e_dim: D.
-
-    Raises:
-        ValueError: A stated size disagrees.
-    """
+    """Build a transform from ``{target, params}`` with T and D filled in where not stated."""
     sizes: dict[str, Any] = {"max_loops": max_loops, "e_dim": e_dim}
     params = dict(config.get("params") or {})
     if depth := params.get("depth_embedding"):
@@ -65,25 +53,24 @@ def build_transform(config: Mapping[str, Any], max_loops: int, e_dim: int) -> Tr
 class LoopyVectorQuantizer(Quantizer):
     """Quantizer that goes round a loop until a code is near enough: a sequence for each latent.
 
-    For a latent z, threshold tau and at most T turns, with r = z at first: let e_k be the code
-    nearest to r. If it is within tau, or this is turn T, write k and end the loop. Otherwise write
-    a code of the transform's choice (the dummy D = K, or k), transform r, and go round again. A
-    latent's path does not depend on tau, which only decides where to stop.
+    Start with r = z. If the code e_k nearest to r is within the threshold tau, or this is turn T,
+    write k and end the loop. Otherwise write a code of the transform's choice (the dummy D = K, or
+    k), transform r, and go round again.
 
     Args:
         n_e: K, number of codes.
         e_dim: D, channels of a latent.
         beta: Weight of the commitment loss.
-        threshold: tau, Euclidean distance in the space of z at which a loop ends; may be inf. No
-            checkpoint changes it.
+        threshold: tau, Euclidean distance in the space of z at which a loop ends; may be inf. A
+            checkpoint does not change it.
         max_loops: T, most turns of a latent.
         transform_config: ``{target, params}`` of a `Transform`, by default `Residual`. T and D
             follow from this quantizer; ``depth_embedding: true`` stands for (T, D).
-        target_length: Mean turns per latent in [1, T]: instead of a fixed ``threshold``, tau is
-            then steered to it while training and kept in the checkpoint.
-        length_range: Train one quantizer for all rates: each image of a training batch draws its
-            mean turns uniformly between these bounds in [1, T] and gets the threshold that gives
-            them. None trains with the quantizer's own threshold.
+        target_length: Mean length in [1, T]: instead of a fixed ``threshold``, tau is then steered
+            to it while training and kept in the checkpoint.
+        length_range: Train one quantizer for all rates: the mean length of each image of a training
+            batch is sampled uniformly between these bounds in [1, T], and it gets the threshold
+            that gives it. None trains with the quantizer's own threshold.
         legacy: Put beta on the codebook term instead, for a codebook that learns by gradient.
         ema_decay: Learn the codebook by moving averages of this decay; None by gradient.
         start_batches: Number of first training batches from which k-means places the codes.
@@ -136,11 +123,8 @@ class LoopyVectorQuantizer(Quantizer):
         bounds = list(length_range or (1.0, 1.0))
         if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= max_loops:
             raise ValueError(f"length_range must be two bounds in [1, {max_loops}], got {bounds}")
-        self.beta = beta
-        self.legacy = legacy
-        self.max_loops = max_loops
-        self.target_length = target_length
-        self.length_range = length_range
+        self.beta, self.legacy, self.max_loops = beta, legacy, max_loops
+        self.target_length, self.length_range = target_length, length_range
         self.start_batches = start_batches
         self.embedding = Codebook(n_e, e_dim, ema_decay, revive_below)
         self.transform = build_transform(transform_config or RESIDUAL, max_loops, e_dim)
@@ -151,22 +135,15 @@ class LoopyVectorQuantizer(Quantizer):
         self.register_buffer("threshold", start)
         self.register_buffer("latent_std", torch.ones(()))
 
-    # --- latents -> codes -> latents -------------------------------------------------------------
-
-    def forward(
-        self,
-        z: Tensor,
-        threshold: float | Tensor | None = None,
-        max_codes: int | Tensor | None = None,
-    ) -> QuantizerOutput:
+    def forward(self, z: Tensor, threshold: Rate = None, max_codes: Rate = None) -> QuantizerOutput:
         """Quantize latents, each with as many turns as it needs.
 
         Args:
             z: (B, D, h, w) or (N, D); not changed.
-            threshold: tau, one for all or one per image (B,); None takes the quantizer's own or,
-                while training with a ``length_range``, draws a budget per image.
-            max_codes: Instead: most codes of an image, at least one per site, one number for all
-                or one per image; each image gets the smallest threshold that keeps to it.
+            threshold: tau; None takes the quantizer's own or, while training with a
+                ``length_range``, samples a budget per image.
+            max_codes: Instead: most codes of an image, at least one per site; each image gets the
+                smallest threshold that keeps to it.
 
         Returns:
             z_q like z, float32; loss; info with a `LoopTrace` (fields (B, h, w) or (N,)) and
@@ -181,28 +158,23 @@ class LoopyVectorQuantizer(Quantizer):
         if self.training and self.embedding.steps < self.start_batches:
             self._start_from_data(rows, len(z))
         path, tau = self._find_paths(rows, len(z), threshold, max_codes)
-        lengths = lengths_within(path.distances, tau)  # (N,): here each site ends
+        lengths = rate.lengths_within(path.distances, tau)  # (N,): here each site ends
         codes = path.end_at(lengths)  # (N, T)
         z_q = straight_through(flat, self.transform.decode(codes, self.embedding.weight.detach()))
         searches = self.transform.retrace(rows, codes, self.embedding.weight)
         loss = self._loss(flat, searches)
         last = path.distances.gather(1, lengths[:, None] - 1).squeeze(1)  # (N,)
-        trace = LoopTrace(lengths, last, last <= tau)
+        trace = LoopTrace(*(self._grid(x, z) for x in (lengths, last, last <= tau)))
         if self.training:
             self._learn(rows, searches)
             if threshold is None:
                 self._steer_threshold(path.distances)
-        info = QuantizerInfo(
-            code_perplexity(searches.found, self.n_e),
-            LoopTrace(*(self._grid(field, z) for field in trace)),
-            self._grid(codes, z),
-        )
+        perplexity = code_perplexity(searches.found, self.n_e)
+        info = QuantizerInfo(perplexity, trace, self._grid(codes, z))
         z_q = self._grid(z_q, z)
         return QuantizerOutput(z_q if z.ndim == 2 else channels_second(z_q), loss, info)
 
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
-    ) -> Tensor:
+    def get_codebook_entry(self, indices: Tensor, shape: GridShape | None = None) -> Tensor:
         """Turn codes back into latents: exactly the z_q of `forward` in eval mode.
 
         Args:
@@ -217,9 +189,8 @@ class LoopyVectorQuantizer(Quantizer):
         """
         grid = indices.shape[:-1] if shape is None else shape[:3]
         if indices.numel() != math.prod(grid) * self.max_loops:
-            raise ValueError(
-                f"expected {self.max_loops} codes for each site, got {tuple(indices.shape)}"
-            )
+            got = tuple(indices.shape)
+            raise ValueError(f"expected {self.max_loops} codes for each site, got the shape {got}")
         codes = indices.reshape(-1, self.max_loops)  # (N, T)
         check_codes(codes, self.n_e, self.transform.dummies)
         z_q = self.transform.decode(codes, self.embedding.weight)
@@ -234,47 +205,46 @@ class LoopyVectorQuantizer(Quantizer):
         rows = self._rows(z).detach()
         return self._search(rows, rows.new_zeros(len(rows)))
 
-    @staticmethod
-    def thresholds(path: Path, max_codes: Tensor) -> Tensor:
-        """Thresholds (N,) at which the images of a path have at most ``max_codes`` (B,) codes."""
-        distances = path.distances.unflatten(0, (len(max_codes), -1))  # (B, S, T)
-        return threshold_for(distances, max_codes).repeat_interleave(distances.shape[1])
-
     @torch.no_grad()
-    def fewest_codes(
-        self, z: Tensor, quality: Callable[[Tensor], Tensor], target: Tensor
-    ) -> Tensor:
-        """Find the smallest ``max_codes`` of each image that reaches a quality: (B,)."""
+    def fewest_codes(self, z: Tensor, quality: Quality, target: Tensor) -> Tensor:
+        """Find the smallest ``max_codes`` of each image with which it reaches a target quality.
+
+        Args:
+            z: (B, D, h, w) latents.
+            quality: Codes (B, h, w, T) -> quality (B,) of the images decoded from them.
+            target: (B,), the quality wanted.
+
+        Returns:
+            (B,) int64; T codes for every site where nothing reaches the target.
+        """
         path = self.whole_path(z)  # searched once, then cut to each budget
 
         def quality_within(max_codes: Tensor) -> Tensor:
-            lengths = lengths_within(path.distances, self.thresholds(path, max_codes))
-            return quality(self._grid(path.end_at(lengths), z))
+            tau = rate.threshold_for(path.distances, max_codes)
+            codes = path.end_at(rate.lengths_within(path.distances, tau))
+            return quality(self._grid(codes, z))
 
-        return fewest_codes(quality_within, target, z[0, 0].numel(), self.max_loops)
+        return rate.fewest_codes(quality_within, target, z[0, 0].numel(), self.max_loops)
 
     def _find_paths(
-        self,
-        rows: Tensor,
-        images: int,
-        threshold: float | Tensor | None,
-        max_codes: int | Tensor | None,
+        self, rows: Tensor, images: int, threshold: Rate = None, max_codes: Rate = None
     ) -> tuple[Path, Tensor]:
         """Find the path of latents (N, D), as long as needed, and the tau (N,) that cuts it."""
         if threshold is not None and max_codes is not None:
             raise ValueError("give a threshold or max_codes, not both")
         sites = len(rows) // images
         if threshold is None and max_codes is None and self.training and self.length_range:
-            max_codes = sample_budgets(images, sites, self.length_range, rows.device)
+            max_codes = rate.sample_budgets(images, sites, self.length_range, rows.device)
         if max_codes is None:
             tau = torch.as_tensor(self.threshold if threshold is None else threshold)
             if threshold is not None and not (tau >= 0).all():
                 raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
-            tau = expand_per_image("threshold", tau.to(rows), images).repeat_interleave(sites)
+            tau = rate.expand_per_image("threshold", tau.to(rows), images).repeat_interleave(sites)
             return self._search(rows, tau), tau
         path = self.whole_path(rows)
         budgets = torch.as_tensor(max_codes, device=rows.device)
-        return path, self.thresholds(path, expand_per_image("max_codes", budgets, images))
+        budgets = rate.expand_per_image("max_codes", budgets, images)
+        return path, rate.threshold_for(path.distances, budgets)
 
     def _search(self, rows: Tensor, tau: Tensor) -> Path:
         """Find the path of latents (N, D) until they are within tau (N,)."""
@@ -299,14 +269,14 @@ class LoopyVectorQuantizer(Quantizer):
         if first and self.target_length is not None:
             self.threshold.copy_(self._mean(nearest_codes(rows, self.embedding.weight).distances))
         for _ in range(self.max_loops - 1):  # a turn's size depends on the turns before it
-            path, tau = self._find_paths(rows, images, None, None)
-            codes = path.end_at(lengths_within(path.distances, tau))
+            path, tau = self._find_paths(rows, images)
+            codes = path.end_at(rate.lengths_within(path.distances, tau))
             searches = self.transform.retrace(rows, codes, self.embedding.weight.detach())
             self.transform.initialize(rows, searches, self.embedding.weight.detach())
 
     @torch.no_grad()
     def _learn(self, rows: Tensor, searches: Searches) -> None:
-        """Update what is neither trained by gradient nor steered."""
+        """Update the latents' spread and all that learns by running statistics."""
         spread = (rows - self._mean(rows)).square().sum(dim=1)
         momentum = 0.0 if self.embedding.steps == 0 else 0.99
         self.latent_std.lerp_(self._mean(spread).sqrt(), 1 - momentum)
@@ -317,14 +287,12 @@ class LoopyVectorQuantizer(Quantizer):
     def _steer_threshold(self, distances: Tensor) -> None:
         """Move the threshold toward the one that gives ``target_length``."""
         if self.target_length is not None:
-            lengths = lengths_within(distances, self.threshold.expand(len(distances)))
+            lengths = rate.lengths_within(distances, self.threshold.expand(len(distances)))
             # 5% a step for each turn too many settles in tens of steps and does not overshoot.
             excess = self._mean(lengths.float()) - self.target_length
             moved = self.threshold * torch.exp(0.05 * excess.clamp(-1, 1))
             # No factor leads away from 0, where all latents of a batch are the same.
             self.threshold.copy_(torch.maximum(moved, 1e-3 * self.latent_std))
-
-    # --- answers to the model around it ----------------------------------------------------------
 
     def traces(self, output: Any) -> dict[str, LoopTrace]:
         """Return the trace of an output of `forward` under the name ""."""
@@ -340,7 +308,7 @@ class LoopyVectorQuantizer(Quantizer):
         return {} if relative.isinf() else {"relative_threshold": relative}
 
     def identity(self) -> dict[str, object]:
-        """Return what decides the codes (see `Quantizer.identity`), the transform's included."""
+        """Add the transform's identity."""
         return {**super().identity(), "transform": self.transform.identity()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

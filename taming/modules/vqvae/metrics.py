@@ -31,8 +31,7 @@ class CodebookMetrics(Metric):
 
     def __init__(self, n_e: int, max_loops: int) -> None:
         super().__init__()
-        self.n_e = n_e
-        self.max_loops = max_loops
+        self.n_e, self.max_loops = n_e, max_loops
         self.add_state("codes", torch.zeros(n_e, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("lengths", torch.zeros(max_loops + 1, dtype=torch.int64), "sum")
         self.add_state("error", torch.zeros(()), dist_reduce_fx="sum")  # MPS has no float64
@@ -90,11 +89,7 @@ class LoopMetrics(CodebookMetrics):
 
 
 class HierarchyMetrics(nn.Module):
-    """The metrics of each level of a hierarchy, with the level's name before each value's.
-
-    Args:
-        levels: Name of a level -> its metric.
-    """
+    """Metrics of a hierarchy's levels, from level name -> metric; values are ``{level}_{name}``."""
 
     def __init__(self, levels: Mapping[str, CodebookMetrics | HierarchyMetrics]) -> None:
         super().__init__()
@@ -107,12 +102,7 @@ class HierarchyMetrics(nn.Module):
         return any(metrics.update_called for metrics in self.levels.values())
 
     def update(self, z: Tensor, quantized: Any) -> None:
-        """Add a batch.
-
-        Args:
-            z: Latents of the finest level; unused, for the output has those of every level.
-            quantized: `HierarchyOutput` of the latents.
-        """
+        """Add a batch; z is unused, for a `HierarchyOutput` has the latents of every level."""
         for name, level in quantized.info.encodings.items():
             self.levels[name].update(level.z, level.quantized)
 

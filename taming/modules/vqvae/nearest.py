@@ -38,7 +38,7 @@ def nearest_codes(
     winner is then computed directly, which loses no digits to cancellation.
 
     Args:
-        vectors: (N, D), any float type; compared in float32 whatever autocast says.
+        vectors: (N, D), any float type; compared in float32 even under autocast.
         codebook: (K, D), any float type.
         k: Number of codes to find, at most K; None finds one and adds no axis for it.
         max_scores: Upper bound on the scores held in memory at once.

@@ -1,7 +1,7 @@
 """The original's quantizers: one code per latent.
 
 `VectorQuantizer2` and `VectorQuantizer` learn the codebook by gradient, `EMAVectorQuantizer` by
-moving averages; `GumbelQuantize` draws codes from scores. `LoopyVectorQuantizer` is re-exported.
+moving averages; `GumbelQuantize` samples codes from scores. `LoopyVectorQuantizer` is re-exported.
 
 Axis letters: B images, C input channels, D channels of a code, h w grid, N latents, K codes.
 """
@@ -27,18 +27,9 @@ from taming.modules.vqvae.base import (
     vq_loss,
 )
 from taming.modules.vqvae.codebook import check_precision, update_means
-from taming.modules.vqvae.loopy import LoopyVectorQuantizer
+from taming.modules.vqvae.loopy import LoopyVectorQuantizer as LoopyVectorQuantizer
 from taming.modules.vqvae.nearest import nearest_codes
 from taming.util import NonFiniteError
-
-__all__ = [
-    "EMAVectorQuantizer",
-    "EmbeddingEMA",
-    "GumbelQuantize",
-    "LoopyVectorQuantizer",
-    "VectorQuantizer",
-    "VectorQuantizer2",
-]
 
 
 class EmbeddingEMA(nn.Module):
@@ -58,8 +49,7 @@ class EmbeddingEMA(nn.Module):
         self, num_tokens: int, codebook_dim: int, decay: float = 0.99, eps: float = 1e-5
     ) -> None:
         super().__init__()
-        self.decay = decay
-        self.eps = eps
+        self.decay, self.eps = decay, eps
         start = torch.randn(num_tokens, codebook_dim)
         self.weight = nn.Parameter(start, requires_grad=False)
         # One vote each for the initial position. With none, as in the original, the first step
@@ -72,8 +62,8 @@ class EmbeddingEMA(nn.Module):
         """Update from latents (N, D) float32 and the codes (N,) nearest to them, on all ranks."""
         check_precision(self.weight, rows)
         votes = sum_over_ranks(torch.bincount(codes, minlength=len(self.weight)).float())
-        means = (self.weight, self.cluster_size, self.embed_avg)
-        update_means(*means, votes, rows, codes, self.decay, self.eps)
+        running = (self.weight, self.cluster_size, self.embed_avg)
+        update_means(running, votes, rows, codes, self.decay, self.eps)
 
     def forward(self, embed_id: Tensor) -> Tensor:
         """Look codes up: (...,) int64 -> (..., D)."""
@@ -83,35 +73,16 @@ class EmbeddingEMA(nn.Module):
 class NearestQuantizer(SingleCodeQuantizer):
     """Base class of quantizers that map each latent to its nearest code.
 
-    Args:
-        n_e: K, number of codes.
-        e_dim: D, channels of a latent.
-        beta: Weight of the commitment loss.
-        remap: Path of an ``.npy`` file of used codes (see `SingleCodeQuantizer`).
-        unknown_index: Index of an unused code under ``remap``.
-        sane_index_shape: Return indices as (B, h, w) rather than flat.
-
     Attributes:
         embedding: Holds ``weight``, the codes (K, D).
+        sane_index_shape: True to return indices as (B, h, w) rather than flat.
     """
 
     not_in_identity = ("remap", "beta", "sane_index_shape", "legacy")
     embedding: nn.Embedding | EmbeddingEMA
+    sane_index_shape = False
     _perplexity = True
     _flat_shape: tuple[int, ...] = (-1,)
-
-    def __init__(
-        self,
-        n_e: int,
-        e_dim: int,
-        beta: float,
-        remap: str | None = None,
-        unknown_index: str | int = "random",
-        sane_index_shape: bool = False,
-    ) -> None:
-        super().__init__(n_e, e_dim, remap, unknown_index)
-        self.beta = beta
-        self.sane_index_shape = sane_index_shape
 
     @property
     def codebook(self) -> Tensor:
@@ -119,17 +90,7 @@ class NearestQuantizer(SingleCodeQuantizer):
         return self.embedding.weight
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantize latents.
-
-        Args:
-            z: (B, D, h, w).
-
-        Returns:
-            z_q like z, float32; loss; info, whose indices are described at each class.
-
-        Raises:
-            ValueError: z has another shape.
-        """
+        """Quantize latents z (B, D, h, w); the shape of the indices is described at each class."""
         if z.ndim != 4:
             raise ValueError(f"expected latents (B, {self.e_dim}, h, w), got {tuple(z.shape)}")
         rows = self._rows(z)  # (N, D)
@@ -146,7 +107,7 @@ class NearestQuantizer(SingleCodeQuantizer):
         """Compute the loss of latents (N, D) and their codes (N, D)."""
 
     def _learn(self, rows: Tensor, codes: Tensor) -> None:
-        """Update what is not learned by gradient; by default, nothing."""
+        """Update codes that do not learn by gradient; by default, nothing."""
 
     def _info(self, codes: Tensor, z: Tensor) -> QuantizerInfo:
         """Describe the codes (N,) of latents z (B, D, h, w)."""
@@ -191,8 +152,8 @@ class VectorQuantizer2(NearestQuantizer):
         sane_index_shape: bool = False,
         legacy: bool = True,
     ) -> None:
-        super().__init__(n_e, e_dim, beta, remap, unknown_index, sane_index_shape)
-        self.legacy = legacy
+        super().__init__(n_e, e_dim, remap, unknown_index)
+        self.beta, self.legacy, self.sane_index_shape = beta, legacy, sane_index_shape
         if remap is not None:
             self._flat_shape = (-1, 1)
         self.embedding = nn.Embedding(n_e, e_dim)
@@ -261,7 +222,8 @@ class EMAVectorQuantizer(NearestQuantizer):
         unknown_index: str | int = "random",
         sane_index_shape: bool = False,
     ) -> None:
-        super().__init__(n_embed, embedding_dim, beta, remap, unknown_index, sane_index_shape)
+        super().__init__(n_embed, embedding_dim, remap, unknown_index)
+        self.beta, self.sane_index_shape = beta, sane_index_shape
         self.embedding: EmbeddingEMA = EmbeddingEMA(n_embed, embedding_dim, decay, eps)
 
     def _loss(self, rows: Tensor, entries: Tensor) -> Tensor:
@@ -272,7 +234,7 @@ class EMAVectorQuantizer(NearestQuantizer):
 
 
 class GumbelQuantize(SingleCodeQuantizer):
-    """Score every code and draw one by the Gumbel-softmax trick; in eval mode, take the best.
+    """Score every code and sample one by the Gumbel-softmax trick; in eval mode, take the best.
 
     The straight-through estimator is that of Jang et al. 2017 (arXiv:1611.01144, section 2.2).
 
@@ -280,16 +242,16 @@ class GumbelQuantize(SingleCodeQuantizer):
         num_hiddens: C, channels of the input.
         embedding_dim: D, channels of a code.
         n_embed: K, number of codes.
-        straight_through: Draw single codes in training; otherwise mixtures of them.
+        straight_through: Sample single codes in training; otherwise mixtures of them.
         kl_weight: Weight of the divergence of the scores from the uniform distribution.
         temp_init: Initial ``temperature``, above 0.
         use_vqinterface: Return the indices inside a `QuantizerInfo`; otherwise by themselves.
-        remap: Path of an ``.npy`` file of used codes; the others are then never drawn.
+        remap: Path of an ``.npy`` file of used codes; the others are then never sampled.
         unknown_index: Index of an unused code: ``"random"``, ``"extra"`` or a number.
-        legacy: Draw in eval mode too, as the original did.
+        legacy: Sample in eval mode too, as the original did.
 
     Attributes:
-        temperature: Of the draw. It is not part of the state: `GumbelVQ` derives it from the step.
+        temperature: Not part of the state, since `GumbelVQ` derives it from the step.
 
     Example:
         >>> quantizer = GumbelQuantize(num_hiddens=8, embedding_dim=4, n_embed=16).eval()
@@ -316,11 +278,9 @@ class GumbelQuantize(SingleCodeQuantizer):
     ) -> None:
         super().__init__(n_embed, embedding_dim, remap, unknown_index)
         self.n_embed, self.embedding_dim = n_embed, embedding_dim  # the original's names
-        self.straight_through = straight_through
-        self.kl_weight = kl_weight
-        self.temperature = temp_init
+        self.straight_through, self.legacy = straight_through, legacy
+        self.kl_weight, self.temperature = kl_weight, temp_init
         self.use_vqinterface = use_vqinterface
-        self.legacy = legacy
         self.proj = nn.Conv2d(num_hiddens, n_embed, 1)
         self.embed = nn.Embedding(n_embed, embedding_dim)
 
@@ -334,7 +294,7 @@ class GumbelQuantize(SingleCodeQuantizer):
 
         Args:
             z: (B, C, h, w).
-            temp: Temperature of this draw; None for ``temperature``.
+            temp: Temperature of this call; None for ``temperature``.
             return_logits: Return the scores (B, K, h, w) too, as a fourth value.
 
         Returns:
@@ -343,7 +303,8 @@ class GumbelQuantize(SingleCodeQuantizer):
         if not torch.isfinite(z).all():
             raise NonFiniteError("the latents that reach the quantizer are not finite")
         with torch.autocast(z.device.type, enabled=False):
-            logits = self._score(z.float())
+            logits = self.proj(z.float())  # (B, K, h, w), under remap of the used codes only
+            logits = logits if self.remap is None else logits[:, self.used]
             z_q, indices = self._choose(logits, self.temperature if temp is None else temp)
         log_q = logits.log_softmax(dim=1)
         divergence = (log_q.exp() * (log_q + math.log(self.n_e))).sum(dim=1).mean()
@@ -353,13 +314,8 @@ class GumbelQuantize(SingleCodeQuantizer):
         output = QuantizerOutput(z_q, loss, QuantizerInfo(None, None, indices))
         return (*output, logits) if return_logits else output
 
-    def _score(self, z: Tensor) -> Tensor:
-        """Score latents (B, C, h, w): (B, K, h, w), under ``remap`` of the used codes only."""
-        logits = self.proj(z)
-        return logits if self.remap is None else logits[:, self.used]
-
     def _choose(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Draw, or pick, codes: z_q (B, D, h, w) and indices (B, h, w)."""
+        """Sample, or take the best, codes: z_q (B, D, h, w) and indices (B, h, w)."""
         codes = self.codebook if self.remap is None else self.codebook[self.used]
         if not self.training and not self.legacy:
             indices = logits.argmax(dim=1)

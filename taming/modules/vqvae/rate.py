@@ -16,21 +16,10 @@ from torch import Tensor
 
 
 def expand_per_image(name: str, value: Tensor, images: int) -> Tensor:
-    """Expand one number, or check one number per image, to (B,).
-
-    Args:
-        name: Name of the argument, for the message.
-        value: A scalar, (1,) or (B,).
-        images: B.
-
-    Raises:
-        ValueError: The value has another shape.
-    """
+    """Expand one number to (B,); raise a ValueError if it is not one, nor one for each image."""
     if value.ndim > 1 or value.numel() not in (1, images):
-        raise ValueError(
-            f"{name} must be one number or one for each of {images} images, got the shape "
-            f"{tuple(value.shape)}"
-        )
+        expected = f"one number or one for each of {images} images"
+        raise ValueError(f"{name} must be {expected}, got the shape {tuple(value.shape)}")
     return value.expand(images)
 
 
@@ -57,15 +46,16 @@ def threshold_for(distances: Tensor, max_codes: Tensor) -> Tensor:
     and its threshold is one of those minima: no search is needed.
 
     Args:
-        distances: (B, S, T) along whole paths.
+        distances: (N, T) along the whole paths of N = B S latents.
         max_codes: (B,) int64, at least S.
 
     Returns:
-        (B,) thresholds.
+        (N,) thresholds, the same for all sites of an image.
 
     Raises:
         ValueError: A budget is smaller than the number of sites, or not a whole number.
     """
+    distances = distances.unflatten(0, (len(max_codes), -1))  # (B, S, T)
     sites = distances.shape[1]
     if max_codes.is_floating_point():
         raise ValueError(f"max_codes must be a whole number, got {max_codes.tolist()}")
@@ -78,7 +68,7 @@ def threshold_for(distances: Tensor, max_codes: Tensor) -> Tensor:
     ordered = F.pad(minima.sort(dim=1, descending=True).values, (0, 1))  # (B, S (T - 1) + 1)
     # With the m-th largest minimum (from 0) as threshold, at most m minima are above it.
     further = (max_codes - sites).clamp(max=minima.shape[1])  # (B,), codes beyond one per site
-    return ordered.gather(1, further[:, None]).squeeze(1)
+    return ordered.gather(1, further[:, None]).squeeze(1).repeat_interleave(sites)
 
 
 def fewest_codes(
@@ -123,10 +113,6 @@ def fewest_codes(
 def sample_budgets(
     images: int, sites: int, lengths: tuple[float, float], device: torch.device
 ) -> Tensor:
-    """Sample a budget per image: a mean length uniform in ``lengths``, times its sites.
-
-    Returns:
-        (B,) int64.
-    """
+    """Sample a budget (B,) int64: a mean length uniform in ``lengths``, times an image's sites."""
     mean = torch.empty(images, device=device).uniform_(*lengths)
     return (mean * sites).round().long()

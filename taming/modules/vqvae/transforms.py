@@ -1,4 +1,4 @@
-"""The transforms: what one turn of the loop does to a latent with no code within the threshold.
+"""Transforms: one turn of the loop for a latent without a code within the threshold.
 
 Axis letters: N latents, D channels, K codes, T turns, M searches.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taming.modules.distributed import sum_over_ranks
-from taming.modules.vqvae.loop import ABSENT, Cascade, Path, Searches, Transform
+from taming.modules.vqvae.loop import ABSENT, Cascade, DepthShape, Path, Searches, Transform
 from taming.modules.vqvae.nearest import nearest_codes
 
 MOMENTUM = 0.95  # weight of the old value in running statistics
@@ -23,7 +23,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def relative_sizes(searches: Searches, default: Tensor) -> Tensor:
-    """RMS of what is left at each turn over the RMS of the latents, on all ranks.
+    """RMS of the queries of each turn over that of the latents, on all ranks.
 
     Args:
         searches: Of a `Cascade`; only latents that went on to a turn count there.
@@ -53,9 +53,6 @@ class Attract(Transform):
         step: Fraction of the way to the code covered in a turn, in (0, 1].
         depth_embedding: (T, D) of the depth embedding; None for none.
 
-    Raises:
-        ValueError: ``step`` is out of range.
-
     Example:
         >>> codebook, z = torch.tensor([[0.0], [8.0]]), torch.tensor([[0.5], [6.0]])
         >>> path = Attract(step=0.5).search(z, codebook, torch.full((2,), 0.5), max_loops=4)
@@ -68,7 +65,7 @@ class Attract(Transform):
 
     dummies = True
 
-    def __init__(self, step: float = 0.5, depth_embedding: tuple[int, int] | None = None) -> None:
+    def __init__(self, step: float = 0.5, depth_embedding: DepthShape = None) -> None:
         super().__init__(depth_embedding)
         if not 0 < step <= 1:
             raise ValueError(f"step must be in (0, 1], got {step}")
@@ -103,10 +100,10 @@ class Attract(Transform):
 
 
 class Residual(Cascade):
-    """Rescale what is left to the size of the latents: M_n is the number S_n (see `Cascade`).
+    """Rescale the residual to the size of the latents: M_n is the number S_n (see `Cascade`).
 
-    With s_n = S_(n+1) / S_n that is r <- (r - e_k) / s_n, searched in the codebook as it is. It
-    takes no account of the shape of what is left.
+    With s_n = S_(n+1) / S_n that is r <- (r - e_k) / s_n, searched in the codebook as it is,
+    which ignores the residual's shape.
 
     Args:
         max_loops: T.
@@ -114,7 +111,7 @@ class Residual(Cascade):
         beam: Partial paths kept per latent in each turn.
 
     Attributes:
-        scales: (T,) float32, S_n: the running RMS of what is left at turn n over the latents'.
+        scales: (T,) float32, S_n: running RMS of the residual at turn n over that of the latents.
 
     Example:
         >>> residual, codebook = Residual(max_loops=3), torch.tensor([[1.0], [4.0], [-0.5]])
@@ -122,13 +119,9 @@ class Residual(Cascade):
         >>> path = residual.search(z, codebook, threshold=torch.zeros(1), max_loops=3)
         >>> path.codes[0, -1].tolist(), path.distances.tolist()
         ([1, 0, 2], [[0.5, 0.5, 0.0]])
-        >>> residual.decode(path.codes[:, -1], codebook)
-        tensor([[4.5000]])
     """
 
-    def __init__(
-        self, max_loops: int, depth_embedding: tuple[int, int] | None = None, beam: int = 1
-    ) -> None:
+    def __init__(self, max_loops: int, depth_embedding: DepthShape = None, beam: int = 1) -> None:
         super().__init__(max_loops, depth_embedding, beam)
         self.scales: Tensor
         self.register_buffer("scales", torch.ones(max_loops))
@@ -154,7 +147,7 @@ class Residual(Cascade):
 
 
 class LinearResidual(Cascade):
-    """Bring the codebook into the shape of what is left: M_n is a matrix (see `Cascade`).
+    """Bring the codebook into the shape of the residuals: M_n is a matrix (see `Cascade`).
 
     The maps are the least-squares fit of M_n e_k to the queries of turn n, followed by a damped
     Newton step for each batch, so that maps and codebook together reduce |z - z_q|^2. A ridge
@@ -176,16 +169,12 @@ class LinearResidual(Cascade):
         >>> codebook = z[:8]
         >>> codes = linear.search(z, codebook, torch.zeros(50), max_loops=3).codes[:, -1]
         >>> linear.initialize(z, linear.retrace(z, codes, codebook), codebook)
-        >>> bool(linear.maps[1, 0, 0] < 1)  # what is left is smaller than the latents
+        >>> bool(linear.maps[1, 0, 0] < 1)  # residuals are smaller than latents
         True
     """
 
     def __init__(
-        self,
-        max_loops: int,
-        e_dim: int,
-        depth_embedding: tuple[int, int] | None = None,
-        beam: int = 1,
+        self, max_loops: int, e_dim: int, depth_embedding: DepthShape = None, beam: int = 1
     ) -> None:
         super().__init__(max_loops, depth_embedding, beam)
         self.maps: Tensor
@@ -204,7 +193,7 @@ class LinearResidual(Cascade):
 
     @torch.no_grad()
     def initialize(self, z: Tensor, searches: Searches, codebook: Tensor) -> None:
-        """Set the maps to the relative sizes of what is left, without its shape."""
+        """Set the maps to the relative sizes of the residuals, without their shape."""
         sizes = relative_sizes(searches, self.maps.diagonal(dim1=1, dim2=2).mean(dim=1))
         self.maps = sizes[:, None, None] * torch.eye(z.shape[1], device=z.device)  # (T, D, D)
         self.moments = self._statistics(z, searches, codebook)[1]
