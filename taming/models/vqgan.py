@@ -5,7 +5,7 @@ Axis letters: B images, C channels, H W image, D latent channels, h w grid, K co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,17 +73,13 @@ class VQModel(ManualOptimization, FirstStage):
             influencing the encoder, which then uses more directions of the latent space.
         orthogonal_start: Start the linear layers on both sides of the latents orthogonal.
 
-    Raises:
-        ValueError: The parts do not fit each other, or the checkpoint.
-
     Example:
         >>> sizes = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": []}
         >>> sizes |= {"in_channels": 3, "out_ch": 3, "z_channels": 8, "resolution": 16}
         >>> loss = {"target": "taming.modules.losses.reconstruction.ReconstructionLoss"}
         >>> model = VQModel({**sizes, "double_z": False}, loss, n_embed=64, embed_dim=4).eval()
         >>> x = torch.rand(2, 3, 16, 16) * 2 - 1
-        >>> codes = model.encode_to_codes(x)
-        >>> codes.shape
+        >>> (codes := model.encode_to_codes(x)).shape
         torch.Size([2, 8, 8, 1])
         >>> torch.equal(model.decode_code(codes), model(x)[0])
         True
@@ -315,9 +311,6 @@ class VQModel(ManualOptimization, FirstStage):
         return pictures | self.code_pictures(quantized, (x.shape[2], x.shape[3]))
 
 
-# --- the original's variants ----------------------------------------------------------------------
-
-
 class VQSegmentationModel(VQModel):
     """A `VQModel` of maps of n_labels labels: inputs are one-hot, the decoder returns logits."""
 
@@ -368,16 +361,17 @@ class GumbelVQ(VQModel):
         temperature_scheduler_config: Mapping[str, Any],
         *,
         kl_weight: float = 1e-8,
+        remap: str | None = None,
         **kwargs: Any,
     ) -> None:
-        kwargs["quantizer_config"] = {
+        quantizer = {
             "target": "taming.modules.vqvae.quantize.GumbelQuantize",
-            "params": {"kl_weight": kl_weight, "remap": kwargs.pop("remap", None)},
+            "params": {"kl_weight": kl_weight, "remap": remap},
         }
-        super().__init__(ddconfig, lossconfig, n_embed, embed_dim, **kwargs)
-        self.temperature_scheduler: Callable[[int], float] = instantiate_from_config(
-            temperature_scheduler_config
+        super().__init__(
+            ddconfig, lossconfig, n_embed, embed_dim, quantizer_config=quantizer, **kwargs
         )
+        self.temperature_scheduler = instantiate_from_config(temperature_scheduler_config)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the temperature of this step, which needs no checkpoint to be restored."""
@@ -389,10 +383,16 @@ class GumbelVQ(VQModel):
 class EMAVQ(VQModel):
     """A `VQModel` whose codes are moving averages of their latents: an `EMAVectorQuantizer`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        names = ("beta", "remap", "sane_index_shape")
-        kwargs["quantizer_config"] = {
+    def __init__(
+        self,
+        *args: Any,
+        beta: float = 0.25,
+        remap: str | None = None,
+        sane_index_shape: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        quantizer = {
             "target": "taming.modules.vqvae.quantize.EMAVectorQuantizer",
-            "params": {name: kwargs.pop(name, DEFAULTS[name]) for name in names},
+            "params": {"beta": beta, "remap": remap, "sane_index_shape": sane_index_shape},
         }
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, quantizer_config=quantizer, **kwargs)

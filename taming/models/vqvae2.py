@@ -53,8 +53,9 @@ class VQVAE2(VQModel):
         quantizer_config: Mapping[str, Any],
         **kwargs: Any,
     ) -> None:
-        kwargs["quantizer_config"] = quantizer_config
-        super().__init__(ddconfig, lossconfig, n_embed, embed_dim, **kwargs)
+        super().__init__(
+            ddconfig, lossconfig, n_embed, embed_dim, quantizer_config=quantizer_config, **kwargs
+        )
         quantizer = self.quantize
         if not quantizer.names:
             raise ValueError(

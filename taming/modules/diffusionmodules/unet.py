@@ -186,8 +186,14 @@ class VUNet(Model):
         **sizes: Any,
     ) -> None:
         smallest = ch * ch_mult[-1]
-        sizes |= {"in_channels": c_channels, "extra_channels": smallest}
-        super().__init__(ch=ch, ch_mult=ch_mult, use_timestep=use_timestep, **sizes)
+        super().__init__(
+            ch=ch,
+            ch_mult=ch_mult,
+            in_channels=c_channels,
+            use_timestep=use_timestep,
+            extra_channels=smallest,
+            **sizes,
+        )
         self.z_in = nn.Conv2d(z_channels, smallest, kernel_size=1)
 
     def forward(self, x: Tensor, z: Tensor, t: Tensor | None = None) -> Tensor:
