@@ -5,6 +5,7 @@ Axis letters: B images, C channels, H W image, h w grid, T turns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ class FirstStage:
     quantize: Quantizer
     colorize: Tensor | None
     encode: Any
+    decode: Any
 
     # --- codes -----------------------------------------------------------------------------------
 
@@ -111,6 +113,20 @@ class FirstStage:
             for name, trace in self.quantize.traces(quantized).items()
             if (turns := codes[name].shape[-1]) > 1
         }
+
+    def condition_pictures(
+        self, c: Tensor, quant_c: Tensor, size: tuple[int, int], datasets: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Show conditions and their reconstructions: name -> (B, 3, H, W).
+
+        Args:
+            c: (B, C, H, W) images that are conditions.
+            quant_c: z_q that ``encode`` returned for them.
+            size: Not used: the pictures have the size of the conditions.
+            datasets: Not used.
+        """
+        images = {"conditioning": c, "conditioning_rec": self.as_input(self.decode(quant_c))}
+        return {name: self.to_rgb(image) for name, image in images.items()}
 
     def to_rgb(self, x: Tensor) -> Tensor:
         """Colour images (B, C, H, W): grey if C is 1, a fixed random projection if not 3.

@@ -309,5 +309,9 @@ def test_codes_have_one_shape_whatever_the_quantizer(kwargs: dict) -> None:
 def test_only_a_tokenizer_of_one_code_per_site_is_a_condition() -> None:
     plain = model(quantizer_config=None)
     assert (plain.condition_vocab_size, plain.condition_length) == (16, 64)
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        pictures = plain.eval().condition_pictures(x, plain.encode(x).z_q, (16, 16), {})
+        torch.testing.assert_close(pictures, {"conditioning": x, "conditioning_rec": plain(x)[0]})
     with pytest.raises(ValueError, match="LoopyVectorQuantizer.*different lengths"):
         _ = model().condition_length
