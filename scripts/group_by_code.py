@@ -60,8 +60,7 @@ def load(name: str) -> VQModel:
     model = model_from_run(name)
     if not isinstance(model, VQModel):
         raise ValueError(f"{name} holds a {type(model).__name__}, not a tokenizer")
-    side = model.encoder.resolution // model.encoder.factor
-    codes = side * side * model.quantize.sequence.max_loops
+    codes = model.grid[0] * model.grid[1] * model.quantize.sequence.max_loops
     if codes != 1:
         raise ValueError(
             f"the tokenizer of {name} has up to {codes} codes per image instead of one; train one "

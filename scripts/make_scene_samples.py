@@ -59,7 +59,7 @@ def grid_of(model: Net2NetTransformer, resolution: str) -> Grid:
     sides = resolution.split(",")
     if len(sides) != 2 or not all(side.isdecimal() for side in sides):
         raise ValueError(f"--resolution expects height,width such as 256,256, got {resolution!r}")
-    factor = model.first_stage_model.encoder.factor
+    factor = model.first_stage_model.factor
     rows, columns = (round(int(side) / factor) for side in sides)
     height, width = trained_grid(model)
     return max(rows, height), max(columns, width)

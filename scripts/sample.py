@@ -160,7 +160,7 @@ def complete(model: Prior, options: argparse.Namespace) -> None:
     tokenizer = stage.model if isinstance(stage, Level) else stage
     if tokenizer.encoder.conv_in.in_channels != 3:
         raise ValueError("--complete takes photographs, but the tokenizer's images have no colours")
-    factor = stage.encoder.factor
+    factor = stage.factor
     images = ImagePaths(find_files(options.complete), grid[0] * factor, antialias=True)
     known = known_part(options, grid, factor)
     for number in tqdm(range(len(images)), desc="complete"):

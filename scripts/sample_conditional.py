@@ -151,7 +151,7 @@ class Studio:
         """Scale an image (1, C, H, W) to whole sites; leave a label (1,) alone."""
         if x.ndim != 4:
             return x
-        factor = self.model.first_stage_model.encoder.factor
+        factor = self.model.first_stage_model.factor
         size = [max(round(side * scale / factor), 1) * factor for side in x.shape[2:]]
         if x.shape[1] > 3:  # classes have no values in between
             return F.interpolate(x, size, mode="nearest-exact")

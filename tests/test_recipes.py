@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,10 @@ def test_every_level_is_counted_in_a_reconstruction(
         3,
     )  # what the top says too
     (values,) = json.loads((out / "reconstructions.json").read_text()).values()
-    assert values["sites"] == values["tokens"] == values["sequence_length"] == 4 + 16
+    assert values["sites"] == values["codes"] == values["tokens"] == 4 + 16
     assert values["bits"] == pytest.approx(20 * math.log2(8))
-    error = fails(capsys, "reconstruct", "-r", model, image, "-o", out, "--max-tokens", 9)
-    assert "Hierarchy has one rate, which cannot be set" in error
+    error = fails(capsys, "reconstruct", "-r", model, image, "-o", out, "--max-codes", 9)
+    assert re.search("Hierarchy has a fixed rate.*max_codes", error)
 
 
 def test_images_are_drawn_level_by_level(tiny_runs: TinyRuns, tmp_path: Path) -> None:

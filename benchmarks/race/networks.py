@@ -53,7 +53,7 @@ def build_prior(name: str, sizes: Sizes, tokenizer: VQModel, steps: int) -> pl.L
     target = f"taming.modules.sequence.notations.{kind}"
     sequence = UnarySequence(**params)
     depth = sequence.site_tokens + (name == "run-length")  # its count token
-    side = tokenizer.encoder.resolution // tokenizer.encoder.factor
+    side = tokenizer.grid[0]
     two_level = name.startswith("two-level")
     network: dict[str, Any] = {
         "vocab_size": own.n_e + own.max_loops + 1,  # enough for either sequence, no condition

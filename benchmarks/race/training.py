@@ -150,7 +150,7 @@ def prior_bits(plan: Plan, tokenizer: VQModel, train: Any, test: Any, precision:
     """
     pl.seed_everything(0, verbose=False)
     device = tokenizer.device  # training moves the tokenizer to the CPU together with the prior
-    side = plan.ddconfig["resolution"] // tokenizer.encoder.factor
+    side = tokenizer.grid[0]
     sequence = tokenizer.quantize.sequence
     model = Net2NetTransformer(
         transformer_config={

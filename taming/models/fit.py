@@ -24,7 +24,7 @@ def condition_tokens(stage: Any) -> int:
         return stage.n_embed  # the mean of a site's coordinates is less than 1
     if isinstance(stage, VQModel):
         return stage.quantize.sequence.vocab_size
-    return stage.condition_size if isinstance(stage, Level) else 0
+    return stage.condition_vocab_size if isinstance(stage, Level) else 0
 
 
 def check_condition(stage: Any) -> None:

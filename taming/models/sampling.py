@@ -48,8 +48,7 @@ def trained_grid(model: Prior) -> Grid:
     if isinstance(model, Net2NetTransformer) and model.transformer.config.site_shape is not None:
         rows, columns, _ = model.transformer.config.site_shape
         return rows, columns
-    encoder = model.first_stage_model.encoder
-    return encoder.resolution // encoder.factor, encoder.resolution // encoder.factor
+    return model.first_stage_model.grid
 
 
 def window_size(model: Net2NetTransformer, grid: Grid) -> Grid:

@@ -128,11 +128,13 @@ class Quantizer(Part, ABC):
             continuous latents.
         variable_rate: True if ``forward`` also takes ``threshold`` and ``max_codes``, each one
             number or one per image, and `fewest_codes` is implemented.
+        names: Names of the levels, the top first; () for a single quantizer.
     """
 
     sequence: TokenSequence
     trains_without_decoder = True
     variable_rate: bool = False
+    names: tuple[str, ...] = ()
 
     def __init__(self, n_e: int, e_dim: int) -> None:
         super().__init__()
