@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from taming.modules.sequence.grammar import TokenSequence
+from taming.modules.vqvae.loop import plain_attributes
 from taming.util import NonFiniteError
 
 
@@ -117,6 +118,17 @@ class Quantizer(nn.Module, ABC):
     def followed(self) -> dict[str, Tensor]:
         """Scalars of its state that are worth following while it trains, by name."""
         return {}
+
+    def identity(self) -> dict[str, object]:
+        """Return what, beside parameters and buffers, decides which codes an image gets.
+
+        By default all plain public attributes, so that a new quantizer is safe; one that plays no
+        part in the codes may be left out by an override. Caches of tokens are refused when it
+        changes.
+        """
+        own = plain_attributes(self)
+        transform = getattr(self, "transform", None)
+        return own if transform is None else own | {"transform": transform.identity()}
 
     def _rows(self, z: Tensor) -> Tensor:
         """Check z and lay its latents out as rows: (B, D, h, w) or (N, D) -> (N, D) float32."""

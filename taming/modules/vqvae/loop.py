@@ -21,6 +21,18 @@ from taming.modules.vqvae.nearest import nearest_codes
 ABSENT = -1
 
 
+def plain_attributes(module: nn.Module) -> dict[str, object]:
+    """Return a module's public attributes that are numbers, strings, bools or tuples of these."""
+    plain = (bool, int, float, str)
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training"
+        if isinstance(value, plain)
+        or (isinstance(value, tuple) and all(isinstance(part, plain) for part in value))
+    }
+
+
 class Path(NamedTuple):
     """Where the loop of each latent may end.
 
@@ -134,6 +146,10 @@ class Transform(nn.Module, ABC):
         """Turn valid codes (N, T) into z_q (N, D), with the depth embedding if there is one."""
         z_q = self.compose(codes, codebook)
         return z_q if self.depth is None else z_q + self.depth[(codes >= 0).sum(dim=1) - 1]
+
+    def identity(self) -> dict[str, object]:
+        """Return what, beside parameters and buffers, decides the codes; see `Quantizer`."""
+        return {"kind": type(self).__name__, **plain_attributes(self)}
 
     def check(self, e_dim: int, max_loops: int) -> None:
         """Raise a ValueError for sizes D and T that it was not built for."""
