@@ -260,6 +260,34 @@ class VQModel(QuantizedAutoencoder):
             x = x[..., None]
         return x.permute(0, 3, 1, 2).contiguous().float()
 
+    # --- as the condition of a prior -------------------------------------------------------------
+
+    @property
+    def condition_vocab_size(self) -> int:
+        """Number of different tokens of a condition."""
+        return self.quantize.sequence.vocab_size
+
+    @property
+    def condition_length(self) -> int:
+        """Tokens of a condition of the size trained on.
+
+        Raises:
+            ValueError: Sites have different lengths.
+        """
+        if self.quantize.sequence.max_loops > 1:
+            raise ValueError(
+                f"the condition's {type(self.quantize).__name__} writes sequences of different "
+                "lengths; a condition needs one of one code for each site, such as VectorQuantizer2"
+            )
+        return (self.encoder.resolution // self.encoder.factor) ** 2
+
+    def condition_pictures(
+        self, c: Tensor, quant_c: Tensor, size: tuple[int, int], datasets: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return conditions and their reconstructions, (B, 3, H, W) (see `ConditionStage`)."""
+        images = {"conditioning": c, "conditioning_rec": self.as_input(self.decode(quant_c))}
+        return {k: v if v.shape[1] == 3 else self.to_rgb(v) for k, v in images.items()}
+
     # --- what people look at ---------------------------------------------------------------------
 
     @torch.no_grad()

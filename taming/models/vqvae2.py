@@ -149,10 +149,25 @@ class Level(nn.Module):
         return LevelScale(encoder.resolution, factor)
 
     @property
-    def condition_size(self) -> int:
-        """Number of different tokens that `condition_tokens` writes."""
+    def condition_vocab_size(self) -> int:
+        """Number of different tokens of `condition_tokens`."""
         upper = self.model.quantize.levels[: self.above]
         return max((q.sequence.n_e + (q.sequence.max_loops > 1) for q in upper), default=0)
+
+    @property
+    def condition_length(self) -> int:
+        """Tokens of `condition_tokens` for images of the size trained on."""
+        encoder, quantizer = self.model.encoder, self.model.quantize
+        upper = zip(quantizer.levels[: self.above], quantizer.factors, strict=False)
+        sides = ((encoder.resolution // encoder.factor // f, q) for q, f in upper)
+        return sum(side * side * q.sequence.max_loops for side, q in sides)
+
+    def condition_pictures(
+        self, c: Tensor, quant_c: Tensor, size: tuple[int, int], datasets: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return images and what the levels above show of them (see `ConditionStage`)."""
+        images = {"conditioning": c, "conditioning_rec": self.as_input(self.decode(quant_c))}
+        return {k: v if v.shape[1] == 3 else self.to_rgb(v) for k, v in images.items()}
 
     def encode(self, x: Tensor) -> QuantizerOutput:
         """Encode images (B, C, H, W): the level's stack, its quantizer's loss, its codes."""

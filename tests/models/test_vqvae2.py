@@ -69,7 +69,7 @@ def test_a_level_is_told_all_slots_of_those_above_absent_ones_too() -> None:
     level = Level(config, "bottom")
     top, middle = torch.tensor([[[[0, 3, -1], [5, -1, -1]]]]), torch.tensor([[[[7], [0]]]])
     assert level.condition_tokens([top, middle]).tolist() == [[0, 3, 16, 5, 16, 16, 7, 0]]
-    assert level.condition_size == 17
+    assert level.condition_vocab_size == 17
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_level_is_a_tokenizer_of_its_own_codes(kinds: tuple[str, ...]) -> None
             above, tokens = level.condition_of(level.codes_of(x)[:-1])
             torch.testing.assert_close(level.decode_under(own, above), tokenizer.decode(quant))
             assert tokens.shape == (2, 16 * TURNS[kinds[0]])
-            assert tokens.min() >= 0 and tokens.max() < level.condition_size
+            assert tokens.min() >= 0 and tokens.max() < level.condition_vocab_size
             with pytest.raises(ValueError, match="codes of 'bottom' make no image without those"):
                 level.decode_code(own)
 
