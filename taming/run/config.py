@@ -143,6 +143,9 @@ def split_overrides(
     return overrides, rest
 
 
+_DERIVED = ("vocab_size", "block_size", "site_shape")  # of a prior's network: it fills them in
+
+
 def check_keys(config: LoadedConfig, path: str, block: Any, valid: Sequence[str]) -> None:
     """Refuse a mapping with a key that is not valid.
 
@@ -197,7 +200,8 @@ def check_block(
     params = block.get("params")
     params = {} if params is None else params
     _check_arguments(config, f"{path}.params", params, signature, target)
-    missing = [n for n in signature.required if n not in params and n not in injected]
+    given = {*params, *injected, *_DERIVED}
+    missing = [name for name in signature.required if name not in given]
     if missing:
         raise ConfigError(
             f"{config.origin(path)}: {path}.params lacks {', '.join(missing)}, which {target} needs"
