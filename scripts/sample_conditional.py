@@ -195,9 +195,9 @@ class Studio:
 
         def follow(progress: Progress) -> None:
             nonlocal sent
-            if sent + wish.every <= progress.sites < sites:
-                sent = progress.sites
-                send_picture(sent, progress.codes)
+            if sent + wish.every <= (done := progress.sites()) < sites:
+                sent = done
+                send_picture(sent, progress.codes())
 
         torch.manual_seed(wish.seed)
         params = SamplingParams(wish.temperature, wish.top_k, greedy=bool(wish.greedy))

@@ -27,21 +27,11 @@ from taming.util import DataError
 class LowerLevelPrior(Net2NetTransformer):
     """Prior over the codes of a level of a `VQVAE2`, given those of all levels above.
 
-    The arguments are those of `Net2NetTransformer`, without those of a condition.
-
     Args:
         transformer_config: ``{target, params}`` of a `PriorNetwork`, such as `GPT`.
         first_stage_config: ``{target, params}`` of the `Level`, which is not the top.
-        permuter_config: ``{target, params}`` of a `Permuter`; None for raster order.
-        ckpt_path: Checkpoint whose weights to start from.
-        ignore_keys: Prefixes of keys to leave out of it.
         first_stage_key: Key of the image in a batch.
-        pkeep: Probability that an input token is kept in training; others become random.
-        sequence_config: ``{target, params}`` of the `TokenSequence`; None for the level's own.
-        scheduler_config: ``{target, params}`` of a factor of the learning rate by step.
-        trust_checkpoint: Also rebuild objects of any class from ``ckpt_path``, which can run any
-            code.
-        condition_dropout: Probability that the levels above are hidden in training.
+        **kwargs: Other arguments of `Net2NetTransformer`, except those of a condition.
 
     Raises:
         ValueError: The level is the top, or the parts do not fit each other.
@@ -53,30 +43,19 @@ class LowerLevelPrior(Net2NetTransformer):
         self,
         transformer_config: Mapping[str, Any],
         first_stage_config: Mapping[str, Any],
-        permuter_config: Mapping[str, Any] | None = None,
-        ckpt_path: str | None = None,
-        ignore_keys: Sequence[str] = (),
         first_stage_key: str = "image",
-        pkeep: float = 1.0,
-        sequence_config: Mapping[str, Any] | None = None,
-        scheduler_config: Mapping[str, Any] | None = None,
-        trust_checkpoint: bool = False,
-        condition_dropout: float = 0.0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             transformer_config,
             first_stage_config,
             cond_stage_config="__is_first_stage__",
-            permuter_config=permuter_config,
-            ckpt_path=ckpt_path,
-            ignore_keys=ignore_keys,
             first_stage_key=first_stage_key,
             cond_stage_key=first_stage_key,
-            pkeep=pkeep,
-            sequence_config=sequence_config,
-            scheduler_config=scheduler_config,
-            trust_checkpoint=trust_checkpoint,
-            condition_dropout=condition_dropout,
+            downsample_cond_size=-1,
+            sos_token=0,
+            unconditional=False,
+            **kwargs,
         )
         if not getattr(self.first_stage_model, "above", 0):
             raise ValueError(

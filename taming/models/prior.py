@@ -35,11 +35,7 @@ _AFTER = ("loss", "decoder", "post_quant_conv", "colorize")
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Return a hexadecimal number that two tokenizers share only if they give the same tokens.
-
-    Args:
-        tokenizer: Has a ``quantize`` and weights.
-    """
+    """Return a hexadecimal number that two tokenizers share only if they give the same tokens."""
     quantizer, sequence = tokenizer.quantize, tokenizer.quantize.sequence
     about = [type(sequence).__name__, vars(sequence), quantizer.identity()]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode())
@@ -204,8 +200,8 @@ class Prior(pl.LightningModule, ABC):
             ("bits_per_pixel", bits / (images * seen.pixels), images),
             ("tokens_per_image", tokens / images, images),
         ):
-            options = {"on_epoch": True, "sync_dist": split == "val", "batch_size": weight}
-            self.log(f"{split}/{name}", value, prog_bar=name == "loss", **options)
+            options: dict[str, Any] = {"prog_bar": name == "loss", "sync_dist": split == "val"}
+            self.log(f"{split}/{name}", value, on_epoch=True, batch_size=weight, **options)
         return loss
 
     def configure_optimizers(self) -> Any:

@@ -51,24 +51,14 @@ class Progress(NamedTuple):
     Attributes:
         tokens: Tokens sampled so far, of the image with the most.
         most: Most tokens that may have to be sampled in all.
-        count_sites: Computes ``sites``.
-        decode: Computes ``codes``.
+        sites: Computes how many sites, in the prior's order, are finished in all images.
+        codes: Computes the codes (B, h, w, T) int64; code 0 in unknown sites that are unfinished.
     """
 
     tokens: int
     most: int
-    count_sites: Callable[[], int]
-    decode: Callable[[], Tensor]
-
-    @property
-    def sites(self) -> int:
-        """Number of the first sites, in the prior's order, that are finished in all images."""
-        return self.count_sites()
-
-    @property
-    def codes(self) -> Tensor:
-        """Codes (B, h, w, T) int64; code 0 in unknown sites that are not finished."""
-        return self.decode()
+    sites: Callable[[], int]
+    codes: Callable[[], Tensor]
 
 
 ProgressCallback = Callable[[Progress], None]

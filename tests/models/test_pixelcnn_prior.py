@@ -156,10 +156,10 @@ def test_completion_keeps_what_is_known_and_counts_what_is_drawn(kind: str) -> N
     seen: list[tuple[int, int, int]] = []
 
     def follow(progress: Progress) -> None:
-        seen.append((progress.tokens, progress.most, progress.sites))
-        flat = progress.codes.flatten(1, 2)
-        assert (flat[:, : progress.sites, 0] >= 0).all()
-        assert (flat[:, progress.sites :, 0] == 0).all()
+        seen.append((progress.tokens, progress.most, progress.sites()))
+        flat = progress.codes().flatten(1, 2)
+        assert (flat[:, : progress.sites(), 0] >= 0).all()
+        assert (flat[:, progress.sites() :, 0] == 0).all()
 
     labels = torch.zeros(2, 1, dtype=torch.int64)
     codes = model.sample_codes(labels, codes=given, known=30, callback=follow)

@@ -89,10 +89,10 @@ def test_codes_are_the_originals(pair: Net2NetTransformer, grid: tuple[int, int]
 
     def follow(progress: Progress) -> None:
         seen.append(progress)
-        done = progress.sites
+        done = progress.sites()
         assert done == progress.tokens  # one token per site
-        assert torch.equal(progress.codes.flatten(1)[:, :done], expected.flatten(1)[:, :done])
-        assert not progress.codes.flatten(1)[:, done:].any()
+        assert torch.equal(progress.codes().flatten(1)[:, :done], expected.flatten(1)[:, :done])
+        assert not progress.codes().flatten(1)[:, done:].any()
 
     condition = condition_windows(pair, c, grid)
     codes = pair.sample_codes(condition, GREEDY, grid=grid, callback=follow)
@@ -171,7 +171,7 @@ def test_known_sites_after_the_last_unknown_one_cost_nothing(grid: tuple[int, in
     condition, sites = torch.zeros(2, 1, dtype=torch.int64), []
     mask = torch.ones(grid, dtype=torch.bool)
     mask[0, 2] = mask[0, 4] = False
-    start = {"codes": given, "callback": lambda progress: sites.append(progress.sites)}
+    start = {"codes": given, "callback": lambda progress: sites.append(progress.sites())}
     codes = model.sample_codes(condition, known=mask, **start)
     assert max(sites) == 5 and sites == sorted(sites)
     assert torch.equal(codes[:, mask], given[:, mask])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taming.modules.sequence.grammar import PAD, GrammarState, TokenSequence, by_site
-from taming.modules.transformer.network import GuidedDecoder, PriorNetwork, Prompt
+from taming.modules.transformer.network import PriorNetwork, Prompt
 
 # --- from logits to a token ----------------------------------------------------------------------
 
@@ -32,7 +32,8 @@ class SamplingParams(NamedTuple):
         greedy: Take the likeliest token instead.
         min_p: Sample among those with at least this share, in [0, 1], of the likeliest's
             probability.
-        guidance: Scale of classifier-free guidance (see `GuidedDecoder`); 1 for none.
+        guidance: Scale of classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598,
+            equation 6): 1 is the condition alone, 0 none, above 1 more than was trained.
         generators: One source of random numbers per sequence (see `generators_of`), so that a
             sample does not depend on the others; None for torch's global one.
     """
@@ -301,17 +302,22 @@ def generate(
     rows = state.unfinished()
     if len(rows) == 0:
         return state.result()
-    decoder = network.decoder(grid)
-    if without is not None and params.guidance != 1:
-        decoder = GuidedDecoder(decoder, network.decoder(grid), without, params.guidance)
-    state.rewind(rows, decoder.prefill(state.prompt(rows, condition)))
+    guided = without is not None and params.guidance != 1
+    decoder, free = network.decoder(grid), network.decoder(grid) if guided else None
+    read = decoder.prefill(state.prompt(rows, condition))
+    if free is not None and without is not None:
+        free.prefill(state.prompt(rows, without))
+    state.rewind(rows, read)
     while True:
-        rows, sampled = decoder.rows, state.sampled
-        token = state.next_token(rows, decoder.logits, params)
+        rows, sampled, logits = decoder.rows, state.sampled, decoder.logits
+        if free is not None:
+            logits = free.logits + params.guidance * (logits - free.logits)
+        token = state.next_token(rows, logits, params)
         going_on = state.append(rows, token)
         if callback is not None and state.sampled > sampled:
             callback(state)
         if len(state.unfinished()) == 0:
             return state.result()
         rows = rows[going_on]
-        decoder.step(rows, token[going_on], _at(state.state, rows))
+        for each in (decoder,) if free is None else (decoder, free):
+            each.step(rows, token[going_on], _at(state.state, rows))
