@@ -1,17 +1,15 @@
 """Sample from the priors of all levels of a VQ-VAE-2: ``sample.py`` with several runs."""
 
-import sys
+import runpy
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-from scripts import sample  # noqa: E402
+from taming.run.script import run
 
 
 def main() -> None:
     """Sample images, from the top level down."""
-    sample.main(all_levels=True)
+    runpy.run_path(str(Path(__file__).with_name("sample.py")))["main"](all_levels=True)
 
 
 if __name__ == "__main__":
-    sample.run(main)
+    run(main)

@@ -104,25 +104,24 @@ class PixelCNNPrior(Prior):
     # --- codes -> nats ---------------------------------------------------------------------------
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Measure the likelihood of images.
+        """Measure the likelihood of images (B, C, H, W) in [-1, 1].
 
         Args:
-            x: (B, C, H, W) images in [-1, 1].
+            x: Images.
             c: (B,) their classes; anything (B, ...) for an unconditional prior.
 
         Returns:
             -log p of each image's codes in nats, (B,) float32; their number of tokens, (B,) int64.
         """
-        return self.nll(self.encode_codes(x), self.encode_to_c(c)[1])
-
-    def nll(self, codes: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Measure the likelihood of codes (B, h, w, T) given conditions (B, 1), as `forward`."""
-        _, lengths = self.first_stage_model.quantize.sequence.encode(codes)
-        return self.pixelcnn.nll(codes, condition[:, 0]), lengths
+        return self._measure(self.encode_codes(x), self.encode_to_c(c)[1])
 
     def likelihood(self, seen: TokenizedBatch) -> tuple[Tensor, Tensor]:
         """Measure -log p (B,) in nats and the number of tokens (B,) of images."""
-        return self.nll(seen.codes, seen.condition)
+        return self._measure(seen.codes, seen.condition)
+
+    def _measure(self, codes: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        _, lengths = self.first_stage_model.quantize.sequence.encode(codes)
+        return self.pixelcnn.nll(codes, condition[:, 0]), lengths
 
     # --- prior -> codes --------------------------------------------------------------------------
 

@@ -62,27 +62,14 @@ def build_network(
             f"the condition's {type(stage).__name__}"
         )
     network = instantiate_with_sizes({**config, "params": params}, sizes)
-    _check_vocabulary(network, sequence, stage, spare)
-    return network
-
-
-def _check_vocabulary(
-    network: PriorNetwork, sequence: TokenSequence, stage: Any, spare: bool
-) -> None:
-    """Refuse a network that lacks tokens, or places of tokens in a site."""
-    needs = (
-        (
-            f"{type(sequence).__name__} with n_e={sequence.n_e}, max_loops={sequence.max_loops} "
-            f"writes {sequence.vocab_size} tokens",
-            sequence.vocab_size,
-        ),
-        (
-            f"the condition's {type(stage).__name__} writes tokens up to "
-            f"{(stage.condition_vocab_size or 0) - 1}",
-            stage.condition_vocab_size or 0,
-        ),
+    images = (
+        f"{type(sequence).__name__} with n_e={sequence.n_e}, max_loops={sequence.max_loops} writes "
+        f"{sequence.vocab_size} tokens"
     )
-    for what, needed in needs:
+    conditions = (
+        f"the condition's {type(stage).__name__} writes tokens up to {(vocabulary or 0) - 1}"
+    )
+    for what, needed in ((images, sequence.vocab_size), (conditions, vocabulary or 0)):
         if network.vocab_size < needed + spare:
             and_one = ", and condition_dropout needs one more" if spare else ""
             raise ValueError(
@@ -94,6 +81,7 @@ def _check_vocabulary(
             f"transformer site_shape {shape} has {shape[2]} depths, but a site takes up to "
             f"{sequence.site_tokens} tokens"
         )
+    return network
 
 
 def check_inputs(network: PriorNetwork, sequence: TokenSequence, length: int, grid: Grid) -> None:
