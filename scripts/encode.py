@@ -68,7 +68,7 @@ def encode(model: VQModel, loader: DataLoader[Any], folder: Path, passes: int) -
     Raises:
         ValueError: Images differ in size, or the folder is not free.
     """
-    sequence, own = model.quantize.sequence, fingerprint(model, model.quantize.sequence)
+    sequence, own = model.quantize.sequence, fingerprint(model)
     writer = None
     for number in range(passes):
         first = 0

@@ -163,8 +163,12 @@ def test_seconds_of_sampling_are_of_the_rounds_after_the_first(
 ) -> None:
     called: list[str] = []
     clock = iter([0.0, 100.0] * 2 + [0.0, 1.0, 0.0, 2.0, 0.0, 5.0, 0.0, 2.0, 0.0, 9.0, 0.0, 6.0])
-    writers = {name: lambda *_, name=name: called.append(name) for name in ("a", "b")}
-    monkeypatch.setattr(pixelcnn_sampling, "WRITERS", writers)
+
+    def sampler(name: str) -> pixelcnn_sampling.Sampler:
+        return lambda net, codes, labels: codes if called.append(name) is None else codes
+
+    samplers = {name: sampler(name) for name in ("a", "b")}
+    monkeypatch.setattr(pixelcnn_sampling, "SAMPLERS", samplers)
     monkeypatch.setattr(pixelcnn_sampling.time, "perf_counter", lambda: next(clock))
     net: Any = None
     seconds = pixelcnn_sampling.measure(net, (1, 2, 2, 1), torch.device("cpu"), repeats=3)

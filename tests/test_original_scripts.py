@@ -311,7 +311,7 @@ def test_mistakes_about_samples_for_a_data_set(
     assert "there is no 'data' block" in error
     assert "there is no 'data' block" in fails(capsys, "make_samples", "-r", classes, *where)
     error = fails(capsys, "make_samples", "-r", tiny_runs.of("imagenet_vqgan.yaml"), *where)
-    assert "holds a VQModel, no transformer prior" in error
+    assert "holds a VQModel, not a transformer prior" in error
 
 
 def test_mistakes_about_samples_of_scenes(
@@ -324,7 +324,7 @@ def test_mistakes_about_samples_of_scenes(
     assert "height,width" in fails(capsys, "make_scene_samples", *scenes, "-R", "256")
     others = ("-r", tiny_runs.of("drin_transformer.yaml"), "--outdir", "out")
     error = fails(capsys, "make_scene_samples", *others)
-    assert "data.params.validation, which is no annotated objects" in error
+    assert "data.params.validation, which is not a set of annotated objects" in error
 
 
 @pytest.mark.parametrize("part", ["first_stage_model", "transformer", None])

@@ -119,7 +119,9 @@ def test_what_is_known_does_not_change(order: str) -> None:
     studio = Studio(model, {"test": [{"image": image}]}, step=0)
     reconstruction = decoded(studio.show(Wish(split="test"))["reconstruction"])
     half = Wish(split="test", known=0.5, every=8)
-    drawn = [decoded(row["picture"]) for row in studio.sample(half)]
+    rows: list[dict[str, Any]] = []
+    studio.sample(half, rows.append)
+    drawn = [decoded(row["picture"]) for row in rows]
     assert len(drawn) > 1
     assert all((picture[:8] == reconstruction[:8]).all() for picture in drawn)
     assert not (drawn[-1][8:] == reconstruction[8:]).all()

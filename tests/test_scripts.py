@@ -24,7 +24,8 @@ from support.runs import CONFIGS, TRAINER, TinyRuns, call, fails, read_pixels, r
 from scripts.reconstruct import files_of, unique_names
 from taming.data.tokens import TokenCache
 from taming.models.cond_transformer import Net2NetTransformer
-from taming.models.sampling import decode_codes, sample_images
+from taming.models.prior import Prior
+from taming.models.sampling import sample_images
 from taming.pictures import to_picture
 from taming.run.folder import data_from_run, model_from_run
 
@@ -220,16 +221,24 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What ``sample.py`` had drawn: codes before and after, the mask, the first image decoded."""
     seen: dict[str, Any] = {"batches": []}
 
-    def draw(
-        model: Any, condition: Any, codes: torch.Tensor, drawing: Any, known: torch.Tensor
+    def sample(
+        model: Prior, condition: Any, params: Any, codes: torch.Tensor, known: torch.Tensor
     ) -> torch.Tensor:
         seen["given"], seen["known"] = codes.clone(), known
-        seen["reconstruction"] = np.asarray(to_picture(decode_codes(model, codes[:1])[0]))
-        images = sample_images(model, condition, codes, drawing, known)
-        seen["drawn"], seen["batches"] = codes, [*seen["batches"], len(codes)]
+        seen["reconstruction"] = np.asarray(to_picture(model.decode_codes(codes[:1])[0]))
+        sample_codes = model.sample_codes
+
+        def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+            seen["drawn"] = sample_codes(*args, **kwargs)
+            return seen["drawn"]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "sample_codes", watched)
+            images = sample_images(model, condition, params, codes=codes, known=known)
+        seen["batches"] = [*seen["batches"], len(codes)]
         return images
 
-    monkeypatch.setattr("scripts.sample.sample_images", draw)
+    monkeypatch.setattr("scripts.sample.sample_images", sample)
     return seen
 
 

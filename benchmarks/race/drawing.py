@@ -13,28 +13,16 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
 
-from taming.models.sampling import (
-    SamplingParams,
-    decode_codes,
-    empty_codes,
-    encode_codes,
-    paste,
-    sample_images,
-    trained_grid,
-    upper_part,
-    whole_condition,
-    write_codes,
-)
-from taming.modules.transformer.generate import generators_of
+from taming.models.sampling import paste, sample_images, upper_part
+from taming.modules.transformer.generate import SamplingParams, generators_of
 
 
 def sample(model: Any, amount: int, guidance: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
     """Sample batches of images (B, 3, H, W) and their classes (B,), equally many of each class."""
     for part in tqdm(torch.arange(amount).split(100), desc="samples", leave=False):
         labels = (part % 10).to(model.device)
-        codes = empty_codes(model, len(part), trained_grid(model))
-        drawing = SamplingParams(guidance=guidance, generators=generators_of(0, part.tolist()))
-        images = sample_images(model, whole_condition(labels[:, None]), codes, drawing)
+        params = SamplingParams(guidance=guidance, generators=generators_of(0, part.tolist()))
+        images = sample_images(model, labels[:, None], params)
         assert images.isfinite().all()
         yield images, labels
 
@@ -42,10 +30,8 @@ def sample(model: Any, amount: int, guidance: float = 1.0) -> Iterator[tuple[Ten
 def complete_codes(model: Any, given: Tensor, labels: Tensor, known: Tensor) -> Tensor:
     """Sample codes (B, h, w, T) of classes (B,), given those at the known sites (h, w) bool."""
     codes = given.masked_fill(~known[..., None], -1)
-    drawing = SamplingParams(generators=generators_of(0, range(len(codes))))
-    for _ in write_codes(model, whole_condition(labels[:, None]), codes, drawing, known):
-        pass
-    return codes
+    params = SamplingParams(generators=generators_of(0, range(len(codes))))
+    return model.sample_codes(labels[:, None], params, codes=codes, known=known)
 
 
 def mean_psnr(images: Tensor, x: Tensor) -> float:
@@ -68,12 +54,12 @@ def complete(model: Any, x: Tensor, labels: Tensor) -> dict[str, Any]:
         completions with the known pixels pasted over them, and in plain completions, where each
         decoded pixel depends on all codes.
     """
-    given, (h, w) = encode_codes(model, x), trained_grid(model)
+    given, (h, w) = model.encode_codes(x), model.grid
     upper = upper_part(0.5, (h, w)).to(x.device)
     some = torch.rand(h, w, generator=torch.Generator().manual_seed(0)).to(x.device) < 0.5
     codes = [complete_codes(model, given, labels, known) for known in (upper, some)]
     moved = [(c != given).any(dim=3)[:, k] for c, k in zip(codes, (upper, some), strict=True)]
-    drawn, rebuilt = (decode_codes(model, c).clamp(-1, 1) for c in (codes[0], given))
+    drawn, rebuilt = (model.decode_codes(c).clamp(-1, 1) for c in (codes[0], given))
     half = x.shape[2] // 2
     images = (rebuilt, paste(drawn, rebuilt, upper), drawn)
     psnr = [mean_psnr(i[:, :, :half], x[:, :, :half]) for i in images]
