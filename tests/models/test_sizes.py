@@ -61,7 +61,7 @@ ITSELF = {"cond_stage_config": "__is_first_stage__", "cond_stage_key": "image"}
             "first_stage_config must name a tokenizer, .* got a Net2NetTransformer",
         ),
         ({"cond_stage_config": "first_stage"}, "expected a block with a 'target'"),
-        (ITSELF, "a condition needs one of one code for each site, such as VectorQuantizer2"),
+        (ITSELF, "a condition needs one code for each site"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(kwargs: dict, message: str) -> None:
