@@ -1,20 +1,105 @@
-"""Pictures from tensors, for scripts and reports.
+"""Pictures to tensors and tensors to pictures.
 
-Axis letters: B images, H W image.
+Axis letters: B pictures, C channels, H W picture.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
+
+Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a PIL image of any mode to RGB; 16-bit grey is scaled to 8 bits, not clipped."""
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).clip(0, 65535) / 257
+        image = Image.fromarray(grey.round().astype(np.uint8))
+    if image.mode == "P":
+        image = image.convert("RGBA")  # straight to RGB, transparent palettes raise a warning
+    return image.convert("RGB")
+
+
+def to_tensor(picture: Picture, channels: int = 3) -> Tensor:
+    """Turn a picture of any kind into an image tensor.
+
+    Args:
+        picture: A path; a PIL image; an array (H, W) or (H, W, C); or a tensor (H, W) or (C, H, W).
+            Integers must be uint8 or uint16 and use the whole range; floats must lie in [-1, 1].
+            Files are turned upright by their EXIF orientation.
+        channels: C, channels wanted. Files and PIL images are converted to 3 (RGB) or 1 (grey); an
+            array or tensor of one channel serves for three.
+
+    Returns:
+        (C, H, W) float32 in [-1, 1].
+
+    Raises:
+        ValueError: The file is not an image, the array has another number of axes or channels, or a
+            value is out of range.
+
+    Example:
+        >>> to_tensor(np.full((2, 3, 3), 255, np.uint8)).unique(), to_tensor(torch.zeros(4, 5)).shape
+        (tensor([1.]), torch.Size([3, 4, 5]))
+    """
+    if isinstance(picture, Tensor):
+        values = picture.detach().cpu()
+        values = values[None] if values.ndim == 2 else values
+    elif isinstance(picture, np.ndarray):
+        array = picture[..., None] if picture.ndim == 2 else picture
+        values = torch.from_numpy(np.ascontiguousarray(array)).movedim(-1, 0)
+    else:
+        values = pil_to_tensor(_open(picture, channels))
+    if values.ndim != 3 or 0 in values.shape:
+        raise ValueError(
+            "a picture has the shape (H, W) or, as an array, (H, W, C) or, as a tensor, (C, H, W); "
+            f"got {tuple(picture.shape) if isinstance(picture, np.ndarray) else tuple(values.shape)}"
+        )
+    if values.shape[0] == 1:
+        values = values.expand(channels, -1, -1)
+    if values.shape[0] != channels:
+        raise ValueError(f"expected a picture of {channels} channels, got {values.shape[0]}")
+    if values.dtype == torch.bool:
+        return values.float() * 2 - 1
+    if values.dtype in (torch.uint8, torch.uint16):
+        return values.double().div(torch.iinfo(values.dtype).max / 2).sub(1).float()
+    if not values.is_floating_point():
+        raise ValueError(
+            f"integers of a picture must be uint8 or uint16, whose range is known; got {values.dtype}"
+        )
+    if not (values.abs() <= 1).all():  # False for NaN as well
+        raise ValueError(
+            f"floats of a picture must lie in [-1, 1], got {values.min():.4g} to {values.max():.4g}"
+        )
+    return values.float()
+
+
+def _open(picture: Any, channels: int) -> Image.Image:
+    """Open a picture in RGB, or in grey where one channel is wanted."""
+    if isinstance(picture, Image.Image):
+        image = to_rgb(picture)
+    else:
+        try:
+            with Image.open(picture) as file:
+                image = to_rgb(ImageOps.exif_transpose(file))
+        except FileNotFoundError:
+            raise ValueError(f"there is no picture {picture}") from None
+        # A damaged file makes Pillow raise OSError, SyntaxError, struct.error, EOFError and others.
+        except Exception as error:
+            raise ValueError(f"{picture} cannot be decoded as a picture: {error}") from error
+    return image.convert("L") if channels == 1 else image
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """Turn an image (3, H, W) in [-1, 1], clamped to it, into an 8-bit picture."""
+    """Turn an image (3, H, W) in [-1, 1], clamped to it, into an 8-bit PIL image."""
     levels = (image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
     return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).numpy())
 
@@ -30,6 +115,6 @@ def side_by_side(*images: Tensor) -> Tensor:
 
 
 def save_picture(image: Tensor, path: Path) -> None:
-    """Write an image (3, H, W) in [-1, 1] to a file; missing folders are made."""
+    """Save an image (3, H, W) in [-1, 1] to a file; make missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     to_picture(image).save(path)
