@@ -47,21 +47,23 @@ def to_tensor(picture: Picture, channels: int = 3) -> Tensor:
             value is out of range.
 
     Example:
-        >>> to_tensor(np.full((2, 3, 3), 255, np.uint8)).unique(), to_tensor(torch.zeros(4, 5)).shape
-        (tensor([1.]), torch.Size([3, 4, 5]))
+        >>> to_tensor(np.full((2, 3, 3), 255, np.uint8)).unique()
+        tensor([1.])
+        >>> to_tensor(torch.zeros(4, 5)).shape
+        torch.Size([3, 4, 5])
     """
     if isinstance(picture, Tensor):
         values = picture.detach().cpu()
-        values = values[None] if values.ndim == 2 else values
+        values = values[None] if values.ndim == 2 else values  # (C, H, W)
     elif isinstance(picture, np.ndarray):
         array = picture[..., None] if picture.ndim == 2 else picture
-        values = torch.from_numpy(np.ascontiguousarray(array)).movedim(-1, 0)
+        values = torch.from_numpy(np.ascontiguousarray(array)).movedim(-1, 0)  # (C, H, W)
     else:
         values = pil_to_tensor(_open(picture, channels))
     if values.ndim != 3 or 0 in values.shape:
         raise ValueError(
-            "a picture has the shape (H, W) or, as an array, (H, W, C) or, as a tensor, (C, H, W); "
-            f"got {tuple(picture.shape) if isinstance(picture, np.ndarray) else tuple(values.shape)}"
+            "expected a picture as an array (H, W) or (H, W, C) or a tensor (H, W) or (C, H, W), "
+            f"got the shape {tuple(getattr(picture, 'shape', values.shape))}"
         )
     if values.shape[0] == 1:
         values = values.expand(channels, -1, -1)
@@ -73,7 +75,7 @@ def to_tensor(picture: Picture, channels: int = 3) -> Tensor:
         return values.double().div(torch.iinfo(values.dtype).max / 2).sub(1).float()
     if not values.is_floating_point():
         raise ValueError(
-            f"integers of a picture must be uint8 or uint16, whose range is known; got {values.dtype}"
+            f"a picture of integers must be uint8 or uint16, whose range is known, got {values.dtype}"
         )
     if not (values.abs() <= 1).all():  # False for NaN as well
         raise ValueError(

@@ -151,11 +151,17 @@ class Tokenizer:
             ]
             single = isinstance(codes[numbers[0]].indices, Tensor)
             images = self.model.decode_code(levels[0] if single else levels)
-            shown = self.model.to_rgb(self.model.as_input(images))
-            for number, image in zip(numbers, shown, strict=True):
+            for number, picture in zip(numbers, decoded_pictures(self.model, images), strict=True):
                 height, width = codes[number].size
-                pictures[number] = to_picture(image[:, :height, :width])
+                pictures[number] = picture.crop((0, 0, width, height))
         return pictures
+
+
+def decoded_pictures(model: VQModel, images: Tensor) -> list[Image.Image]:
+    """Turn decoded images (B, C, H, W) into pictures; other than 3 channels are coloured."""
+    if images.shape[1] != 3:
+        images = model.to_rgb(model.as_input(images))
+    return [to_picture(image) for image in images]
 
 
 def _pad(image: Tensor, site: int) -> Tensor:
