@@ -1,7 +1,6 @@
-"""Trains and tests what YAML files describe: ``python main.py -b configs/loopy_vqgan.yaml -t``.
+"""Train and test the model that YAML files describe: ``python main.py -b configs/x.yaml -t``.
 
-Torch and Lightning are imported only after the command line and the configuration are checked, so
-that a misspelt key is reported at once.
+Torch is imported after the command line is parsed, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -16,13 +15,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taming.run.cli import Options, parse_arguments
-from taming.run.config import LoadedConfig, get_obj_from_str, instantiate_from_config, load_config
-from taming.run.folder import PreparationError, RunDir, is_first_process, run_name, without_starts
-from taming.run.lightning_block import check_experiment
-from taming.util import DataError, NonFiniteError, WriteError
+from taming.run.config import check_experiment, load_config
+from taming.run.folder import (
+    Experiment,
+    PreparationError,
+    RunDir,
+    is_first_process,
+    run_name,
+    without_starts,
+)
+from taming.util import (
+    DataError,
+    NonFiniteError,
+    WriteError,
+    get_obj_from_str,
+    instantiate_from_config,
+)
 
 if TYPE_CHECKING:
-    import lightning.pytorch as pl
     from lightning.pytorch.callbacks import LearningRateMonitor
 
     from taming.data.datamodule import DataModuleFromConfig, WrappedDataset
@@ -39,7 +49,9 @@ __all__ = [
     "main",
 ]
 
-# Configurations name these as main.*; they are imported when somebody asks for them.
+logger = logging.getLogger("taming")
+
+# Names that configurations refer to as main.*, imported on first use.
 _LAZY = {
     "DataModuleFromConfig": "taming.data.datamodule.DataModuleFromConfig",
     "ImageLogger": "taming.run.callbacks.ImageLogger",
@@ -55,80 +67,72 @@ def __getattr__(name: str) -> Any:
     return get_obj_from_str(_LAZY[name])
 
 
-def prepare(options: Options) -> tuple[RunDir, Path | str | None, LoadedConfig]:
-    """Find the run, the checkpoint to continue from, and the checked configuration."""
+def load(options: Options) -> Experiment:
+    """Merge and check the configuration, and find or create the run's folder."""
+    run, checkpoint = RunDir.resume(options.resume) if options.resume else (None, None)
     lightning: dict[str, Any] = {"trainer": options.trainer} if options.trainer else {}
-    resumed = RunDir.resume(options.resume) if options.resume else None
-    if resumed:  # what the run itself once started from has served
+    if run:  # it no longer needs the checkpoint that it once started from
         lightning["ckpt_path"] = None
-    overrides = {"lightning": lightning} if lightning else {}
-    saved = resumed[0].saved_configs if resumed else []
-    config = load_config([*saved, *options.base], options.dotlist, overrides)
+    files = [*(run.saved_configs if run else []), *options.base]
+    config = load_config(files, options.dotlist, {"lightning": lightning} if lightning else None)
     check_experiment(config, train=options.train)
-    if resumed:
-        return *resumed, config
-    root = "logs/debug_runs" if options.debug else "logs"
-    run = RunDir.new(run_name(options.name, options.base, options.postfix), root)
-    return run, (config.values.get("lightning") or {}).get("ckpt_path"), config
+    model, lightning = config.block("model"), config.values.get("lightning") or {}
+    if run:  # all weights are in the checkpoint
+        model = without_starts(model)
+    else:
+        name = run_name(options.name, options.base, options.postfix)
+        run = RunDir.new(name, "logs/debug_runs" if options.debug else "logs")
+        checkpoint = Path(lightning["ckpt_path"]) if lightning.get("ckpt_path") else None
+    blocks, wandb = (model, config.block("data"), lightning), options.wandb and options.project
+    return Experiment(run, checkpoint, *blocks, wandb or None, options.trust_checkpoint)
 
 
-def build(
-    options: Options, run: RunDir, config: LoadedConfig
-) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule]:
-    """Build the Trainer, the model and the data."""
-    import lightning.pytorch as pl
+def build(options: Options, experiment: Experiment) -> tuple[Any, Any, Any]:
+    """Build the Trainer, the model with its learning rate, and the data module."""
+    from lightning.pytorch import seed_everything
 
-    from taming.run import trainer as building
+    from taming.run.trainer import build_trainer, learning_rate_scale, trainer_arguments
 
-    building.quiet_lightning()
-    lightning = config.values.get("lightning") or {}
-    arguments = building.trainer_arguments(lightning, run)
-    pl.seed_everything(options.seed, workers=True)
-    project = {name: config.values[name] for name in ("model", "data")}
-    if options.resume:  # all weights are in the checkpoint
-        project["model"] = without_starts(project["model"])
-    data = instantiate_from_config(project["data"])
-    model = instantiate_from_config(project["model"])
-    wandb_project = options.project if options.wandb else None
-    trainer = building.build_trainer(
-        *(arguments, lightning, project, model, run, wandb_project, options.trust_checkpoint)
-    )
+    arguments = trainer_arguments(experiment)
+    seed_everything(options.seed, workers=True)
+    data = instantiate_from_config(experiment.data)
+    model = instantiate_from_config(experiment.model)
+    trainer = build_trainer(experiment, arguments, model)
     if options.train:
-        rate = project["model"]["base_learning_rate"]
-        if options.scale_lr:
-            rate *= building.learning_rate_scale(arguments, project["data"], trainer.world_size)
-        model.learning_rate = rate
+        scale = learning_rate_scale(experiment, trainer.world_size) if options.scale_lr else 1
+        model.learning_rate = experiment.model["base_learning_rate"] * scale
     return trainer, model, data
 
 
 def log_to_console() -> None:
-    """Show what this package logs; the first of several processes says most."""
-    package = logging.getLogger("taming")
-    package.setLevel(logging.INFO if is_first_process() else logging.WARNING)
-    if not package.handlers:
-        package.addHandler(logging.StreamHandler())
+    """Show the log of this package: all of it on the first process, warnings on the others."""
+    logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train and test as the command line (by default, the process's own) asks."""
+    """Train and test as the command line (by default that of the process) asks."""
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
+    from taming.run.trainer import fit, quiet_lightning, test
+
     log_to_console()
+    quiet_lightning()
     sys.path.append(os.getcwd())
+    # What ends in one line: any wrong value before training begins, and these errors after.
     mistakes: tuple[type[Exception], ...] = (ValueError, OSError)
     try:
-        run, checkpoint, config = prepare(options)
-        with run.kept_if_used():
-            trainer, model, data = build(options, run, config)
+        experiment = load(options)
+        with experiment.run.kept_if_used():
+            trainer, model, data = build(options, experiment)
             mistakes = (PreparationError, DataError, NonFiniteError, WriteError)
-            logging.getLogger("taming").info("the run's folder is %s", run.path)
-            from taming.run.trainer import fit, test
-
+            logger.info("the run's folder is %s", experiment.run.path)
             if options.train:
-                fit(trainer, model, data, checkpoint)
+                fit(trainer, model, data, experiment.checkpoint)
             else:
-                logging.getLogger("taming").info("not training; -t trains")
+                logger.info("not training; -t trains")
             if not options.no_test:
-                test(trainer, model, data, None if options.train else checkpoint)
+                test(trainer, model, data, None if options.train else experiment.checkpoint)
     except Exception as error:
         if options.debug:
             traceback.print_exc()

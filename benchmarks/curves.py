@@ -1,4 +1,4 @@
-"""Plot a logged value of runs against the step.
+"""Plot a logged value of several runs against the step.
 
 python benchmarks/curves.py val/psnr logs/<run> logs/<run> -o curves.png
 """
@@ -12,18 +12,18 @@ from pathlib import Path
 import matplotlib
 from matplotlib import pyplot as plt
 
-from taming.run.script import run
+from taming.run.cli import run
 
 
 def read(folder: Path, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values that a run logged, each time it was started or resumed.
+    """Read the steps and values that a run logged, over all starts and resumptions.
 
     Raises:
-        ValueError: It logged no such value.
+        ValueError: The run did not log the value.
     """
     rows = [row for file in sorted(folder.glob("csv/*/metrics.csv")) for row in _rows(file, key)]
     if not rows:
-        raise ValueError(f"{folder} holds no logs of {key!r}")
+        raise ValueError(f"{folder} has no logs of {key!r}")
     steps, values = zip(*sorted(dict(rows).items()), strict=True)
     return list(steps), list(values)
 
@@ -34,7 +34,7 @@ def _rows(file: Path, key: str) -> list[tuple[int, float]]:
 
 
 def main() -> None:
-    """Write the figure."""
+    """Save the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

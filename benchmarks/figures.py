@@ -1,10 +1,10 @@
-"""Draw how a latent goes round the loop, in a plane of sixteen codes.
+"""Draw the turns of a latent in the loop, in a plane of sixteen codes.
 
 python benchmarks/figures.py docs/images/loop.png
 
-`Attract` steps toward the nearest code until it is within the threshold. The others add codes until
-their sum is within the threshold of z; crosses are the codes as the second turn sees them, scaled
-by a number (`Residual`) or mapped by a matrix (`LinearResidual`), round the first code.
+`Attract` steps toward the nearest code until the latent is within the threshold of it. The others
+add codes until their sum is within the threshold of z; crosses are the codes of the second turn,
+scaled by a number (`Residual`) or mapped by a matrix (`LinearResidual`), around the first code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEP, MAX_LOOPS, TAU, SIDE = 0.5, 4, 0.1, 2.4
 
 
 def scene() -> tuple[Tensor, Tensor, Tensor]:
-    """A cloud of latents (N, 2), sixteen codes fitted to it (16, 2), and one latent (1, 2)."""
+    """Make a cloud of latents (N, 2), sixteen codes fitted to it (16, 2), and a latent (1, 2)."""
     generator = torch.Generator().manual_seed(4)
     shape = torch.tensor([[0.9, 0.5], [-0.1, 0.35]])
     latents = torch.randn(2000, 2, generator=generator) @ shape
@@ -34,7 +34,7 @@ def scene() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def draw_frame(axis: Axes, latents: Tensor, codebook: Tensor, z: Tensor, center: Tensor) -> None:
-    """Draw latents and codes, the one latent, and the circle in which the loop ends."""
+    """Draw the latents, the codes, the one latent, and the circle in which the loop ends."""
     axis.scatter(*latents.T, color="0.9", s=3)
     axis.scatter(*codebook.T, color="0.4", s=20, label="codes")
     axis.scatter(*z.T, color="tab:red", marker="*", s=120, zorder=4, label="latent z")
@@ -45,7 +45,7 @@ def draw_frame(axis: Axes, latents: Tensor, codebook: Tensor, z: Tensor, center:
 
 
 def draw_attract(axis: Axes, latents: Tensor, codebook: Tensor, z: Tensor) -> None:
-    """Steps r <- r + step (e_k - r); the circle is around the code."""
+    """Draw the turns r <- r + step (e_k - r); the circle is around the code."""
     code = codebook[(codebook - z).norm(dim=1).argmin()]
     points = [z[0]]
     while (points[-1] - code).norm() > TAU:
@@ -58,12 +58,12 @@ def draw_attract(axis: Axes, latents: Tensor, codebook: Tensor, z: Tensor) -> No
 def draw_cascade(
     axis: Axes, latents: Tensor, codebook: Tensor, z: Tensor, transform: Cascade
 ) -> None:
-    """Sums of codes; the circle is around the latent."""
+    """Fit a transform to the latents and draw its sums of codes; the circle is around z."""
     everywhere = torch.zeros(len(latents))
     for step in range(MAX_LOOPS + 100):
         codes = transform.search(latents, codebook, everywhere, MAX_LOOPS).codes[:, -1]
         searches = transform.retrace(latents, codes, codebook)
-        update = transform.start if step < MAX_LOOPS else transform.learn
+        update = transform.initialize if step < MAX_LOOPS else transform.learn
         update(latents, searches, codebook)
     path = transform.search(z, codebook, torch.zeros(1), MAX_LOOPS)
     length = lengths_within(path.distances, torch.tensor([TAU]))
@@ -78,11 +78,11 @@ def draw_cascade(
 
 
 def main() -> None:
-    """Write the figure."""
+    """Save the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("file", help="picture to write")
+    parser.add_argument("file", help="picture to save")
     options = parser.parse_args()
     matplotlib.use("agg")
     figure, axes = plt.subplots(1, 3, figsize=(12, 3), layout="constrained")

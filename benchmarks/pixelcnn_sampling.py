@@ -1,10 +1,10 @@
-"""How much the PixelCNN's sampling saves by keeping what it has computed.
+"""Time the PixelCNN's sampling with and without its cache.
 
 python benchmarks/pixelcnn_sampling.py --grid 8 16
 
 Compares three ways to draw the same codes, at the sizes of configs/pixelcnn_cifar10.yaml unless
 told otherwise: the whole grid for each site; only the rows down to the site's own; and
-`PixelCNN.write`, which goes over each row and each site once.
+`PixelCNN.sample`, which goes over each row and each site once.
 
 Axis letters: B images, h w grid, T turns, V values.
 """
@@ -22,31 +22,30 @@ from torch import Tensor
 from taming.modules.pixelcnn.model import PixelCNN
 from taming.modules.pixelcnn.site import SiteSymbols
 from taming.modules.pixelcnn.stacks import GatedStacks
-from taming.run.script import choose_device, run, script_parser
+from taming.run.cli import choose_device, run, script_parser
 
 logger = logging.getLogger("taming.pixelcnn_sampling")
 
-IncrementalDecoder = Callable[[PixelCNN, Tensor, Tensor], None]
+Sampler = Callable[[PixelCNN, Tensor, Tensor], Tensor]
 
 
-def draw(logits: Tensor) -> Tensor:
-    """Draw symbols (B,) from logits (B, V)."""
+def sample_symbol(logits: Tensor) -> Tensor:
+    """Sample symbols (B,) from logits (B, V)."""
     return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(1)
 
 
-def write_kept(net: PixelCNN, codes: Tensor, labels: Tensor) -> None:
-    """Draw codes (B, h, w, T), in place, by `PixelCNN.write`."""
-    for _ in net.write(codes, labels, draw):
-        pass
+def sample_kept(net: PixelCNN, codes: Tensor, labels: Tensor) -> Tensor:
+    """Sample codes (B, h, w, T) by `PixelCNN.sample`."""
+    return net.sample(codes, labels, sample_symbol)
 
 
 @torch.no_grad()
-def write_anew(net: PixelCNN, codes: Tensor, labels: Tensor, crop: bool = False) -> None:
-    """Draw codes (B, h, w, T), in place, running the stacks anew for each site.
+def sample_anew(net: PixelCNN, codes: Tensor, labels: Tensor, crop: bool = False) -> Tensor:
+    """Sample codes (B, h, w, T), running the stacks anew for each site.
 
     Args:
         net: The network.
-        codes: What stands in them is not read.
+        codes: Give the shape; overwritten.
         labels: (B,) classes.
         crop: Leave out the rows below the site's own.
     """
@@ -59,39 +58,41 @@ def write_anew(net: PixelCNN, codes: Tensor, labels: Tensor, crop: bool = False)
             context = net.stacks(embedded, net.classes(labels))[:, :, row, column]
             symbols = labels.new_empty(len(labels), 0)
             for _ in net.site.sizes:
-                symbols = torch.cat([symbols, draw(net.head(context, symbols))[:, None]], dim=1)
+                symbols = torch.cat(
+                    [symbols, sample_symbol(net.head(context, symbols))[:, None]], dim=1
+                )
             codes[:, row, column] = net.site.to_codes(symbols)
+    return codes
 
 
-def write_cropped(net: PixelCNN, codes: Tensor, labels: Tensor) -> None:
-    """See `write_anew`."""
-    write_anew(net, codes, labels, crop=True)
+def sample_cropped(net: PixelCNN, codes: Tensor, labels: Tensor) -> Tensor:
+    """Sample codes as `sample_anew` does without the rows below a site's own."""
+    return sample_anew(net, codes, labels, crop=True)
 
 
-WRITERS: dict[str, IncrementalDecoder] = {
-    "whole grid": write_anew,
-    "cropped": write_cropped,
-    "kept": write_kept,
+SAMPLERS: dict[str, Sampler] = {
+    "whole grid": sample_anew,
+    "cropped": sample_cropped,
+    "kept": sample_kept,
 }
 
 
 def measure(
     net: PixelCNN, shape: tuple[int, ...], device: torch.device, repeats: int
 ) -> dict[str, float]:
-    """Seconds to draw codes of a shape (B, h, w, T) in each way.
+    """Time each way of sampling codes of a shape (B, h, w, T).
 
     Returns:
-        Medians of as many rounds as ``repeats`` says, each of all ways in turn, after one round
-        that does not count.
+        Name of a way -> median seconds of ``repeats`` rounds, after one warm-up round. A round
+        runs all ways in turn.
     """
     labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
-    seconds: dict[str, list[float]] = {name: [] for name in WRITERS}
+    seconds: dict[str, list[float]] = {name: [] for name in SAMPLERS}
     for _ in range(1 + repeats):
-        for name, write in WRITERS.items():
+        for name, sample in SAMPLERS.items():
             codes = torch.empty(shape, dtype=torch.int64, device=device)
             start = time.perf_counter()
-            write(net, codes, labels)
-            codes.cpu()  # waits for the device
+            sample(net, codes, labels).cpu()  # waits for the device
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
@@ -99,16 +100,16 @@ def measure(
 def main() -> None:
     """Print median seconds and ratios as a table."""
     parser = script_parser(__doc__)
-    parser.add_argument("--grid", nargs="+", type=int, default=[8, 16], help="sides, in sites")
+    parser.add_argument("--grid", nargs="+", type=int, default=[8, 16], help="sides in sites")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--channels", type=int, default=128)
     parser.add_argument("--layers", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds to take the median of")
+    parser.add_argument("--repeats", type=int, default=5, help="number of rounds for the median")
     options = parser.parse_args()
     device = choose_device(options.device)
     site = SiteSymbols(n_e=256, max_loops=6, dummies=False)
     net = PixelCNN(site, 10, GatedStacks(options.channels, options.layers)).to(device).eval()
-    logger.info("grid     %s", "  ".join(f"{name:>12}" for name in WRITERS))
+    logger.info("grid     %s", "  ".join(f"{name:>12}" for name in SAMPLERS))
     for side in options.grid:
         shape = (options.batch, side, side, site.max_loops)
         seconds = measure(net, shape, device, options.repeats)

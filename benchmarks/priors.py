@@ -1,17 +1,17 @@
-"""How many bits do an image's tokens cost under each prior, and what do its samples look like?
+"""Compare priors by the bits of an image's tokens and by the quality of their samples.
 
 Trains a loopy tokenizer on CIFAR-10 (8 x 8 sites, two turns on average), then class-conditional
 priors over its tokens, and reports
 
-- bits per held-out image, lengths included, against counted frequencies;
-- how many of each prior's samples a classifier, trained on real images, takes for the class they
-  were drawn for, and their Frechet distance to reconstructions in that classifier's features (which
-  compares the priors here with each other, and nothing else);
-- that completions keep the codes of what is known, and how far its pixels come from those of
-  reconstructions.
+- bits per held-out image, lengths included, and those of counted frequencies for comparison;
+- the fraction of each prior's samples that a classifier, trained on real images, assigns to the
+  intended class, and their Frechet distance to reconstructions in the classifier's features
+  (comparable only among these priors);
+- the fraction of known sites whose codes a completion changes, and the PSNR of its known pixels
+  against reconstructions.
 
-What was trained before is kept in the folder of results and not done again. All priors train for as
-many steps, which take some of them longer than others; the minutes are in the table.
+Trained models are kept in the folder of results and reused. All priors train for the same number of
+steps, which take different times; the table has the minutes.
 
 python benchmarks/priors.py --quick --train train.parquet --test test.parquet
 python benchmarks/priors.py --standard --only unary two-level pixelcnn
@@ -33,7 +33,7 @@ import lightning.pytorch as pl
 import torch
 from race.classifier import Classifier, Judgement, judge, labelled, trained_classifier
 from race.contenders import contenders
-from race.drawing import complete, draw
+from race.drawing import complete, sample
 from race.folder import claim
 from race.measure import threshold_for_mean
 from race.networks import HIDDEN, NAMES, OrderZero, build_prior
@@ -44,7 +44,7 @@ from torch import Tensor
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.vqgan import VQModel
 from taming.modules.util import count_params
-from taming.run.script import run
+from taming.run.cli import run
 
 logger = logging.getLogger("taming.benchmark")
 Row = dict[str, Any]
@@ -52,17 +52,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How long and how large.
+    """Sizes and durations of a comparison.
 
     Attributes:
-        tokenizer: Of the race of tokenizers.
-        networks: See `build_prior`.
+        tokenizer: Plan of the tokenizer, from the race of tokenizers.
+        networks: Network name -> its parameters, as for `build_prior`.
         steps: Training steps of a prior.
         batch_size: Images per step.
-        learning_rate: Of the transformers and the PixelCNN.
+        learning_rate: Learning rate of the transformers and the PixelCNN.
         classifier_steps: Training steps of the classifier.
-        samples: Images drawn from each prior.
-        completions: Held-out images completed.
+        samples: Number of images to sample from each prior.
+        completions: Number of held-out images to complete.
     """
 
     tokenizer: Plan
@@ -90,7 +90,7 @@ LARGE = {
     "depth": {"n_layer": 2, "n_head": 4, "n_embd": 128, "resid_pdrop": 0.1},
     "pixelcnn": {"channels": 128, "layers": 10, "kernel_size": 3, "dropout": 0.1},
 }
-SIZES = {  # minutes in all; half an hour for each prior on a CPU core; a GPU
+SIZES = {  # quick: minutes in all; standard: half an hour per prior on a CPU core; full: a GPU
     "quick": Sizes(replace(PLANS["quick"], steps=200), SMALL, 60, 32, 2e-3, 150, 200, 20),
     "standard": Sizes(PLANS["standard"], MEDIUM, 1800, 32, 2e-3, 1500, 10_000, 200),
     "full": Sizes(PLANS["standard"], LARGE, 20_000, 128, 1e-3, 10_000, 10_000, 200),
@@ -98,7 +98,7 @@ SIZES = {  # minutes in all; half an hour for each prior on a CPU core; a GPU
 
 
 def open_images(sizes: Sizes, options: argparse.Namespace) -> tuple[Any, Any]:
-    """Open the training images, and as many held-out ones as are measured."""
+    """Open the training images and the held-out images to measure."""
     side = sizes.tokenizer.ddconfig["resolution"]
     train = images_of(options.train, "train", side, train=True)
     test = images_of(options.test, "test", side, train=False)
@@ -121,7 +121,7 @@ def tokenizer_of(sizes: Sizes, train: Any, options: argparse.Namespace) -> VQMod
 def trained_prior(
     name: str, sizes: Sizes, tokenizer: VQModel, train: Any, options: argparse.Namespace
 ) -> tuple[Any, float]:
-    """Train a prior, or load what an earlier call trained; the prior, and minutes of training."""
+    """Train a prior, or load an earlier result; return it and the minutes of training."""
     pl.seed_everything(0, verbose=False)
     file, device = options.outdir / f"{name}.pt", tokenizer.device
     model: Any = build_prior(name, sizes.networks, tokenizer, sizes.steps)
@@ -154,30 +154,31 @@ def measure_prior(
     row: Row = {"name": name, "bits": bits_per_image(model, loader(test, 100))}
     row["parameters"] = count_params(model) - count_params(model.first_stage_model)
     start = time.monotonic()
-    result = judge(classifier, draw(model, sizes.samples))
+    result = judge(classifier, sample(model, sizes.samples))
     row["seconds_per_sample"] = (time.monotonic() - start) / sizes.samples
     row |= {"recognised": result.accuracy, "distance": result.distance(real)}
-    if isinstance(model, Net2NetTransformer):  # the accuracy of fewer will do
-        row["guided"] = judge(classifier, draw(model, sizes.samples // 5, 2.0)).accuracy
+    if isinstance(model, Net2NetTransformer):  # fewer samples suffice for the accuracy
+        row["guided"] = judge(classifier, sample(model, sizes.samples // 5, 2.0)).accuracy
     some = loader(first(test, sizes.completions), sizes.completions)
     return row | complete(model, *next(labelled(some, model.device)))
 
 
 def report(rows: list[Row], references: Row) -> str:
-    """Markdown table of all priors."""
+    """Format a Markdown table of all priors."""
     lines = [
-        f"Frequencies of tokens by depth: {references['order_zero']:.0f} bits per image. "
+        "Frequencies of tokens by their place within a site: "
+        f"{references['order_zero']:.0f} bits per image. "
         f"Recognised: {references['real']:.1%} of real images, {references['reconstructed']:.1%} "
-        "of reconstructions. Distances are to reconstructions, in this classifier's features; "
-        "they compare with nothing outside this table. GuidedDecoder: recognised, at a scale of 2.",
+        "of reconstructions. Distances are to reconstructions, in this classifier's features, and "
+        "comparable only within this table. Guided: recognised, at a guidance scale of 2.",
         "",
-        "Priors train for as many steps, not for as long. Training hides the class of "
-        f"{HIDDEN:.0%} of the images from transformers, for guidance, and of none from the "
-        "PixelCNN. Known sites: of completions, from the upper half or from sites here and there. "
-        "PSNR of the known half: of reconstructions / of completions / of completions without what "
-        "is known pasted over them, for each pixel that is decoded depends on all codes.",
+        "Priors train for the same number of steps, not for the same time. Training hides the "
+        f"class of {HIDDEN:.0%} of the images from transformers, for guidance, but not from the "
+        "PixelCNN. Known sites: of completions, from the upper half or from random sites. "
+        "PSNR of the known half: of reconstructions / of completions / of completions without the "
+        "known pixels pasted over them, because each decoded pixel depends on all codes.",
         "",
-        "| prior | parameters | minutes of training | bits per image | fewer than by frequency "
+        "| prior | parameters | minutes of training | bits per image | saved against frequencies "
         "| recognised | guided | distance | known sites changed | PSNR of the known half |",
         "|" + "---|" * 10,
     ]
@@ -194,7 +195,7 @@ def report(rows: list[Row], references: Row) -> str:
 
 
 def compare(sizes: Sizes, names: list[str], options: argparse.Namespace) -> list[Row]:
-    """Train and measure everything; writes ``measurements.json`` and ``report.md``."""
+    """Train and measure all priors; save ``measurements.json`` and ``report.md``."""
     data = {"train": options.train, "test": options.test, "precision": options.precision}
     claim(options.outdir / "priors.json", {**asdict(sizes), **data})
     train, test = open_images(sizes, options)
@@ -228,7 +229,7 @@ def compare(sizes: Sizes, names: list[str], options: argparse.Namespace) -> list
 
 
 def main() -> None:
-    """Read the command line, compare, and show the table."""
+    """Parse the command line, run the comparison, and log the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -240,7 +241,9 @@ def main() -> None:
     parser.add_argument("-o", "--outdir", type=Path, help="default: results/priors/SIZES")
     parser.add_argument("--only", nargs="*", default=NAMES, choices=NAMES, help="priors to compare")
     parser.add_argument("--steps", type=int, help="training steps of each prior")
-    parser.add_argument("--precision", default="32-true", help="of training, as bf16-mixed")
+    parser.add_argument(
+        "--precision", default="32-true", help="precision of training, such as bf16-mixed"
+    )
     options = parser.parse_args()
     sizes = SIZES[options.sizes]
     if options.steps:

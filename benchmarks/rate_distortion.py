@@ -1,16 +1,16 @@
-"""Which quantizer gives the best images for its tokens and for its bits?
+"""Compare quantizers by image quality at equal codes and equal bits per image.
 
-Trains an autoencoder without codes for each seed, then goes on from it with each quantizer, for as
-many steps, measures held-out images, and writes a CSV, a table, a plot and the verdicts. What was
-trained or measured before is kept in the folder of results and not done again.
+Trains an autoencoder without codes for each seed, then continues from it with each quantizer for
+the same number of steps, measures held-out images, and saves a CSV file, a table, a plot and
+comparisons. Earlier results in the folder are reused.
 
 python benchmarks/rate_distortion.py --quick --train train.parquet --test test.parquet
 python benchmarks/rate_distortion.py --standard
 python benchmarks/rate_distortion.py --full --train photos/train --test photos/val
 
-Without --train and --test, CIFAR-10 is downloaded. Bits are counted three ways: raw, log2 of the
-vocabulary for each token of the sequence; zero-order entropy of codes and lengths; and by the
-negative log-likelihood of a small transformer trained on the sequences, lengths included.
+Without --train and --test, CIFAR-10 is downloaded. Bits are counted in three ways: raw, log2 of the
+vocabulary for each token of the sequence; zero-order entropy of codes and lengths; and the negative
+log-likelihood of a small transformer trained on the sequences, lengths included.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from tqdm import tqdm
 from taming.models.vqgan import VQModel
 from taming.modules.sequence.notations import UnarySequence
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
-from taming.run.script import run
+from taming.run.cli import run
 
 logger = logging.getLogger("taming.benchmark")
 
@@ -64,7 +64,7 @@ FIELDS = ("name", "group", "seed", "length", *Measurement._fields, "prior_bits")
 def settings(
     model: VQModel, contender: Contender, calibration: list[torch.Tensor]
 ) -> Iterator[str]:
-    """Set a trained tokenizer to each of its rates in turn; yields the mean length."""
+    """Set a trained tokenizer to each of its rates in turn; yield the mean length of a site."""
     if contender.lengths is None:
         yield ""
         return
@@ -78,7 +78,7 @@ def settings(
 
 
 def train_base(plan: Plan, seed: int, options: argparse.Namespace, threads: int) -> None:
-    """Train what all contenders of a seed start from."""
+    """Train the autoencoder from which all contenders of a seed start."""
     torch.set_num_threads(threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     train = images_of(options.train, "train", plan.ddconfig["resolution"], train=True)
@@ -92,11 +92,11 @@ def race(plan: Plan, name: str, seed: int, options: argparse.Namespace) -> list[
     contender = contenders(plan.codes, plan.channels)[name]
     size = plan.ddconfig["resolution"]
     train = images_of(options.train, "train", size, train=True)
-    # The first of them were looked at while the recipe was chosen.
+    # The last images, because the first ones were used to choose the recipe.
     test = last(images_of(options.test, "test", size, train=False), plan.test_images)
     still = first(images_of(options.train, "train", size, train=False), plan.calibration_images)
     model = trained_tokenizer(plan, contender, seed, train, options.outdir, options.precision)
-    widen_search(model, contender)  # only now: so it costs nothing in training
+    widen_search(model, contender)  # not before, so that it costs no time in training
 
     def batches(data: Any) -> list[torch.Tensor]:
         return [model.get_input(b, "image").to(model.device) for b in loader(data, 100)]
@@ -125,7 +125,7 @@ def race(plan: Plan, name: str, seed: int, options: argparse.Namespace) -> list[
 
 
 def parse() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -133,19 +133,25 @@ def parse() -> argparse.Namespace:
     which.add_argument("--quick", dest="plan", action="store_const", const="quick")
     which.add_argument("--standard", dest="plan", action="store_const", const="standard")
     which.add_argument("--full", dest="plan", action="store_const", const="full")
-    parser.add_argument("--train", help="Parquet file, or folder of images")
-    parser.add_argument("--test", help="Parquet file, or folder of images, held out")
+    parser.add_argument("--train", help="Parquet file or folder of training images")
+    parser.add_argument("--test", help="Parquet file or folder of held-out images")
     parser.add_argument("-o", "--outdir", type=Path, help="default: results/rate_distortion/PLAN")
     parser.add_argument("--seeds", type=int, help="number of seeds")
-    parser.add_argument("--only", nargs="*", choices=ALL, metavar="NAME", help="of contenders")
-    parser.add_argument("--precision", default="32-true", help="of training, as bf16-mixed")
-    parser.add_argument("--workers", type=int, help="trainings at once; default: one per CPU core")
+    parser.add_argument("--only", nargs="*", choices=ALL, metavar="NAME", help="contenders to race")
+    parser.add_argument(
+        "--precision", default="32-true", help="precision of training, such as bf16-mixed"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="simultaneous trainings; default: one per CPU core; 1 with a GPU",
+    )
     parser.add_argument("--no-prior", action="store_true", help="skip the priors")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Run all trainings that are not done yet, then report."""
+    """Run all missing trainings, then report."""
     options = parse()
     plan = PLANS[options.plan]
     options.outdir = options.outdir or Path("results/rate_distortion", options.plan)
@@ -157,7 +163,7 @@ def main() -> None:
     workers = options.workers or (1 if gpus else cores)
     options.threads = max(1, cores // workers)
     table = options.outdir / "measurements.csv"
-    rows = read_rows(table)
+    rows = load_rows(table)
     done = {(row["name"], int(row["seed"])) for row in rows}
     wanted = [
         (name, seed)
@@ -167,7 +173,7 @@ def main() -> None:
     ]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        # Before the contenders, of which two would otherwise train the same one at once.
+        # All autoencoders first: otherwise two contenders would train the same one at once.
         untrained = {s for name, s in wanted if not (options.outdir / f"{name}-{s}.pt").exists()}
         seeds = sorted(untrained)
         threads = max(options.threads, cores // max(1, len(seeds)))  # one seed takes all cores
@@ -176,21 +182,21 @@ def main() -> None:
             finished.result()
         races = {pool.submit(race, plan, *which, options): which for which in wanted}
         collect(races, rows, table)
-    write_report(read_rows(table), plan, options.outdir)
+    write_report(load_rows(table), plan, options.outdir)
 
 
 def collect(
     races: Mapping[Future, tuple[str, int]], rows: list[dict[str, Any]], table: Path
 ) -> None:
-    """Add to the table what each race measured; one that fails takes nothing from the others.
+    """Add the measurements of each race to the table; a failed race does not affect the others.
 
     Args:
-        races: Each with its contender's name and its seed.
-        rows: What was measured before.
+        races: Race -> name and seed of its contender.
+        rows: Earlier measurements.
         table: File of all measurements.
 
     Raises:
-        Exception: That of the first race that failed, when all are over.
+        Exception: The error of the first failed race, when all races are over.
     """
     failed = []
     for finished in tqdm(as_completed(races), total=len(races), desc="contenders"):
@@ -199,13 +205,13 @@ def collect(
             failed.append(error)
             continue
         rows = rows + finished.result()
-        write_rows(rows, table)
+        save_rows(rows, table)
     if failed:
         raise failed[0]
 
 
-def write_rows(rows: list[dict[str, Any]], table: Path) -> None:
-    """Write all measurements; an interruption leaves the table that was there before."""
+def save_rows(rows: list[dict[str, Any]], table: Path) -> None:
+    """Save all measurements atomically: an interruption leaves the earlier table."""
     unfinished = table.with_suffix(".unfinished")
     with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
@@ -214,8 +220,8 @@ def write_rows(rows: list[dict[str, Any]], table: Path) -> None:
     unfinished.replace(table)
 
 
-def read_rows(table: Path) -> list[dict[str, Any]]:
-    """Read what was measured before; nothing if there is no table yet."""
+def load_rows(table: Path) -> list[dict[str, Any]]:
+    """Load the earlier measurements, or an empty list if the table does not exist."""
     if not table.exists():
         return []
     with table.open(newline="") as file:

@@ -1,11 +1,11 @@
-"""How much time does a prior's epoch take from images, and how much from cached tokens?
+"""Time a prior's epoch from images and from cached tokens.
 
 python scripts/encode.py -r logs/<run of the tokenizer> -o cache
 python benchmarks/token_cache.py -r logs/<run of the prior> --cache cache/train
 
-Prints milliseconds per image: until its tokens are there, and for a whole training step, optimizer
-included, with the batch size and as many loader processes as the prior's run. What an epoch gains
-follows from how much of a step is the transformer's own work.
+Prints milliseconds per image until its tokens are available, and for a whole training step with
+the optimizer, at the batch size and number of loader processes of the prior's run. The speed-up of
+an epoch depends on the transformer's share of a step.
 """
 
 from __future__ import annotations
@@ -24,23 +24,28 @@ from tqdm import tqdm
 from taming.data.tokens import TokenCache
 from taming.data.utils import custom_collate
 from taming.models.prior import Prior, is_cached
+from taming.run.cli import choose_device, run
 from taming.run.folder import data_from_run, model_from_run
-from taming.run.script import choose_device, run
 
 logger = logging.getLogger("taming.benchmark")
 Work = Callable[[Mapping[str, Any]], None]  # on a batch
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Bring the tensors of a batch to a device."""
+    """Move the tensors of a batch to a device."""
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def seconds_per_image(loader: DataLoader[Any], batches: int, work: Work) -> float:
-    """Time that an image takes, reading included.
+    """Measure the time per image, loading included.
 
-    Time counts from after one batch and all those that loader processes read ahead of it. Epochs
-    follow on each other, as in training.
+    The first batch and the batches prefetched meanwhile are not timed. Epochs follow each other,
+    as in training.
+
+    Args:
+        loader: Batches.
+        batches: Number of batches to time.
+        work: Called with each batch.
     """
     unmeasured = 1 + loader.num_workers * (loader.prefetch_factor or 0)
     images, start = 0, 0.0
@@ -57,7 +62,7 @@ def seconds_per_image(loader: DataLoader[Any], batches: int, work: Work) -> floa
 
 
 def training_step_of(model: Prior) -> Work:
-    """Return what trains a prior on a batch, as Lightning does but for the schedule."""
+    """Return a function that trains a prior on a batch as Lightning does, without the schedule."""
     configured: Any = model.configure_optimizers()
     optimizer = configured[0][0] if isinstance(configured, tuple) else configured
 
@@ -71,13 +76,13 @@ def training_step_of(model: Prior) -> Work:
 
 
 def main() -> None:
-    """Time both, and print what they take."""
+    """Time both data sets and print the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("-r", "--resume", required=True, help="run of the prior")
-    parser.add_argument("--cache", required=True, help="folder of its training images' tokens")
-    parser.add_argument("--batches", type=int, default=50, help="how many to time")
+    parser.add_argument("--cache", required=True, help="token cache of its training images")
+    parser.add_argument("--batches", type=int, default=50, help="number of batches to time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     options = parser.parse_args()
     data, model = data_from_run(options.resume), model_from_run(options.resume)
@@ -85,7 +90,7 @@ def main() -> None:
     if not isinstance(model, Prior):
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a prior")
     if is_cached(data.datasets["train"][0]):
-        raise ValueError(f"{options.resume} was trained from a token cache, and not from images")
+        raise ValueError(f"{options.resume} was trained from a token cache, not from images")
     model = model.to(choose_device(options.device)).train()
 
     def tokenize(batch: Mapping[str, Any]) -> None:
@@ -104,7 +109,7 @@ def main() -> None:
         for dataset in (data.datasets["train"], cached)
     ]
     for title, work in (
-        ("until the tokens are there", tokenize),
+        ("until the tokens are available", tokenize),
         ("for a training step", training_step_of(model)),
     ):
         images, tokens = (seconds_per_image(it, options.batches, work) for it in loaders)

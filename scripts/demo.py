@@ -1,7 +1,7 @@
-"""The main job from end to end on photographs that ship with scikit-image.
+"""Run the whole pipeline on photographs that ship with scikit-image.
 
-Trains a loopy VQGAN, then a transformer over its tokens, then measures, reconstructs, samples and
-completes, each with the program that a user would call. Every command is shown.
+Trains a loopy VQGAN and a transformer over its tokens, then evaluates, reconstructs, samples and
+completes images, each with the program that a user would call. Every command is printed.
 
 python scripts/demo.py
 """
@@ -18,17 +18,17 @@ from importlib.resources import files
 from pathlib import Path
 
 from taming.data.photos import VALIDATION_PHOTOS
-from taming.run.script import run
+from taming.run.cli import run
 
 logger = logging.getLogger("taming.demo")
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def call(*command: str | Path) -> None:
-    """Show and run a program of this repository with this Python.
+    """Print and run a command of this repository with this Python.
 
     Raises:
-        SystemExit: The program failed; it has said why.
+        SystemExit: The program failed; its own output has the reason.
     """
     words = [str(word) for word in command]
     logger.info("\n$ python %s", shlex.join(words))
@@ -45,12 +45,14 @@ def train(config: str, *arguments: str) -> Path:
 
 
 def main() -> None:
-    """Run all steps and say where the results are."""
+    """Run all steps and log the total time."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("-o", "--outdir", default="results/demo", help="folder of the results")
-    parser.add_argument("overrides", nargs="*", help="passed to both trainings, as lightning.x=y")
+    parser.add_argument(
+        "overrides", nargs="*", help="passed to both trainings, such as lightning.x=y"
+    )
     options = parser.parse_args()
     start, out = time.monotonic(), Path(options.outdir).resolve()
     photos = [str(files("skimage") / "data" / name) for name in VALIDATION_PHOTOS]

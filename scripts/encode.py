@@ -4,11 +4,11 @@ python scripts/encode.py -r logs/<run of the tokenizer> -o cache
 python scripts/encode.py -r logs/<run> -o cache --passes 4 data.params.batch_size=64
 python scripts/encode.py -r logs/<run> -o cache --splits validation
 
-Reads the data of the tokenizer's run, or what -b and key=value items say instead, and writes
-<outdir>/train and <outdir>/validation, for taming.data.tokens.TokenCache. Each image's
-numbers, vectors of numbers and texts are kept, such as its class or its layout; images and maps are
-not. With random crops or mirroring, several passes keep some of their variety. An image's place in
-the data set is kept as ``image_number``, and which pass it was, from 0 on, as ``pass_number``.
+Encodes the data of the tokenizer's run, unless -b or key=value items set others, into
+<outdir>/train and <outdir>/validation for taming.data.tokens.TokenCache. Numbers, vectors of
+numbers and texts of each image are kept, such as its class or layout; images and maps are not. With
+random crops or flips, several passes keep some of their variety. ``image_number`` is an image's
+index in the data set, and ``pass_number`` its pass, from 0.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from taming.data.tokens import CacheInfo, TokenCacheWriter, free_for_cache
 from taming.data.utils import custom_collate
 from taming.models.prior import fingerprint
 from taming.models.vqgan import VQModel
-from taming.models.vqvae2 import VQVAE2
-from taming.run.script import choose_device, parse_run, run, run_parser
+from taming.run.cli import choose_device, parse_run, run, run_parser
 
 logger = logging.getLogger("taming.encode")
 
@@ -39,20 +38,20 @@ def build_parser() -> argparse.ArgumentParser:
     """Declare the command line."""
     parser = run_parser(__doc__)
     parser.add_argument("-o", "--outdir", type=Path, required=True)
-    parser.add_argument("--splits", nargs="+", help="of the data; default: all")
-    parser.add_argument("--passes", type=int, default=1, help="over the training set")
-    parser.add_argument("-s", "--seed", type=int, default=23, help="of random crops")
+    parser.add_argument("--splits", nargs="+", help="splits of the data; default: all")
+    parser.add_argument("--passes", type=int, default=1, help="passes over the training set")
+    parser.add_argument("-s", "--seed", type=int, default=23, help="seed of random crops")
     return parser
 
 
 def columns_of(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """What a batch says of each image in one number, vector of numbers, or text.
+    """Collect a batch's numbers, vectors of numbers and texts, one per image.
 
     Raises:
-        ValueError: It has a key by which `encode` counts.
+        ValueError: The batch has a key that `encode` adds.
     """
     if taken := {"image_number", "pass_number"} & batch.keys():
-        raise ValueError(f"a token cache counts its {min(taken)}: rename the data set's")
+        raise ValueError(f"a token cache has its own {min(taken)}: rename the data set's")
     numbers = {
         k: v.tolist() for k, v in batch.items() if isinstance(v, Tensor) and v.ndim in (1, 2)
     }
@@ -64,19 +63,19 @@ def columns_of(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 @torch.no_grad()
 def encode(model: VQModel, loader: DataLoader[Any], folder: Path, passes: int) -> None:
-    """Write the tokens of a data set.
+    """Save the tokens of a data set.
 
     Raises:
-        ValueError: Images differ in size, or the folder cannot be written anew.
+        ValueError: Images differ in size, or the folder is not free.
     """
-    sequence, own = model.quantize.sequence, fingerprint(model, model.quantize.sequence)
+    sequence, own = model.quantize.sequence, fingerprint(model)
     writer = None
     for number in range(passes):
         first = 0
         for batch in tqdm(loader, desc=folder.name):
             x = model.get_input(batch, model.image_key).to(model.device)
-            quant, _, info = model.encode(x)
-            grid = [*quant.shape[2:]]
+            codes = model.encode_to_codes(x)  # (B, h, w, T)
+            grid = [*codes.shape[1:3]]
             about = CacheInfo(own, grid, x.shape[2] * x.shape[3])
             columns = columns_of(batch)
             columns["image_number"] = list(range(first, first + len(x)))
@@ -84,29 +83,33 @@ def encode(model: VQModel, loader: DataLoader[Any], folder: Path, passes: int) -
             if writer is None:
                 writer = TokenCacheWriter(folder, about, sequence.vocab_size)
                 if left := [key for key in batch if key not in (*columns, model.image_key)]:
-                    logger.info("left out, being no number, vector or text: %s", ", ".join(left))
+                    logger.info("not a number, vector or text, left out: %s", ", ".join(left))
             if about != writer.info:
-                raise ValueError(f"images of {grid} sites come after those of {writer.info.grid}")
-            writer.add(sequence.encode(info.indices.reshape(len(x), *grid, -1))[0], columns)
+                raise ValueError(
+                    f"images differ in size: {grid} sites after images of {writer.info.grid}"
+                )
+            writer.add(sequence.encode(codes)[0], columns)
             first += len(x)
     if writer is not None:
         writer.close()
 
 
 def main() -> None:
-    """Encode all splits."""
+    """Encode all chosen splits."""
     options, saved = parse_run(build_parser())
     if options.passes < 1:
         raise ValueError("--passes must be at least 1")
     device = choose_device(options.device)
     pl.seed_everything(options.seed, verbose=False)
     model, data = saved.model().to(device), saved.data()
-    if not isinstance(model, VQModel) or isinstance(model, VQVAE2):
+    if not isinstance(model, VQModel) or len(model.levels) > 1:
         raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a VQModel")
     splits = options.splits or list(data.datasets)
     for split in splits:
         if split not in data.datasets:
-            raise ValueError(f"--splits: there is no {split!r}, only {', '.join(data.datasets)}")
+            raise ValueError(
+                f"--splits: unknown split {split!r}, expected {', '.join(data.datasets)}"
+            )
         free_for_cache(options.outdir / split)
     for split in splits:
         images = data.datasets[split]

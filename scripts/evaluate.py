@@ -16,41 +16,38 @@ import torch
 from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
-from taming.models.vqvae2 import VQVAE2
+from taming.run.cli import choose_device, run
 from taming.run.folder import data_from_run, model_from_run
-from taming.run.script import choose_device, run
 from taming.run.trainer import quiet_lightning
 
 logger = logging.getLogger("taming.evaluate")
 
 
 class KeepHistograms(pl.Callback):
-    """Keeps the model's counts of codes and lengths before an epoch's end clears them."""
+    """Keep a tokenizer's counts of codes and lengths, which the end of an epoch clears."""
 
     def __init__(self) -> None:
         self.histograms: dict[str, list[int]] = {}
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the counts of a tokenizer."""
-        if isinstance(pl_module, VQModel):
-            counts = pl_module.codebook_histograms()
-            self.histograms = {name: values.tolist() for name, values in counts.items()}
+        """Copy the counts before the model resets them."""
+        counts = getattr(pl_module, "codebook_histograms", dict)()
+        self.histograms = {name: values.tolist() for name, values in counts.items()}
 
 
 @torch.no_grad()
 def tokens_per_image(model: VQModel, data: pl.LightningDataModule) -> list[int]:
-    """Length of each validation image's sequence in the tokenizer's own notation."""
+    """Return the length of each validation image's token sequence."""
     lengths = []
     for batch in tqdm(data.val_dataloader(), desc="sequences"):
         x = model.get_input(batch, model.image_key).to(model.device)
-        quantized = model.encode(x)
-        codes = quantized.info.indices.reshape(len(x), *quantized.z_q.shape[2:], -1)
+        codes = model.encode_to_codes(x)  # (B, h, w, T)
         lengths += model.quantize.sequence.encode(codes)[1].tolist()
     return lengths
 
 
 def main() -> None:
-    """Print the validation metrics and write them, with the histograms, as JSON."""
+    """Print the validation metrics, and save them with the histograms as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -77,7 +74,7 @@ def main() -> None:
     for name, value in sorted(metrics.items()):
         logger.info("%-30s %.4f", name, value)
     metrics["histograms"] = keep.histograms
-    if isinstance(model, VQModel) and not isinstance(model, VQVAE2):  # its levels have sequences
+    if isinstance(model, VQModel) and len(model.levels) == 1:  # several levels, several sequences
         metrics["tokens_per_image"] = tokens_per_image(model.to(device).eval(), data)
     options.output.write_text(json.dumps(metrics, indent=2))
     logger.info("written to %s", options.output)

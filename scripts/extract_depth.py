@@ -3,8 +3,8 @@
 python scripts/extract_depth.py
 python scripts/extract_depth.py --root /data --outdir /data/imagenet_depth --splits val
 
-Writes <outdir>/{val,train}/<synset>/<name>.png: float32, stored as the bytes of an RGBA image. What
-is already there is not made again. The maps take more room than ImageNet itself.
+Saves <outdir>/{val,train}/<synset>/<name>.png: float32 stored as the bytes of an RGBA image.
+Existing maps are skipped. The maps take more disk space than ImageNet itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from tqdm import tqdm
 from taming.data.imagenet import ImageNetTrain, ImageNetValidation
 from taming.data.preprocessing import decode_image, error_context, to_unit_range
 from taming.data.roots import data_root
-from taming.run.script import choose_device, load_network, run, script_parser
+from taming.run.cli import choose_device, run, script_parser
+from taming.util import load_network
 
 logger = logging.getLogger("taming.extract_depth")
 
@@ -32,13 +33,15 @@ SPLITS = {"val": ImageNetValidation, "train": ImageNetTrain}
 
 
 def parse_options() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = script_parser(__doc__)
-    parser.add_argument("-o", "--outdir", type=Path, help="default: imagenet_depth in the data")
-    parser.add_argument("--splits", nargs="+", choices=list(SPLITS), default=list(SPLITS))
-    parser.add_argument("--root", help="folder of ImageNet's folders; default: TAMING_DATA")
     parser.add_argument(
-        "--hub", default="intel-isl/MiDaS", help="torch hub repository, or a folder with one"
+        "-o", "--outdir", type=Path, help="default: imagenet_depth in the data root"
+    )
+    parser.add_argument("--splits", nargs="+", choices=list(SPLITS), default=list(SPLITS))
+    parser.add_argument("--root", help="folder that contains ImageNet; default: TAMING_DATA")
+    parser.add_argument(
+        "--hub", default="intel-isl/MiDaS", help="torch hub repository, or a local copy of it"
     )
     return parser.parse_args()
 
@@ -47,7 +50,7 @@ def parse_options() -> argparse.Namespace:
 def estimate_depth(
     network: nn.Module, prepare: Callable[[np.ndarray], Tensor], image: np.ndarray
 ) -> np.ndarray:
-    """Estimate the inverse depth of an image (H, W, 3) in [-1, 1]; (H, W) float32."""
+    """Estimate the inverse depth (H, W) float32 of an image (H, W, 3) in [-1, 1]."""
     device = next(network.parameters()).device
     depth = network(prepare((image + 1) * 127.5).to(device))
     depth = F.interpolate(depth[:, None], image.shape[:2], mode="bicubic", align_corners=False)
@@ -55,9 +58,9 @@ def estimate_depth(
 
 
 def save_depth(depth: np.ndarray, path: Path) -> None:
-    """Write (H, W) float32 as the bytes of an RGBA image; missing folders are made."""
+    """Save (H, W) float32 as the bytes of an RGBA image; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")  # what is not whole must not count as done
+    part = path.with_name(f"{path.name}.part")  # an incomplete file must not count as done
     try:
         picture = Image.fromarray(np.ascontiguousarray(depth[..., None], "<f4").view(np.uint8))
         picture.save(part, format="PNG")
@@ -67,7 +70,7 @@ def save_depth(depth: np.ndarray, path: Path) -> None:
 
 
 def main() -> None:
-    """Write a map for every image that has none."""
+    """Save a map for every image without one."""
     options = parse_options()
     device = choose_device(options.device)
     outdir = options.outdir or data_root(options.root) / "imagenet_depth"
@@ -75,13 +78,13 @@ def main() -> None:
     network = load_network(options.hub, "MiDaS").eval().to(device)
     prepare = load_network(options.hub, "transforms").default_transform
     for split, dataset in datasets.items():
-        names = dataset.data.labels["relpath"]
+        names = dataset.labels["relpath"]
         paths = [(outdir / split / name).with_suffix(".png") for name in names]
         missing = [number for number, path in enumerate(paths) if not path.exists()]
         for number in tqdm(missing, desc=split):
-            file = dataset.data.labels["file_path_"][number]
+            file = dataset.labels["file_path_"][number]
             with error_context(f"image {file}"):
-                image = to_unit_range(decode_image(file, upright=False))  # as it is read with maps
+                image = to_unit_range(decode_image(file, upright=False))  # as the data sets do
             save_depth(estimate_depth(network, prepare, image), paths[number])
     logger.info("depth maps in %s", outdir)
 

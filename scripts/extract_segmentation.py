@@ -3,7 +3,7 @@
 python scripts/extract_segmentation.py data/sflckr_segmentations
 python scripts/extract_segmentation.py my/segmentations --images my/images
 
-Writes <dest>/<name>.png with a class from 0 to 181 per pixel. The weights are those of
+Saves <dest>/<name>.png with a class from 0 to 181 per pixel. The weights come from
 https://github.com/kazuto1011/deeplab-pytorch/releases/tag/v1.0
 """
 
@@ -24,7 +24,8 @@ from taming.checkpoint import load_checkpoint
 from taming.data.custom import find_files
 from taming.data.preprocessing import decode_image
 from taming.data.roots import data_root, read_list
-from taming.run.script import choose_device, load_network, run, script_parser
+from taming.run.cli import choose_device, run, script_parser
+from taming.util import load_network
 
 logger = logging.getLogger("taming.extract_segmentation")
 
@@ -34,25 +35,25 @@ WEIGHTS = "downloads/deeplabv2_resnet101_msc-cocostuff164k-100000.pth"
 
 
 def parse_options() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = script_parser(__doc__)
-    parser.add_argument("dest", type=Path, help="folder to write to")
+    parser.add_argument("dest", type=Path, help="folder of the segmentations")
     parser.add_argument(
-        "prefix", nargs="?", default="sflckr", help="data set whose examples to take"
+        "prefix", nargs="?", default="sflckr", help="data set whose examples to segment"
     )
-    parser.add_argument("--images", type=Path, help="folder of images to take instead")
+    parser.add_argument("--images", type=Path, help="folder of images to segment instead")
     parser.add_argument("--root", help="folder of the data sets; default: TAMING_DATA, or data")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help=f"default: {WEIGHTS}")
     parser.add_argument(
         "--hub",
         default="kazuto1011/deeplab-pytorch",
-        help="torch hub repository, or a folder with one",
+        help="torch hub repository, or a local copy of it",
     )
     return parser.parse_args()
 
 
 def images_of(options: argparse.Namespace) -> dict[Path, Path]:
-    """Image -> where its segmentation goes."""
+    """List the images to segment: path of an image -> path of its segmentation."""
     root = data_root(options.root)
     folder = options.images or root / f"{options.prefix}_images"
     if options.images:
@@ -63,11 +64,11 @@ def images_of(options: argparse.Namespace) -> dict[Path, Path]:
 
 
 def load_segmenter(options: argparse.Namespace) -> nn.Module:
-    """Load DeepLab with its weights."""
+    """Load DeepLab and its weights."""
     if not options.weights.is_file():
         raise FileNotFoundError(
-            f"there are no weights {options.weights}: get them from https://github.com/kazuto1011/"
-            f"deeplab-pytorch/releases/download/v1.0/{Path(WEIGHTS).name}"
+            f"the weights {options.weights} do not exist: get them from https://github.com/"
+            f"kazuto1011/deeplab-pytorch/releases/download/v1.0/{Path(WEIGHTS).name}"
         )
     network = load_network(options.hub, "deeplabv2_resnet101", n_classes=N_LABELS)
     network.load_state_dict(load_checkpoint(options.weights))
@@ -76,27 +77,27 @@ def load_segmenter(options: argparse.Namespace) -> nn.Module:
 
 @torch.no_grad()
 def segment(network: nn.Module, image: Tensor) -> np.ndarray:
-    """Find the class of each pixel of an image (3, H, W) uint8; (H, W) uint8."""
-    x = image.flip(0) - MEAN.to(image.device)
+    """Predict the class of each pixel of an image (3, H, W) uint8; returns (H, W) uint8."""
+    x = image.flip(0) - MEAN.to(image.device)  # RGB to BGR
     scores = network(x[None])
     scores = F.interpolate(scores, image.shape[1:], mode="bilinear", align_corners=True)
     return scores[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
 
 
 def main() -> None:
-    """Write a segmentation for every image; name those that cannot be read, and go on."""
+    """Save a segmentation of every image; warn of images that cannot be read and skip them."""
     options = parse_options()
     device = choose_device(options.device)
     paths = images_of(options)
     if clash := {path.resolve() for path in paths} & {path.resolve() for path in paths.values()}:
         raise ValueError(f"{min(clash)} would be overwritten by its map; choose another folder")
     if len({*paths.values()}) < len(paths):
-        raise ValueError("images that differ only in the kind of file would share a map")
+        raise ValueError("images whose names differ only in the extension would share a map")
     network = load_segmenter(options).to(device)
     done = 0
     for path, target in tqdm(paths.items(), desc="images"):
         try:
-            image = decode_image(path, upright=False)  # as it is read with maps
+            image = decode_image(path, upright=False)  # as the data sets do
         except ValueError as error:
             logger.warning("%s %s", path, error)
             continue

@@ -1,4 +1,4 @@
-"""Take one part of a model, such as its tokenizer, out of a checkpoint.
+"""Extract one part of a model, such as its tokenizer, from a checkpoint.
 
 python scripts/extract_submodel.py logs/<run>/checkpoints/last.ckpt first.ckpt first_stage_model
 """
@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 
 from taming.checkpoint import load_checkpoint
-from taming.run.script import run
+from taming.run.cli import run
 
 logger = logging.getLogger("taming.extract_submodel")
 
 
 def main() -> None:
-    """Write a checkpoint with the weights of the part alone."""
+    """Save a checkpoint that contains only the weights of the part."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("inpath", help="checkpoint to read")
-    parser.add_argument("outpath", help="checkpoint to write")
+    parser.add_argument("inpath", help="checkpoint to load")
+    parser.add_argument("outpath", help="checkpoint to save")
     parser.add_argument("submodel", nargs="?", default="cond_stage_model", help="name of the part")
     options = parser.parse_args()
 
@@ -33,7 +33,7 @@ def main() -> None:
     part = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     if not part:
         names = sorted({key.partition(".")[0] for key in weights})
-        raise ValueError(f"{options.inpath} has no part {options.submodel!r}, only {names}")
+        raise ValueError(f"{options.inpath} has no part {options.submodel!r}; its parts: {names}")
     Path(options.outpath).parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": part}, options.outpath)
     logger.info("%d weights of %s in %s", len(part), options.submodel, options.outpath)

@@ -2,8 +2,8 @@
 
 python scripts/group_by_code.py -r logs/<run of vqvae_single_code.yaml>
 
-Each row is a code: what it decodes to, then images that it stands for. The rows are picked evenly
-from the most to the least frequent code.
+Each row shows a code: its decoded image, then input images with this code. The rows are evenly
+spaced from the most to the least frequent code.
 
 Axis letters: N images, H W image, K codes.
 """
@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
 from taming.pictures import save_picture, tile
+from taming.run.cli import choose_device, run, script_parser
 from taming.run.folder import data_from_run, model_from_run
-from taming.run.script import choose_device, run, script_parser
 
 logger = logging.getLogger("taming.group_by_code")
 
 
 class Grouped(NamedTuple):
-    """Attributes: images (N, 3, H, W) in [-1, 1]; codes (N,); classes (N,), None if unknown."""
+    """Images (N, 3, H, W) in [-1, 1], their codes (N,) and their classes (N,), if known."""
 
     images: Tensor
     codes: Tensor
@@ -36,13 +36,15 @@ class Grouped(NamedTuple):
 
 
 def parse_options() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = script_parser(__doc__)
     parser.add_argument("-r", "--resume", required=True, help="run of the tokenizer")
     parser.add_argument("-o", "--output", default="results/groups.png", type=Path)
-    parser.add_argument("-n", "--num_images", type=int, default=2000, help="of the validation set")
-    parser.add_argument("--rows", type=int, default=12, help="codes to show")
-    parser.add_argument("--columns", type=int, default=12, help="images to show of each code")
+    parser.add_argument(
+        "-n", "--num_images", type=int, default=2000, help="number of validation images to encode"
+    )
+    parser.add_argument("--rows", type=int, default=12, help="number of codes to show")
+    parser.add_argument("--columns", type=int, default=12, help="number of images per code")
     options = parser.parse_args()
     if min(options.num_images, options.rows, options.columns) < 1:
         raise ValueError("--num_images, --rows and --columns must be at least 1")
@@ -53,16 +55,15 @@ def load(name: str) -> VQModel:
     """Load the tokenizer of a run.
 
     Raises:
-        ValueError: It is none, or writes other than one code per image.
+        ValueError: The run's model is not a tokenizer, or has more than one code per image.
     """
     model = model_from_run(name)
     if not isinstance(model, VQModel):
         raise ValueError(f"{name} holds a {type(model).__name__}, not a tokenizer")
-    side = model.encoder.resolution // model.encoder.factor
-    codes = side * side * model.quantize.sequence.max_loops
+    codes = model.grid[0] * model.grid[1] * model.quantize.sequence.max_loops
     if codes != 1:
         raise ValueError(
-            f"the tokenizer of {name} writes up to {codes} codes per image, not one; train one "
+            f"the tokenizer of {name} has up to {codes} codes per image instead of one; train one "
             "with configs/vqvae_single_code.yaml"
         )
     return model
@@ -83,7 +84,7 @@ def encode(model: VQModel, data: Any, count: int) -> Grouped:
 
 
 def purity(codes: Tensor, classes: Tensor) -> float:
-    """Share of the images (N,) whose class is the commonest of their code."""
+    """Return the fraction of images (N,) whose class is the most common one of their code."""
     table = torch.zeros(int(codes.max()) + 1, int(classes.max()) + 1)
     table.index_put_((codes, classes), torch.ones(len(codes)), accumulate=True)
     return float(table.max(dim=1).values.sum() / len(codes))
@@ -91,7 +92,7 @@ def purity(codes: Tensor, classes: Tensor) -> float:
 
 @torch.no_grad()
 def rows_of(model: VQModel, grouped: Grouped, rows: int, columns: int) -> list[Tensor]:
-    """A code's decoded image and ``columns`` images of it, white where there are fewer, per row."""
+    """Collect (1 + columns, 3, H, W) per code: its decoded image, then images with it or white."""
     counts = torch.bincount(grouped.codes)
     used = counts.argsort(descending=True)[: int((counts > 0).sum())]
     pictures = []
@@ -104,7 +105,7 @@ def rows_of(model: VQModel, grouped: Grouped, rows: int, columns: int) -> list[T
 
 
 def main() -> None:
-    """Write the picture, and tell how the images are spread over the codes."""
+    """Save the picture and log how pure the codes' classes are."""
     options = parse_options()
     model = load(options.resume).to(choose_device(options.device))
     grouped = encode(model, data_from_run(options.resume), options.num_images)
@@ -114,11 +115,11 @@ def main() -> None:
     if grouped.classes is not None:
         random = grouped.codes[torch.randperm(len(grouped.codes))]
         logger.info(
-            "share of images of the commonest class of their code: %.2f (of random groups: %.2f)",
+            "share of images in the most common class of their code: %.2f (random groups: %.2f)",
             purity(grouped.codes, grouped.classes),
             purity(random, grouped.classes),
         )
-    logger.info("written to %s", options.output)
+    logger.info("saved %s", options.output)
 
 
 if __name__ == "__main__":

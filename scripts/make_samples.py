@@ -1,12 +1,12 @@
-"""Draw an image for every item of a data set, given its condition.
+"""Sample an image for every item of a data set, given its condition.
 
 python scripts/make_samples.py -r logs/<run> --outdir results
 python scripts/make_samples.py -r logs/<run> --outdir results --ignore_base_data \\
     data='{target: main.DataModuleFromConfig, params: {batch_size: 1, validation: {target: \\
     taming.data.ade20k.Examples}}}'
 
-Writes <outdir>/<step>_<top k>_<temperature>/{originals,reconstructions,samples}. Images larger than
-those that the prior was trained for are drawn through a sliding window.
+Saves to <outdir>/<step>_<top k>_<temperature>/{originals,reconstructions,samples}. Images larger
+than those that the prior was trained on are sampled through a sliding window.
 """
 
 from __future__ import annotations
@@ -19,17 +19,10 @@ from tqdm import tqdm
 
 from taming.data.utils import custom_collate
 from taming.models.cond_transformer import Net2NetTransformer
-from taming.models.sampling import (
-    SamplingParams,
-    condition_windows,
-    decode_codes,
-    empty_codes,
-    encode_codes,
-    sample_images,
-)
-from taming.modules.transformer.generate import generators_of
+from taming.models.sampling import condition_windows, sample_images
+from taming.modules.transformer.generate import SamplingParams, generators_of
 from taming.pictures import save_picture
-from taming.run.script import choose_device, parse_run, run, samples_folder, samples_parser
+from taming.run.cli import choose_device, parse_run, run, samples_folder, samples_parser
 
 logger = logging.getLogger("taming.make_samples")
 
@@ -42,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Draw one image after the other."""
+    """Sample one image after the other."""
     options, saved = parse_run(build_parser())
     device = choose_device(options.device)
     pl.seed_everything(options.seed, verbose=False)
@@ -52,21 +45,23 @@ def main() -> None:
         raise ValueError(f"--split {split}: the data has only {', '.join(datasets)}")
     model = saved.model().to(device)
     if not isinstance(model, Net2NetTransformer):
-        raise ValueError(f"{options.resume} holds a {type(model).__name__}, no transformer prior")
+        raise ValueError(
+            f"{options.resume} holds a {type(model).__name__}, not a transformer prior"
+        )
     filters = SamplingParams(options.temperature, options.top_k)
     target = samples_folder(options, saved)
 
     for number in tqdm(range(len(datasets[split])), desc=split):
         batch = custom_collate([datasets[split][number]])
         x, c = (part.to(device) for part in model.get_xc(batch))
-        codes = encode_codes(model, x)
+        codes = model.encode_codes(x)
         grid = codes.shape[1], codes.shape[2]
         condition = condition_windows(model, c, grid)
-        drawing = filters._replace(generators=generators_of(options.seed, [number]))
+        params = filters._replace(generators=generators_of(options.seed, [number]))
         pictures = {
             "originals": x,
-            "reconstructions": decode_codes(model, codes),
-            "samples": sample_images(model, condition, empty_codes(model, 1, grid), drawing),
+            "reconstructions": model.decode_codes(codes),
+            "samples": sample_images(model, condition, params, grid=grid),
         }
         for name, picture in pictures.items():
             save_picture(model.show(picture)[0], target / name / f"{number:06}.png")

@@ -1,11 +1,11 @@
-"""Draw images of scenes, given where which objects are.
+"""Sample images of scenes, given a layout of objects.
 
 python scripts/make_scene_samples.py -r logs/<run> --outdir results
 python scripts/make_scene_samples.py -r logs/<run> --outdir results -R 512,384 -N 8
 
-Writes <outdir>/<step>_<top k>_<temperature>/<batch>_<item>.png: samples, and the layout. Images
-larger than those that the prior was trained for are drawn through a sliding window, in which the
-layout is told anew at every step. A sample depends on the seed, its own number and its layout's.
+Saves <outdir>/<step>_<top k>_<temperature>/<batch>_<item>.png: samples, and the layout. Images
+larger than those that the prior was trained on are sampled through a sliding window, with the
+layout as seen in each window. A sample depends on the seed, its own number and its layout's.
 """
 
 from __future__ import annotations
@@ -25,18 +25,10 @@ from taming.data.annotated_objects_dataset import AnnotatedObjectsDataset
 from taming.data.conditional_builder.builder import ObjectsConditionalBuilder
 from taming.data.helper_types import Annotation
 from taming.models.cond_transformer import Grid, Net2NetTransformer
-from taming.models.sampling import (
-    Condition,
-    SamplingParams,
-    Window,
-    empty_codes,
-    numbers_of,
-    sample_images,
-    trained_grid,
-)
-from taming.modules.transformer.generate import generators_of
+from taming.models.sampling import Condition, Window, numbers_of, sample_images
+from taming.modules.transformer.generate import SamplingParams, generators_of
 from taming.pictures import save_picture, tile
-from taming.run.script import choose_device, parse_run, run, samples_folder, samples_parser
+from taming.run.cli import choose_device, parse_run, run, samples_folder, samples_parser
 
 logger = logging.getLogger("taming.make_scene_samples")
 
@@ -55,13 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def grid_of(model: Net2NetTransformer, resolution: str) -> Grid:
-    """Rows and columns of sites for a resolution, at least those that the prior was trained for."""
+    """Return rows and columns of sites for a resolution, at least those trained on."""
     sides = resolution.split(",")
     if len(sides) != 2 or not all(side.isdecimal() for side in sides):
         raise ValueError(f"--resolution expects height,width such as 256,256, got {resolution!r}")
-    factor = model.first_stage_model.encoder.factor
+    factor = model.first_stage_model.factor
     rows, columns = (round(int(side) / factor) for side in sides)
-    height, width = trained_grid(model)
+    height, width = model.grid
     return max(rows, height), max(columns, width)
 
 
@@ -71,7 +63,7 @@ def layout_windows(
     grid: Grid,
     like: Tensor,
 ) -> Condition:
-    """Tell the layout in a window to each of the samples (B, ...) in ``like``."""
+    """Return the layout's tokens (B, L) in a window, for samples ``like`` (B, ...)."""
 
     def tokens(window: Window) -> Tensor:
         (h, w), (top, left, height, width) = grid, window
@@ -82,21 +74,25 @@ def layout_windows(
 
 
 def main() -> None:
-    """Draw samples for one layout after the other."""
+    """Sample images for one layout after the other."""
     options, saved = parse_run(build_parser())
     device = choose_device(options.device)
     pl.seed_everything(options.seed, verbose=False)
     data = saved.data()
     scenes = data.datasets.get("validation")
     if not isinstance(scenes, AnnotatedObjectsDataset):
-        raise ValueError("layouts come from data.params.validation, which is no annotated objects")
+        raise ValueError(
+            "layouts come from data.params.validation, which is not a set of annotated objects"
+        )
     if options.conditional not in scenes.conditional_builders:
         known = ", ".join(scenes.conditional_builders)
         raise ValueError(f"--conditional {options.conditional}: the data has {known}")
     builder = scenes.conditional_builders[options.conditional]
     model = saved.model().to(device)
     if not isinstance(model, Net2NetTransformer):
-        raise ValueError(f"{options.resume} holds a {type(model).__name__}, no transformer prior")
+        raise ValueError(
+            f"{options.resume} holds a {type(model).__name__}, not a transformer prior"
+        )
     grid, filters = (
         grid_of(model, options.resolution),
         SamplingParams(options.temperature, options.top_k),
@@ -109,12 +105,12 @@ def main() -> None:
             annotations = [
                 o._replace(category_no=scenes.get_category_number(o.category_id)) for o in objects
             ]
-            codes = empty_codes(model, len(samples), grid)
+            codes = model.empty_codes(len(samples), grid)
             generators = generators_of(options.seed, numbers_of(next(layouts), samples))
-            drawing = filters._replace(generators=generators)
-            torch.manual_seed(options.seed)  # objects are told in random order
+            params = filters._replace(generators=generators)
+            torch.manual_seed(options.seed)  # a builder puts objects in random order
             windows = layout_windows(builder, annotations, grid, codes)
-            images = model.show(sample_images(model, windows, codes, drawing)).cpu()
+            images = model.show(sample_images(model, windows, params, codes=codes)).cpu()
             size = images.shape[3], images.shape[2]
             label = scenes.get_textual_label_for_category_no
             layout = builder.plot(builder.build(annotations), label, size)

@@ -3,9 +3,9 @@
 python scripts/quantize_colours.py                      # a photograph of scikit-image
 python scripts/quantize_colours.py photo.jpg -k 4 16 64
 
-Each pixel is a vector of three channels, and each colour of the palette a code. A VQ-VAE with
-moving averages alternates the same two steps, nearest code and mean; but a network makes its
-vectors, so that a code can say more than a colour.
+Each pixel is a vector of three channels and each colour of the palette is a code. A VQ-VAE with
+moving averages alternates the same two steps, nearest code and mean, but a network computes its
+vectors, so a code can represent more than a colour.
 
 Axis letters: H W image, N pixels, K colours.
 """
@@ -34,34 +34,34 @@ from taming.data.preprocessing import (
 from taming.modules.vqvae.codebook import k_means
 from taming.modules.vqvae.nearest import nearest_codes
 from taming.pictures import save_picture, side_by_side
-from taming.run.script import run
+from taming.run.cli import run
 
 logger = logging.getLogger("taming.quantize_colours")
 
 
 class Painting(NamedTuple):
-    """Attributes: palette (K, 3) in [-1, 1]; codes (H, W) int64, the colour of each pixel."""
+    """Palette (K, 3) in [-1, 1], and the palette index of each pixel, (H, W) int64."""
 
     palette: Tensor
     codes: Tensor
 
     def decode(self) -> Tensor:
-        """Look the colours up: (3, H, W) in [-1, 1]."""
+        """Look up the colours: (3, H, W) in [-1, 1]."""
         return self.palette[self.codes].permute(2, 0, 1)
 
 
 def quantize(image: Tensor, colours: int, iterations: int = 20) -> Painting:
-    """Find a palette for an image, and the nearest colour of each pixel.
+    """Find a palette for an image and the nearest colour of each pixel.
 
     Args:
         image: (3, H, W) in [-1, 1].
         colours: K.
-        iterations: Rounds of k-means, from K pixels at random.
+        iterations: Rounds of k-means, which starts from K random pixels.
 
     Raises:
-        ValueError: There are fewer pixels than colours, or no colours.
+        ValueError: ``colours`` is below 1 or exceeds the number of pixels.
     """
-    pixels = image.permute(1, 2, 0).flatten(0, 1)
+    pixels = image.permute(1, 2, 0).flatten(0, 1)  # (N, 3)
     if not 1 <= colours <= len(pixels):
         raise ValueError(f"the number of colours must be in 1..{len(pixels)}, got {colours}")
     palette = k_means(pixels, pixels[torch.randperm(len(pixels))[:colours]], iterations)
@@ -69,7 +69,7 @@ def quantize(image: Tensor, colours: int, iterations: int = 20) -> Painting:
 
 
 def load(path: Path, size: int | None) -> Tensor:
-    """Read an image (3, H, W) in [-1, 1], its short side scaled to ``size`` pixels if given."""
+    """Load an image (3, H, W) in [-1, 1]; rescale its short side to ``size`` pixels if given."""
     with error_context(str(path)):
         picture = decode_image(path)
     height, width = picture.shape[1:]
@@ -79,7 +79,7 @@ def load(path: Path, size: int | None) -> Tensor:
 
 
 def main() -> None:
-    """Write the image beside its quantized versions, and tell what each costs."""
+    """Save the image beside its quantized versions; log the rate and PSNR of each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("image", nargs="?", default=Path(str(default)), type=Path)
     parser.add_argument("-k", "--colours", nargs="+", type=int, default=[4, 16, 64], metavar="K")
     parser.add_argument("-o", "--output", default="results/colours.png", type=Path)
-    parser.add_argument("--size", type=int, help="short side in pixels; default: as it is")
+    parser.add_argument("--size", type=int, help="short side in pixels; default: unchanged")
     parser.add_argument("-s", "--seed", type=int, default=23)
     options = parser.parse_args()
 

@@ -1,11 +1,11 @@
 """Encode and decode images with a trained tokenizer.
 
 python scripts/reconstruct.py -r logs/<run> picture.jpg folder/ -o results
-python scripts/reconstruct.py -r logs/<run> picture.jpg -s 256 --max-tokens 4000
+python scripts/reconstruct.py -r logs/<run> picture.jpg -s 256 --max-codes 4000
 
-A loopy tokenizer's rate can be set for each image: by the distance at which loops end, by the
-number of tokens, or by the quality wanted. reconstructions.json tells what each image took. Of a
-VQ-VAE-2, the comparison also shows what its upper levels say alone.
+The rate of a loopy tokenizer can be set by the distance at which loops end, by the number of codes,
+or by the quality wanted. reconstructions.json reports the numbers of each image. For a VQ-VAE-2,
+the comparison also shows what the upper levels decode to alone.
 """
 
 from __future__ import annotations
@@ -32,20 +32,17 @@ from taming.data.preprocessing import (
     to_unit_range,
 )
 from taming.models.vqgan import VQModel
-from taming.models.vqvae2 import VQVAE2
-from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
-from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.pictures import save_picture, side_by_side
+from taming.run.cli import check_folder, choose_device, run
 from taming.run.folder import model_from_run
-from taming.run.script import check_folder, choose_device, run
 
 logger = logging.getLogger("taming.reconstruct")
 
-EXACT = 1e-10  # least mean square of an error, for JSON has no infinite PSNR; 100 dB
+EXACT = 1e-10  # smallest mean squared error reported, 100 dB: JSON has no infinity
 
 
 def load_image(path: Path, size: int | None, site: int) -> Tensor:
-    """Read an image, scale its short side, and cut its sides to whole sites.
+    """Read an image, scale its short side, and crop its sides to whole sites.
 
     Args:
         path: An image file.
@@ -56,7 +53,7 @@ def load_image(path: Path, size: int | None, site: int) -> Tensor:
         (1, 3, H, W) float32 in [-1, 1].
 
     Raises:
-        ValueError: The file is no image, or smaller than a site.
+        ValueError: The file is not an image, or smaller than a site.
     """
     with error_context(str(path)):
         picture = decode_image(path)
@@ -66,36 +63,42 @@ def load_image(path: Path, size: int | None, site: int) -> Tensor:
     if rows < 1 or columns < 1:
         raise ValueError(f"{path}: {scaled[1]}x{scaled[0]} is smaller than a site of {site} pixels")
     view = View(scaled, (scaled[0] - rows) // 2, (scaled[1] - columns) // 2, rows, columns)
-    return torch.from_numpy(to_unit_range(view.apply(picture, antialias=True))).permute(2, 0, 1)[
-        None
-    ]
+    pixels = torch.from_numpy(to_unit_range(view.apply(picture, antialias=True)))  # (H, W, 3)
+    return pixels.permute(2, 0, 1)[None]
 
 
 def add_rate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that set the rate of a loopy tokenizer, of which one may be given."""
+    """Add the flags that set the rate of a loopy tokenizer; at most one may be given."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--threshold",
         type=float,
         help="distance at which a loop ends, as a share of the latents' standard deviation",
     )
-    group.add_argument("--max-tokens", type=int, help="most tokens (slots written) per image")
-    group.add_argument("--target-psnr", type=float, help="fewest tokens that reach this PSNR in dB")
+    group.add_argument(
+        "--max-codes", "--max-tokens", type=int, help="largest number of codes of an image"
+    )
+    group.add_argument("--target-psnr", type=float, help="PSNR in dB to reach with fewest codes")
+
+
+def latent_std(model: VQModel) -> float:
+    """Return the standard deviation of a loopy tokenizer's latents, 1 where it is not measured."""
+    return float(getattr(model.quantize, "latent_std", 1.0))
 
 
 def chosen_rate(options: argparse.Namespace, model: VQModel) -> dict[str, float]:
-    """Arguments of `VQModel.encode` from the flags; none where no flag is given."""
-    rate = {name: getattr(options, name) for name in ("threshold", "max_tokens", "target_psnr")}
+    """Turn the flags into arguments of `VQModel.encode`; {} if none is given."""
+    rate = {name: getattr(options, name) for name in ("threshold", "max_codes", "target_psnr")}
     rate = {name: value for name, value in rate.items() if value is not None}
-    if "threshold" in rate and isinstance(model.quantize, LoopyVectorQuantizer):
-        rate["threshold"] *= float(model.quantize.latent_std)
+    if "threshold" in rate:
+        rate["threshold"] *= latent_std(model)
     return rate
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
-    """Name the results of each image: its stem, with a number where several images have it."""
+    """Name the results of each image by its stem, numbered where several images share it."""
     names: list[str] = []
-    taken: set[str] = set()  # some file systems take no notice of capitals
+    taken: set[str] = set()  # casefolded: some file systems ignore case
     for path in paths:
         candidates = (f"{path.stem}_{number}" if number > 1 else path.stem for number in count(1))
         free = (n for n in candidates if taken.isdisjoint(f.casefold() for f in files_of(n)))
@@ -105,12 +108,12 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
 
 def files_of(name: str) -> tuple[str, str, str]:
-    """Files that are written for an image: reconstruction, turns, and both beside it."""
-    return f"{name}.png", f"{name}_depth.png", f"{name}_compare.png"
+    """Return the files of an image: reconstruction, lengths, and all pictures side by side."""
+    return f"{name}.png", f"{name}_lengths.png", f"{name}_compare.png"
 
 
 def refuse_overwriting(paths: Sequence[Path], names: Sequence[str], folder: Path) -> None:
-    """Refuse a folder of results in which an image itself would be overwritten.
+    """Refuse a folder of results in which an input would be overwritten.
 
     Raises:
         ValueError: Names the image.
@@ -119,19 +122,6 @@ def refuse_overwriting(paths: Sequence[Path], names: Sequence[str], folder: Path
     for file in (folder / file for name in names for file in files_of(name)):
         if file.resolve() in images:
             raise ValueError(f"{file} is one of the images: choose another folder with -o")
-
-
-def widest_ending(trace: LoopTrace) -> float:
-    """Largest distance at which a loop ended by itself; 0 where none did."""
-    return float(trace.distances[trace.within].max()) if trace.within.any() else 0.0
-
-
-def code_maps(model: VQModel, quantized: QuantizerOutput) -> list[tuple[Quantizer, Tensor]]:
-    """Every quantizer of a model and the codes (1, h, w, T) that it gave to an image."""
-    if isinstance(model, VQVAE2):
-        return list(zip(model.quantize.levels, quantized.info.indices, strict=True))
-    h, w = quantized.z_q.shape[2:]
-    return [(model.quantize, quantized.info.indices.reshape(1, h, w, -1))]
 
 
 @torch.no_grad()
@@ -143,64 +133,69 @@ def reconstruct(
     Args:
         model: The tokenizer, in eval mode.
         x: (1, 3, H, W) in [-1, 1].
-        rate: At most one of the arguments of `VQModel.encode` that set a rate.
+        rate: At most one argument of `VQModel.encode` that sets a rate.
 
     Returns:
         Pictures (3, H, W) by name, and numbers by name.
     """
     quantized = model.encode(x, **rate)
-    x_rec = model.decode(quantized.z_q).clamp(-1, 1)
-    maps = [(quantizer.sequence, codes) for quantizer, codes in code_maps(model, quantized)]
-    written = [sequence.encode(codes)[0].shape[1] for sequence, codes in maps]
-    bits = [n * math.log2(s.vocab_size) for n, (s, _) in zip(written, maps, strict=True)]
-    shown = model.code_pictures(quantized, (x.shape[2], x.shape[3]))
-    shown = {"input": x, "reconstruction": x_rec, **shown}
-    pictures = {name: picture[0] for name, picture in shown.items()}
+    x_rec = model.decode(quantized.z_q).clamp(-1, 1)  # (1, 3, H, W)
+    shown = {"input": x, "reconstruction": x_rec}
+    shown |= model.code_pictures(quantized, (x.shape[2], x.shape[3]))
+    sites, codes, tokens, bits = 0, 0, 0, 0.0
+    for level, grid in model.codes_by_level(quantized).items():  # (1, h, w, T)
+        sequence = model.levels[level].sequence
+        length = sequence.encode(grid)[0].shape[1]
+        sites, codes = sites + grid[..., 0].numel(), codes + int((grid >= 0).sum())
+        tokens, bits = tokens + length, bits + length * math.log2(sequence.vocab_size)
+    error = float((x - x_rec).square().mean()) / 4
     numbers = {
         "size": [x.shape[3], x.shape[2]],
-        "sites": sum(codes[..., 0].numel() for _, codes in maps),
-        "tokens": sum(int((codes >= 0).sum()) for _, codes in maps),
-        "sequence_length": sum(written),
-        "bits": sum(bits),
-        "psnr": -10 * math.log10(max(float((x - x_rec).square().mean()) / 4, EXACT)),
+        "sites": sites,
+        "codes": codes,
+        "tokens": tokens,
+        "bits": bits,
+        "psnr": -10 * math.log10(max(error, EXACT)),
     }
-    trace = quantized.info.encodings
-    if isinstance(trace, LoopTrace) and isinstance(model.quantize, LoopyVectorQuantizer):
-        numbers["threshold"] = widest_ending(trace) / float(model.quantize.latent_std)
-        numbers["never_within_threshold"] = int((~trace.within).sum())
-        numbers["turns_per_site"] = float(trace.lengths.float().mean())
-        numbers["turns"] = torch.bincount(
-            trace.lengths.flatten(), minlength=model.quantize.sequence.max_loops + 1
-        ).tolist()[1:]
-    return pictures, numbers
+    if trace := model.quantize.traces(quantized).get(""):
+        reached = trace.distances[trace.within]
+        numbers |= {
+            "threshold": float(reached.max()) / latent_std(model) if len(reached) else 0.0,
+            "never_within_threshold": int((~trace.within).sum()),
+            "turns_per_site": float(trace.lengths.float().mean()),
+            "turns": torch.bincount(
+                trace.lengths.flatten(), minlength=model.quantize.sequence.max_loops + 1
+            ).tolist()[1:],
+        }
+    return {name: picture[0] for name, picture in shown.items()}, numbers
 
 
 def save_pictures(pictures: Mapping[str, Tensor], folder: Path, name: str) -> None:
-    """Write ``<name>.png``, ``<name>_depth.png`` of a loopy tokenizer, ``<name>_compare.png``."""
-    reconstruction, depth, compare = (folder / file for file in files_of(name))
+    """Save the reconstruction, the lengths if there are any, and all pictures side by side."""
+    reconstruction, lengths, compare = (folder / file for file in files_of(name))
     save_picture(pictures["reconstruction"], reconstruction)
-    if "depths" in pictures:
-        save_picture(pictures["depths"], depth)
+    if "lengths" in pictures:
+        save_picture(pictures["lengths"], lengths)
     save_picture(side_by_side(*pictures.values()), compare)
 
 
 def load_tokenizer(run: str) -> VQModel:
-    """Build the tokenizer of a run.
+    """Load the tokenizer of a run.
 
     Raises:
-        ValueError: It is none, or not one of coloured images.
+        ValueError: The run holds another model, or a tokenizer of other than 3 channels.
     """
     model = model_from_run(run)
     if not isinstance(model, VQModel):
         raise ValueError(f"{run} holds a {type(model).__name__}, not a tokenizer")
     channels = model.encoder.conv_in.in_channels
     if channels != 3:
-        raise ValueError(f"{run} is a tokenizer of {channels} channels, not of colours")
+        raise ValueError(f"{run} holds a tokenizer of {channels} channels, not of colours")
     return model
 
 
 def main() -> None:
-    """Reconstruct each image, and write ``reconstructions.json`` of all."""
+    """Reconstruct each image, and save ``reconstructions.json`` with the numbers of all."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -220,20 +215,18 @@ def main() -> None:
     paths = find_files(options.images)
     names = unique_names(paths)
     refuse_overwriting(paths, names, options.outdir)
-    device = choose_device(options.device)
-    model = load_tokenizer(options.resume).to(device)
+    model = load_tokenizer(options.resume).to(choose_device(options.device))
     rate = chosen_rate(options, model)
-    site = model.encoder.factor * (model.quantize.factors[0] if isinstance(model, VQVAE2) else 1)
     report: dict[str, dict[str, Any]] = {}
     try:
         for path, name in tqdm(zip(paths, names, strict=True), "reconstruct", len(paths)):
-            x = load_image(path, options.size, site).to(device)
+            x = load_image(path, options.size, model.factor).to(model.device)
             with error_context(str(path)):
                 pictures, numbers = reconstruct(model, x, rate)
             save_pictures(pictures, options.outdir, name)
             report[str(path)] = numbers
     finally:
-        if report:  # those before an image that fails are not lost
+        if report:  # images before one that fails are not lost
             (options.outdir / "reconstructions.json").write_text(json.dumps(report, indent=2))
     for name, numbers in report.items():
         if numbers["psnr"] < rate.get("target_psnr", -math.inf):

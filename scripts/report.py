@@ -1,4 +1,4 @@
-"""Gather the results of a tokenizer and a prior in one self-contained HTML page.
+"""Collect the results of a tokenizer and a prior in one self-contained HTML page.
 
 python scripts/report.py results/demo
 """
@@ -16,10 +16,10 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # the page needs no screen
+matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 
-from taming.run.script import run
+from taming.run.cli import run
 
 logger = logging.getLogger("taming.report")
 
@@ -34,7 +34,7 @@ p { color: #555 } h2 { margin-top: 2.5rem }
 
 
 def summary(tokenizer: dict[str, Any], prior: dict[str, Any]) -> list[tuple[str, str]]:
-    """The numbers of the table, by name."""
+    """Format the rows of the table: name, value with unit."""
     tokens = tokenizer["tokens_per_image"]
     return [
         ("validation PSNR", f"{tokenizer['val/psnr']:.2f} dB"),
@@ -55,7 +55,7 @@ def summary(tokenizer: dict[str, Any], prior: dict[str, Any]) -> list[tuple[str,
 
 
 def draw_histograms(tokenizer: dict[str, Any]) -> bytes:
-    """Turns per site and tokens per image, as a PNG."""
+    """Draw the histograms of turns per site and tokens per image; returns a PNG."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     turns = tokenizer["histograms"]["val/lengths"][1:]
     left.bar(range(1, len(turns) + 1), [count / sum(turns) for count in turns], color="#b5367a")
@@ -71,25 +71,25 @@ def draw_histograms(tokenizer: dict[str, Any]) -> bytes:
 
 
 def picture(png: bytes, title: str) -> str:
-    """An image element with the picture inside."""
+    """Return an image element with an embedded PNG."""
     code = base64.b64encode(png).decode()
     return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{code}">'
 
 
 def pictures(folder: Path, pattern: str) -> str:
-    """All pictures of a folder that match, one below the other.
+    """Return image elements of a folder's matching PNG files, one below the other.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: No file matches.
     """
     files = sorted(folder.glob(pattern))
     if not files:
-        raise FileNotFoundError(f"no {pattern} in {folder}")
+        raise FileNotFoundError(f"no file {pattern} in {folder}")
     return "<br>".join(picture(file.read_bytes(), file.stem) for file in files)
 
 
 def page(folder: Path, tokenizer: dict[str, Any], rows: list[tuple[str, str]]) -> str:
-    """The whole page."""
+    """Build the HTML page from a folder of pictures, ``tokenizer.json`` and the table's rows."""
     cells = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
         for name, value in rows
@@ -97,19 +97,19 @@ def page(folder: Path, tokenizer: dict[str, Any], rows: list[tuple[str, str]]) -
     sections = [
         (
             "Reconstructions of held-out photographs",
-            "Input, reconstruction, and how often each site went round the loop: dark is once, "
-            "bright is the most.",
+            "Input, reconstruction, and the number of turns of each site: dark is one, bright is "
+            "the largest number.",
             pictures(folder / "reconstructions", "*_compare.png"),
         ),
         (
             "Lengths",
-            "Flat sites end early; busy ones go on.",
+            "Flat sites end after few turns; detailed sites take more.",
             picture(draw_histograms(tokenizer), "lengths"),
         ),
         ("Samples", "New images from the prior.", pictures(folder / "samples", "grid.png")),
         (
             "Completions",
-            "A held-out photograph, its known half, and what the prior makes of the rest.",
+            "A held-out photograph, its known half, and the other half as sampled by the prior.",
             pictures(folder / "completions", "*_completed.png"),
         ),
     ]
@@ -122,11 +122,13 @@ def page(folder: Path, tokenizer: dict[str, Any], rows: list[tuple[str, str]]) -
 
 
 def main() -> None:
-    """Write ``report.html`` into a folder with evaluations, reconstructions and samples."""
+    """Save ``report.html`` in a folder with evaluations, reconstructions and samples."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="holds tokenizer.json, prior.json and pictures")
+    parser.add_argument(
+        "folder", type=Path, help="folder with tokenizer.json, prior.json and the pictures"
+    )
     folder = parser.parse_args().folder
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     prior = json.loads((folder / "prior.json").read_text())

@@ -1,12 +1,12 @@
-"""A page in the browser to draw images from a prior, beginning with an image's condition.
+"""A page in the browser to sample images from a prior, given an image's condition.
 
 python scripts/sample_conditional.py -r logs/<run>
 python scripts/sample_conditional.py -r logs/<run> --ignore_base_data \\
     data='{target: main.DataModuleFromConfig, params: {batch_size: 1, validation: {target: \\
     taming.data.ade20k.Examples}}}'
 
-It draws given a class, segmentation, depth map or place, completes images from above, and slides a
-window over large images. Without a condition, or with classes, --ignore_base_data alone will do.
+It samples given a class, segmentation, depth map or place, completes images from above, and slides
+a window over large images. Without a condition, or with classes, --ignore_base_data alone will do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 import logging
 import threading
 import webbrowser
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -32,21 +32,10 @@ from torch import Tensor
 
 from taming.data.utils import custom_collate
 from taming.models.cond_transformer import Net2NetTransformer
-from taming.models.sampling import (
-    SamplingParams,
-    condition_windows,
-    decode_codes,
-    empty_codes,
-    encode_codes,
-    paste,
-    trained_grid,
-    upper_part,
-    whole_condition,
-    write_codes,
-)
-from taming.modules.util import Labelator
+from taming.models.sampling import Progress, condition_windows, paste, upper_part
+from taming.modules.transformer.generate import SamplingParams
 from taming.pictures import to_picture
-from taming.run.script import choose_device, parse_classes, parse_run, run, run_parser
+from taming.run.cli import choose_device, parse_classes, parse_run, run, run_parser
 
 logger = logging.getLogger("taming.sample_conditional")
 
@@ -55,15 +44,17 @@ PAGE = Path(__file__).with_suffix(".html")
 
 @dataclass(frozen=True)
 class Wish:
-    """What the page asks for.
+    """A request of the page.
 
     Attributes:
-        split: Data set of the example; empty if there is no data.
+        split: Data set of the example; empty without data.
         index: Number of the example.
-        label: Class to draw, of a prior over classes.
-        scale: Size of the image to draw; 1 is the example's own, or what was trained.
+        label: Class to sample, of a prior over classes.
+        scale: Size of the image to sample; 1 is the example's own, or the one trained on.
         known: Share of the example's reconstruction, from above, that stays.
-        temperature: See `SamplingParams`, as top_k and greedy (0 or 1).
+        temperature: Divides the logits; above 0.
+        top_k: Sample among the k likeliest tokens.
+        greedy: 1 takes the likeliest token instead, 0 samples.
         every: Sites between two pictures.
         seed: Of the random numbers.
     """
@@ -99,9 +90,9 @@ class Studio:
 
     Attributes:
         model: The prior, in eval mode.
-        datasets: Data sets by name; may be empty if the condition is no image.
+        datasets: Data sets by name; may be empty unless the condition is an image.
         step: Steps that the prior was trained for.
-        busy: Held while something is drawn.
+        busy: Held while a request is answered.
     """
 
     model: Net2NetTransformer
@@ -115,29 +106,28 @@ class Studio:
 
     @property
     def kind(self) -> str:
-        """What the condition is: ``none``, ``class`` or ``image``."""
+        """Kind of the condition: ``none``, ``class`` or ``image``."""
         if self.model.be_unconditional:
             return "none"
-        if isinstance(self.model.cond_stage_model, Labelator):
+        if self.model.n_classes is not None:
             return "class"
         if self.model.cond_stage_key.startswith("objects_"):
             raise ValueError("the condition is a layout of objects: use make_scene_samples.py")
         return "image"
 
     def describe(self) -> dict[str, Any]:
-        """What the page needs to know."""
-        stage = self.model.cond_stage_model
+        """Return the facts that the page shows."""
         return {
             "kind": self.kind,
             "condition": "" if self.kind == "none" else self.model.cond_stage_key,
-            "classes": stage.n_classes if isinstance(stage, Labelator) else 0,
+            "classes": self.model.n_classes or 0,
             "splits": {name: len(data) for name, data in sorted(self.datasets.items())},
-            "grid": trained_grid(self.model),
+            "grid": self.model.grid,
             "step": self.step,
         }
 
     def example(self, wish: Wish) -> tuple[Tensor, Tensor] | None:
-        """Image and condition, each (1, C, H, W) or the label (1,); None if not asked for."""
+        """Return image and condition, each (1, C, H, W), or a label (1,); None if not wished."""
         if not wish.split and self.kind != "image":
             return None
         if wish.split not in self.datasets or not 0 <= wish.index < len(self.datasets[wish.split]):
@@ -148,22 +138,22 @@ class Studio:
         return self._scaled(x, wish.scale), self._scaled(c, wish.scale)
 
     def _scaled(self, x: Tensor, scale: float) -> Tensor:
-        """Scale an image (1, C, H, W) to whole sites; leave a label (1,) alone."""
+        """Scale an image (1, C, H, W) to whole sites; return a label (1,) unchanged."""
         if x.ndim != 4:
             return x
-        factor = self.model.first_stage_model.encoder.factor
+        factor = self.model.first_stage_model.factor
         size = [max(round(side * scale / factor), 1) * factor for side in x.shape[2:]]
-        if x.shape[1] > 3:  # classes have no values in between
+        if x.shape[1] > 3:  # label maps have no values in between
             return F.interpolate(x, size, mode="nearest-exact")
         return F.interpolate(x, size, mode="bilinear", antialias=True)
 
     @torch.no_grad()
     def show(self, wish: Wish) -> dict[str, str]:
-        """Pictures of the example, as data URLs by name."""
+        """Return pictures of the example, as data URLs by name."""
         if (example := self.example(wish)) is None:
             return {}
         x, c = example
-        x_rec = decode_codes(self.model, encode_codes(self.model, x))
+        x_rec = self.model.decode_codes(self.model.encode_codes(x))
         pictures = {"image": self.model.show(x), "reconstruction": self.model.show(x_rec)}
         if self.kind == "image":
             pictures[self.model.cond_stage_key] = self._coloured(c)
@@ -177,32 +167,42 @@ class Studio:
         return c if c.shape[1] == 3 else self.model.cond_stage_model.to_rgb(c)
 
     def _token(self, wish: Wish) -> int:
-        """Token of the class, or of no condition."""
-        if isinstance(stage := self.model.cond_stage_model, Labelator):
-            return parse_classes(str(wish.label), stage.n_classes)[0]
+        """Return the token of the class, or of no condition."""
+        if self.model.n_classes is not None:
+            return parse_classes(str(wish.label), self.model.n_classes)[0]
         return self.model.sos_token
 
     @torch.no_grad()
-    def sample(self, wish: Wish) -> Iterator[dict[str, Any]]:
-        """Draw an image; yields the sites done, of how many, and the picture so far."""
+    def sample(self, wish: Wish, send: Callable[[dict[str, Any]], None]) -> None:
+        """Sample an image; send the number of finished sites, that of all, and the picture."""
         example, model = self.example(wish), self.model
         if example is None:
-            rows, columns = (max(round(side * wish.scale), 1) for side in trained_grid(model))
-            codes, share = empty_codes(model, 1, (rows, columns)), 0.0
+            rows, columns = (max(round(side * wish.scale), 1) for side in model.grid)
+            codes, share = model.empty_codes(1, (rows, columns)), 0.0
         else:
-            codes, share = encode_codes(model, example[0]), wish.known
+            codes, share = model.encode_codes(example[0]), wish.known
         grid = codes.shape[1], codes.shape[2]
-        given, known = decode_codes(model, codes), upper_part(share, grid)
+        given, known = model.decode_codes(codes), upper_part(share, grid)
         if example is not None and self.kind == "image":
             condition = condition_windows(model, example[1], grid)
         else:
-            condition = whole_condition(torch.tensor([[self._token(wish)]], device=model.device))
-        drawing = SamplingParams(wish.temperature, wish.top_k, greedy=bool(wish.greedy))
-        codes[:, ~known] = empty_codes(model, 1, (1, 1))[0]  # shown until others are written
+            condition = torch.tensor([[self._token(wish)]], device=model.device)
+        sent, sites = int(known.sum()), grid[0] * grid[1]
+
+        def send_picture(done: int, codes: Tensor) -> None:
+            picture = model.show(paste(model.decode_codes(codes), given, known))
+            send({"done": done, "of": sites, "picture": data_url(picture[0])})
+
+        def follow(progress: Progress) -> None:
+            nonlocal sent
+            if sent + wish.every <= (done := progress.sites()) < sites:
+                sent = done
+                send_picture(sent, progress.codes())
+
         torch.manual_seed(wish.seed)
-        for done in write_codes(model, condition, codes, drawing, known, wish.every):
-            picture = model.show(paste(decode_codes(model, codes), given, known))
-            yield {"done": done, "of": grid[0] * grid[1], "picture": data_url(picture[0])}
+        params = SamplingParams(wish.temperature, wish.top_k, greedy=bool(wish.greedy))
+        start = {"codes": codes, "known": known, "callback": follow}
+        send_picture(sites, model.sample_codes(condition, params, **start))
 
 
 def data_url(image: Tensor) -> str:
@@ -228,7 +228,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:  # noqa: N802
-        """Answer by path: the page itself, or rows of JSON as they come."""
+        """Answer by path: the page itself, or rows of JSON as they become available."""
         url = urlsplit(self.path)
         try:
             if url.path == "/":
@@ -236,11 +236,11 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(PAGE.read_bytes())
             elif url.path in ("/about", "/example", "/sample"):
                 self._begin("application/x-ndjson")
-                self._send_rows(self._rows(url.path, url.query))
+                self._answer(url.path, url.query)
             else:
                 self.send_error(404)
         except (BrokenPipeError, ConnectionResetError):
-            logger.info("the page was left")
+            logger.info("the page was closed")
 
     def _begin(self, kind: str) -> None:
         self.send_response(200)
@@ -248,23 +248,22 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
 
-    def _rows(self, path: str, query: str) -> Iterator[dict[str, Any]]:
-        studio = self.server.studio
-        if path == "/about":
-            yield studio.describe()
-        elif path == "/example":
-            yield studio.show(Wish.read(query))
-        else:
-            yield from studio.sample(Wish.read(query))
+    def _send(self, row: dict[str, Any]) -> None:
+        self.wfile.write(json.dumps(row).encode() + b"\n")
 
-    def _send_rows(self, rows: Iterator[dict[str, Any]]) -> None:
-        """Send one after the other; a mistake ends them with its message."""
-        with self.server.studio.busy:
+    def _answer(self, path: str, query: str) -> None:
+        """Send rows one after the other; a mistake ends them with its message."""
+        studio = self.server.studio
+        with studio.busy:
             try:
-                for row in rows:
-                    self.wfile.write(json.dumps(row).encode() + b"\n")
+                if path == "/about":
+                    self._send(studio.describe())
+                elif path == "/example":
+                    self._send(studio.show(Wish.read(query)))
+                else:
+                    studio.sample(Wish.read(query), self._send)
             except ValueError as error:
-                self.wfile.write(json.dumps({"error": str(error)}).encode() + b"\n")
+                self._send({"error": str(error)})
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep the console free of requests."""
@@ -286,7 +285,9 @@ def main() -> None:
     datasets = saved.data().datasets if "data" in saved.config.values else {}
     model = saved.model().to(device)
     if not isinstance(model, Net2NetTransformer):
-        raise ValueError(f"{options.resume} holds a {type(model).__name__}, no transformer prior")
+        raise ValueError(
+            f"{options.resume} holds a {type(model).__name__}, not a transformer prior"
+        )
     with Server((options.host, options.port), Studio(model, datasets, saved.step())) as server:
         address = f"http://{options.host}:{server.server_port}"
         logger.info("open %s in a browser; Ctrl-C ends it", address)

@@ -1,9 +1,9 @@
-"""Draw many images from a class-conditional or unconditional prior.
+"""Sample many images from a class-conditional or unconditional prior.
 
 python scripts/sample_fast.py -r logs/<run> -n 10 --classes 3,7
 python scripts/sample_fast.py -r logs/<run> -n 50000 -k 250 -t 1.0 -p 0.92
 
-Writes <outdir>/samples/top_k_<k>_temp_<t>_top_p_<p>/<step>/, for classes in a folder each. An image
+Saves to <outdir>/samples/top_k_<k>_temp_<t>_top_p_<p>/<step>/, in a folder for each class. An image
 depends on the seed, its class and its number alone.
 """
 
@@ -17,20 +17,11 @@ import lightning.pytorch as pl
 import torch
 from tqdm import tqdm
 
-from taming.models.sampling import (
-    Prior,
-    SamplingParams,
-    empty_codes,
-    numbers_of,
-    sample_images,
-    trained_grid,
-    whole_condition,
-)
-from taming.models.vqvae2 import Level
-from taming.modules.transformer.generate import generators_of
-from taming.modules.util import Labelator
+from taming.models.prior import Prior
+from taming.models.sampling import numbers_of, sample_images
+from taming.modules.transformer.generate import SamplingParams, generators_of
 from taming.pictures import save_picture
-from taming.run.script import choose_device, parse_classes, parse_run, run, run_parser
+from taming.run.cli import choose_device, parse_classes, parse_run, run, run_parser
 
 logger = logging.getLogger("taming.sample_fast")
 
@@ -44,11 +35,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch_size", type=int, default=25)
     parser.add_argument(
-        "-k", "--top_k", type=int, default=250, help="draw among the k likeliest tokens"
+        "-k", "--top_k", type=int, default=250, help="sample among the k likeliest tokens"
     )
     parser.add_argument("-t", "--temperature", type=float, default=1.0)
     parser.add_argument(
-        "-p", "--top_p", type=float, default=1.0, help="draw among the likeliest of this mass"
+        "-p", "--top_p", type=float, default=1.0, help="sample among the likeliest of this mass"
     )
     parser.add_argument(
         "--classes", default="imagenet", help="labels such as 3,7; imagenet means all 1000"
@@ -58,24 +49,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def folders_of(model: Prior, classes: str) -> dict[int, str]:
-    """Token of the condition -> folder of its samples."""
+    """Return the folder of the samples of each condition, by its token."""
     if model.be_unconditional:
         if classes != "imagenet":
             raise ValueError(f"--classes {classes}: the prior is unconditional")
         return {model.sos_token: ""}
-    stage = model.cond_stage_model
-    if isinstance(stage, Level):
+    if model.cond_stage_model is model.first_stage_model:
         raise ValueError("the prior is of one level of a VQ-VAE-2: use scripts/sample_hierarchy.py")
-    if not isinstance(stage, Labelator):
+    if model.n_classes is None:
         raise ValueError(
-            f"the condition is what a {type(stage).__name__} takes, not a class: use "
-            "scripts/make_samples.py"
+            f"the condition is what a {type(model.cond_stage_model).__name__} takes, not a class: "
+            "use scripts/make_samples.py"
         )
-    return {label: str(label) for label in parse_classes(classes, stage.n_classes)}
+    return {label: str(label) for label in parse_classes(classes, model.n_classes)}
 
 
 def main() -> None:
-    """Draw the images of one class after the other."""
+    """Sample the images of one class after the other."""
     options, saved = parse_run(build_parser())
     if options.num_samples < 1 or options.batch_size < 1:
         raise ValueError("--num_samples and --batch_size must be at least 1")
@@ -92,10 +82,9 @@ def main() -> None:
         numbers = torch.arange(options.num_samples)
         for part in tqdm(numbers.split(options.batch_size), desc="batches", leave=False):
             condition = torch.full((len(part), 1), token, device=device)
-            codes = empty_codes(model, len(part), trained_grid(model))
             generators = generators_of(options.seed, numbers_of(token, part.tolist()))
-            drawing = filters._replace(generators=generators)
-            images = model.show(sample_images(model, whole_condition(condition), codes, drawing))
+            params = filters._replace(generators=generators)
+            images = model.show(sample_images(model, condition, params))
             for number, image in zip(part.tolist(), images, strict=True):
                 save_picture(image, target / folder / f"{number:06}.png")
     logger.info("pictures in %s", target)

@@ -6,8 +6,8 @@ Axis letters: B pictures, C channels, H W picture, h w grid.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from taming.pictures import Picture, to_tensor
 from taming.tokenizer import Tokenizer, decoded_pictures
 
 
-def load(run: str | os.PathLike[str], device: torch.device | str = "cpu") -> Tokenizer | Generator:
+def load(run: str | Path, device: torch.device | str = "cpu") -> Tokenizer | Generator:
     """Load a trained model.
 
     Args:
@@ -165,7 +165,7 @@ class Generator:
         Raises:
             ValueError: Something is not a picture, or the label is missing or unexpected.
         """
-        several = pictures if isinstance(pictures, (list, tuple)) else [pictures]
+        several: Any = pictures if isinstance(pictures, (list, tuple)) else [pictures]
         bits: list[float] = []
         for start in range(0, len(several), self.batch_size):
             x = self._fitted(several[start : start + self.batch_size])
@@ -185,10 +185,10 @@ class Generator:
 
     def _condition(self, label: int | None, n: int) -> Tensor:
         """Return the condition's tokens (n, 1) int64."""
-        classes = self.model.n_classes
+        classes = self.model.n_classes or 0
+        if self.model.be_unconditional and label is not None:
+            raise ValueError(f"this prior is unconditional and takes no label, got {label}")
         if self.model.be_unconditional:
-            if label is not None:
-                raise ValueError(f"this prior is unconditional and takes no label, got {label}")
             label = self.model.sos_token
         elif label is None or not 0 <= label < classes:
             raise ValueError(f"this prior needs a label from 0 to {classes - 1}, got {label}")

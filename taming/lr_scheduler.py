@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class LambdaWarmUpCosineScheduler:
-    """Linear warm-up, then half a cosine down, then constant; a factor for ``LambdaLR``.
+    """Linear warm-up, then half a cosine down, then constant: a factor for ``LambdaLR``.
 
     Args:
         warm_up_steps: Steps of the linear rise from ``lr_start`` to ``lr_max``.
@@ -18,7 +18,12 @@ class LambdaWarmUpCosineScheduler:
         lr_max: Value at the end of the rise.
         lr_start: Value at step 0.
         max_decay_steps: Step at which the cosine reaches ``lr_min``.
-        verbosity_interval: Kept for the original's configs; loggers report the value.
+        verbosity_interval: Not used; accepted for the original's configs.
+
+    Example:
+        >>> schedule = LambdaWarmUpCosineScheduler(10, 0.0, 1.0, 0.5, max_decay_steps=30)
+        >>> [round(schedule(step), 2) for step in (0, 5, 10, 20, 30, 99)]
+        [0.5, 0.75, 1.0, 0.5, 0.0, 0.0]
     """
 
     def __init__(
@@ -51,15 +56,12 @@ class LambdaWarmUpCosineScheduler:
 
 
 def scheduled(optimizer: torch.optim.Optimizer, schedule: Callable[[int], float]) -> LambdaLR:
-    """Let a learning rate follow a schedule, also one that a run is resumed with.
+    """Build a ``LambdaLR`` whose checkpoints hold the step but not the schedule.
 
     Args:
-        optimizer: Its learning rate is what is scaled.
+        optimizer: Optimizer whose learning rate is scaled.
         schedule: Factor of the learning rate by step.
-
-    Returns:
-        What is to be stepped; its state holds the step, not the schedule.
     """
-    # LambdaLR puts the attributes of a callable object into checkpoints, and from there back into
-    # the new one, which would undo what the configuration says now. A function has none.
+    # LambdaLR saves the attributes of a callable object and restores them in a resumed run, which
+    # would undo changes of the configuration. A function has no attributes.
     return LambdaLR(optimizer, lambda step: schedule(step))

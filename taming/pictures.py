@@ -1,4 +1,4 @@
-"""Pictures to tensors and tensors to pictures.
+"""Pictures from image tensors, for scripts and reports.
 
 Axis letters: B pictures, C channels, H W picture.
 """
@@ -6,8 +6,9 @@ Axis letters: B pictures, C channels, H W picture.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,11 +17,37 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
+T = TypeVar("T")
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image of any mode to RGB; 16-bit grey is scaled to 8 bits, not clipped."""
+def decode(file: Any, convert: Callable[[Image.Image], T]) -> T:
+    """Open a picture file and convert it.
+
+    Args:
+        file: A path, or an open binary file.
+        convert: Function of the opened PIL image.
+
+    Raises:
+        ValueError: The file is missing, truncated, or not a picture that Pillow can decode.
+    """
+    try:
+        with Image.open(file) as image:
+            return convert(image)
+    # A damaged file makes Pillow raise OSError, SyntaxError, struct.error, EOFError and others.
+    except Exception as error:
+        raise ValueError(f"cannot be decoded as an image: {error}") from error
+
+
+def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
+    """Convert a PIL image of any mode to RGB.
+
+    Args:
+        image: Grey, palette, CMYK, transparent, ...; 16-bit grey is scaled, not clipped, to 8 bits.
+        upright: Apply the EXIF orientation.
+    """
+    if upright:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         grey = np.asarray(image).clip(0, 65535) / 257
         image = Image.fromarray(grey.round().astype(np.uint8))
@@ -59,7 +86,9 @@ def to_tensor(picture: Picture, channels: int = 3) -> Tensor:
         array = picture[..., None] if picture.ndim == 2 else picture
         values = torch.from_numpy(np.ascontiguousarray(array)).movedim(-1, 0)  # (C, H, W)
     else:
-        values = pil_to_tensor(_open(picture, channels))
+        is_open = isinstance(picture, Image.Image)
+        image = to_rgb(picture) if is_open else _decode_named(picture)
+        values = pil_to_tensor(image.convert("L") if channels == 1 else image)
     if values.ndim != 3 or 0 in values.shape:
         raise ValueError(
             "expected a picture as an array (H, W) or (H, W, C) or a tensor (H, W) or (C, H, W), "
@@ -75,7 +104,7 @@ def to_tensor(picture: Picture, channels: int = 3) -> Tensor:
         return values.double().div(torch.iinfo(values.dtype).max / 2).sub(1).float()
     if not values.is_floating_point():
         raise ValueError(
-            f"a picture of integers must be uint8 or uint16, whose range is known, got {values.dtype}"
+            f"a picture of integers must be uint8 or uint16, got {values.dtype}, of unknown range"
         )
     if not (values.abs() <= 1).all():  # False for NaN as well
         raise ValueError(
@@ -84,39 +113,31 @@ def to_tensor(picture: Picture, channels: int = 3) -> Tensor:
     return values.float()
 
 
-def _open(picture: Any, channels: int) -> Image.Image:
-    """Open a picture in RGB, or in grey where one channel is wanted."""
-    if isinstance(picture, Image.Image):
-        image = to_rgb(picture)
-    else:
-        try:
-            with Image.open(picture) as file:
-                image = to_rgb(ImageOps.exif_transpose(file))
-        except FileNotFoundError:
-            raise ValueError(f"there is no picture {picture}") from None
-        # A damaged file makes Pillow raise OSError, SyntaxError, struct.error, EOFError and others.
-        except Exception as error:
-            raise ValueError(f"{picture} cannot be decoded as a picture: {error}") from error
-    return image.convert("L") if channels == 1 else image
+def _decode_named(path: Any) -> Image.Image:
+    """Decode a file in RGB; an error names it."""
+    try:
+        return decode(path, to_rgb)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """Turn an image (3, H, W) in [-1, 1], clamped to it, into an 8-bit PIL image."""
+    """Turn an image (3, H, W), clamped to [-1, 1], into an 8-bit picture."""
     levels = (image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
     return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
-    """Arrange images (B, 3, H, W) in [-1, 1] in rows of ``columns``, with white gaps."""
+    """Arrange images (B, 3, H, W) in [-1, 1] in rows of ``columns`` with white gaps."""
     return make_grid(images.detach().float().cpu(), nrow=columns, padding=2, pad_value=1.0)
 
 
 def side_by_side(*images: Tensor) -> Tensor:
-    """Put images (3, H, W) in [-1, 1] of one size next to each other."""
+    """Put images (3, H, W) in [-1, 1] of one size next to each other: (3, H', W')."""
     return tile(torch.stack([image.detach().float().cpu() for image in images]), len(images))
 
 
 def save_picture(image: Tensor, path: Path) -> None:
-    """Save an image (3, H, W) in [-1, 1] to a file; make missing folders."""
+    """Save an image (3, H, W) in [-1, 1] to a file; create missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     to_picture(image).save(path)

@@ -109,7 +109,7 @@ class Tokenizer:
         if not isinstance(pictures, (list, tuple)):
             return self.encode([pictures], **rate)[0]
         images = [to_tensor(picture, self.channels) for picture in pictures]
-        padded = [_pad(image, self.model.site) for image in images]
+        padded = [_pad(image, self.model.factor) for image in images]
         codes: list[Codes | None] = [None] * len(images)
         for numbers in _by_shape(padded, self.batch_size):
             x = torch.stack([padded[number] for number in numbers]).to(self.model.device)
@@ -145,7 +145,7 @@ class Tokenizer:
             return self.decode([codes])[0]
         pictures: list[Image.Image | None] = [None] * len(codes)
         for numbers in _by_shape([own.levels[-1] for own in codes], self.batch_size):
-            levels = [
+            levels: Any = [
                 torch.stack(level).to(self.model.device)
                 for level in zip(*(codes[number].levels for number in numbers), strict=True)
             ]
@@ -159,9 +159,8 @@ class Tokenizer:
 
 def decoded_pictures(model: VQModel, images: Tensor) -> list[Image.Image]:
     """Turn decoded images (B, C, H, W) into pictures; other than 3 channels are coloured."""
-    if images.shape[1] != 3:
-        images = model.to_rgb(model.as_input(images))
-    return [to_picture(image) for image in images]
+    shown = images if images.shape[1] == 3 else model.to_rgb(model.as_input(images))
+    return [to_picture(image) for image in shown]
 
 
 def _pad(image: Tensor, site: int) -> Tensor:

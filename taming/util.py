@@ -1,21 +1,48 @@
-"""Small helpers that everything else may use: objects from target paths, downloads, lookups."""
+"""Small helpers for all parts: objects from target paths, signatures, downloads, lookups."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import inspect
 import logging
 import os
+import pkgutil
+import sys
+import textwrap
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return the end of an error message that names the valid name nearest to a wrong one.
+
+    Args:
+        name: The wrong name.
+        valid: The valid names.
+
+    Returns:
+        ``"; did you mean 'x'?"``; where no name is close, a list of them if there are few.
+
+    Example:
+        >>> nearest("widht", ["width", "height"])
+        "; did you mean 'width'?"
+    """
+    names = sorted(set(valid))
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; valid: {', '.join(names)}" if 0 < len(names) <= 12 else ""
 
 
 def get_obj_from_str(string: str, reload: bool = False) -> Any:
@@ -29,20 +56,44 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
         The class, function or value.
 
     Raises:
-        ValueError: The path has no dot, its module does not import or lacks the name.
+        ValueError: The path has no dot, its module does not exist or lacks the name; the message
+            names the nearest valid name.
     """
     module_name, _, name = string.rpartition(".")
-    if not module_name:
-        raise ValueError(f"target {string!r} is no dotted path like 'package.module.Name'")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"target {string!r} does not import: {error}") from error
+    if not module_name or string.startswith("."):
+        raise ValueError(f"{string!r} is not a dotted path like 'package.module.Name'")
+    module = _import_module(module_name)
     if reload:
         module = importlib.reload(module)
-    if name not in vars(module) and "__getattr__" not in vars(module):  # main makes some lazily
-        raise ValueError(f"target {string!r}: module {module_name} has no {name!r}")
-    return getattr(module, name)
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        names = [*dir(module), *getattr(module, "__all__", ()), *_submodules(module)]
+        end = "; that is a module" if name in names else nearest(name, names)
+        raise ValueError(f"{module_name} has no {name!r}{end}") from error
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except SyntaxError as error:
+        where = f"{error.filename}:{error.lineno}"
+        raise ValueError(f"{where} is not valid Python: {error.msg}") from error
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        parent, _, leaf = missing.rpartition(".")
+        if not f"{name}.".startswith(f"{missing}."):
+            message = f"{name} needs the module {missing!r}, which is not installed"
+        elif parent:
+            siblings = _submodules(sys.modules[parent])
+            message = f"{parent} has no module {leaf!r}{nearest(leaf, siblings)}"
+        else:
+            message = f"there is no module {name!r}{nearest(missing, ['taming', 'main'])}"
+        raise ValueError(message) from error
+
+
+def _submodules(module: ModuleType) -> list[str]:
+    return [found.name for found in pkgutil.iter_modules(getattr(module, "__path__", ()))]
 
 
 def instantiate_from_config(config: Mapping[str, Any], **kwargs: Any) -> Any:
@@ -50,13 +101,13 @@ def instantiate_from_config(config: Mapping[str, Any], **kwargs: Any) -> Any:
 
     Args:
         config: Mapping with ``target`` and, optionally, ``params`` (keyword arguments).
-        **kwargs: Further keyword arguments, which win over ``params``.
+        **kwargs: Further keyword arguments, which override ``params``.
 
     Returns:
         What the target returns.
 
     Raises:
-        ValueError: It is no such block, or its ``target`` does not import.
+        ValueError: The block has no ``target``, or its ``target`` cannot be imported.
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"expected a block with a 'target', got {config!r}")
@@ -68,33 +119,54 @@ def instantiate_from_config(config: Mapping[str, Any], **kwargs: Any) -> Any:
 def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
     """List the keyword parameters of a class or function.
 
-    A constructor that takes ``**kwargs`` is followed to the next one in the MRO, whose parameters
-    are then optional, for ``*args`` may carry them.
+    Where a constructor forwards its ``**kwargs`` to a base class, the parameters of the next
+    constructor in the MRO follow. They count as optional, since ``*args`` may carry them.
 
     Args:
         target: Class or function.
 
     Returns:
-        Name -> parameter; and True if it takes any other keyword as well.
+        Name -> parameter; and True if the target may take other keywords as well.
     """
-    inits = [c.__init__ for c in getattr(target, "__mro__", ()) if "__init__" in vars(c)]
-    python_inits = [init for init in inits if inspect.isfunction(init)]
-    try:
-        callables = python_inits or [target]
-        signatures = [[*inspect.signature(c).parameters.values()] for c in callables]
-    except (TypeError, ValueError):  # compiled code may have no signature
-        return {}, True
+    classes = getattr(target, "__mro__", ())
+    inits = [vars(c)["__init__"] for c in classes if inspect.isfunction(vars(c).get("__init__"))]
     found: dict[str, inspect.Parameter] = {}
-    for depth, parameters in enumerate(signatures):
-        for parameter in parameters[bool(python_inits) :]:  # without self
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                optional = depth and parameter.default is parameter.empty
-                found.setdefault(
-                    parameter.name, parameter.replace(default=...) if optional else parameter
-                )
-        if parameters[-1:] == [] or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+    hidden: set[str] = set()
+    for depth, init in enumerate(inits or [target]):
+        try:
+            parameters = [*inspect.signature(init).parameters.values()][bool(inits) :]
+        except (TypeError, ValueError):  # compiled code may have no signature
+            return found, True
+        for p in parameters:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in hidden:
+                is_made_optional = depth and p.default is p.empty
+                found.setdefault(p.name, p.replace(default=...) if is_made_optional else p)
+        if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
             return found, False
+        set_by_call = _forwarded(init, parameters[-1].name)
+        if set_by_call is None:
+            return found, True
+        hidden |= set_by_call
     return found, True
+
+
+def _forwarded(init: Callable[..., Any], kwargs: str) -> set[str] | None:
+    """Return the keywords that a constructor sets where it forwards ``**kwargs`` to a base.
+
+    None means that ``**kwargs`` may go elsewhere, so that any keyword may be valid.
+    """
+    try:
+        nodes = [*ast.walk(ast.parse(textwrap.dedent(inspect.getsource(init))))]
+    except (OSError, SyntaxError):
+        return None
+    if sum(isinstance(node, ast.Name) and node.id == kwargs for node in nodes) != 1:
+        return None
+    for call in nodes:
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(".__init__"):
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            if keywords.get(None) == kwargs:
+                return {name for name in keywords if name}
+    return None
 
 
 def instantiate_with_sizes(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> Any:
@@ -106,13 +178,13 @@ def instantiate_with_sizes(config: Mapping[str, Any], sizes: Mapping[str, Any]) 
     Args:
         config: The block.
         sizes: Parameter name -> size. Names that the target does not take are ignored, so that one
-            mapping may hold the names of several quantizers.
+            mapping may hold the names that different targets use.
 
     Returns:
         What the target returns.
 
     Raises:
-        ValueError: A stated size disagrees, or see `instantiate_from_config`.
+        ValueError: A stated size disagrees, or the block has no valid ``target``.
 
     Example:
         >>> block = {"target": "torch.nn.Linear", "params": {"in_features": 3}}
@@ -143,19 +215,20 @@ def md5_hash(path: str | os.PathLike[str]) -> str:
 
 
 def download(url: str, local_path: str | os.PathLike[str], chunk_size: int = 1 << 16) -> None:
-    """Fetch a file with a progress bar; the target appears only once it is whole.
+    """Download a file with a progress bar; the target appears only once it is complete.
 
     Args:
-        url: Where to read (``https:``, ``file:``, ...).
-        local_path: Where to write; missing folders are made.
+        url: Source address (``https:``, ``file:``, ...).
+        local_path: Target file; missing folders are created.
         chunk_size: Bytes per read.
 
     Raises:
-        ConnectionError: The address cannot be reached; the message names the file to fetch by hand.
+        ConnectionError: The address cannot be reached; the message names both address and target,
+            for a download by hand.
     """
     target = Path(local_path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the target and renamed, so that parallel processes never see half a file.
+    # Written beside the target and renamed, so that parallel processes never see a partial file.
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
@@ -170,14 +243,45 @@ def download(url: str, local_path: str | os.PathLike[str], chunk_size: int = 1 <
         os.replace(part, target)
     except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
         raise ConnectionError(
-            f"cannot download {url} ({error}); without a network, fetch it elsewhere "
-            f"and put it at {target}"
+            f"cannot download {url} ({error}); without a network connection, download it elsewhere "
+            f"and copy it to {target}"
         ) from error
     finally:
         part.unlink(missing_ok=True)
 
 
-# Name -> address, file name and MD5 digest of weights that are published elsewhere.
+def load_network(hub: str, entry: str, **options: Any) -> Any:
+    """Load a network, or the preprocessing of its input, from a torch hub repository.
+
+    Args:
+        hub: ``owner/name`` on GitHub, or a folder that holds such a repository.
+        entry: Name of a function in its ``hubconf.py``.
+        **options: Arguments of that function.
+
+    Raises:
+        ConnectionError: The repository, or weights that it downloads, cannot be reached.
+        ValueError: The folder is not a torch hub repository, or a package that it needs is missing.
+    """
+    import torch  # takes seconds, which the command line's --help does not need
+
+    is_local = Path(hub).is_dir()
+    if is_local and not Path(hub, "hubconf.py").is_file():
+        raise ValueError(f"{hub} has no hubconf.py, so it is not a torch hub repository")
+    source = "local" if is_local else "github"
+    trusted: Any = True  # the user named it; torch declares str alone
+    try:
+        return torch.hub.load(hub, entry, source=source, trust_repo=trusted, **options)
+    except ImportError as error:
+        raise ValueError(f"the network {entry} of {hub} needs another package: {error}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConnectionError(
+            f"the network {entry} of {hub} is neither a local folder nor available from torch hub "
+            f"({error}); without a network connection, download https://github.com/{hub} elsewhere "
+            "and name its folder with --hub"
+        ) from error
+
+
+# Name -> address, file name and MD5 digest of published weights.
 PUBLISHED = {
     "vgg_lpips": (
         "https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1",
@@ -188,16 +292,16 @@ PUBLISHED = {
 
 
 def get_ckpt_path(name: str, root: str | os.PathLike[str], check: bool = False) -> str:
-    """Return the path of published weights below a folder, downloaded and checked if need be.
+    """Return the path of published weights in a folder, downloaded first if they are missing.
 
     Args:
-        name: A key of `PUBLISHED`: "vgg_lpips" are the linear heads of LPIPS.
-        root: Folder to keep them in.
-        check: Download again if a file is there that has another MD5 digest.
+        name: A key of `PUBLISHED`; ``"vgg_lpips"`` names the linear heads of LPIPS.
+        root: Folder of the weights.
+        check: Download again if an existing file has another MD5 digest.
 
     Raises:
-        ConnectionError: They are not there and cannot be downloaded.
-        ValueError: The name is unknown, or what was downloaded is another file.
+        ConnectionError: The weights are missing and cannot be downloaded.
+        ValueError: The name is unknown, or the download has another MD5 digest.
     """
     if name not in PUBLISHED:
         raise ValueError(f"published weights are {', '.join(PUBLISHED)}; got {name!r}")
@@ -211,23 +315,23 @@ def get_ckpt_path(name: str, root: str | os.PathLike[str], check: bool = False) 
 
 
 class KeyNotFoundError(KeyError):
-    """A path-style lookup met a key that is not there."""
+    """A path-style lookup met a missing key."""
 
 
 def retrieve(container: Any, key: str, splitval: str = "/", default: Any = None) -> Any:
-    """Look a nested value up by a path such as ``model/params/ch``.
+    """Look up a nested value by a path such as ``model/params/ch``.
 
     Args:
         container: Nested mappings and sequences.
         key: Keys or positions joined by ``splitval``.
-        splitval: What separates them.
-        default: Returned for a missing key; None raises instead.
+        splitval: Separator of the keys.
+        default: Value for a missing key; None raises instead.
 
     Returns:
         The value found.
 
     Raises:
-        KeyNotFoundError: A part of the path is missing and there is no default.
+        KeyNotFoundError: A part of the path is missing and ``default`` is None.
     """
     value = container
     for part in key.split(splitval):
@@ -249,4 +353,4 @@ class WriteError(OSError):
 
 
 class NonFiniteError(RuntimeError):
-    """A latent or loss is not finite: training stops and the last good checkpoint is kept."""
+    """A latent or loss is not finite; training stops and the last good checkpoint is kept."""

@@ -21,9 +21,9 @@ from race.contenders import contenders
 from race.measure import code_bits, cut_by, fixed_length, shuffled_lengths, usage
 from race.peers import FSQ, ResidualVQ
 from race.plans import PLANS, Plan, images_of
-from race.report import average, cell, margins, quality_at, savings, tokens_at, write_report
+from race.report import average, cell, codes_at, margins, quality_at, savings, write_report
 from race.training import BASE, build_tokenizer, trained_base, trained_tokenizer
-from rate_distortion import FIELDS, collect, race, read_rows
+from rate_distortion import FIELDS, collect, load_rows, race
 from scipy.stats import spearmanr
 
 from taming.modules.vqvae.base import Quantizer
@@ -92,7 +92,7 @@ def test_a_race_that_fails_takes_nothing_from_the_others(tmp_path) -> None:
             finished.set_result([dict.fromkeys(FIELDS, name)])
     with pytest.raises(ValueError, match="no such code"):
         collect(races, [dict.fromkeys(FIELDS, "before")], table)
-    assert {row["name"] for row in read_rows(table)} == {"before", "first", "third"}
+    assert {row["name"] for row in load_rows(table)} == {"before", "first", "third"}
     assert list(tmp_path.iterdir()) == [table]
 
 
@@ -208,8 +208,8 @@ def test_adaptivity_of_a_races_tokenizer(
     torch.save(model.state_dict(), tmp_path / "loopy-one-0.pt")
     adaptivity.main()
     found = json.loads((out / "adaptivity.json").read_text())
-    assert [len(found[k]) for k in ("tokens per image", "rank correlation")] == [7, 5]
-    for limit, row in found["token limits"].items():
+    assert [len(found[k]) for k in ("codes per image", "rank correlation")] == [7, 5]
+    for limit, row in found["code limits"].items():
         assert row["exceeded"] == 0 and 64 <= row["mean used"] <= int(limit)
     for row in found["fixed error"].values():
         assert row["gave up early"] == 0 and row["10%"] <= row["mean"] <= 8 * 64
@@ -246,8 +246,8 @@ def test_margins_compare_at_the_peers_own_rate_and_never_beyond_what_was_measure
     peer, far = (next(p for p in average(rows) if p["name"] == n) for n in ("peer", "far"))
     assert margins(rows, peer, "ours", "tokens") == pytest.approx([0.5])
     assert margins(rows, far, "ours", "tokens") == [None]
-    # 20.5 dB lies a quarter of the way from 64 to 256 tokens in their logarithm.
-    assert tokens_at(rows, "ours", 0, 20.5) == pytest.approx(64 * 4**0.25)
+    # 20.5 dB lies a quarter of the way from 64 to 256 codes in their logarithm.
+    assert codes_at(rows, "ours", 0, 20.5) == pytest.approx(64 * 4**0.25)
     assert savings(rows, peer, "ours") == pytest.approx([100 * (1 - 64 * 4**0.25 / 128)])
     assert savings(rows, far, "ours") == [None]
 

@@ -14,9 +14,10 @@ from support.original import save_as_lightning_1
 from support.runs import run_main
 from torch import nn
 
-from taming.checkpoint import SafeCheckpointIO, freeze, load_checkpoint, load_weights
+from taming.checkpoint import freeze, load_checkpoint, load_weights
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.vqgan import VQModel
+from taming.run.trainer import SafeCheckpointIO
 from taming.util import WriteError
 
 

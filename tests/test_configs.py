@@ -8,11 +8,8 @@ import pytest
 import torch
 from support.runs import CONDITION_OF, CONFIGS, ORIGINALS, TOKENIZER_OF, TinyRuns, run_main, shipped
 
-from taming.modules.sequence.notations import TokenSequence
-from taming.modules.vqvae.quantize import VectorQuantizer2
-from taming.run.config import load_config
-from taming.run.lightning_block import check_experiment
-from taming.util import instantiate_from_config
+from taming.run.config import check_experiment, load_config
+from taming.run.folder import model_from_run
 
 every_config = pytest.mark.parametrize("name", shipped())
 
@@ -47,7 +44,7 @@ def test_trains_validates_shows_pictures_and_resumes(
     if is_loopy:
         assert (before["state_dict"][steps], after["state_dict"][steps]) == (2, 4)
         several = quantizer["params"]["max_loops"] > 1
-        assert bool(list(run.glob("images/val/depths_*.png"))) == several
+        assert bool(list(run.glob("images/val/lengths_*.png"))) == several
     if "monitor" in load_config([CONFIGS / name]).values["model"]["params"]:  # that value is there
         assert (run / "checkpoints/epoch=000000.ckpt").is_file()
     for key, value in after["state_dict"].items():
@@ -55,29 +52,15 @@ def test_trains_validates_shows_pictures_and_resumes(
         assert value.isfinite().all() or (key.endswith(".threshold") and value > 0), key
 
 
-def sequence_of(model: dict[str, Any]) -> TokenSequence:
-    """How the tokens of a tokenizer's configuration are written."""
-    if "quantizer_config" in model:
-        return instantiate_from_config(model["quantizer_config"]).sequence
-    return VectorQuantizer2(model["n_embed"], model["embed_dim"], beta=0.25).sequence
+DERIVED = ("vocab_size", "block_size", "site_shape")
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in shipped() if "transformer" in name and name not in ORIGINALS]
-)
-def test_a_prior_fits_its_tokenizer(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(set(TOKENIZER_OF) - set(ORIGINALS)))
+def test_a_prior_states_no_size_that_its_tokenizer_has(name: str) -> None:
     prior, tokenizer = (load_config([CONFIGS / n]).values for n in (name, TOKENIZER_OF[name]))
-    gpt = prior["model"]["params"]["transformer_config"]["params"]
-    model = tokenizer["model"]["params"]
-    sequence, ddconfig = sequence_of(model), model["ddconfig"]
-    side = ddconfig["resolution"] // 2 ** (len(ddconfig["ch_mult"]) - 1)
-    hidden = prior["model"]["params"].get("condition_dropout", 0) > 0
-    assert gpt["vocab_size"] == sequence.vocab_size + hidden
-    assert gpt["site_shape"] == [side, side, sequence.site_tokens]
-    condition = side * side if name in CONDITION_OF else 1
-    two_level = "depth" in gpt
-    written = side * side * (1 if two_level else sequence.site_tokens)
-    assert gpt["block_size"] == written + condition
+    network = prior["model"]["params"].get("transformer_config", {"params": {}})["params"]
+    assert not {key: network[key] for key in DERIVED if network.get(key, True) is not True}
+    ddconfig = tokenizer["model"]["params"]["ddconfig"]
     for config in (prior, tokenizer):
         for split in ("train", "validation"):
             data = config["data"]["params"][split]["params"]
@@ -85,35 +68,40 @@ def test_a_prior_fits_its_tokenizer(name: str) -> None:
             assert size == ddconfig["resolution"]
 
 
-@pytest.mark.parametrize("level", ["top", "bottom"])
-def test_a_levels_prior_fits_its_level(level: str) -> None:
-    name = f"vqvae2_{level}_prior.yaml"
-    prior, tokenizer = (
-        load_config([CONFIGS / n]).values["model"]["params"] for n in (name, TOKENIZER_OF[name])
-    )
-    gpt, first = prior["transformer_config"]["params"], prior["first_stage_config"]["params"]
-    hierarchy, ddconfig = (
-        instantiate_from_config(tokenizer["quantizer_config"]),
-        tokenizer["ddconfig"],
-    )
-    finest = ddconfig["resolution"] // 2 ** (len(ddconfig["ch_mult"]) - 1)
-    assert tokenizer["quantizer_config"]["params"]["ddconfig"]["resolution"] == finest
-    top, bottom = (
-        ((finest // factor) ** 2, finest // factor, quantizer.sequence)
-        for quantizer, factor in zip(hierarchy.levels, hierarchy.factors, strict=True)
-    )
-    sites, side, sequence = top if level == "top" else bottom
-    above = 1 if level == "top" else top[0] * top[2].max_loops
-    assert (first["level"], gpt["vocab_size"]) == (level, sequence.vocab_size)
-    assert gpt["site_shape"] == [side, side, sequence.site_tokens]
-    assert gpt["block_size"] == sites * sequence.site_tokens + above
+# What the recipes' networks have without stating it: the tokenizers' codes, sites and tokens per
+# site; one code more where the condition is hidden now and then; and the condition's tokens.
+SIZES = {
+    "cifar10_transformer.yaml": (17, 16 * 6 + 1, (4, 4, 6)),
+    "cifar10_two_level_transformer.yaml": (18, 16 + 1, (4, 4, 6)),
+    "custom_loopy_transformer.yaml": (17, 4 * 6 + 1, (2, 2, 6)),
+    "custom_transformer.yaml": (16, 4 + 1, (2, 2, 1)),
+    "demo/loopy_transformer.yaml": (17, 16 + 1, (4, 4, 5)),
+    "imagenet_transformer.yaml": (1000, 4 + 1, (2, 2, 1)),  # as many as classes
+    "loopy_transformer.yaml": (17, 16 * 6 + 1, (4, 4, 6)),
+    "sflckr_transformer.yaml": (16, 4 + 4, (2, 2, 1)),
+    "vqvae2_bottom_prior.yaml": (8, 16 + 4, (4, 4, 1)),
+    "vqvae2_top_prior.yaml": (8, 4 + 1, (2, 2, 1)),
+}
 
 
-@pytest.mark.parametrize("name", [name for name in shipped() if "loopy_vqgan" in name])
-def test_a_tokenizers_numbers_agree(name: str) -> None:
-    model = load_config([CONFIGS / name]).values["model"]["params"]
-    quantizer = instantiate_from_config(model["quantizer_config"])
-    assert (quantizer.n_e, quantizer.e_dim) == (model["n_embed"], model["embed_dim"])
+@pytest.mark.parametrize("name", list(SIZES))
+def test_a_priors_sizes_follow_from_its_tokenizer_and_condition(
+    name: str, tiny_runs: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAMING_DATA", str(tiny_runs.data))
+    assert set(SIZES) == set(TOKENIZER_OF) - set(ORIGINALS) - {"pixelcnn_cifar10.yaml"}
+    assert not any(key in item for key in DERIVED for item in tiny_runs.overrides[name])
+    network = model_from_run(tiny_runs.of(name)).transformer
+    assert (network.vocab_size, network.block_size, network.site_shape) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", [n for n in shipped() if "transformer" not in n])
+def test_a_tokenizers_sizes_are_stated_once(name: str) -> None:
+    quantizer = load_config([CONFIGS / name]).values["model"]["params"].get("quantizer_config", {})
+    own = quantizer.get("params", {})
+    transform = own.get("transform_config", {}).get("params", {})
+    assert not {"n_e", "e_dim", "n_embed", "embedding_dim"} & own.keys()
+    assert not {"max_loops", "e_dim"} & transform.keys()
 
 
 @pytest.mark.parametrize("name", sorted(set(TOKENIZER_OF) & set(ORIGINALS)))

@@ -16,9 +16,8 @@ from support.runs import CONFIGS, TRAINER, TinyRuns, overrides
 from torch import Tensor
 
 from taming.models.vqgan import VQModel
-from taming.modules.vqvae.metrics import CodebookMetrics
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
-from taming.run.resume import LastCheckpoint
+from taming.run.callbacks import LastCheckpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 K, D, T, STEPS = 12, 4, 3, 4
@@ -55,7 +54,7 @@ def learn(params: dict[str, Any], rank: int = 0, world_size: int = 1) -> dict[st
     quantizer = LoopyVectorQuantizer(K, D, max_loops=T, **params).train()
     codebook = torch.randn(K, D, generator=generator)
     quantizer.embedding._place(torch.arange(K), codebook)
-    metrics = CodebookMetrics(K, T)
+    metrics = quantizer.codebook_metrics()
     torch.manual_seed(7 + rank)
     for _ in range(STEPS):
         z = torch.randn(8, D, 3, 3, generator=generator).chunk(world_size)[rank]
@@ -155,7 +154,7 @@ def test_main_trains_a_loopy_vqgan(ema_decay: str, tmp_path: Path) -> None:
     decay = f"model.params.quantizer_config.params.ema_decay={ema_decay}"
     saved = train_on_two(tmp_path, config, *overrides(tmp_path)[config], decay)
     assert saved["state_dict"]["quantize.embedding.steps"] == 2
-    assert list(tmp_path.glob("logs/*/images/val/depths_*.png"))
+    assert list(tmp_path.glob("logs/*/images/val/lengths_*.png"))
 
 
 @pytest.mark.parametrize(

@@ -43,4 +43,4 @@ def test_trains(folder: Path, more: list[str]) -> None:
     run = train(folder, "my_tokenizer.yaml", *more)
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 3
-    assert list(run.glob("images/val/reconstructions_*.png"))
+    assert list(run.glob("images/train/reconstructions_*.png"))

@@ -1,6 +1,9 @@
 """Imports point one way: the table of the architecture, read off the source."""
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,14 +16,14 @@ TAMING = ROOT / "taming"
 LEAVES = {"checkpoint", "lr_scheduler", "pictures", "util"}  # import nothing of taming
 ALLOWED: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
-    "checkpoint": {"util"},
     "modules": {"modules", "util"},
     "models": {"models", "modules", "checkpoint", "lr_scheduler", "util"},
-    "data": {"data", "util"},
+    "data": {"data", "pictures", "util"},
     "tokenizer": {"models", "checkpoint", "pictures", "util"},
-    "generator": {"models", "tokenizer", "checkpoint", "pictures", "util"},
-    "run": {"run", "models", "modules", "data", "checkpoint", "pictures", "util"},
+    "generator": {"models", "tokenizer", "checkpoint", "pictures", "run", "util"},  # run: load()
+    "run": {"run", "models", "data", "checkpoint", "pictures", "util"},
 }
+FACE = ("taming.generator", "taming.tokenizer")
 PROGRAM_FILES = [ROOT / "main.py", *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
 PROGRAMS = {"scripts", "benchmarks", "tests", *(file.stem for file in PROGRAM_FILES)}
 RACE = sorted(ROOT.glob("benchmarks/race/*.py"))  # what the benchmarks share
@@ -53,8 +56,8 @@ IMPORTS = {_name(file): set(_imports(file, KNOWN)) for file in FILES}
 
 @pytest.mark.parametrize("module", sorted(KNOWN))
 def test_imports_follow_the_table(module):
-    if module == "taming":
-        assert not {name for name in IMPORTS[module] if name.startswith("taming")}
+    if module == "taming":  # names of the face, for type checkers
+        assert IMPORTS[module] <= {*FACE, "__future__", "importlib", "typing"}
         return
     layer = module.split(".")[1]
     assert layer in ALLOWED, f"{module} is in no layer of the table"
@@ -68,8 +71,11 @@ def test_nobody_imports_a_program(file):
     assert not {name.split(".")[0] for name in _imports(file, KNOWN)} & PROGRAMS
 
 
-@pytest.mark.parametrize("module", sorted(m for m in KNOWN if m.startswith("taming.modules")))
-def test_modules_know_neither_lightning_nor_omegaconf(module):
+WITHOUT_LIGHTNING = ("taming.modules", *(f"taming.{leaf}" for leaf in LEAVES))
+
+
+@pytest.mark.parametrize("module", sorted(m for m in KNOWN if m.startswith(WITHOUT_LIGHTNING)))
+def test_modules_and_leaves_need_neither_lightning_nor_omegaconf(module):
     outside = {name.split(".")[0] for name in IMPORTS[module]}
     assert not outside & {"lightning", "pytorch_lightning", "omegaconf"}
 
@@ -94,14 +100,29 @@ def test_every_folder_is_a_package():
     assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
 
 
-@pytest.mark.parametrize("name", ["config", "cli", "folder"])
-def test_checking_needs_neither_torch_nor_lightning(name):
-    """What runs before the configuration is checked imports nothing slow, even indirectly."""
-    reached, todo = set(), [f"taming.run.{name}"]
-    while todo:
-        module = todo.pop()
-        if module not in reached:
-            reached.add(module)
-            todo += IMPORTS[module] & KNOWN
-    outside = {imported.split(".")[0] for module in reached for imported in IMPORTS[module]}
-    assert not outside & {"torch", "torchvision", "lightning", "numpy", "PIL"}
+def test_the_workshop_has_one_room_for_each_subject():
+    rooms = {"__init__", "callbacks", "cli", "config", "folder", "legacy", "trainer"}
+    assert {file.stem for file in (TAMING / "run").glob("*.py")} == rooms
+
+
+def test_help_imports_neither_torch_nor_lightning():
+    code = (
+        "import sys; import main\n"
+        "try: main.main(['--help'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "slow = {'torch', 'torchvision', 'lightning', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert "--max_epochs" in result.stdout
+
+
+@pytest.mark.parametrize("module", ["taming", *FACE])
+def test_the_face_loads_the_workshop_only_when_a_run_is_loaded(module):
+    program = f"import sys, {module}; assert not [m for m in sys.modules if m == 'taming.run']"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

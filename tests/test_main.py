@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import main as program
-from taming.run.config import get_obj_from_str
+from taming.util import get_obj_from_str
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -176,41 +177,26 @@ def test_two_processes_share_one_run(folder):
     assert len(list(run.glob("configs/*.yaml"))) == 2
 
 
-def test_a_mistake_is_reported_before_torch_is_imported(folder):
-    code = (
-        "import sys; import main\n"
-        "try: main.main(['-b', 'toy.yaml', '-t', 'model.params.widht=3'])\n"
-        "except SystemExit as error: assert error.code == 2\n"
-        "assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)"
-    )
-    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == (
-        "error: command line: unknown key model.params.widht: support.models.ToyModel takes no "
-        "'widht'; did you mean 'width'?\n"
-    )
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["-b", "none.yaml"], "there is no configuration file none.yaml"),
-        (["-r", "."], "is no run"),
-        (["-r", "logs/none"], "does not exist"),
-        (["-b", "toy.yaml", "--gpus", "97,98"], "GPUs are visible here"),
+        (["-b", "none.yaml"], "no .*file none.yaml"),
+        (["-r", "."], "is not a run"),
+        (["-r", "logs/none"], "logs/none does not exist"),
+        (["-b", "toy.yaml", "--gpus", "97,98"], r"\[97, 98\] .* GPUs are visible .*--gpus 0"),
         (["-b", "toy.yaml", *CPU, "--devices", "zero"], "`devices` selected with"),
-        (["-b", "toy.yaml", "data.params.batch_size=two"], "batch_size must be int, got 'two'"),
-        (["-b", "toy.yaml", "data.params.batch_size=0"], "batch_size must be at least 1, got 0"),
+        (["-b", "toy.yaml", *CPU, "--max_epochs", "two"], "trainer.max_epochs must be int.* 'two'"),
+        (["-b", "toy.yaml", *CPU, "--max_epochs"], "max_epochs: expected one argument"),
+        (["-b", "toy.yaml", *CPU, "--max_epoch", "2"], "--max_epoch; .*'--max_epochs'"),
+        (["-b", "toy.yaml", "model.params.widht=3"], "model.params.widht: .*ToyModel.* 'width'"),
+        (["-b", "toy.yaml", "data.params.batch_size=two"], "batch_size must be int, .*'two'"),
+        (["-b", "toy.yaml", "data.params.batch_size=0"], "batch_size must be at least 1, .*0"),
         (["-b", "toy.yaml", *CPU, "data.params.train.params.size=0"], "size must be at least 1"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(folder, capsys, argv, message):
     error = fails([*argv, "-t"], capsys)
-    assert message in error and error.count("\n") == 1
+    assert re.search(message, error) and error.count("\n") == 1
     assert os.listdir() == ["toy.yaml"]
 
 
@@ -231,7 +217,7 @@ def test_a_broken_image_is_named_in_one_line(folder, capsys, workers):
 
 def test_a_monitor_that_nobody_logs_is_named_before_the_first_epoch(folder, capsys):
     error = fails(["-b", "toy.yaml", "-t", *CPU, "model.params.monitor=val/los"], capsys)
-    assert error == "validation does not log the monitor 'val/los'; did you mean 'val/loss'?\n"
+    assert re.search("monitor 'val/los'; .*'val/loss'", error) and error.count("\n") == 1
     assert not list(only_run().glob("checkpoints/*"))
 
 

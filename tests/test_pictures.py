@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from taming.modules.vqvae.heatmap import length_heat_map
+from taming.modules.vqvae.metrics import length_heat_map
 from taming.pictures import save_picture, side_by_side, to_picture
 
 

@@ -107,7 +107,7 @@ def test_classes_need_no_data(tiny_runs: TinyRuns) -> None:
         pictures = [rows(f"{address}/sample", label=label)[-1]["picture"] for label in (3, 3, 7)]
         assert pictures[0] == pictures[1] and decoded(pictures[0]).shape == (16, 16, 3)
         (error,) = rows(f"{address}/sample", label=10)
-        assert error == {"error": "there is no class 10: this prior knows the labels 0 to 9"}
+        assert error == {"error": "there is no class 10: the labels of this prior are 0 to 9"}
 
 
 @pytest.mark.parametrize("order", ["Identity", "SpiralIn"])
@@ -119,7 +119,9 @@ def test_what_is_known_does_not_change(order: str) -> None:
     studio = Studio(model, {"test": [{"image": image}]}, step=0)
     reconstruction = decoded(studio.show(Wish(split="test"))["reconstruction"])
     half = Wish(split="test", known=0.5, every=8)
-    drawn = [decoded(row["picture"]) for row in studio.sample(half)]
+    rows: list[dict[str, Any]] = []
+    studio.sample(half, rows.append)
+    drawn = [decoded(row["picture"]) for row in rows]
     assert len(drawn) > 1
     assert all((picture[:8] == reconstruction[:8]).all() for picture in drawn)
     assert not (drawn[-1][8:] == reconstruction[8:]).all()

@@ -24,7 +24,8 @@ from support.runs import CONFIGS, TRAINER, TinyRuns, call, fails, read_pixels, r
 from scripts.reconstruct import files_of, unique_names
 from taming.data.tokens import TokenCache
 from taming.models.cond_transformer import Net2NetTransformer
-from taming.models.sampling import decode_codes, sample_images
+from taming.models.prior import Prior
+from taming.models.sampling import sample_images
 from taming.pictures import to_picture
 from taming.run.folder import data_from_run, model_from_run
 
@@ -119,7 +120,7 @@ def test_reconstructions(
     width, height = size
     for path, values in numbers.items():
         stem = Path(path).stem
-        for name in (stem, f"{stem}_depth"):
+        for name in (stem, f"{stem}_lengths"):
             assert read_pixels(out / f"{name}.png").shape == (height, width, 3)
         compared = read_pixels(out / f"{stem}_compare.png")
         assert compared.shape == (height + 2 * GAP, 3 * (width + GAP) + GAP, 3)
@@ -128,9 +129,9 @@ def test_reconstructions(
         turns = values["turns"]
         assert values["size"] == [width, height]
         assert values["sites"] == sum(turns) == width * height // 16
-        assert values["tokens"] == sum(n * c for n, c in enumerate(turns, 1))
+        assert values["codes"] == sum(n * c for n, c in enumerate(turns, 1))
         written = sum(min(n + 1, TURNS) * c for n, c in enumerate(turns, 1))  # with every end
-        assert values["sequence_length"] == written
+        assert values["tokens"] == written
         assert values["bits"] == pytest.approx(written * math.log2(17))
         mean = sum(n * count for n, count in enumerate(turns, 1)) / sum(turns)
         assert values["turns_per_site"] == pytest.approx(mean)
@@ -155,7 +156,9 @@ def test_images_before_one_that_fails_keep_their_numbers(
 def test_results_overwrite_neither_each_other_nor_an_image(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = unique_names([Path(p) for p in ("x/a.png", "a_depth.png", "A.jpg", "b.png", "y/b.png")])
+    names = unique_names(
+        [Path(p) for p in ("x/a.png", "a_lengths.png", "A.jpg", "b.png", "y/b.png")]
+    )
     files = [file.casefold() for name in names for file in files_of(name)]
     assert len(files) == len(set(files)) and names[0] == "a" and names[3:] == ["b", "b_2"]
     for name in ("cat.png", "cat_compare.png"):
@@ -173,7 +176,9 @@ def test_reconstructions_of_a_tokenizer_without_a_loop(
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"0.png", "0_compare.png", "reconstructions.json"}
     (values,) = json.loads((tmp_path / "reconstructions.json").read_text()).values()
-    assert values["sites"] == values["tokens"] == 3 * 2 and values["bits"] == 6 * 4
+    assert (
+        values["sites"] == values["codes"] == values["tokens"] == 3 * 2 and values["bits"] == 6 * 4
+    )
 
 
 def test_samples_follow_from_the_seed(prior: Path, tmp_path: Path) -> None:
@@ -216,16 +221,24 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What ``sample.py`` had drawn: codes before and after, the mask, the first image decoded."""
     seen: dict[str, Any] = {"batches": []}
 
-    def draw(
-        model: Any, condition: Any, codes: torch.Tensor, drawing: Any, known: torch.Tensor
+    def sample(
+        model: Prior, condition: Any, params: Any, codes: torch.Tensor, known: torch.Tensor
     ) -> torch.Tensor:
         seen["given"], seen["known"] = codes.clone(), known
-        seen["reconstruction"] = np.asarray(to_picture(decode_codes(model, codes[:1])[0]))
-        images = sample_images(model, condition, codes, drawing, known)
-        seen["drawn"], seen["batches"] = codes, [*seen["batches"], len(codes)]
+        seen["reconstruction"] = np.asarray(to_picture(model.decode_codes(codes[:1])[0]))
+        sample_codes = model.sample_codes
+
+        def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+            seen["drawn"] = sample_codes(*args, **kwargs)
+            return seen["drawn"]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "sample_codes", watched)
+            images = sample_images(model, condition, params, codes=codes, known=known)
+        seen["batches"] = [*seen["batches"], len(codes)]
         return images
 
-    monkeypatch.setattr("scripts.sample.sample_images", draw)
+    monkeypatch.setattr("scripts.sample.sample_images", sample)
     return seen
 
 
@@ -380,7 +393,7 @@ def test_tokens_are_computed_once(
     call("encode", "-r", tokenizer, "-o", "cache", "--splits", "validation")
     assert len(TokenCache("cache/validation")) == 4
     error = fails(capsys, "encode", "-r", tokenizer, "-o", "cache", "--splits", "val")
-    assert "there is no 'val', only train, validation" in error
+    assert "'val'" in error and "train, validation" in error
 
 
 def test_a_prior_trains_from_cached_tokens(
@@ -400,7 +413,7 @@ def test_a_prior_trains_from_cached_tokens(
     assert list(run.glob("images/val/samples_half_*.png"))
     assert model_from_run(run).first_stage_key == "image"  # and goes on from images, if need be
     monkeypatch.setattr(sys, "argv", ["token_cache", "-r", str(run), "--cache", "cache/train"])
-    with pytest.raises(ValueError, match="was trained from a token cache, and not from images"):
+    with pytest.raises(ValueError, match="trained from a token cache"):
         token_cache.main()
 
 
@@ -429,7 +442,7 @@ def test_a_report_is_one_file(
         (tmp_path / f"{name}.json").write_text(json.dumps(numbers))
     call("reconstruct", "-r", tokenizer, photo, "-o", tmp_path / "reconstructions")
     call("sample", "-r", prior, "-n", 2, "-o", tmp_path / "samples")
-    assert "no *_completed.png" in fails(capsys, "report", tmp_path)
+    assert "*_completed.png" in fails(capsys, "report", tmp_path)
     where = ("-n", 1, "-o", tmp_path / "completions")
     call("sample", "-r", prior, "--complete", photo, *where)
     call("report", tmp_path)
@@ -459,7 +472,7 @@ def test_a_run_must_exist(
 ) -> None:
     more = [photo] if script == "reconstruct" else []
     assert "does not exist" in fails(capsys, script, "-r", tmp_path / "nowhere", *more)
-    assert f"{tmp_path} is no run" in fails(capsys, script, "-r", tmp_path, *more)
+    assert f"{tmp_path} is not a run" in fails(capsys, script, "-r", tmp_path, *more)
 
 
 @pytest.mark.parametrize("script", ["reconstruct", "sample", "evaluate"])
@@ -486,7 +499,7 @@ def test_models_are_not_mixed_up(
     assert f"{prior} holds a Net2NetTransformer, not a tokenizer" in error
     depth = tiny_runs.of("imagenetdepth_vqgan.yaml")
     error = fails(capsys, "reconstruct", "-r", depth, photo)
-    assert "is a tokenizer of 1 channels, not of colours" in error
+    assert "a tokenizer of 1 channels" in error
     error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "-o", photo)
     assert f"{photo} is a file, but results go into a folder" in error
     error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "-s", "-5")
@@ -524,7 +537,7 @@ def test_mistakes_about_samples(
         (["--complete", "x.png"], "class-conditional: give --classes, such as 3,7"),
         (["--classes", "3", "--guidance", "2"], "guidance 2.0 needs a prior that was trained with"),
         (["--classes", "cat"], "expected class labels such as 3,7, got 'cat'"),
-        (["--classes", "3,10"], "there is no class 10: this prior knows the labels 0 to 9"),
+        (["--classes", "3,10"], "there is no class 10: the labels of this prior are 0 to 9"),
     ],
 )
 def test_mistakes_about_classes(
@@ -547,7 +560,7 @@ def test_images_that_cannot_be_used_are_named(
     error = fails(capsys, "reconstruct", "-r", tokenizer, "small.png")
     assert "small.png: 30x3 is smaller than a site of 4 pixels" in error
     assert "cut.jpg" in fails(capsys, "reconstruct", "-r", tokenizer, "cut.jpg")
-    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--max-tokens", 1)
+    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--max-codes", 1)
     assert f"{photo}: an image of " in error and "sites needs at least" in error
     assert "cut.jpg" in fails(capsys, "sample", "-r", prior, "--complete", "cut.jpg")
     assert "in or below empty" in fails(capsys, "reconstruct", "-r", tokenizer, "empty")

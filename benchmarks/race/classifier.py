@@ -1,6 +1,6 @@
-"""A small classifier of images, to judge samples by: are they recognised, and how far off are they?
+"""Small image classifier that judges samples by accuracy and by a distance of features.
 
-Axis letters: B images, H W image, F features, N images of a set.
+Axis letters: B images, H W image, F features.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ logger = logging.getLogger("taming.benchmark")
 
 
 class Classifier(nn.Module):
-    """Three levels of convolutions, and one linear layer on their mean.
+    """Three levels of convolutions, then a linear layer on their spatial mean.
 
     Args:
         classes: Number of classes.
-        features: F.
+        features: F, channels of the last level.
     """
 
     def __init__(self, classes: int = 10, features: int = 128) -> None:
@@ -43,16 +43,16 @@ class Classifier(nn.Module):
         self.head = nn.Linear(features, classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Describe images (B, 3, H, W) in [-1, 1] as (B, F)."""
+        """Compute the features (B, F) of images (B, 3, H, W) in [-1, 1]."""
         return self.body(x).mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Classify images (B, 3, H, W): logits (B, classes)."""
+        """Compute the logits (B, classes) of images (B, 3, H, W) in [-1, 1]."""
         return self.head(self.features(x))
 
 
 def trained_classifier(data: Any, steps: int, file: Path, device: torch.device) -> Classifier:
-    """Train a classifier on labelled images, or load what an earlier call trained."""
+    """Train a classifier on labelled images, or load an earlier result."""
     torch.manual_seed(0)
     model = Classifier().to(device)
     if file.exists():
@@ -73,24 +73,24 @@ def trained_classifier(data: Any, steps: int, file: Path, device: torch.device) 
 
 
 def endless(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches of one epoch after the other."""
+    """Yield batches epoch after epoch."""
     while True:
         yield from batches
 
 
 def labelled(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images (B, 3, H, W) and classes (B,) of the batches of a data set."""
+    """Convert a data set's batches to images (B, 3, H, W) and classes (B,)."""
     for batch in batches:
         yield batch["image"].permute(0, 3, 1, 2).to(device), batch["class_label"].to(device)
 
 
 class Judgement(NamedTuple):
-    """What a classifier makes of a set of images.
+    """A classifier's statistics of a set of images.
 
     Attributes:
-        accuracy: Share of images taken for what they should be, in [0, 1].
-        mean: (F,) float64, of the features.
-        covariance: (F, F) float64.
+        accuracy: Fraction of images assigned to their intended class.
+        mean: (F,) float64, mean of the features.
+        covariance: (F, F) float64, covariance of the features.
     """
 
     accuracy: float
@@ -98,10 +98,10 @@ class Judgement(NamedTuple):
     covariance: Tensor
 
     def distance(self, other: Judgement) -> float:
-        """Frechet distance of normal distributions (Dowson and Landau 1982).
+        """Compute the Frechet distance of normal distributions (Dowson and Landau 1982).
 
-        As the FID (arXiv:1706.08500, equation 6), but in this classifier's features: only numbers
-        of one and the same classifier compare.
+        It is the FID (arXiv:1706.08500, equation 6) in this classifier's features: only distances
+        from the same classifier are comparable.
         """
         values, vectors = torch.linalg.eigh(self.covariance)
         root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -112,7 +112,7 @@ class Judgement(NamedTuple):
 
 @torch.no_grad()
 def judge(model: Classifier, images: Iterable[tuple[Tensor, Tensor]]) -> Judgement:
-    """Classify batches of images (B, 3, H, W) that should be of classes (B,)."""
+    """Judge batches of images (B, 3, H, W) with intended classes (B,)."""
     features, right = [], []
     for x, labels in images:
         features.append(model.features(x.clamp(-1, 1)))

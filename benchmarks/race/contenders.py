@@ -1,4 +1,4 @@
-"""The quantizers that are measured against each other, and the rates at which each is measured."""
+"""The quantizers of the race, and the rates at which each is measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ QUANTIZE = "taming.modules.vqvae.quantize"
 TRANSFORMS = "taming.modules.vqvae.transforms"
 MAX_LOOPS = 8
 BEAM = 4
-BETA = 0.05  # of all commitment losses; with the usual 0.25, all lose up to 1 dB in short trainings
+BETA = 0.05  # weight of all commitment losses; the usual 0.25 costs up to 1 dB in short trainings
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class Contender:
     """A quantizer in the race.
 
     Attributes:
-        name: Short name, unique.
-        group: Contenders of one group are one line of the plot.
-        quantizer: ``{target, params}``.
-        lengths: Mean turns per site at which the trained model is measured; None measures it once,
-            at its only rate.
-        beam: Width of the search once it is trained; None where each turn takes the nearest code.
-        from_scratch: Train it for as many steps in all, but on codes from the first step on: codes
-            that start near zero and learn by gradient cannot follow latents that are there already.
+        name: Unique short name.
+        group: Line of the plot, shared by several contenders.
+        quantizer: ``{target, params}`` block.
+        lengths: Mean lengths of a site at which the trained model is measured; None measures it
+            once, at its only rate.
+        beam: Beam width of the search after training; None for the nearest code in each turn.
+        from_scratch: Train for the same total number of steps, but with codes from the first step:
+            codes that start near zero and learn by gradient cannot follow trained latents.
     """
 
     name: str
@@ -41,34 +41,34 @@ def _block(target: str, **params: Any) -> dict[str, Any]:
     return {"target": target, "params": params}
 
 
-def _transform(name: str, depth: int, channels: int) -> dict[str, Any]:
+def _transform(name: str, turns: int, channels: int) -> dict[str, Any]:
     sizes = {
         "Attract": {"step": 0.5},
-        "Residual": {"max_loops": depth},
-        "LinearResidual": {"max_loops": depth, "e_dim": channels},
+        "Residual": {"max_loops": turns},
+        "LinearResidual": {"max_loops": turns, "e_dim": channels},
     }
-    embedding = {"depth_embedding": (depth, channels)}
+    embedding = {"depth_embedding": (turns, channels)}
     return _block(f"{TRANSFORMS}.{name}", **sizes[name], **embedding)
 
 
 def _loopy(
-    transform: str, codes: int, channels: int, depth: int = MAX_LOOPS, **params: Any
+    transform: str, codes: int, channels: int, turns: int = MAX_LOOPS, **params: Any
 ) -> dict[str, Any]:
     return _block(
         f"{QUANTIZE}.LoopyVectorQuantizer",
         n_e=codes,
         e_dim=channels,
-        max_loops=depth,
+        max_loops=turns,
         beta=BETA,
         ema_decay=0.95,
         revive_below=0.25,
-        transform_config=_transform(transform, depth, channels),
+        transform_config=_transform(transform, turns, channels),
         **params,
     )
 
 
-def _residual(depth: int, codes: int, channels: int, **params: Any) -> dict[str, Any]:
-    sizes = {"n_e": codes, "e_dim": channels, "depth": depth}
+def _residual(turns: int, codes: int, channels: int, **params: Any) -> dict[str, Any]:
+    sizes = {"n_e": codes, "e_dim": channels, "turns": turns}
     return _block("race.peers.ResidualVQ", **sizes, commitment_weight=BETA, **params)
 
 
@@ -84,12 +84,12 @@ def _peers(codes: int, channels: int) -> list[Contender]:
         name = "fsq-" + "x".join(map(str, levels))
         quantizer = _block("race.peers.FSQ", levels=levels, e_dim=channels)
         found.append(Contender(name, "fsq", quantizer))
-    for depth in (2, 3, 4, 8):
+    for turns in (2, 3, 4, 8):
         for shared in (False, True):
             kind = "shared" if shared else "separate"
-            quantizer = _residual(depth, codes, channels, shared_codebook=shared)
+            quantizer = _residual(turns, codes, channels, shared_codebook=shared)
             group = f"fixed depth, {kind}"
-            found.append(Contender(f"rvq-{depth}-{kind}", group, quantizer, beam=BEAM))
+            found.append(Contender(f"rvq-{turns}-{kind}", group, quantizer, beam=BEAM))
     dropout = _residual(6, codes, channels, quantize_dropout=True)
     rates = (1, 2, 3, 4, 6)
     found.append(Contender("rvq-dropout", "quantize_dropout", dropout, rates, beam=BEAM))
@@ -103,17 +103,17 @@ def _loops(codes: int, channels: int) -> list[Contender]:
     found = [Contender("loopy-one", "loopy, one checkpoint", one, rates, beam=BEAM)]
     for length in (2, 3, 4):
         quantizer = linear(codes, channels, target_length=length)
-        # Also with 15% fewer tokens: what a fixed depth of as many turns reaches, and no more?
+        # Also with 15% fewer codes: do these suffice for the PSNR of a fixed number of turns?
         rates = (0.85 * length, length)
         found.append(Contender(f"loopy-{length}", "loopy, dedicated", quantizer, rates, beam=BEAM))
     for factor in (4, 16):
         quantizer = linear(factor * codes, channels, target_length=2)
         name = f"loopy-2-{factor}x"
         found.append(Contender(name, "loopy, more codes", quantizer, (2,), beam=BEAM))
-    for depth in (2, 3, 4, 8):
-        # The loop without its threshold: every site takes all turns.
-        quantizer = linear(codes, channels, depth, threshold=0.0)
-        found.append(Contender(f"fixed-{depth}", "fixed depth, mapped", quantizer, beam=BEAM))
+    for turns in (2, 3, 4, 8):
+        # Without the threshold every site takes all turns.
+        quantizer = linear(codes, channels, turns, threshold=0.0)
+        found.append(Contender(f"fixed-{turns}", "fixed depth, mapped", quantizer, beam=BEAM))
     attract = _loopy("Attract", codes, channels, target_length=2)
     scaled = _loopy("Residual", codes, channels, target_length=2)
     return [
@@ -124,6 +124,11 @@ def _loops(codes: int, channels: int) -> list[Contender]:
 
 
 def contenders(codes: int, channels: int) -> dict[str, Contender]:
-    """Return every contender by name, for K codes and D channels."""
+    """Return all contenders by name.
+
+    Args:
+        codes: K, number of codes of a codebook.
+        channels: D, channels of a latent.
+    """
     every = _peers(codes, channels) + _loops(codes, channels)
     return {contender.name: contender for contender in every}

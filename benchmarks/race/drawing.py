@@ -1,4 +1,4 @@
-"""What priors draw: new images, and the rest of images of which a part is known.
+"""Samples and completions from priors.
 
 Axis letters: B images, H W image, h w grid, T turns.
 """
@@ -13,62 +13,53 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
 
-from taming.models.sampling import (
-    SamplingParams,
-    decode_codes,
-    empty_codes,
-    encode_codes,
-    paste,
-    sample_images,
-    trained_grid,
-    upper_part,
-    whole_condition,
-    write_codes,
-)
-from taming.modules.transformer.generate import generators_of
+from taming.models.sampling import paste, sample_images, upper_part
+from taming.modules.transformer.generate import SamplingParams, generators_of
 
 
-def draw(model: Any, amount: int, guidance: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draw images (B, 3, H, W) of classes (B,), as many of each class."""
+def sample(model: Any, amount: int, guidance: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sample batches of images (B, 3, H, W) and their classes (B,), equally many of each class."""
     for part in tqdm(torch.arange(amount).split(100), desc="samples", leave=False):
         labels = (part % 10).to(model.device)
-        codes = empty_codes(model, len(part), trained_grid(model))
-        drawing = SamplingParams(guidance=guidance, generators=generators_of(0, part.tolist()))
-        images = sample_images(model, whole_condition(labels[:, None]), codes, drawing)
+        params = SamplingParams(guidance=guidance, generators=generators_of(0, part.tolist()))
+        images = sample_images(model, labels[:, None], params)
         assert images.isfinite().all()
         yield images, labels
 
 
 def complete_codes(model: Any, given: Tensor, labels: Tensor, known: Tensor) -> Tensor:
-    """Draw codes (B, h, w, T) of classes (B,), of which those at known sites (h, w) are given."""
+    """Sample codes (B, h, w, T) of classes (B,), given those at the known sites (h, w) bool."""
     codes = given.masked_fill(~known[..., None], -1)
-    drawing = SamplingParams(generators=generators_of(0, range(len(codes))))
-    for _ in write_codes(model, whole_condition(labels[:, None]), codes, drawing, known):
-        pass
-    return codes
+    params = SamplingParams(generators=generators_of(0, range(len(codes))))
+    return model.sample_codes(labels[:, None], params, codes=codes, known=known)
 
 
 def mean_psnr(images: Tensor, x: Tensor) -> float:
-    """Mean of the images' (B, 3, H, W) PSNR in dB, of values in [-1, 1]."""
+    """Return the mean PSNR in dB of images (B, 3, H, W) in [-1, 1]."""
     return float(peak_signal_noise_ratio(images, x, data_range=2.0, dim=(1, 2, 3)))
 
 
 @torch.no_grad()
 def complete(model: Any, x: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Complete images (B, 3, H, W) of classes (B,) from the upper half, or from half the sites.
+    """Complete images from their upper half and from half of the sites, chosen at random.
+
+    Args:
+        model: The prior.
+        x: (B, 3, H, W) in [-1, 1].
+        labels: (B,) int64 classes.
 
     Returns:
-        ``changed``: shares of known sites whose codes changed, from the upper half and from sites
-        here and there. ``known_half``: mean PSNR in dB of the upper half, of reconstructions, of
-        completions with its pixels pasted over them, and of completions as they are decoded, where
-        each pixel depends on all codes.
+        ``changed``: fraction of known sites whose codes changed, given the upper half and given
+        random sites. ``known_half``: mean PSNR in dB of the upper half in reconstructions, in
+        completions with the known pixels pasted over them, and in plain completions, where each
+        decoded pixel depends on all codes.
     """
-    given, (h, w) = encode_codes(model, x), trained_grid(model)
+    given, (h, w) = model.encode_codes(x), model.grid
     upper = upper_part(0.5, (h, w)).to(x.device)
     some = torch.rand(h, w, generator=torch.Generator().manual_seed(0)).to(x.device) < 0.5
     codes = [complete_codes(model, given, labels, known) for known in (upper, some)]
     moved = [(c != given).any(dim=3)[:, k] for c, k in zip(codes, (upper, some), strict=True)]
-    drawn, rebuilt = (decode_codes(model, c).clamp(-1, 1) for c in (codes[0], given))
+    drawn, rebuilt = (model.decode_codes(c).clamp(-1, 1) for c in (codes[0], given))
     half = x.shape[2] // 2
     images = (rebuilt, paste(drawn, rebuilt, upper), drawn)
     psnr = [mean_psnr(i[:, :, :half], x[:, :, :half]) for i in images]

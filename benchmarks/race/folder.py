@@ -1,4 +1,4 @@
-"""A folder of results knows what they are results of."""
+"""Record of the settings of a folder of results."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 
 
 def claim(file: Path, settings: Mapping[str, Any], free: Collection[str] = ()) -> None:
-    """Write into a folder of results what they are results of, where they are reused.
+    """Save the settings of a folder of results; refuse to mix results of different settings.
 
     Args:
         file: JSON file in the folder.
-        settings: What the results depend on.
-        free: Names of settings that may differ from those of before.
+        settings: Settings that determine the results.
+        free: Names of settings that may differ from the saved ones.
 
     Raises:
-        ValueError: The folder holds results of other settings.
+        ValueError: The saved settings differ.
     """
     now = json.loads(json.dumps(settings))
     before = json.loads(file.read_text()) if file.exists() else now
     changed = [key for key in now if now[key] != before.get(key) and key not in free]
     if changed:
         raise ValueError(
-            f"{file.parent} holds results with another {', '.join(changed)} than asked for now; "
-            "give another folder with --outdir"
+            f"{file.parent} holds results of different settings: {', '.join(changed)}; "
+            "name another folder with --outdir"
         )
     file.write_text(json.dumps(now, indent=2))

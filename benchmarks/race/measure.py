@@ -25,8 +25,16 @@ Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Measurement(NamedTuple):
-    """Attributes: psnr in dB of the mean squared error over all images, ssim, tokens per image
-    (slots written), raw_bits and entropy_bits per image, and share of the codes that occur."""
+    """Distortion and rate.
+
+    Attributes:
+        psnr: PSNR in dB of the mean squared error over all images.
+        ssim: Structural similarity.
+        tokens: Codes per image; the name is the column's in results that already exist.
+        raw_bits: Bits per image, log2 of the vocabulary for each token of the sequence.
+        entropy_bits: Bits per image, zero-order entropy of codes and lengths.
+        usage: Fraction of the codebook's codes that occur.
+    """
 
     psnr: float
     ssim: float
@@ -37,15 +45,16 @@ class Measurement(NamedTuple):
 
 
 def entropy(values: Tensor) -> float:
-    """Zero-order entropy of a set of integers, in bits for all of them together."""
+    """Return the zero-order entropy of integers (N,), in bits, summed over all of them."""
     counts = values.flatten().bincount().double()
     return float(len(values) * torch.special.entr(counts / counts.sum()).sum() / math.log(2))
 
 
 def code_bits(codes: Tensor, n_e: int) -> float:
-    """Zero-order entropy of codes (N, T), turn by turn, and of the lengths; bits of all sites.
+    """Return the zero-order entropy of codes (N, T) in each turn, and of lengths, in bits.
 
-    The length says how many dummies (K) there are, so they cost no more than that.
+    Bits are summed over all sites. The number of dummies (K) follows from the length, so they
+    cost no further bits.
     """
     lengths = (codes >= 0).sum(dim=1)
     turns = [turn[(turn >= 0) & (turn < n_e)] for turn in codes.unbind(1)]
@@ -59,29 +68,30 @@ def measure(
     quantize: Quantize | None = None,
     sequence: TokenSequence | None = None,
 ) -> Measurement:
-    """Encode and decode images, and count what their codes cost.
+    """Encode and decode images; measure their distortion and rate.
 
     Args:
         model: A tokenizer in eval mode.
         images: Batches (B, 3, H, W) in [-1, 1] on the model's device.
         quantize: z (B, D, h, w) -> z_q and codes (B, h, w, T); by default the model's own.
-        sequence: How they are written, up to its turns; by default as the model does.
+        sequence: Notation of the codes; turns beyond its ``max_loops`` are ignored. By default
+            the model's own.
     """
     quantize = quantize or own_quantizer(model)
     sequence = sequence or model.quantize.sequence
     psnr = PeakSignalNoiseRatio(data_range=2.0).to(model.device)
     ssim = StructuralSimilarityIndexMeasure(data_range=2.0).to(model.device)
-    written: list[Tensor] = []
+    parts: list[Tensor] = []
     for x in images:
         z_q, codes = quantize(model.encode_to_prequant(x))
         x_rec = model.decode(z_q).clamp(-1, 1)
         psnr.update(x_rec, x)
         ssim.update(x_rec, x)
-        written.append(codes)
-    codes = torch.cat(written)
+        parts.append(codes)
+    codes = torch.cat(parts)
     count, rows = len(codes), codes.flatten(0, 2)
     turns = sequence.max_loops
-    length = sum(float(sequence.encode(part[..., :turns])[1].sum()) for part in written)
+    length = sum(float(sequence.encode(part[..., :turns])[1].sum()) for part in parts)
     return Measurement(
         float(psnr.compute()),
         torch.as_tensor(ssim.compute()).item(),
@@ -93,7 +103,7 @@ def measure(
 
 
 def usage(codes: Tensor, quantizer: Quantizer) -> float:
-    """Share of the codes of all codebooks that occur among codes (N, T)."""
+    """Return the fraction of the codes of all codebooks that occur among codes (N, T)."""
     separate = isinstance(quantizer, ResidualVQ) and quantizer.codebooks > 1
     found = [part[(part >= 0) & (part < quantizer.n_e)].unique() for part in codes.unbind(1)]
     if not separate:
@@ -102,7 +112,7 @@ def usage(codes: Tensor, quantizer: Quantizer) -> float:
 
 
 def own_quantizer(model: VQModel) -> Quantize:
-    """Quantize as the model does by itself."""
+    """Return the model's own quantization."""
 
     def quantize(z: Tensor) -> tuple[Tensor, Tensor]:
         out = model.quantize(z)
@@ -112,7 +122,7 @@ def own_quantizer(model: VQModel) -> Quantize:
 
 
 def cut_by(model: VQModel, lengths_of: Callable[[Path, int], Tensor]) -> Quantize:
-    """Quantize with lengths chosen by ``lengths_of(path, images) -> (N,)``, for the controls."""
+    """Return a quantization with lengths ``lengths_of(path, images) -> (N,)``, for controls."""
     quantizer = model.quantize
     assert isinstance(quantizer, LoopyVectorQuantizer)
 
@@ -126,7 +136,7 @@ def cut_by(model: VQModel, lengths_of: Callable[[Path, int], Tensor]) -> Quantiz
 
 
 def shuffled_lengths(threshold: Tensor) -> Callable[[Path, int], Tensor]:
-    """Lengths by a threshold, then dealt out at random among the sites of each image."""
+    """Return lengths by a threshold, shuffled among the sites of each image."""
     generator = torch.Generator().manual_seed(0)
 
     def lengths(path: Path, images: int) -> Tensor:
@@ -139,7 +149,7 @@ def shuffled_lengths(threshold: Tensor) -> Callable[[Path, int], Tensor]:
 
 
 def fixed_length(turns: int) -> Callable[[Path, int], Tensor]:
-    """Give all sites as many turns."""
+    """Return the same length for all sites."""
     return lambda path, images: torch.full(
         (len(path.distances),), turns, device=path.distances.device
     )
@@ -147,9 +157,9 @@ def fixed_length(turns: int) -> Callable[[Path, int], Tensor]:
 
 @torch.no_grad()
 def threshold_for_mean(model: VQModel, images: Iterable[Tensor], length: float) -> Tensor:
-    """Find the one threshold at which images take a mean number of turns per site.
+    """Find the threshold at which the mean length of a site is ``length``.
 
-    The number of turns falls with the threshold, so bisection on its logarithm finds it.
+    Lengths fall with the threshold, so bisection on its logarithm finds it.
     """
     assert isinstance(model.quantize, LoopyVectorQuantizer)
     paths = [model.quantize.whole_path(model.encode_to_prequant(x)).distances for x in images]

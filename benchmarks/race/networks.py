@@ -1,4 +1,4 @@
-"""The priors that are compared, class-conditional, over the tokens of one tokenizer.
+"""Class-conditional priors over the tokens of one tokenizer, to be compared.
 
 Axis letters: B images, L tokens, T tokens of a site, V vocabulary.
 """
@@ -21,7 +21,7 @@ from taming.models.vqgan import VQModel
 from taming.modules.sequence.notations import TokenSequence, UnarySequence
 
 TRANSFORMER = "taming.modules.transformer"
-HIDDEN = 0.1  # share of the classes that transformers do not see in training, for guidance
+HIDDEN = 0.1  # fraction of the classes hidden from transformers in training, for guidance
 NAMES = ("unary", "run-length", "unary-modern", "two-level", "two-level-modern", "pixelcnn")
 Sizes = Mapping[str, Mapping[str, Any]]
 
@@ -31,9 +31,10 @@ def build_prior(name: str, sizes: Sizes, tokenizer: VQModel, steps: int) -> pl.L
 
     Args:
         name: One of ``NAMES``.
-        sizes: ``main`` of all transformers, ``depth`` of the two-level ones', and ``pixelcnn``.
-        tokenizer: A loopy one.
-        steps: Training steps.
+        sizes: Parameters of ``main`` (all transformers), ``depth`` (the two-level ones' second
+            network) and ``pixelcnn``.
+        tokenizer: A loopy tokenizer.
+        steps: Training steps of the learning rate's schedule.
     """
     labels = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}}
     common: dict[str, Any] = {
@@ -52,10 +53,10 @@ def build_prior(name: str, sizes: Sizes, tokenizer: VQModel, steps: int) -> pl.L
     target = f"taming.modules.sequence.notations.{kind}"
     sequence = UnarySequence(**params)
     depth = sequence.site_tokens + (name == "run-length")  # its count token
-    side = tokenizer.encoder.resolution // tokenizer.encoder.factor
+    side = tokenizer.grid[0]
     two_level = name.startswith("two-level")
     network: dict[str, Any] = {
-        "vocab_size": own.n_e + own.max_loops + 1,  # enough for either, and no condition
+        "vocab_size": own.n_e + own.max_loops + 1,  # enough for either sequence, no condition
         "block_size": side * side * (1 if two_level else depth) + 1,
         "site_shape": (side, side, depth),
         **sizes["main"],
@@ -74,11 +75,11 @@ def build_prior(name: str, sizes: Sizes, tokenizer: VQModel, steps: int) -> pl.L
 
 
 class OrderZero:
-    """Tokens that depend on nothing but their depth within a site, counted in training images.
+    """Frequencies of tokens at each place within a site, counted in training images.
 
     Args:
-        sequence: How tokens are written.
-        training: Batches of tokens (B, L), -1 after each sequence's end.
+        sequence: The tokens' notation.
+        training: Batches of tokens (B, L) int64, -1 after the end of a sequence.
     """
 
     def __init__(self, sequence: TokenSequence, training: Iterable[Tensor]) -> None:
@@ -88,12 +89,12 @@ class OrderZero:
             self.counts.index_put_(self._places(tokens), torch.ones(()), accumulate=True)
 
     def _places(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Depth and value of every token."""
+        """Return the place within its site, and the value, of every token."""
         tokens = tokens.cpu()
         present = tokens >= 0
         return self.sequence.states(tokens).depth[present], tokens[present]
 
     def bits(self, tokens: Tensor) -> float:
-        """-log2 p of the tokens (B, L) of all images together."""
+        """Return -log2 p of the tokens (B, L), summed over all images."""
         share = self.counts / self.counts.sum(dim=1, keepdim=True)
         return -float(share[self._places(tokens)].double().log().sum()) / math.log(2)

@@ -1,4 +1,4 @@
-"""Quantizers of vector-quantize-pytorch behind this project's contract, to be measured against.
+"""Peers in the race: quantizers of vector-quantize-pytorch with this project's interface.
 
 Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
 """
@@ -22,25 +22,25 @@ from taming.modules.vqvae.base import (
     straight_through,
 )
 
-# With its defaults (decay 0.8, rotation trick, dead codes kept) it does worse by 1 dB and more.
+# The library's defaults (decay 0.8, rotation trick, dead codes kept) cost 1 dB or more.
 OPTIONS = {
     "decay": 0.95,
     "kmeans_init": True,
     "rotation_trick": False,
-    "threshold_ema_dead_code": 1,  # in use; `ResidualVQ` sets how much
+    "threshold_ema_dead_code": 1,  # switches revival on; `ResidualVQ` sets the threshold
 }
-REVIVE_BELOW = 0.125  # of the uniform share; with more, codes do not settle
+REVIVE_BELOW = 0.125  # fraction of the uniform share; codes do not settle if it is larger
 
 
 class ResidualVQ(Quantizer):
-    """Residual quantization of fixed depth (Lee et al. 2022, arXiv:2203.01941).
+    """Residual quantization with a fixed number of turns (Lee et al. 2022, arXiv:2203.01941).
 
     Args:
         n_e: K, number of codes of each turn.
         e_dim: D, channels of a latent.
-        depth: T, turns of every site.
-        shared_codebook: One codebook for all turns.
-        quantize_dropout: Train every depth from 1 to T, so that `shorten` may cut all sites.
+        turns: T, turns of every site.
+        shared_codebook: Use one codebook for all turns.
+        quantize_dropout: Train all numbers of turns from 1 to T, so that `shorten` may cut sites.
         options: Further keyword arguments of ``vector_quantize_pytorch.ResidualVQ``.
 
     Attributes:
@@ -52,35 +52,35 @@ class ResidualVQ(Quantizer):
         self,
         n_e: int,
         e_dim: int,
-        depth: int,
+        turns: int,
         shared_codebook: bool = False,
         quantize_dropout: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(n_e, e_dim)
-        self.codebooks = 1 if shared_codebook else depth
+        self.codebooks = 1 if shared_codebook else turns
         self.inner = vqp.ResidualVQ(
             dim=e_dim,
             codebook_size=n_e,
-            num_quantizers=depth,
+            num_quantizers=turns,
             shared_codebook=shared_codebook,
             quantize_dropout=quantize_dropout,
             **{**OPTIONS, **options},
         )
-        self.shorten(depth)
+        self.shorten(turns)
 
     def shorten(self, turns: int) -> None:
-        """Take only the first turns in evaluation; then no token need say where a site ends."""
+        """Take only the first ``turns`` turns in evaluation; tokens need no end of a site."""
         self.turns = turns
         self.sequence = (
             RasterSequence(self.n_e) if turns == 1 else UnarySequence(self.n_e, turns, False)
         )
 
     def widen(self, beam: int) -> None:
-        """Keep several partial paths of a latent in evaluation, those that come nearest to it."""
+        """Search with a beam in evaluation: keep the ``beam`` partial paths nearest to a latent."""
         self.inner.eval_beam_size = beam
-        # By default it adds up what every turn leaves, but only what the last one leaves is an
-        # error: each turn must outweigh those before it.
+        # The library scores a path by the sum of its residuals over all turns, but only the last
+        # residual is an error: each turn must outweigh those before it.
         weights = self.inner.get_buffer("beam_score_weights")
         weights.copy_(100.0 ** torch.arange(1 - len(weights), 1))
 
@@ -99,7 +99,7 @@ class ResidualVQ(Quantizer):
             z_q, indices, losses = self.inner(rows)
         self.inner.layers = layers
         if self.training:
-            # Its own gradient to z is as many times too large as turns are taken.
+            # The library's gradient with respect to z is too large by the number of turns.
             z_q = straight_through(rows, z_q.detach())
         z_q = channels_second(z_q.reshape(batch, h, w, self.e_dim))
         used = (indices >= 0).flatten(0, -2).any(dim=0).sum()
@@ -113,17 +113,17 @@ class ResidualVQ(Quantizer):
     def get_codebook_entry(
         self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
     ) -> Tensor:
-        """Turn indices (B, h, w, T) back into z_q (B, D, h, w)."""
+        """Look up indices (B, h, w, T): z_q (B, D, h, w)."""
         batch, h, w, _ = indices.shape
         z_q = self.inner.get_output_from_indices(indices.flatten(1, 2))
         return channels_second(z_q.reshape(batch, h, w, self.e_dim))
 
 
 class FSQ(Quantizer):
-    """Finite scalar quantization (Mentzer et al. 2023, arXiv:2309.15505): no codebook to learn.
+    """Finite scalar quantization (Mentzer et al. 2023, arXiv:2309.15505), without a codebook.
 
     Args:
-        levels: Values of each of its few channels; K is their product.
+        levels: Number of values of each channel; K is their product.
         e_dim: D, channels of a latent, projected to ``len(levels)`` and back.
     """
 
@@ -143,5 +143,5 @@ class FSQ(Quantizer):
     def get_codebook_entry(
         self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
     ) -> Tensor:
-        """Turn indices (B, h, w, 1) back into z_q (B, D, h, w)."""
+        """Look up indices (B, h, w, 1): z_q (B, D, h, w)."""
         return self.inner.indices_to_codes(indices[..., 0])

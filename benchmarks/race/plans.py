@@ -1,4 +1,4 @@
-"""How long and how large a race is, and on which images it is run."""
+"""Sizes, durations and images of a race."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from taming.data.hub import CIFAR10
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how large.
+    """Sizes and durations of a race.
 
     Attributes:
-        ddconfig: See `taming.modules.diffusionmodules.model.Encoder`.
+        ddconfig: Parameters of the encoder and the decoder.
         channels: D, channels of a latent.
-        codes: K.
-        base_steps: Training steps of the autoencoder without codes from which, for each seed, all
-            contenders start. Without it, nothing that a short training gives could tell them apart:
-            latents that are quantized from the first step on learn few directions to write along.
+        codes: K, number of codes of a codebook.
+        base_steps: Training steps of the autoencoder without codes, from which all contenders of a
+            seed start. Without it, a short training could not separate them: latents that are
+            quantized from the first step learn to use few directions.
         steps: Further steps of each contender.
         batch_size: Images per step.
-        learning_rate: Of the autoencoder, a quarter of it after that; falls to 2% along a cosine.
+        learning_rate: Learning rate of the autoencoder; contenders start from a quarter of it.
+            Both fall to 2% along a cosine.
         prior_steps: Training steps of a prior.
-        prior_rate: Its learning rate; falls likewise.
-        prior: Parameters of its GPT.
+        prior_rate: Learning rate of a prior; falls likewise.
+        prior: Parameters of the prior's GPT.
         seeds: Number of seeds.
-        names: Contenders.
+        names: Names of the contenders.
         test_images: Number of held-out images.
-        calibration_images: Training images on which thresholds are set.
+        calibration_images: Number of training images for calibrating thresholds.
     """
 
     ddconfig: dict[str, Any]
@@ -71,7 +72,7 @@ LARGE = SMALL | {
     "num_groups": 32,
 }
 MODERN = {"rms_norm": True, "qk_norm": True, "swiglu": True}
-# Learns lengths sooner than the original's GPT.
+# Learns lengths in fewer steps than the original's GPT.
 SMALL_PRIOR = {"n_layer": 2, "n_head": 4, "n_embd": 96, "rotary": True, **MODERN}
 LARGE_PRIOR = {"n_layer": 8, "n_head": 8, "n_embd": 512, "rotary": True, **MODERN}
 DECISIVE = (
@@ -95,7 +96,7 @@ PLANS = {
 
 
 def images_of(path: str | None, split: str, size: int, train: bool) -> Any:
-    """Open a folder of images or a Parquet file; None stands for CIFAR-10 by download."""
+    """Open a folder of images or a Parquet file; None downloads CIFAR-10."""
     if path is not None and Path(path).is_dir():
         return ImageFolder(path, size=size, random_crop=train, random_flip=train)
     return CIFAR10(split=split, path=path, size=size, random_flip=train)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Table, plot and verdicts of a race, from its measurements."""
+"""Table, plot and comparisons of a race, from its measurements."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger("taming.benchmark")
 ONE, DEDICATED = "loopy, one checkpoint", "loopy, dedicated"
 CONTROL = "control: "
 RATES = {
-    "tokens": "tokens per image",
+    "tokens": "codes per image",  # the column's name in results that already exist
     "raw_bits": "bits per image (raw)",
     "entropy_bits": "bits per image (entropy)",
     "prior_bits": "bits per image (prior)",
@@ -25,12 +25,12 @@ Point = dict[str, Any]
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Standard deviation of a sample; 0 for one value or none."""
+    """Return the sample standard deviation, or 0 for fewer than two values."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def average(rows: Sequence[Point]) -> list[Point]:
-    """Mean and standard deviation over seeds of each contender at each of its rates."""
+    """Compute the mean and standard deviation over seeds for each contender and rate."""
     groups: dict[tuple[str, str, str], list[Point]] = defaultdict(list)
     for row in rows:
         groups[row["name"], row["group"], row["length"]].append(row)
@@ -46,9 +46,9 @@ def average(rows: Sequence[Point]) -> list[Point]:
 
 
 def table(points: Sequence[Point]) -> str:
-    """Markdown table, ordered by tokens."""
+    """Format a Markdown table, ordered by codes per image."""
     lines = [
-        "| quantizer | length | tokens | raw bits | entropy | prior | PSNR dB | SSIM | usage |",
+        "| quantizer | length | codes | raw bits | entropy | prior | PSNR dB | SSIM | usage |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for p in points:
@@ -63,7 +63,7 @@ def table(points: Sequence[Point]) -> str:
 
 
 def curve(rows: Sequence[Point], group: str, seed: int, rate: str) -> list[tuple[float, float]]:
-    """(rate, PSNR) of a group with one seed, in the order of the rate."""
+    """Return (rate, PSNR in dB) of a group with one seed, ordered by rate."""
     return sorted(
         (float(row[rate]), float(row["psnr"]))
         for row in rows
@@ -74,9 +74,9 @@ def curve(rows: Sequence[Point], group: str, seed: int, rate: str) -> list[tuple
 def quality_at(
     rows: Sequence[Point], group: str, seed: int, kind: str, rate: float
 ) -> float | None:
-    """PSNR of a group at a rate, linear between its measurements in the rate's logarithm.
+    """Interpolate a group's PSNR in dB at a rate, linearly in the logarithm of the rate.
 
-    None at a rate outside what the group was measured at (by more than 1%).
+    Returns None for a rate more than 1% outside the group's measured range.
     """
     points = curve(rows, group, seed, kind)
     if not points or not points[0][0] * 0.99 <= rate <= points[-1][0] * 1.01:
@@ -85,23 +85,26 @@ def quality_at(
     return float(np.interp(np.log(rate), np.log(rates), quality))
 
 
-def tokens_at(rows: Sequence[Point], group: str, seed: int, psnr: float) -> float | None:
-    """Tokens with which a group reaches a PSNR; None outside what it was measured at."""
+def codes_at(rows: Sequence[Point], group: str, seed: int, psnr: float) -> float | None:
+    """Interpolate the codes per image at which a group reaches a PSNR in dB.
+
+    Returns None for a PSNR outside the group's measured range.
+    """
     points = curve(rows, group, seed, "tokens")
     if not points or not points[0][1] <= psnr <= points[-1][1]:
         return None
-    tokens, quality = zip(*points, strict=True)
-    return float(np.exp(np.interp(psnr, quality, np.log(tokens))))
+    codes, quality = zip(*points, strict=True)
+    return float(np.exp(np.interp(psnr, quality, np.log(codes))))
 
 
 def of_each_seed(rows: Sequence[Point], peer: Point, rate: str) -> list[Point]:
-    """Rows of a peer's point that have a rate, one for each seed."""
+    """Return the rows of a peer's point that have a rate, one per seed."""
     name = (peer["name"], peer["length"])
     return [r for r in rows if (r["name"], r["length"]) == name and r[rate] not in ("", None)]
 
 
 def margins(rows: Sequence[Point], peer: Point, group: str, rate: str) -> list[float | None]:
-    """By how much a group beats a peer's point at its own rate, one number per seed, in dB."""
+    """Return a group's PSNR minus a peer's at the peer's rate, in dB, one number per seed."""
     found = []
     for row in of_each_seed(rows, peer, rate):
         quality = quality_at(rows, group, int(row["seed"]), rate, float(row[rate]))
@@ -110,16 +113,16 @@ def margins(rows: Sequence[Point], peer: Point, group: str, rate: str) -> list[f
 
 
 def savings(rows: Sequence[Point], peer: Point, group: str) -> list[float | None]:
-    """Share of a peer's tokens that a group does without at its PSNR, one per seed, in percent."""
+    """Return the codes that a group saves at a peer's PSNR, in percent, one number per seed."""
     found = []
     for row in of_each_seed(rows, peer, "tokens"):
-        tokens = tokens_at(rows, group, int(row["seed"]), float(row["psnr"]))
-        found.append(None if tokens is None else 100 * (1 - tokens / float(row["tokens"])))
+        codes = codes_at(rows, group, int(row["seed"]), float(row["psnr"]))
+        found.append(None if codes is None else 100 * (1 - codes / float(row["tokens"])))
     return found
 
 
 def cell(values: Sequence[float | None], digits: int) -> str:
-    """Mean and spread over the seeds; says how many, where a seed has none to compare with."""
+    """Format the mean and deviation over seeds; count the seeds if some have no value (None)."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
@@ -129,10 +132,10 @@ def cell(values: Sequence[float | None], digits: int) -> str:
 
 
 def comparison(rows: Sequence[Point], peers: Sequence[Point], group: str) -> str:
-    """Markdown table of what a group of loops has over each peer, controls last."""
+    """Format a Markdown table of a group's gains over each peer, controls last."""
     lines = [
-        f"| {group}: dB above | at its tokens | at its raw bits | at its entropy "
-        "| at its bits of the prior | % fewer tokens at its PSNR |",
+        f"| {group}: dB above | at its codes | at its raw bits | at its entropy "
+        "| at its bits of the prior | % fewer codes at its PSNR |",
         "|---|---|---|---|---|---|",
     ]
     for peer in sorted(peers, key=lambda peer: peer["group"].startswith(CONTROL)):
@@ -145,7 +148,7 @@ def comparison(rows: Sequence[Point], peers: Sequence[Point], group: str) -> str
 
 
 def verdicts(rows: Sequence[Point], points: Sequence[Point]) -> list[str]:
-    """Say, for each peer and control, who wins at its tokens and at its bits."""
+    """Compare both loopy groups with each peer and control, at its codes and at its bits."""
     return [
         comparison(rows, [p for p in points if p["group"] != group], group)
         for group in (ONE, DEDICATED)
@@ -153,7 +156,7 @@ def verdicts(rows: Sequence[Point], points: Sequence[Point]) -> list[str]:
 
 
 def plot(points: Sequence[Point], file: Path) -> None:
-    """Draw PSNR and SSIM over tokens and over bits, a line for each group."""
+    """Plot PSNR and SSIM against codes and bits per image, one line per group."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -186,7 +189,7 @@ def plot(points: Sequence[Point], file: Path) -> None:
 
 
 def write_report(rows: Sequence[Point], plan: Any, folder: Path) -> None:
-    """Write ``report.md`` and ``rate_distortion.png``, and show the report."""
+    """Save ``report.md`` and ``rate_distortion.png``, and log the report."""
     points = average(rows)
     head = (
         f"K = {plan.codes}, D = {plan.channels}; {plan.base_steps} steps without codes, then "
@@ -196,4 +199,4 @@ def write_report(rows: Sequence[Point], plan: Any, folder: Path) -> None:
     text = "\n\n".join([head, table(points), *verdicts(rows, points)])
     (folder / "report.md").write_text(text + "\n")
     plot(points, folder / "rate_distortion.png")
-    logger.info("%s\n\nwritten to %s", text, folder)
+    logger.info("%s\n\nsaved in %s", text, folder)

@@ -1,4 +1,4 @@
-"""Training of the contenders and of priors over their tokens, each kept as a file and reused."""
+"""Training of contenders and of priors over their tokens; results are saved and reused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BASE = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 
 
 def schedule(steps: int) -> dict[str, Any]:
-    """Describe a learning rate that warms up and then falls to 2% along a cosine."""
+    """Return the block of a learning rate that warms up, then falls to 2% along a cosine."""
     return {
         "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler",
         "params": {
@@ -43,12 +43,12 @@ def schedule(steps: int) -> dict[str, Any]:
 
 
 def loader(data: Any, batch_size: int, shuffle: bool = False, workers: int = 0) -> DataLoader:
-    """Serve a data set; what a shuffle draws depends on the global seed alone."""
+    """Build a data loader; its shuffling depends only on the global seed."""
     return DataLoader(data, batch_size, shuffle=shuffle, drop_last=shuffle, num_workers=workers)
 
 
 def fit(model: pl.LightningModule, data: DataLoader, steps: int, precision: str) -> None:
-    """Train for a number of steps, on a GPU if there is one, without writing anything."""
+    """Train for a number of steps, on a GPU if there is one, without saving anything."""
     quiet_lightning()
     warnings.filterwarnings("ignore", "You defined a `validation_step`")  # measured afterwards
     trainer = pl.Trainer(
@@ -67,13 +67,13 @@ def fit(model: pl.LightningModule, data: DataLoader, steps: int, precision: str)
 def build_tokenizer(
     plan: Plan, contender: Contender, steps: int | None = None, quantize_start: int = 0
 ) -> VQModel:
-    """Build a contender's tokenizer: all have the same encoder, decoder and loss.
+    """Build a contender's tokenizer; all have the same encoder, decoder and loss.
 
     Args:
-        plan: Sizes.
-        contender: Its quantizer.
-        steps: Training steps, for the learning rate; None for the plan's.
-        quantize_start: See `QuantizedAutoencoder`.
+        plan: Sizes and durations.
+        contender: Names the quantizer.
+        steps: Training steps of the learning rate's schedule; None for the plan's.
+        quantize_start: Generator step from which the decoder sees codes.
     """
     block = contender.quantizer
     n_e = instantiate_from_config(block).n_e
@@ -96,12 +96,12 @@ def build_tokenizer(
 def trained_base(
     plan: Plan, seed: int, data: Any, folder: Path, precision: str
 ) -> dict[str, torch.Tensor]:
-    """Train an encoder and a decoder without codes, or load what an earlier call trained."""
+    """Train an encoder and a decoder without codes, or load an earlier result."""
     file = folder / f"base-{seed}.pt"
     if not file.exists():
         logger.info("training the autoencoder of seed %d", seed)
         pl.seed_everything(seed, verbose=False)
-        some = contenders(plan.codes, plan.channels)["vq"]  # its codes are never decoded
+        some = contenders(plan.codes, plan.channels)["vq"]  # any: its codes are never decoded
         model = build_tokenizer(plan, some, plan.base_steps, quantize_start=plan.base_steps)
         model.learning_rate = plan.learning_rate
         fit(model, loader(data, plan.batch_size, shuffle=True), plan.base_steps, precision)
@@ -113,7 +113,7 @@ def trained_base(
 def trained_tokenizer(
     plan: Plan, contender: Contender, seed: int, data: Any, folder: Path, precision: str
 ) -> VQModel:
-    """Train a contender, or load what an earlier call trained."""
+    """Train a contender, or load an earlier result."""
     file = folder / f"{contender.name}-{seed}.pt"
     scratch = contender.from_scratch
     base = {} if scratch or file.exists() else trained_base(plan, seed, data, folder, precision)
@@ -132,7 +132,7 @@ def trained_tokenizer(
 
 
 def widen_search(model: VQModel, contender: Contender) -> None:
-    """Let a trained tokenizer search as widely as its contender says."""
+    """Set a trained tokenizer's search to its contender's beam width."""
     if contender.beam is None:
         return
     if isinstance(model.quantize, ResidualVQ):
@@ -144,14 +144,13 @@ def widen_search(model: VQModel, contender: Contender) -> None:
 
 
 def prior_bits(plan: Plan, tokenizer: VQModel, train: Any, test: Any, precision: str) -> float:
-    """Train a small transformer on a tokenizer's tokens; its bits per held-out image.
+    """Train a small transformer on a tokenizer's tokens; return its bits per held-out image.
 
-    The tokenizer is used at the rate to which it is set. Lengths are part of the tokens, so they
-    are paid for.
+    The tokenizer keeps its current rate. Lengths are part of the tokens, so their bits count.
     """
     pl.seed_everything(0, verbose=False)
-    device = tokenizer.device  # it comes back to the CPU with the prior that it is trained in
-    side = plan.ddconfig["resolution"] // tokenizer.encoder.factor
+    device = tokenizer.device  # training moves the tokenizer to the CPU together with the prior
+    side = tokenizer.grid[0]
     sequence = tokenizer.quantize.sequence
     model = Net2NetTransformer(
         transformer_config={
@@ -169,19 +168,19 @@ def prior_bits(plan: Plan, tokenizer: VQModel, train: Any, test: Any, precision:
     )
     model.learning_rate = plan.prior_rate
     if not torch.cuda.is_available():
-        precision = "32-true"  # in which so small a transformer is faster on a CPU
+        precision = "32-true"  # faster on a CPU for so small a transformer
     fit(model, loader(train, plan.batch_size, shuffle=True), plan.prior_steps, precision)
     return bits_per_image(model.to(device).eval(), loader(test, 100))
 
 
 def keep(model: VQModel) -> VQModel:
-    """Hand a model through a configuration."""
+    """Return a model unchanged, for use as a configuration's target."""
     return model
 
 
 @torch.no_grad()
 def bits_per_image(model: Prior, data: DataLoader) -> float:
-    """Negative log-likelihood of the images' tokens in bits."""
+    """Return the mean negative log-likelihood of the tokens of an image, in bits."""
     total, images = 0.0, 0
     for batch in data:
         batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}

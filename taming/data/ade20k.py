@@ -1,14 +1,15 @@
-"""ADE20k: scenes with class maps of 150 classes, and class 0 for everything else.
+"""ADE20k: scenes with maps of 150 classes; class 0 is everything else.
 
-Below the data root: ``ade20k_root`` with the content of the archive (``images``, ``annotations``,
-``sceneCategories.txt``), and the lists ``ade20k_train.txt`` and ``ade20k_test.txt``.
+Files below the data root: ``ade20k_root`` with the content of the archive (``images``,
+``annotations``, ``sceneCategories.txt``), and the lists ``ade20k_train.txt`` and
+``ade20k_test.txt``.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from taming.data.crops import SquareCrop
 from taming.data.roots import data_root, read_list, require
@@ -19,15 +20,10 @@ ARCHIVE = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zi
 
 
 class Examples(ExampleImages):
-    """The example scenes of the original repository.
+    """Example scenes of the original repository."""
 
-    Args:
-        size: Side of the square crops in pixels; None leaves images whole.
-        **options: As in :class:`~taming.data.segmentation.ExampleImages`.
-    """
-
-    def __init__(self, size: int | None = 256, **options: Any) -> None:
-        super().__init__(name="ade20k", n_labels=N_LABELS, size=size, **options)
+    name = "ade20k"
+    n_labels = N_LABELS
 
 
 def _read_labels(root: Path, list_name: str) -> dict[str, list[str]]:
@@ -45,24 +41,24 @@ def _read_labels(root: Path, list_name: str) -> dict[str, list[str]]:
 
 
 class ADE20kBase(SegmentationPaths):
-    """The scenes that a list names. Items also have ``scene_category``.
+    """Scenes named by a list; items also have ``scene_category``.
 
     Args:
-        list_name: File name of the list below the data root.
-        config: Not used; the original took and ignored it.
-        size: Length that the short side gets, in pixels; None leaves images as they are.
-        random_crop: Cut anywhere instead of from the middle.
-        interpolation: How images are rescaled: nearest, bilinear, bicubic, area or lanczos.
+        config: Ignored, as in the original.
+        size: Length of the rescaled short side in pixels; None keeps the resolution.
+        random_crop: Crop at random instead of at the centre.
+        interpolation: Rescaling of the images: nearest, bilinear, bicubic, area or lanczos.
         crop_size: Side of the square crops in pixels; by default ``size``.
         root: Folder of the data sets; by default TAMING_DATA, or ``data``.
 
     Raises:
-        FileNotFoundError: A part of the data set is not there.
+        FileNotFoundError: A part of the data set does not exist.
     """
+
+    list_name: ClassVar[str]
 
     def __init__(
         self,
-        list_name: str,
         config: Any = None,
         size: int | None = None,
         random_crop: bool = False,
@@ -70,20 +66,23 @@ class ADE20kBase(SegmentationPaths):
         crop_size: int | None = None,
         root: str | None = None,
     ) -> None:
-        labels = _read_labels(data_root(root), list_name)
+        labels = _read_labels(data_root(root), self.list_name)
         crop = SquareCrop(size, random_crop, crop_size=crop_size)
         super().__init__(labels, crop, interpolation, N_LABELS)
 
 
 class ADE20kTrain(ADE20kBase):
-    """The training scenes, cut anywhere by default. Arguments are those of :class:`ADE20kBase`."""
+    """Training scenes, cropped at random by default."""
 
-    def __init__(self, random_crop: bool = True, **options: Any) -> None:
-        super().__init__(list_name="ade20k_train.txt", random_crop=random_crop, **options)
+    list_name = "ade20k_train.txt"
+
+    def __init__(
+        self, config: Any = None, size: int | None = None, random_crop: bool = True, **options: Any
+    ) -> None:
+        super().__init__(config, size, random_crop, **options)
 
 
 class ADE20kValidation(ADE20kBase):
-    """The validation scenes. Arguments are those of :class:`ADE20kBase`."""
+    """Validation scenes, cropped at the centre by default."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(list_name="ade20k_test.txt", **options)
+    list_name = "ade20k_test.txt"

@@ -15,43 +15,56 @@ SOURCE = "https://cocodataset.org/#download (2017 images and annotations)"
 FOLDERS = {"train": "train2017", "validation": "val2017"}
 
 
-class CocoFiles:
-    """Reads COCO's folder. See :class:`~taming.data.annotated_objects_dataset.ObjectFiles`.
+class AnnotatedObjectsCoco(AnnotatedObjectsDataset):
+    """Annotated objects of COCO 2017.
+
+    ``data_path`` contains the images in ``train2017`` and ``val2017``, and ``annotations`` with
+    ``{instances,stuff}_{train,val}2017.json``.
 
     Args:
-        data_path: The folder.
+        data_path: The folder; ``data/...`` lies below TAMING_DATA if that is set.
         split: "train" or "validation".
-        kinds: "instances" for things, "stuff" for stuff.
-        legacy_group_bit: Leave crowds unmarked.
+        use_things: Include objects such as people and cars.
+        use_stuff: Include regions such as sky and grass.
+        legacy_group_bit: Never mark crowds as groups in the token sequences
+            (``use_group_parameter``): the original meant to mark them but did not, and its
+            published models depend on it. False marks them.
+        **options: Other arguments of :class:`AnnotatedObjectsDataset`.
 
     Raises:
-        FileNotFoundError: A part of the folder is missing.
-        ValueError: There is no such split, or nothing is to be read.
+        FileNotFoundError: A part of the folder does not exist.
+        ValueError: An option is out of range, or no image is left.
     """
 
     description_keys: ClassVar[tuple[str, ...]] = ImageDescription._fields
 
     def __init__(
-        self, data_path: str, split: str, kinds: Iterable[str], legacy_group_bit: bool
+        self,
+        data_path: str,
+        split: Literal["train", "validation"],
+        use_things: bool = True,
+        use_stuff: bool = True,
+        legacy_group_bit: bool = True,
+        **options: Any,
     ) -> None:
         if split not in FOLDERS:
             raise ValueError(f"split must be 'train' or 'validation' for COCO, got {split!r}")
-        root = resolve(data_path)
-        self.images = require(root / FOLDERS[split], f"the images {FOLDERS[split]}", SOURCE)
-        self.files = [
-            require(
-                root / "annotations" / f"{kind}_{FOLDERS[split]}.json", "the annotations", SOURCE
-            )
-            for kind in kinds
+        if not use_things and not use_stuff:
+            raise ValueError("use_things and use_stuff must not both be false: no object is left")
+        root, folder = resolve(data_path), FOLDERS[split]
+        self.images = require(root / folder, f"the images {folder}", SOURCE)
+        self.annotation_files = [
+            require(root / "annotations" / f"{kind}_{folder}.json", "the annotations", SOURCE)
+            for kind, used in (("instances", use_things), ("stuff", use_stuff))
+            if used
         ]
-        if not self.files:
-            raise ValueError("use_things and use_stuff are both off, so nothing would be annotated")
         self.legacy_group_bit = legacy_group_bit
         self.descriptions: dict[str, ImageDescription] = {}
+        super().__init__(**options)
 
     def load(self) -> tuple[dict[str, Category], Iterable[Annotation]]:
-        """Read all categories by id, and all objects with ``category_no`` left open."""
-        contents = [json.loads(file.read_text(encoding="utf-8")) for file in self.files]
+        """Read all categories by id, and all objects; their ``category_no`` is -1."""
+        contents = [json.loads(file.read_text(encoding="utf-8")) for file in self.annotation_files]
         for image in contents[0]["images"]:
             self.descriptions[str(image["id"])] = ImageDescription(
                 id=image["id"],
@@ -74,7 +87,9 @@ class CocoFiles:
         for annotation in (a for content in contents for a in content["annotations"]):
             image_id = str(annotation["image_id"])
             if image_id not in self.descriptions:
-                raise ValueError(f"object {annotation['id']} is in image {image_id}, which is none")
+                raise ValueError(
+                    f"object {annotation['id']} refers to image {image_id}, which does not exist"
+                )
             width, height = self.descriptions[image_id].original_size
             left, top, box_width, box_height = annotation["bbox"]
             bbox = (left / width, top / height, box_width / width, box_height / height)
@@ -93,40 +108,5 @@ class CocoFiles:
         return self.images / self.descriptions[image_id].file_name
 
     def describe(self, image_id: str) -> dict[str, Any]:
-        """Return what COCO says of an image."""
+        """Return COCO's description of an image."""
         return self.descriptions[image_id]._asdict()
-
-
-class AnnotatedObjectsCoco(AnnotatedObjectsDataset):
-    """Annotated objects of COCO 2017.
-
-    ``data_path`` holds ``train2017`` and ``val2017`` with the images, and ``annotations`` with
-    ``{instances,stuff}_{train,val}2017.json``.
-
-    Args:
-        data_path: The folder; ``data/...`` lies below TAMING_DATA, if that is set.
-        split: "train" or "validation".
-        use_things: Take objects such as people and cars.
-        use_stuff: Take regions such as sky and grass.
-        legacy_group_bit: The original meant to mark crowds as groups in the token sequences
-            (``use_group_parameter``), but never did, and its published models were trained so.
-            Turn this off to mark them.
-        **options: The other arguments of :class:`AnnotatedObjectsDataset`.
-
-    Raises:
-        FileNotFoundError: A part of the folder is missing.
-        ValueError: An option is out of range, or no image is left.
-    """
-
-    def __init__(
-        self,
-        data_path: str,
-        split: Literal["train", "validation"],
-        use_things: bool = True,
-        use_stuff: bool = True,
-        legacy_group_bit: bool = True,
-        **options: Any,
-    ) -> None:
-        kinds = [k for k, used in (("instances", use_things), ("stuff", use_stuff)) if used]
-        files = CocoFiles(data_path, split, kinds, legacy_group_bit)
-        super().__init__(files=files, **options)

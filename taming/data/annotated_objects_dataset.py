@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.data import Dataset
@@ -28,44 +29,22 @@ BUILDERS: dict[str, type[ObjectsConditionalBuilder[Any]]] = {
 }
 PICTURE_KEYS = ("image", "image_path", "crop_bbox", "flipped")
 
-# The original numbers Open Images' Suitcase last, and published models were trained with that.
+# The original numbers Open Images' Suitcase last; published models depend on this order.
 _LAST_CATEGORY = "/m/01s55n"
 
 
-class ObjectFiles(Protocol):
-    """Reads one split of a data set.
-
-    Attributes:
-        description_keys: Names of what :meth:`describe` returns.
-    """
-
-    description_keys: ClassVar[tuple[str, ...]]
-
-    def load(self) -> tuple[dict[str, Category], Iterable[Annotation]]:
-        """Read all categories by id, and all objects with ``category_no`` left open."""
-        ...
-
-    def image_path(self, image_id: str) -> Path:
-        """Return the path of an image."""
-        ...
-
-    def describe(self, image_id: str) -> dict[str, Any]:
-        """Return what the data set says of an image, among it ``file_name``."""
-        ...
-
-
 def build_crop(method: CropMethodType, size: int, random_flip: bool) -> Crop:
-    """Build what the name of a crop method stands for.
+    """Build the crop of a method's name.
 
     Args:
-        method: "none" (rescale the whole picture to a square), "center" (a square from the
-            middle), "random-1d" (a square anywhere along the long side), or "random-2d" (a
-            square of any side from ``size`` up, anywhere).
+        method: "none" (rescale the whole picture to a square), "center" (a square at the centre),
+            "random-1d" (a square at random along the long side), or "random-2d" (a square of
+            random side, at least ``size``, at random).
         size: Side of the result in pixels.
-        random_flip: Mirror every other picture.
+        random_flip: Mirror pictures with probability 1/2.
 
     Raises:
-        ValueError: There is no such method.
+        ValueError: The method is unknown.
     """
     if method == "none":
         return Stretch(size, random_flip)
@@ -77,48 +56,52 @@ def build_crop(method: CropMethodType, size: int, random_flip: bool) -> Crop:
     raise ValueError(f"crop_method must be {valid}, got {method!r}")
 
 
-class AnnotatedObjectsDataset(Dataset[dict[str, Any]]):
-    """Images with annotated objects.
+class AnnotatedObjectsDataset(Dataset[dict[str, Any]], ABC):
+    """Images with annotated objects; subclasses read the files of a data set.
 
-    An item has those of the following that ``keys`` names: what the data set says of the image
+    Items have those of the following that ``keys`` names: the data set's description of the image
     (``file_name`` and others); ``annotations``, a list of :class:`Annotation`; ``image``,
-    (H, W, 3) float32 in [-1, 1], ``image_path``, ``crop_bbox`` (the crop's left, top, width and
-    height as shares of the image) and ``flipped``; ``objects_bbox`` and
-    ``objects_center_points``, int64 tokens of the objects that the crop shows.
+    (H, W, 3) float32 in [-1, 1], ``image_path``, ``crop_bbox`` (left, top, width and height of the
+    crop as fractions of the image) and ``flipped``; ``objects_bbox`` and
+    ``objects_center_points``, int64 tokens of the objects in the crop.
 
     Args:
-        files: Reads images and objects.
-        keys: What items hold; none stands for everything. Without ``image`` nothing is cropped.
+        keys: Keys of the items; an empty list keeps all. Without ``image`` nothing is cropped.
         target_image_size: Side of the square pictures in pixels.
-        min_object_area: Objects whose box covers at most this share of the image are left out.
-        min_objects_per_image: Images with fewer objects are left out.
-        max_objects_per_image: Images with more objects are left out.
-        crop_method: See :func:`build_crop`.
-        random_flip: Mirror every other picture.
-        no_tokens: Size of the vocabulary of the token sequences.
+        min_object_area: Drop objects whose box covers at most this fraction of the image.
+        min_objects_per_image: Drop images with fewer objects.
+        max_objects_per_image: Drop images with more objects.
+        crop_method: "none", "center", "random-1d" or "random-2d", as for :func:`build_crop`.
+        random_flip: Mirror pictures with probability 1/2.
+        no_tokens: Vocabulary size of the token sequences.
         use_group_parameter: Mark groups of objects in the sequences.
         encode_crop: Append the crop to the sequences.
         category_allow_list_target: Dotted path to a list of (category name, number of objects);
-            other categories are left out.
-        category_mapping_target: Dotted path to a dictionary of category ids: objects of a key
+            objects of other categories are dropped.
+        category_mapping_target: Dotted path to a dictionary of category ids; objects of a key
             count as objects of its value.
-        no_object_classes: Number of categories to reserve tokens for; by default those in use.
-        use_additional_parameters: Mark occluded and depicted objects and inside views too.
+        no_object_classes: Number of categories that get tokens; by default those in use.
+        use_additional_parameters: Also mark objects that are occluded, depicted or seen from
+            inside.
 
     Attributes:
+        description_keys: Keys of the dictionary that :meth:`describe` returns.
         categories: Categories in use, by id.
         category_ids: Their ids, by number.
+        category_number: Their numbers, by id.
         annotations: Objects by image id.
-        image_ids: Ids of the images, by position.
-        conditional_builders: What writes the sequences, by key.
+        image_ids: Ids of the images, in the order of the items.
+        no_classes: Number of categories that have tokens.
+        conditional_builders: Item key -> the builder of its token sequences.
 
     Raises:
         ValueError: A key or method is unknown, the vocabulary is too small, or no image is left.
     """
 
+    description_keys: ClassVar[tuple[str, ...]]
+
     def __init__(
         self,
-        files: ObjectFiles,
         keys: Sequence[str],
         target_image_size: int,
         min_object_area: float,
@@ -134,10 +117,9 @@ class AnnotatedObjectsDataset(Dataset[dict[str, Any]]):
         no_object_classes: int | None = None,
         use_additional_parameters: bool = False,
     ) -> None:
-        self.files = files
-        self.keys = _check_keys(keys, files.description_keys)
+        self.keys = _check_keys(keys, self.description_keys)
         self.crop = build_crop(crop_method, target_image_size, random_flip)
-        categories, annotations = files.load()
+        categories, annotations = self.load()
         if category_allow_list_target:
             categories = _allowed(categories, get_obj_from_str(category_allow_list_target))
         mapping = get_obj_from_str(category_mapping_target) if category_mapping_target else {}
@@ -154,10 +136,22 @@ class AnnotatedObjectsDataset(Dataset[dict[str, Any]]):
             key: builder(*vocabulary, *flags) for key, builder in BUILDERS.items()
         }
 
+    @abstractmethod
+    def load(self) -> tuple[dict[str, Category], Iterable[Annotation]]:
+        """Read all categories by id, and all objects; their ``category_no`` is -1 for now."""
+
+    @abstractmethod
+    def image_path(self, image_id: str) -> Path:
+        """Return the path of an image."""
+
+    @abstractmethod
+    def describe(self, image_id: str) -> dict[str, Any]:
+        """Return the data set's description of an image, with ``file_name`` in it."""
+
     def _group(
         self, annotations: Iterable[Annotation], mapping: Mapping[str, str], min_area: float
     ) -> dict[str, list[Annotation]]:
-        """Number the categories of the objects that count, and group these by image."""
+        """Drop small objects and unused categories, number the rest, and group them by image."""
         grouped: dict[str, list[Annotation]] = {}
         for annotation in annotations:
             category_id = mapping.get(annotation.category_id, annotation.category_id)
@@ -173,9 +167,9 @@ class AnnotatedObjectsDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         image_id = self.image_ids[index]
         annotations = self.annotations[image_id]
-        item = {**self.files.describe(image_id), "annotations": annotations}
+        item = {**self.describe(image_id), "annotations": annotations}
         if "image" in self.keys:
-            item.update(self._picture(self.files.image_path(image_id)))
+            item.update(self._picture(self.image_path(image_id)))
         for key, builder in self.conditional_builders.items():
             if key in self.keys:
                 crop, flip = item.get("crop_bbox"), item.get("flipped", False)
@@ -194,19 +188,19 @@ class AnnotatedObjectsDataset(Dataset[dict[str, Any]]):
         }
 
     def get_textual_label_for_category_id(self, category_id: str) -> str:
-        """Return the name of a category."""
+        """Return the name of a category by its id."""
         return self.categories[category_id].name
 
     def get_textual_label_for_category_no(self, category_no: int) -> str:
-        """Return the name of the category with a number."""
+        """Return the name of a category by its number."""
         return self.categories[self.category_ids[category_no]].name
 
     def get_category_number(self, category_id: str) -> int:
-        """Return the number of a category."""
+        """Return the number of a category by its id."""
         return self.category_number[category_id]
 
     def get_category_id(self, category_no: int) -> str:
-        """Return the id of the category with a number."""
+        """Return the id of a category by its number."""
         return self.category_ids[category_no]
 
 
@@ -214,7 +208,7 @@ def _check_keys(keys: Sequence[str], description_keys: Sequence[str]) -> list[st
     valid = [*description_keys, "annotations", *PICTURE_KEYS, *BUILDERS]
     for key in keys:
         if key not in valid:
-            raise ValueError(f"keys has {key!r}, which items lack; valid: {', '.join(valid)}")
+            raise ValueError(f"keys has the unknown {key!r}; valid: {', '.join(valid)}")
         if key in PICTURE_KEYS and "image" not in keys:
             raise ValueError(f"keys has {key!r}, which needs 'image' among the keys too")
     return list(keys or valid)
@@ -235,7 +229,7 @@ def _within(
     kept = {i: objects for i, objects in grouped.items() if least <= len(objects) <= most}
     if not kept:
         raise ValueError(
-            f"of the {len(grouped)} images with objects that count, none has {least} to {most}; "
+            f"none of the {len(grouped)} images has {least} to {most} objects of sufficient area; "
             f"change min_objects_per_image, max_objects_per_image or min_object_area"
         )
     return kept

@@ -19,36 +19,56 @@ ANNOTATIONS = {
 }
 
 
-class OpenImagesFiles:
-    """Reads Open Images' folder; see :class:`~taming.data.annotated_objects_dataset.ObjectFiles`.
+def _flag(text: str) -> bool:
+    # -1 (unknown) counts as set; published models depend on this.
+    return int(text) != 0
+
+
+class AnnotatedObjectsOpenImages(AnnotatedObjectsDataset):
+    """Annotated objects of Open Images.
+
+    ``data_path`` contains folders of images (``train``, ``validation``, ``test``),
+    ``class-descriptions-boxable.csv``, and the boxes: ``oidv6-train-annotations-bbox.csv``,
+    ``validation-annotations-bbox.csv`` and ``test-annotations-bbox.csv``. Reading the 14.6 million
+    training boxes takes minutes.
 
     Args:
-        data_path: The folder.
+        data_path: The folder; ``data/...`` lies below TAMING_DATA if that is set.
         split: "train", "validation" or "test".
+        use_additional_parameters: Mark objects that are occluded, depicted or seen from inside in
+            the token sequences.
+        **options: Other arguments of :class:`AnnotatedObjectsDataset`.
 
     Raises:
-        FileNotFoundError: A part of the folder is missing.
-        ValueError: There is no such split.
+        FileNotFoundError: A part of the folder does not exist.
+        ValueError: An option is out of range, or no image is left.
     """
 
     description_keys: ClassVar[tuple[str, ...]] = ("file_path", "file_name")
 
-    def __init__(self, data_path: str, split: str) -> None:
+    def __init__(
+        self,
+        data_path: str,
+        split: SplitType,
+        use_additional_parameters: bool = False,
+        **options: Any,
+    ) -> None:
         if split not in ANNOTATIONS:
-            raise ValueError(f"split must be one of {', '.join(ANNOTATIONS)}, got {split!r}")
+            raise ValueError(f"split must be one of {', '.join(ANNOTATIONS)}; got {split!r}")
         root = resolve(data_path)
         self.images = require(root / split, f"the {split} images", SOURCE)
-        self.annotations = require(root / ANNOTATIONS[split], "the boxes", SOURCE)
+        self.boxes = require(root / ANNOTATIONS[split], "the boxes", SOURCE)
         self.classes = require(root / "class-descriptions-boxable.csv", "the class names", SOURCE)
+        super().__init__(use_additional_parameters=use_additional_parameters, **options)
 
     def load(self) -> tuple[dict[str, Category], Iterable[Annotation]]:
-        """Read all categories by id, and all objects with ``category_no`` left open."""
+        """Read all categories by id, and all objects; their ``category_no`` is -1."""
         with open(self.classes, encoding="utf-8", newline="") as file:
             categories = {row[0]: Category(row[0], None, row[1]) for row in csv.reader(file)}
         return categories, self._annotations()
 
     def _annotations(self) -> Iterator[Annotation]:
-        with open(self.annotations, encoding="utf-8", newline="") as file:
+        with open(self.boxes, encoding="utf-8", newline="") as file:
             for number, row in enumerate(csv.DictReader(file)):
                 left, right, top, bottom = (float(row[k]) for k in ("XMin", "XMax", "YMin", "YMax"))
                 yield Annotation(
@@ -75,41 +95,3 @@ class OpenImagesFiles:
         """Return the path and the name of an image's file."""
         path = self.image_path(image_id)
         return {"file_path": str(path), "file_name": path.name}
-
-
-def _flag(text: str) -> bool:
-    # -1 stands for unknown and counts as set: the published models were trained so.
-    return int(text) != 0
-
-
-class AnnotatedObjectsOpenImages(AnnotatedObjectsDataset):
-    """Annotated objects of Open Images.
-
-    ``data_path`` holds folders with images (``train``, ``validation``, ``test``),
-    ``class-descriptions-boxable.csv``, and the boxes: ``oidv6-train-annotations-bbox.csv``,
-    ``validation-annotations-bbox.csv`` and ``test-annotations-bbox.csv``. Reading the 14.6 million
-    training boxes takes minutes.
-
-    Args:
-        data_path: The folder; ``data/...`` lies below TAMING_DATA, if that is set.
-        split: "train", "validation" or "test".
-        use_additional_parameters: Mark occluded and depicted objects and inside views in the token
-            sequences.
-        **options: The other arguments of :class:`AnnotatedObjectsDataset`.
-
-    Raises:
-        FileNotFoundError: A part of the folder is missing.
-        ValueError: An option is out of range, or no image is left.
-    """
-
-    def __init__(
-        self,
-        data_path: str,
-        split: SplitType,
-        use_additional_parameters: bool = False,
-        **options: Any,
-    ) -> None:
-        files = OpenImagesFiles(data_path, split)
-        super().__init__(
-            files=files, use_additional_parameters=use_additional_parameters, **options
-        )

@@ -1,6 +1,6 @@
 """Data sets over lists of picture files.
 
-An item is a dictionary with ``image``, (H, W, 3) float32 in [-1, 1], and ``file_path_``.
+Items are dictionaries with ``image``, (H, W, 3) float32 in [-1, 1], and ``file_path_``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class ConcatDatasetWithIndex(ConcatDataset[Any]):
-    """Concatenated data sets whose items are pairs: (item, number of the data set it is from)."""
+    """Concatenated data sets with items (item, index of the data set that it comes from)."""
 
     def __getitem__(self, idx: int) -> tuple[Any, int]:
         idx = range(len(self))[idx]
@@ -33,25 +33,25 @@ class ConcatDatasetWithIndex(ConcatDataset[Any]):
 
 
 class PicturePaths(Dataset[dict[str, Any]], ABC):
-    """Reads, rescales and crops the pictures of a list of files; subclasses say how to read one.
+    """Rescaled and cropped pictures from a list of files; subclasses implement `read`.
 
     Args:
         paths: The files.
-        size: Side of the square crops in pixels; None leaves pictures whole.
-        random_crop: Cut anywhere instead of from the middle.
-        labels: Name -> one value per file; added to the items.
-        random_flip: Mirror every other picture.
-        random_scale: [lo, hi]: draw the short side between lo * size and hi * size before the cut.
+        size: Side of the square crops in pixels; None keeps pictures whole.
+        random_crop: Crop at random instead of at the centre.
+        labels: Item key -> one value per file.
+        random_flip: Mirror pictures with probability 1/2.
+        random_scale: [lo, hi]: draw the short side from [lo * size, hi * size] before cropping.
         allow_upscale: Enlarge pictures smaller than the crop instead of refusing them.
-        antialias: Rescale with antialiasing; off, results are as in the original.
-        on_error: For a picture that cannot be read or is too small: "raise" a ValueError that
-            names it, or "skip" it with a warning and take the next one instead.
+        antialias: Rescale with antialiasing; the original does not.
+        on_error: What to do with a picture that cannot be read or is too small: "raise" a
+            ValueError that names it, or "skip" it with a warning and use the next one.
 
     Attributes:
-        skipped: Positions of the files skipped so far (in this process).
+        skipped: Positions of the files skipped so far in this process.
 
     Raises:
-        ValueError: An option is out of range, or a label has not one value per file.
+        ValueError: An option is out of range, or a label does not have one value per file.
     """
 
     def __init__(
@@ -100,11 +100,13 @@ class PicturePaths(Dataset[dict[str, Any]], ABC):
                 if self.on_error == "raise":
                     raise
                 self.skipped.add(position)
-                logger.warning("skipped, %d so far: %s", len(self.skipped), error)
+                logger.warning(
+                    "skipped %d pictures so far; the latest: %s", len(self.skipped), error
+                )
         raise ValueError(f"none of the {len(self)} pictures can be used")
 
     def labels_of(self, position: int) -> dict[str, Any]:
-        """Return what is known of a picture without reading it: its path and its labels."""
+        """Return the path and the labels of a picture without reading it."""
         return {name: values[position] for name, values in self.labels.items()}
 
     def _item(self, position: int) -> dict[str, Any]:
@@ -117,7 +119,7 @@ class PicturePaths(Dataset[dict[str, Any]], ABC):
 
 
 class ImagePaths(PicturePaths):
-    """A list of image files. See :class:`PicturePaths`."""
+    """Pictures from image files such as JPEG and PNG."""
 
     def read(self, path: str) -> Tensor:
         """Decode an image file into (3, H, W) uint8."""
@@ -125,14 +127,14 @@ class ImagePaths(PicturePaths):
 
 
 class NumpyPaths(PicturePaths):
-    """A list of ``.npy`` files, each a uint8 array (1, 3, H, W). See :class:`PicturePaths`."""
+    """Pictures from ``.npy`` files, each (1, 3, H, W) uint8."""
 
     def read(self, path: str) -> Tensor:
         """Load an array into (3, H, W) uint8."""
         try:
             array = np.load(path)
         except (OSError, EOFError) as error:
-            raise ValueError(f"cannot be read as an array: {error}") from error
+            raise ValueError(f"cannot be read as a NumPy array: {error}") from error
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[:2] != (1, 3):
             raise ValueError(f"expected uint8 (1, 3, H, W), found {array.dtype} {array.shape}")
         return torch.from_numpy(array[0])

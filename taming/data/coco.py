@@ -1,6 +1,6 @@
 """COCO 2017: images with captions and class maps of things and stuff.
 
-Below the data root: ``coco`` with ``train2017``, ``val2017`` and ``annotations``, and, for
+Folders below the data root: ``coco`` with ``train2017``, ``val2017`` and ``annotations``, and, for
 ``use_stuffthing``, ``cocostuffthings`` with ``train2017`` and ``val2017``.
 """
 
@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,58 +32,50 @@ from taming.data.preprocessing import (
 from taming.data.roots import data_root, require
 from taming.data.segmentation import ExampleImages, mask_name
 
-N_LABELS = 183  # unlabelled, 91 kinds of things, 91 of stuff
+N_LABELS = 183  # unlabelled, 91 things, 91 stuff
 COCO = "https://cocodataset.org/#download"
 STUFF_THINGS = "https://github.com/nightrome/cocostuff (stuffthingmaps_trainval2017.zip)"
 
 
 class Examples(ExampleImages):
-    """The example images of the original repository.
+    """Example images of the original repository."""
 
-    Args:
-        size: Side of the square crops in pixels; None leaves images whole.
-        **options: As in :class:`~taming.data.segmentation.ExampleImages`.
-    """
-
-    def __init__(self, size: int | None = 256, **options: Any) -> None:
-        super().__init__(
-            name="coco", n_labels=N_LABELS, shift_segmentation=True, size=size, **options
-        )
+    name = "coco"
+    n_labels = N_LABELS
+    shift_segmentation = True
 
 
 def _indicators(mask: Tensor) -> np.ndarray:
-    """Files hold classes 0 to 181, and 255 for unlabelled, which uint8 wraps round to 0."""
+    """Encode classes 0 to 181 as 1 to 182; uint8 wraps 255 (unlabelled) to 0."""
     return one_hot(mask + 1, N_LABELS)
 
 
 class CocoBase(Dataset[dict[str, Any]]):
-    """Images, captions and class maps of one split.
+    """Images, captions and class maps of one split; subclasses name it.
 
-    An item has ``image``, (H, W, 3) float32 in [-1, 1]; ``caption``, a list with one of the
-    image's captions, drawn anew each time; ``segmentation``, (H, W, 183) float32 indicators of
-    each pixel's class, or the map's colours like ``image``; ``img_path``, ``seg_path`` and
-    ``filename_``.
+    Items have ``image``, (H, W, 3) float32 in [-1, 1]; ``caption``, a list with one caption,
+    chosen at random on each access; ``segmentation``, (H, W, 183) float32 one-hot classes, or the
+    map's colours in the format of ``image``; ``img_path``, ``seg_path`` and ``filename_``.
 
     Args:
-        split: "train2017" or "val2017".
-        random_crop: Cut anywhere instead of from the middle.
-        size: Length that the short side gets, in pixels.
-        onehot_segmentation: Give indicators instead of colours; needs ``use_stuffthing``.
-        use_stuffthing: Take the maps of things and stuff instead of COCO's own of stuff.
+        size: Length of the rescaled short side in pixels.
+        onehot_segmentation: Return one-hot classes instead of colours; needs ``use_stuffthing``.
+        use_stuffthing: Use the maps of things and stuff instead of COCO's own maps of stuff.
         crop_size: Side of the square crops in pixels; by default ``size``.
-        force_no_crop: Rescale whole images to squares of ``size``, whatever their proportions.
-        given_files: Names of class maps (``000000000139.png``): only their images are taken.
+        force_no_crop: Rescale whole images to squares of ``size``, ignoring their aspect ratio.
+        given_files: Names of class maps (``000000000139.png``); keep only their images.
         root: Folder of the data sets; by default TAMING_DATA, or ``data``.
 
     Raises:
-        FileNotFoundError: A part of the data set is not there.
-        ValueError: Options contradict each other.
+        FileNotFoundError: A part of the data set does not exist.
+        ValueError: ``onehot_segmentation`` without ``use_stuffthing``.
     """
+
+    split: ClassVar[str]
+    random_crop: ClassVar[bool]
 
     def __init__(
         self,
-        split: str,
-        random_crop: bool,
         size: int,
         onehot_segmentation: bool = False,
         use_stuffthing: bool = False,
@@ -98,16 +90,12 @@ class CocoBase(Dataset[dict[str, Any]]):
                 "hold colours instead of class numbers"
             )
         folder = data_root(root)
-        self.images = require(folder / "coco" / split, f"the images {split}", COCO)
-        self.maps = _folder_of_maps(folder, split, use_stuffthing)
-        self.captions, names = _read_captions(folder, split)
-        self.items = [
-            (image_id, name)
-            for image_id, name in names
-            if given_files is None or mask_name(name) in given_files
-        ]
-        cut = SquareCrop(size, random_crop, crop_size=crop_size)
-        self.crop: Crop = Stretch(size) if force_no_crop else cut
+        self.images = require(folder / "coco" / self.split, f"the images {self.split}", COCO)
+        self.maps = _folder_of_maps(folder, self.split, use_stuffthing)
+        self.captions, names = _read_captions(folder, self.split)
+        self.items = [n for n in names if given_files is None or mask_name(n[1]) in given_files]
+        square = SquareCrop(size, self.random_crop, crop_size=crop_size)
+        self.crop: Crop = Stretch(size) if force_no_crop else square
         self.decode_map = partial(decode_image, upright=False)
         self.encode_map = to_unit_range
         if onehot_segmentation:
@@ -144,7 +132,7 @@ def _folder_of_maps(root: Path, split: str, use_stuffthing: bool) -> Path:
 
 
 def _read_captions(root: Path, split: str) -> tuple[dict[int, list[str]], list[tuple[int, str]]]:
-    """Return the captions by image number, and all image numbers with file names."""
+    """Return the captions by image id, and pairs (image id, file name)."""
     file = root / "coco" / "annotations" / f"captions_{split}.json"
     content = json.loads(require(file, "the captions", COCO).read_text(encoding="utf-8"))
     captions: dict[int, list[str]] = defaultdict(list)
@@ -154,14 +142,12 @@ def _read_captions(root: Path, split: str) -> tuple[dict[int, list[str]], list[t
 
 
 class CocoImagesAndCaptionsTrain(CocoBase):
-    """The training images, cut anywhere. Arguments are those of :class:`CocoBase`."""
+    """Training images, cropped at random."""
 
-    def __init__(self, size: int, **options: Any) -> None:
-        super().__init__(split="train2017", random_crop=True, size=size, **options)
+    split, random_crop = "train2017", True
 
 
 class CocoImagesAndCaptionsValidation(CocoBase):
-    """The validation images, cut from the middle. Arguments are those of :class:`CocoBase`."""
+    """Validation images, cropped at the centre."""
 
-    def __init__(self, size: int, **options: Any) -> None:
-        super().__init__(split="val2017", random_crop=False, size=size, **options)
+    split, random_crop = "val2017", False

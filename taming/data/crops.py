@@ -1,6 +1,6 @@
-"""Which part of a picture to show: every class here draws a view for a picture's size.
+"""Crops: each class draws a view (rescaling, crop and flip) for a picture of a given size.
 
-Random choices come from torch's global generator, so seeding torch repeats them.
+Random choices use torch's global generator, so seeding torch repeats them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from taming.data.preprocessing import View, scale_short_side
 
 
 class Crop(Protocol):
-    """Draws views of pictures."""
+    """Interface of the crops."""
 
     def draw(self, height: int, width: int) -> View:
         """Draw the view of a picture with ``height`` rows and ``width`` columns."""
@@ -32,19 +32,19 @@ def _draw_offset(room: int, random_crop: bool) -> int:
 
 @dataclass(frozen=True)
 class SquareCrop:
-    """The short side is rescaled, then a square is cut from the middle or anywhere.
+    """Rescale the short side, then crop a square at the centre or at random.
 
     Attributes:
-        size: Length that the short side gets, in pixels; None or 0 leaves it as it is, unless
-            the picture must be enlarged to hold the square.
-        random_crop: Cut anywhere instead of from the middle.
-        random_flip: Mirror every other picture.
-        random_scale: (lo, hi) with 1 <= lo <= hi: the short side is drawn between lo * size and
-            hi * size; None makes it ``size``.
-        allow_upscale: Enlarge pictures that are smaller than asked for. If not, they are cut at
-            their own resolution, and a picture smaller than the square is an error.
-        crop_size: Side of the square in pixels; by default ``size``. With neither, pictures are
-            left whole.
+        size: Length of the rescaled short side in pixels; None or 0 keeps it, unless the picture
+            must be enlarged to contain the square.
+        random_crop: Crop at random instead of at the centre.
+        random_flip: Mirror pictures with probability 1/2.
+        random_scale: (lo, hi) with 1 <= lo <= hi: draw the short side from [lo * size, hi * size];
+            None makes it ``size``.
+        allow_upscale: Enlarge pictures whose short side is too small. False keeps their
+            resolution, and refuses a picture smaller than the square.
+        crop_size: Side of the square in pixels; by default ``size``. With neither, pictures stay
+            whole.
     """
 
     size: int | None
@@ -69,7 +69,7 @@ class SquareCrop:
         """Draw the view of a picture with ``height`` rows and ``width`` columns.
 
         Raises:
-            ValueError: The picture is smaller than the square and may not be enlarged.
+            ValueError: The picture is smaller than the square and ``allow_upscale`` is off.
         """
         flip = _draw_flip(self.random_flip)
         side = self.crop_size or self.size
@@ -78,7 +78,7 @@ class SquareCrop:
         if min(height, width) < side and not self.allow_upscale:
             raise ValueError(
                 f"{width}x{height} pixels are fewer than the crop of {side}x{side}; "
-                f"remove it, choose a smaller size, or set allow_upscale: true"
+                f"remove the picture, choose a smaller size, or set allow_upscale: true"
             )
         short_side = self._draw_short_side(min(height, width), side)
         scaled = scale_short_side(height, width, short_side)
@@ -96,19 +96,19 @@ class SquareCrop:
 
 @dataclass(frozen=True)
 class RandomSquare:
-    """A square of any size is cut anywhere, then rescaled.
+    """Crop a square of random side at random, then rescale it.
 
     Attributes:
-        size: Side of the result in pixels. The square's own side is drawn between it and the
-            picture's short side; smaller pictures are enlarged.
-        random_flip: Mirror every other picture.
+        size: Side of the result in pixels. The side of the square is drawn between ``size`` and
+            the picture's short side; smaller pictures are enlarged.
+        random_flip: Mirror pictures with probability 1/2.
     """
 
     size: int
     random_flip: bool = False
 
     def draw_side(self, short_side: int) -> int:
-        """Draw the side of the square to cut from a picture with this short side."""
+        """Draw the side in pixels of the square to crop from a picture with this short side."""
         return int(torch.randint(min(self.size, short_side), short_side + 1, ()))
 
     def draw(self, height: int, width: int) -> View:
@@ -122,11 +122,11 @@ class RandomSquare:
 
 @dataclass(frozen=True)
 class Stretch:
-    """The whole picture is rescaled to a square, whatever its proportions.
+    """Rescale the whole picture to a square, ignoring its aspect ratio.
 
     Attributes:
         size: Side of the square in pixels.
-        random_flip: Mirror every other picture.
+        random_flip: Mirror pictures with probability 1/2.
     """
 
     size: int

@@ -1,4 +1,4 @@
-"""Your own images: a folder of them, or a text file that lists them."""
+"""Your own images, from a folder or from a text file that lists them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", "
 
 
 def read_path_list(list_file: str | os.PathLike[str]) -> list[str]:
-    """Read a text file that names one image per line.
+    """Read a text file with one image path per line, ignoring blank lines.
 
-    Blank lines are ignored. A relative path is looked for below the working directory first,
-    then below the folder of the list.
+    Relative paths are resolved against the working directory first, then against the folder of
+    the list.
 
     Raises:
-        FileNotFoundError: The list, or files that it names, do not exist.
+        FileNotFoundError: The list, or a file that it names, does not exist.
         ValueError: The list is empty.
     """
     list_path = Path(list_file)
@@ -37,7 +37,7 @@ def read_path_list(list_file: str | os.PathLike[str]) -> list[str]:
     if None in paths:
         name, number = names[paths.index(None)]
         raise FileNotFoundError(
-            f"{paths.count(None)} of the {len(paths)} files that {list_path} names do not exist, "
+            f"{paths.count(None)} of the {len(paths)} files that {list_path} names do not exist; "
             f"the first is {name} (line {number})"
         )
     return [path for path in paths if path is not None]
@@ -53,65 +53,24 @@ class CustomTrain(ImagePaths):
     Args:
         size: Side of the square crops in pixels.
         training_images_list_file: Text file, one path per line.
-        random_crop: Cut anywhere instead of from the middle.
-        random_flip: Mirror every other image.
-        random_scale: [lo, hi]: draw the short side between lo * size and hi * size before the cut.
-        allow_upscale: Enlarge images smaller than ``size``, as the original does; or refuse them.
-        antialias: Rescale with antialiasing; off, results are as in the original.
-        on_error: "raise", or "skip" images that cannot be read or are too small.
+        **options: Options of :class:`~taming.data.base.PicturePaths`, such as ``random_crop``.
     """
 
-    def __init__(
-        self,
-        size: int,
-        training_images_list_file: str,
-        *,
-        random_crop: bool = False,
-        random_flip: bool = False,
-        random_scale: Sequence[float] | None = None,
-        allow_upscale: bool = True,
-        antialias: bool = False,
-        on_error: Literal["raise", "skip"] = "raise",
-    ) -> None:
-        super().__init__(
-            read_path_list(training_images_list_file),
-            size,
-            random_crop,
-            random_flip=random_flip,
-            random_scale=random_scale,
-            allow_upscale=allow_upscale,
-            antialias=antialias,
-            on_error=on_error,
-        )
+    def __init__(self, size: int, training_images_list_file: str, **options: Any) -> None:
+        super().__init__(read_path_list(training_images_list_file), size, **options)
 
 
 class CustomTest(ImagePaths):
-    """Images named by a text file, cut from the middle, for validation and tests.
+    """Images named by a text file, cropped at the centre, for validation and tests.
 
     Args:
         size: Side of the square crops in pixels.
         test_images_list_file: Text file, one path per line.
-        allow_upscale: Enlarge images smaller than ``size``, as the original does; or refuse them.
-        antialias: Rescale with antialiasing; off, results are as in the original.
-        on_error: "raise", or "skip" images that cannot be read or are too small.
+        **options: Options of :class:`~taming.data.base.PicturePaths`, such as ``antialias``.
     """
 
-    def __init__(
-        self,
-        size: int,
-        test_images_list_file: str,
-        *,
-        allow_upscale: bool = True,
-        antialias: bool = False,
-        on_error: Literal["raise", "skip"] = "raise",
-    ) -> None:
-        super().__init__(
-            read_path_list(test_images_list_file),
-            size,
-            allow_upscale=allow_upscale,
-            antialias=antialias,
-            on_error=on_error,
-        )
+    def __init__(self, size: int, test_images_list_file: str, **options: Any) -> None:
+        super().__init__(read_path_list(test_images_list_file), size, **options)
 
 
 def find_images(
@@ -119,18 +78,18 @@ def find_images(
     extensions: Sequence[str] = IMAGE_EXTENSIONS,
     recursive: bool = True,
 ) -> list[Path]:
-    """List the images below a folder, sorted, without hidden files.
+    """List the images below a folder in sorted order, skipping hidden files and folders.
 
     Args:
         root: The folder; links to folders are followed.
-        extensions: File name endings to look for, in any case.
-        recursive: Look into subfolders too.
+        extensions: File name extensions to include; case is ignored.
+        recursive: Include subfolders.
 
     Returns:
         Paths relative to ``root``.
 
     Raises:
-        FileNotFoundError: The folder does not exist, or holds no such file.
+        FileNotFoundError: The folder does not exist or contains no image.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"the image folder {root} does not exist")
@@ -143,10 +102,10 @@ def find_images(
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
-    """List the image files that paths of files and folders name.
+    """List the given image files, replacing each folder by the images below it.
 
     Raises:
-        FileNotFoundError: One of them does not exist, or a folder has no image.
+        FileNotFoundError: A path does not exist, or a folder contains no image.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -168,36 +127,35 @@ def _walk(root: str | os.PathLike[str], recursive: bool) -> Iterator[Path]:
 
 
 def is_held_out(path: Path, fraction: float) -> bool:
-    """Say whether a file belongs to the validation split, by its relative path alone."""
+    """Return True if a file belongs to the validation split, which only its path decides."""
     digest = hashlib.md5(path.as_posix().encode(), usedforsecurity=False).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 class ImageFolder(ImagePaths):
-    """All images in a folder and its subfolders, or a fixed share of them.
+    """Images in a folder and its subfolders, or one split of them.
 
-    Which split an image belongs to follows from its path below ``root``: adding images never
-    moves another one from training to validation.
+    The split of an image depends only on its path below ``root``, so adding images never moves
+    another image between training and validation.
 
     Args:
         root: The folder.
-        size: Side of the square crops in pixels; None leaves images whole.
+        size: Side of the square crops in pixels; None keeps images whole.
         split: "train", "validation", or None for all.
-        validation_fraction: Share of the images held out for "validation", between 0 and 1.
-        labels: Take the folders directly below ``root`` as classes: items get ``class_label``
-            (int64, by sorted folder name, the same in both splits) and ``human_label`` (the name).
-        extensions: File name endings to look for.
-        recursive: Look into subfolders too.
-        random_crop: Cut anywhere instead of from the middle.
-        random_flip: Mirror every other image.
-        random_scale: [lo, hi]: draw the short side between lo * size and hi * size before the cut.
+        validation_fraction: Share of the images held out for "validation", in (0, 1).
+        labels: Use the folders directly below ``root`` as classes: items get ``class_label``
+            (int64, rank of the sorted folder name, equal in both splits) and ``human_label``
+            (the folder name).
+        extensions: File name extensions to include.
+        recursive: Include subfolders.
         allow_upscale: Enlarge images smaller than ``size`` instead of refusing them.
         antialias: Rescale with antialiasing, which large photographs need.
-        on_error: "raise", or "skip" images that cannot be read or are too small.
+        **options: Other options of :class:`~taming.data.base.PicturePaths`.
 
     Raises:
-        FileNotFoundError: The folder does not exist, or holds no image.
-        ValueError: An option is out of range, the split is empty, or an image is in no class.
+        FileNotFoundError: The folder does not exist or contains no image.
+        ValueError: An option is out of range, the split is empty, or ``labels`` is on and an image
+            lies directly in ``root``.
     """
 
     def __init__(
@@ -210,12 +168,9 @@ class ImageFolder(ImagePaths):
         labels: bool = False,
         extensions: Sequence[str] = IMAGE_EXTENSIONS,
         recursive: bool = True,
-        random_crop: bool = False,
-        random_flip: bool = False,
-        random_scale: Sequence[float] | None = None,
         allow_upscale: bool = False,
         antialias: bool = True,
-        on_error: Literal["raise", "skip"] = "raise",
+        **options: Any,
     ) -> None:
         found = find_images(root, extensions, recursive)
         self.classes = _class_names(root, found) if labels else []
@@ -223,13 +178,10 @@ class ImageFolder(ImagePaths):
         super().__init__(
             [Path(root, path) for path in paths],
             size,
-            random_crop,
-            _class_labels(paths, self.classes) if labels else None,
-            random_flip=random_flip,
-            random_scale=random_scale,
+            labels=_class_labels(paths, self.classes) if labels else None,
             allow_upscale=allow_upscale,
             antialias=antialias,
-            on_error=on_error,
+            **options,
         )
 
 
@@ -246,23 +198,20 @@ def _select_split(
     selected = [path for path in paths if is_held_out(path, validation_fraction) == held_out]
     if not selected:
         raise ValueError(
-            f"none of the {len(paths)} images below {root} falls into the {split} split at "
+            f"none of the {len(paths)} images below {root} falls into the {split} split with "
             f"validation_fraction={validation_fraction}; change the fraction or add images"
         )
     return selected
 
 
 def _class_names(root: str, paths: list[Path]) -> list[str]:
-    for path in paths:
-        if len(path.parts) == 1:
-            raise ValueError(f"labels need a subfolder per class, but {path} is directly in {root}")
+    if loose := [path for path in paths if len(path.parts) == 1]:
+        raise ValueError(f"labels needs a folder per class, but {loose[0]} is directly in {root}")
     return sorted({path.parts[0] for path in paths})
 
 
 def _class_labels(paths: list[Path], classes: list[str]) -> dict[str, Any]:
     names = [path.parts[0] for path in paths]
-    index = {name: number for number, name in enumerate(classes)}
-    return {
-        "class_label": np.array([index[name] for name in names], dtype=np.int64),
-        "human_label": names,
-    }
+    number = {name: number for number, name in enumerate(classes)}
+    labels = np.array([number[name] for name in names], dtype=np.int64)
+    return {"class_label": labels, "human_label": names}

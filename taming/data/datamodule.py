@@ -1,4 +1,4 @@
-"""Data sets from a configuration, served by Lightning."""
+"""Lightning data module over data sets from a configuration."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from torch.utils.data import DataLoader, Dataset
 from taming.data.utils import custom_collate
 from taming.util import instantiate_from_config
 
-# Stage -> the splits that it needs; all for one that is not here. A test may follow a fit.
+# Stage -> the splits that it needs; other stages need all, for a test may follow a fit.
 _SPLITS_OF = {"validate": ("validation",), "test": ("test",)}
 
 
 def _count_cpus() -> int:
-    """Count the CPUs that this process may use, which a job's share of a machine may limit."""
+    """Count the CPUs that this process may use; a job scheduler may limit them."""
     if hasattr(os, "sched_getaffinity"):  # not on every system
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class Indexable(Protocol):
-    """Anything with a length and numbered items."""
+    """Object with a length and items by index."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Any: ...
 
 
 class WrappedDataset(Dataset[Any]):
-    """Makes a data set of anything that has a length and numbered items."""
+    """Data set over any object with a length and items by index."""
 
     def __init__(self, dataset: Indexable) -> None:
         self.data = dataset
@@ -46,7 +46,7 @@ class WrappedDataset(Dataset[Any]):
 
 
 class DataModuleFromConfig(pl.LightningDataModule):
-    """Data loaders over the data sets that ``{target, params}`` blocks describe.
+    """Data loaders over data sets given as ``{target, params}`` blocks.
 
     Args:
         batch_size: Items per batch and process.
@@ -54,14 +54,14 @@ class DataModuleFromConfig(pl.LightningDataModule):
         validation: Block of the validation set.
         test: Block of the test set.
         wrap: Wrap the data sets in :class:`WrappedDataset`.
-        num_workers: Loader processes; by default two per item of a batch, at most one per CPU
-            that the process may use.
+        num_workers: Number of loader processes; by default two per item of a batch, at most one
+            per CPU that this process may use.
 
     Attributes:
-        datasets: Split name -> data set, for the splits given that ``setup`` has built.
+        datasets: Split name -> data set, for the splits that ``setup`` has built.
 
     Raises:
-        ValueError: ``batch_size`` or ``num_workers`` is out of range, or there is no split.
+        ValueError: ``batch_size`` or ``num_workers`` is out of range, or no split is given.
     """
 
     def __init__(
@@ -87,25 +87,25 @@ class DataModuleFromConfig(pl.LightningDataModule):
         default_workers = min(2 * batch_size, _count_cpus())
         self.num_workers = default_workers if num_workers is None else num_workers
         self.datasets: dict[str, Any] = {}
-        # Lightning leaves out the loops whose methods are not defined; empty ones would run.
+        # Lightning skips a loop only if its dataloader method is not defined.
         if validation is not None:
             self.val_dataloader = partial(self._loader, "validation")
         if test is not None:
             self.test_dataloader = partial(self._loader, "test")
 
     def prepare_data(self) -> None:
-        """Build the data sets on one process per node, so that the others find downloads done."""
+        """Build the data sets on one process per node, so that it alone downloads files."""
         if self.trainer is not None and self.trainer.state.fn is not None:
             self.setup(self.trainer.state.fn.value)
 
     def setup(self, stage: str | None = None) -> None:
-        """Build the data sets that a stage needs, each the first time only.
+        """Build the data sets that a stage needs, each only once.
 
         Args:
-            stage: "validate" and "test" need one; "fit", and none in particular, all.
+            stage: "validate" and "test" need one data set; "fit" and None need all.
 
         Raises:
-            ValueError: A data set has no items.
+            ValueError: A data set is empty.
         """
         for name in _SPLITS_OF.get(stage or "", self.dataset_configs):
             if name in self.dataset_configs and name not in self.datasets:
@@ -125,8 +125,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return self._loader("train", shuffle=True)
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
-        # Workers are started anew each epoch: their random states follow from the main process's,
-        # which a checkpoint keeps, so a resumed run sees the same crops.
+        # Workers restart in each epoch and derive their random states from the main process,
+        # whose state a checkpoint stores, so a resumed run gets the same crops.
         return DataLoader(
             self.datasets[split],
             batch_size=self.batch_size,

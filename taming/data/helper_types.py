@@ -9,13 +9,13 @@ from torch import Tensor
 
 Image = Tensor | pil_image.Image
 BoundingBox = tuple[float, float, float, float]
-"""Left, top, width, height, as shares of the picture's width and height."""
+"""Left, top, width, height as fractions of the picture's width and height."""
 CropMethodType = Literal["none", "center", "random-1d", "random-2d"]
 SplitType = Literal["train", "validation", "test"]
 
 
 class ImageDescription(NamedTuple):
-    """What COCO says of an image; ``original_size`` is (width, height)."""
+    """COCO's description of an image; ``original_size`` is (width, height) in pixels."""
 
     id: int
     file_name: str
@@ -30,7 +30,7 @@ class ImageDescription(NamedTuple):
 
 
 class Category(NamedTuple):
-    """A kind of object."""
+    """Category of objects."""
 
     id: str
     super_category: str | None
@@ -38,11 +38,11 @@ class Category(NamedTuple):
 
 
 class Annotation(NamedTuple):
-    """One object, or group of objects, in an image.
+    """An object, or a group of objects, in an image.
 
     Attributes:
-        area: Share of the image that its box covers.
-        category_no: Number of its category among those in use.
+        area: Fraction of the image that the box covers.
+        category_no: Number of the category among those in use.
     """
 
     area: float

@@ -1,14 +1,15 @@
-"""Public image sets: from Parquet files in the Hugging Face layout, or by download."""
+"""Public image sets, from Parquet files in the Hugging Face layout or by download."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -29,29 +30,34 @@ CIFAR10_CLASSES = (
 
 
 class LabelledRows(Protocol):
-    """Numbered pairs of a picture, (3, H, W) uint8, and its class, None if there are no classes."""
+    """Sequence of pairs: a picture, (3, H, W) uint8, and its class number or None."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> tuple[Tensor, int | None]: ...
 
 
 class ArrayRows:
-    """Pictures in memory: (N, H, W, 3) uint8, or (N, H, W, 1) in grey, and N classes."""
+    """Pictures in memory.
+
+    Args:
+        images: (N, H, W, 3) uint8, or (N, H, W) or (N, H, W, 1) for grey pictures.
+        labels: N class numbers.
+    """
 
     def __init__(self, images: np.ndarray, labels: Sequence[int]) -> None:
-        self.images = images
+        self.images = images if images.ndim == 4 else images[..., None]
         self.labels = labels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        picture = torch.from_numpy(self.images[index]).permute(2, 0, 1)
-        return picture.expand(3, -1, -1), self.labels[index]
+        picture = torch.from_numpy(self.images[index]).permute(2, 0, 1)  # (3 or 1, H, W)
+        return picture.expand(3, -1, -1), int(self.labels[index])
 
 
 class ParquetRows:
-    """Pictures of a Parquet file, held as encoded bytes and decoded one by one.
+    """Pictures of a Parquet file, decoded on access.
 
     Args:
         path: The file.
@@ -60,7 +66,7 @@ class ParquetRows:
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: It is no Parquet file or lacks a column.
+        ValueError: It is not a Parquet file, or a column is missing or of another type.
     """
 
     def __init__(self, path: str, image_column: str, label_column: str | None) -> None:
@@ -69,7 +75,7 @@ class ParquetRows:
         try:
             self.schema = pq.read_schema(path)
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is no Parquet file: {error}") from error
+            raise ValueError(f"{path} is not a Parquet file: {error}") from error
         self.path = path
         self.image_column = image_column
         self.label_column = label_column
@@ -86,11 +92,11 @@ class ParquetRows:
 
     @cached_property
     def table(self) -> pa.Table:
-        """The columns needed; images stay encoded."""
+        """The two columns; images stay encoded."""
         return pq.read_table(self.path, columns=self.columns, memory_map=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Loader processes open the file themselves: cheaper than sending them all its bytes.
+        # Loader processes reopen the file, which is cheaper than pickling its bytes.
         return {name: value for name, value in vars(self).items() if name != "table"}
 
     def __len__(self) -> int:
@@ -103,22 +109,22 @@ class ParquetRows:
         return image, None if self.label_column is None else row[self.label_column][0].as_py()
 
     def class_names(self) -> list[str]:
-        """Return the class names that Hugging Face wrote into the file; none if it did not."""
+        """Return the class names in the Hugging Face metadata of the file, or an empty list."""
         metadata = json.loads((self.schema.metadata or {}).get(b"huggingface", b"{}"))
         features = metadata.get("info", {}).get("features", {})
         return features.get(self.label_column, {}).get("names", [])
 
 
 class LabelledImages(Dataset[dict[str, Any]]):
-    """Turns labelled pictures into items.
+    """Data set over labelled pictures.
 
-    An item has ``image``, (H, W, 3) float32 in [-1, 1]; where there are classes, ``class_label``
-    (int64) and ``human_label`` (its name, or its number as text).
+    Items have ``image``, (H, W, 3) float32 in [-1, 1], and, if the picture has a class,
+    ``class_label`` (int64) and ``human_label`` (the class's name, or its number as text).
 
     Args:
         rows: The pictures and their classes.
         class_names: Names by class number; may be empty.
-        crop: How to rescale, cut and mirror.
+        crop: Rescaling, cropping and mirroring.
     """
 
     def __init__(self, rows: LabelledRows, class_names: Sequence[str], crop: SquareCrop) -> None:
@@ -146,13 +152,13 @@ class ParquetImages(LabelledImages):
         path: The file.
         image_column: Column of structs with the encoded image in ``bytes``.
         label_column: Column of class numbers, or None.
-        size: Side of the square crops in pixels; None leaves images whole.
-        random_crop: Cut anywhere instead of from the middle.
-        random_flip: Mirror every other image.
+        size: Side of the square crops in pixels; None keeps images whole.
+        random_crop: Crop at random instead of at the centre.
+        random_flip: Mirror images with probability 1/2.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: It is no Parquet file or lacks a column.
+        ValueError: It is not a Parquet file, or a column is missing or of another type.
     """
 
     def __init__(
@@ -168,24 +174,29 @@ class ParquetImages(LabelledImages):
         super().__init__(rows, rows.class_names(), SquareCrop(size, random_crop, random_flip))
 
 
-class CIFAR10(LabelledImages):
-    """CIFAR-10: 50,000 training and 10,000 test images of 32x32 pixels in ten classes.
+class DownloadedImages(LabelledImages, ABC):
+    """Images of a set that torchvision can download; subclasses name it.
 
     Args:
         split: "train" or "test".
-        path: Parquet file of this split with the columns ``img`` and ``label``; None takes the
-            original archive instead.
-        root: Folder of the original archive; by default TAMING_DATA, or ``taming/data`` in the
-            user's cache.
-        download: Fetch the archive if it is not in ``root``.
-        size: Side of the images in pixels; they are enlarged if it is above 32.
-        random_flip: Mirror every other image.
+        path: Parquet file of this split with the columns `image_column` and ``label``; None uses
+            the original files.
+        root: Folder of the original files; by default TAMING_DATA, or ``taming/data`` in the user's
+            cache.
+        download: Download the original files if they are not in ``root``.
+        size: Side of the images in pixels; smaller images are enlarged.
+        random_flip: Mirror images with probability 1/2.
 
     Raises:
-        ConnectionError: The archive cannot be downloaded.
-        FileNotFoundError: Neither the file nor the archive exists, and ``download`` is off.
-        ValueError: There is no such split, or the file is not as described.
+        ConnectionError: The original files cannot be downloaded.
+        FileNotFoundError: The Parquet file does not exist, or the original files do not and
+            ``download`` is off.
+        ValueError: The split is unknown, or the Parquet file lacks a column.
     """
+
+    source: Any  # the class of torchvision.datasets
+    image_column: ClassVar[str]
+    names: ClassVar[Sequence[str]] = ()
 
     def __init__(
         self,
@@ -196,79 +207,53 @@ class CIFAR10(LabelledImages):
         size: int = 32,
         random_flip: bool = False,
     ) -> None:
-        rows = _split_rows(torchvision.datasets.CIFAR10, split, path, root, download, "img")
-        super().__init__(rows, CIFAR10_CLASSES, SquareCrop(size, random_flip=random_flip))
+        if split not in ("train", "test"):
+            raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+        if path is None:
+            folder = data_root(root, cache_folder() / "taming" / "data")
+            rows: LabelledRows = self._original(split, folder, download)
+        else:
+            rows = ParquetRows(path, self.image_column, "label")
+        super().__init__(rows, self.names, SquareCrop(size, random_flip=random_flip))
+
+    def _original(self, split: str, root: Path, download: bool) -> ArrayRows:
+        name, remedy = type(self).__name__, f"{self.remedy(root)}, or pass a Parquet file as path"
+        try:
+            archive = self.source(str(root), train=split == "train", download=download)
+        except (OSError, RuntimeError) as error:
+            if download:
+                raise ConnectionError(f"cannot download {name} ({error}); {remedy}") from error
+            message = f"{name} is not in {root}; set download: true, {remedy}"
+            raise FileNotFoundError(message) from error
+        return ArrayRows(np.asarray(archive.data), archive.targets)
+
+    @abstractmethod
+    def remedy(self, root: Path) -> str:
+        """Return where to get the original files and where to put them."""
 
 
-class MNIST(LabelledImages):
-    """MNIST: 60,000 training and 10,000 test images of handwritten digits, 28x28 pixels in grey.
+class CIFAR10(DownloadedImages):
+    """CIFAR-10: 50,000 training and 10,000 test images of 32x32 pixels in ten classes."""
 
-    Items have three equal channels, as those of every data set.
+    source = torchvision.datasets.CIFAR10
+    image_column = "img"
+    names = CIFAR10_CLASSES
 
-    Args:
-        split: "train" or "test".
-        path: Parquet file of this split with the columns ``image`` and ``label``; None takes the
-            original files instead.
-        root: See `CIFAR10`, as ``download``.
-        size: Side of the images in pixels; they are enlarged if it is above 28.
+    def remedy(self, root: Path) -> str:
+        """Name the archive, its address and the root."""
+        return f"put {self.source.filename} from {self.source.url} into {root}"
 
-    Raises:
-        ConnectionError: The files cannot be downloaded.
-        FileNotFoundError: Neither the Parquet file nor the original files exist, and ``download``
-            is off.
-        ValueError: There is no such split, or the file is not as described.
+
+class MNIST(DownloadedImages):
+    """MNIST: 60,000 training and 10,000 test images of handwritten digits, 28x28 grey pixels.
+
+    Items have three equal channels, so that all data sets agree.
     """
 
-    def __init__(
-        self,
-        split: Literal["train", "test"] = "train",
-        path: str | None = None,
-        root: str | None = None,
-        download: bool = True,
-        size: int = 32,
-    ) -> None:
-        rows = _split_rows(torchvision.datasets.MNIST, split, path, root, download, "image")
-        super().__init__(rows, (), SquareCrop(size))
+    source = torchvision.datasets.MNIST
+    image_column = "image"
 
-
-Source = type[torchvision.datasets.CIFAR10] | type[torchvision.datasets.MNIST]
-
-
-def _split_rows(
-    source: Source,
-    split: str,
-    path: str | None,
-    root: str | None,
-    download: bool,
-    image_column: str,
-) -> LabelledRows:
-    """Rows of a split, from a Parquet file or else from the files that torchvision reads."""
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    if path is not None:
-        return ParquetRows(path, image_column, "label")
-    folder = data_root(root, cache_folder() / "taming" / "data")
-    return _archive(source, split, folder, download)
-
-
-def _archive(source: Source, split: str, root: Path, download: bool) -> ArrayRows:
-    name, files, place = _origin(source, root)
-    remedy = f"put {files} into {place}, or pass a Parquet file as path"
-    try:
-        archive = source(str(root), train=split == "train", download=download)
-    except (OSError, RuntimeError) as error:
-        if download:
-            raise ConnectionError(f"cannot download {name} ({error}); {remedy}") from error
-        raise FileNotFoundError(f"{name} is not in {root}; set download: true, {remedy}") from error
-    images = np.asarray(archive.data)
-    if images.ndim == 3:
-        images = images[..., None]
-    return ArrayRows(images, [int(target) for target in archive.targets])
-
-
-def _origin(source: Source, root: Path) -> tuple[str, str, Path]:
-    """Name of a data set, its files and where they come from, and the folder they belong in."""
-    if issubclass(source, torchvision.datasets.CIFAR10):
-        return "CIFAR-10", f"{source.filename} from {source.url}", root
-    names = ", ".join(name for name, _ in source.resources)
-    return "MNIST", f"{names} from {source.mirrors[0]}", root / "MNIST" / "raw"
+    def remedy(self, root: Path) -> str:
+        """Name the four files, their address and torchvision's folder for them."""
+        files = ", ".join(name for name, _ in self.source.resources)
+        return f"put {files} from {self.source.mirrors[0]} into {root / 'MNIST' / 'raw'}"

@@ -1,8 +1,9 @@
 """Crops and flips of single pictures that also return what they did.
 
-They take Pillow images and tensors (C, H, W), cut at the picture's own resolution, and draw from
-torch's global generator. The data sets themselves draw :class:`~taming.data.preprocessing.View`
-objects, which rescale too and serve several pictures at once.
+They take Pillow images or tensors (C, H, W), crop at the picture's own resolution, and use torch's
+global random generator. The data sets use :class:`~taming.data.preprocessing.View` instead, which
+also rescales and applies to several pictures at once. Boxes are left, top, width and height as
+fractions of the picture.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from taming.data.helper_types import BoundingBox, Image
 
 
 def convert_pil_to_tensor(image: pil_image.Image) -> Tensor:
-    """Turn a Pillow image into a tensor (C, H, W) uint8."""
+    """Convert a Pillow image to (C, H, W) uint8."""
     return F.pil_to_tensor(image)
 
 
 def _size(image: Image) -> tuple[int, int]:
-    height, width = F.get_size(cast(Tensor, image))  # takes Pillow images too, whatever it declares
+    height, width = F.get_size(cast(Tensor, image))  # accepts Pillow images despite its annotation
     return height, width
 
 
@@ -35,17 +36,19 @@ def _cut(image: Image, crop: Crop) -> tuple[BoundingBox, Image]:
 
 
 class CenterCropReturnCoordinates:
-    """Cuts a square from the middle.
+    """Crop a square from the centre.
 
     Args:
-        size: Its side in pixels.
+        size: Side of the square in pixels.
     """
 
+    random_crop = False
+
     def __init__(self, size: int) -> None:
-        self.crop = SquareCrop(None, crop_size=size, allow_upscale=False)
+        self.crop = SquareCrop(None, self.random_crop, crop_size=size, allow_upscale=False)
 
     def __call__(self, image: Image) -> tuple[BoundingBox, Image]:
-        """Return the square's box in the picture, and the square.
+        """Return the box of the square, and the square.
 
         Raises:
             ValueError: The picture is smaller than the square.
@@ -53,53 +56,40 @@ class CenterCropReturnCoordinates:
         return _cut(image, self.crop)
 
 
-class RandomCrop1dReturnCoordinates:
-    """Cuts a square anywhere; of a picture whose short side is ``size``, along the long side.
+class RandomCrop1dReturnCoordinates(CenterCropReturnCoordinates):
+    """Crop a square at random: along the long side, if the short side equals ``size``."""
 
-    Args:
-        size: Its side in pixels.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.crop = SquareCrop(None, random_crop=True, crop_size=size, allow_upscale=False)
-
-    def __call__(self, image: Image) -> tuple[BoundingBox, Image]:
-        """Return the square's box in the picture, and the square.
-
-        Raises:
-            ValueError: The picture is smaller than the square.
-        """
-        return _cut(image, self.crop)
+    random_crop = True
 
 
 class Random2dCropReturnCoordinates:
-    """Cuts a square of any side from ``min_size`` up to the picture's short side, anywhere.
+    """Crop a square of random side, from ``min_size`` to the picture's short side, at random.
 
     Args:
-        min_size: Its least side in pixels; smaller pictures give the largest square they hold.
+        min_size: Smallest side in pixels; from smaller pictures the largest square is cropped.
     """
 
     def __init__(self, min_size: int) -> None:
         self.crop = RandomSquare(min_size)
 
     def __call__(self, image: Image) -> tuple[BoundingBox, Image]:
-        """Return the square's box in the picture, and the square."""
+        """Return the box of the square, and the square."""
         side = self.crop.draw_side(min(_size(image)))
         return _cut(image, SquareCrop(None, random_crop=True, crop_size=side))
 
 
 class RandomHorizontalFlipReturn:
-    """Mirrors pictures at random.
+    """Mirror pictures at random.
 
     Args:
-        p: Share of the pictures that are mirrored.
+        p: Probability of mirroring.
     """
 
     def __init__(self, p: float = 0.5) -> None:
         self.p = p
 
     def __call__(self, image: Image) -> tuple[bool, Image]:
-        """Return whether the picture was mirrored, and the picture."""
+        """Return True if the picture was mirrored, and the picture."""
         if torch.rand(()) < self.p:
             return True, F.horizontal_flip(cast(Tensor, image))
         return False, image

@@ -1,9 +1,9 @@
 """ImageNet (ILSVRC2012) from its folder, with class labels.
 
-Below the data root, for each of ``ILSVRC2012_train`` and ``ILSVRC2012_validation``:
-``data/<synset>/*.JPEG``, optionally ``filelist.txt`` with all of these paths below ``data``,
-``synset_human.txt`` (synset and its name per line) and, for ``sub_indices``,
-``index_synset.yaml`` (class number: synset). The last two are fetched if they are missing.
+Files in each of ``ILSVRC2012_train`` and ``ILSVRC2012_validation`` below the data root:
+``data/<synset>/*.JPEG``; optionally ``filelist.txt``, the paths of these images below ``data``;
+``synset_human.txt`` (a synset and its name per line); and, for ``sub_indices``,
+``index_synset.yaml`` (class number: synset). The last two are downloaded if missing.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import yaml
-from torch.utils.data import Dataset
 
 from taming.data.base import ImagePaths
 from taming.data.roots import cache_folder, data_root, read_list, require
@@ -27,18 +26,18 @@ NUMBERS_URL = "https://heibox.uni-heidelberg.de/f/d835d5b6ceda4d3aa910/?dl=1"
 
 CONFIG_KEYS = {"size", "sub_indices", "root", "ImageNetTrain", "ImageNetValidation"}
 
-# Left out by the original, so that class counts agree.
+# The original leaves this image out; class counts agree only without it.
 IGNORED = {"n06596364_9591.JPEG"}
 
 
 def str_to_indices(string: str) -> list[int]:
-    """Read class numbers from text such as "32-123, 256, 280-321"; ranges include their ends.
+    """Parse class numbers such as "32-123, 256, 280-321"; ranges include their ends.
 
     Returns:
-        The numbers, sorted, each of them once.
+        The distinct numbers in ascending order.
 
     Raises:
-        ValueError: The text cannot be read so.
+        ValueError: The text does not have this form.
     """
     indices: set[int] = set()
     for part in string.split(","):
@@ -55,14 +54,10 @@ def str_to_indices(string: str) -> list[int]:
 def give_synsets_from_indices(
     indices: Iterable[int], path_to_yaml: str | os.PathLike[str]
 ) -> list[str]:
-    """Look up the synsets of class numbers.
-
-    Args:
-        indices: Class numbers, 0 to 999.
-        path_to_yaml: File that maps class numbers to synsets.
+    """Look up the synsets of class numbers (0 to 999) in a file that maps numbers to synsets.
 
     Raises:
-        ValueError: The file has no such class number.
+        ValueError: A class number is missing from the file.
     """
     synsets = yaml.safe_load(Path(path_to_yaml).read_text(encoding="utf-8"))
     unknown = [index for index in indices if index not in synsets]
@@ -78,7 +73,7 @@ def _fetched(path: Path, url: str) -> Path:
 
 
 def _find_images(folder: Path) -> list[str]:
-    """List ``synset/name.JPEG`` for all images; ImageNet has too many for anything slower."""
+    """List ``synset/name.JPEG`` of all images, without a stat call for each of the 1.3 million."""
     synsets = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     return [
         f"{synset}/{name}"
@@ -88,41 +83,48 @@ def _find_images(folder: Path) -> list[str]:
     ]
 
 
-class ImageNetBase(Dataset[dict[str, Any]]):
-    """One split of ImageNet.
+class ImageNetBase(ImagePaths):
+    """One split of ImageNet; subclasses name it.
 
-    An item has ``image``, (H, W, 3) float32 in [-1, 1]; ``class_label`` (int64), the number of
-    its synset among the sorted synsets in use; ``human_label``, ``synsets``, ``relpath`` and
+    Items have ``image``, (H, W, 3) float32 in [-1, 1]; ``class_label`` (int64), the rank of the
+    image's synset among the sorted synsets in use; ``human_label``, ``synsets``, ``relpath`` and
     ``file_path_``.
 
     Args:
-        name: "ILSVRC2012_train" or "ILSVRC2012_validation".
-        random_crop: Cut anywhere instead of from the middle.
         config: ``size``: side of the square crops in pixels (absent or 0: whole images);
-            ``sub_indices``: class numbers to take, see :func:`str_to_indices`; ``root``: folder of
-            the data sets, by default TAMING_DATA, or ``autoencoders/data`` in the user's cache.
+            ``sub_indices``: class numbers to keep, such as "30-32, 80"; ``root``: folder of the
+            data sets, by default TAMING_DATA, or ``autoencoders/data`` in the user's cache;
+            ``random_crop`` in a block of the class's name: crop at random, not at the centre.
 
     Raises:
-        FileNotFoundError: The folder is not there.
-        ConnectionError: A label file is missing and cannot be fetched.
+        FileNotFoundError: The folder of the split does not exist.
+        ConnectionError: A label file is missing and cannot be downloaded.
         ValueError: A key of ``config`` is unknown, or no image is left.
     """
 
-    def __init__(self, name: str, random_crop: bool, config: Mapping[str, Any]) -> None:
+    folder: ClassVar[str]
+    block: ClassVar[str]
+    random_crop: ClassVar[bool]
+
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        config = config or {}
         if unknown := set(config) - CONFIG_KEYS:
             raise ValueError(f"config has unknown keys {unknown}; valid: {sorted(CONFIG_KEYS)}")
         default = cache_folder() / "autoencoders" / "data"
-        self.root = data_root(config.get("root"), default) / name
-        folder = require(self.root / "data", f"the images of {name}", SOURCE)
+        self.root = data_root(config.get("root"), default) / self.folder
+        images = require(self.root / "data", f"the images of {self.folder}", SOURCE)
         filelist = self.root / "filelist.txt"
-        found = read_list(filelist) if filelist.exists() else _find_images(folder)
+        found = read_list(filelist) if filelist.exists() else _find_images(images)
         relpaths = self._select(found, config.get("sub_indices"))
         if not relpaths:
-            raise ValueError(f"none of the {len(found)} images in {folder} belongs to the classes")
-        self.data = ImagePaths(
-            [os.path.join(folder, path) for path in relpaths],
+            raise ValueError(
+                f"none of the {len(found)} images in {images} belongs to the classes that "
+                f"sub_indices selects: {config.get('sub_indices')!r}"
+            )
+        super().__init__(
+            [os.path.join(images, path) for path in relpaths],
             config.get("size"),
-            random_crop,
+            (config.get(self.block) or {}).get("random_crop", self.random_crop),
             self._labels(relpaths),
         )
 
@@ -138,7 +140,7 @@ class ImageNetBase(Dataset[dict[str, Any]]):
         lines = read_list(_fetched(self.root / "synset_human.txt", NAMES_URL), NAMES_URL)
         names = {synset: name for synset, name in (line.split(maxsplit=1) for line in lines)}
         synsets, labels = np.unique([p.partition("/")[0] for p in relpaths], return_inverse=True)
-        known = [str(synset) for synset in synsets]  # shared by all images of a class
+        known = [str(synset) for synset in synsets]  # one object for all images of a class
         return {
             "relpath": relpaths,
             "synsets": [known[label] for label in labels],
@@ -146,37 +148,14 @@ class ImageNetBase(Dataset[dict[str, Any]]):
             "human_label": [names[known[label]] for label in labels],
         }
 
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.data[index]
-
-
-def _option(config: Mapping[str, Any], name: str, default: bool) -> bool:
-    return (config.get(name) or {}).get("random_crop", default)
-
 
 class ImageNetTrain(ImageNetBase):
-    """The training images, cut anywhere unless ``config`` has ``ImageNetTrain.random_crop: false``.
+    """Training images, cropped at random unless ``ImageNetTrain.random_crop`` is false."""
 
-    Args:
-        config: See :class:`ImageNetBase`.
-    """
-
-    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
-        config = config or {}
-        super().__init__("ILSVRC2012_train", _option(config, "ImageNetTrain", True), config)
+    folder, block, random_crop = "ILSVRC2012_train", "ImageNetTrain", True
 
 
 class ImageNetValidation(ImageNetBase):
-    """The validation images, cut in the middle unless ``ImageNetValidation.random_crop`` is true.
+    """Validation images, cropped at random only if ``ImageNetValidation.random_crop`` is true."""
 
-    Args:
-        config: See :class:`ImageNetBase`.
-    """
-
-    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
-        config = config or {}
-        random_crop = _option(config, "ImageNetValidation", False)
-        super().__init__("ILSVRC2012_validation", random_crop, config)
+    folder, block, random_crop = "ILSVRC2012_validation", "ImageNetValidation", False

@@ -5,8 +5,8 @@ A configuration names these lists by their dotted paths.
 
 from __future__ import annotations
 
-# Name and number of boxes in the training split. Names below 100 boxes complete COCO's categories;
-# their numbers are nominal.
+# Name and number of boxes in the training split. Names with fewer than 100 boxes complete COCO's
+# categories; their numbers are nominal.
 _CLASSES = """
 Man 1060962; Clothing 986610; Tree 748162; Woman 611896; Person 610294; Human face 442948;
 Girl 175399; Building 162147; Car 159135; Plant 155704; Human body 137073; Flower 133128;
@@ -72,7 +72,7 @@ top_300_classes_plus_coco_compatibility: list[tuple[str, int]] = [
     (name.strip(), int(count))
     for name, count in (entry.rsplit(maxsplit=1) for entry in _CLASSES.split(";"))
 ]
-"""The most frequent categories, and those that COCO has too: (name, number of boxes)."""
+"""The most frequent categories and those shared with COCO: (name, number of boxes)."""
 
 open_images_unify_categories_for_coco: dict[str, str] = {
     "/m/03bt1vf": "/m/01g317",  # Woman: Person
@@ -88,4 +88,4 @@ open_images_unify_categories_for_coco: dict[str, str] = {
     "/m/046dlr": "/m/01x3z",  # Alarm clock: Clock
     "/m/0h8mzrc": "/m/01x3z",  # Wall clock: Clock
 }
-"""Category ids that COCO does not tell apart: finer -> coarser."""
+"""Category ids that COCO does not distinguish: finer -> coarser."""

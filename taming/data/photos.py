@@ -1,7 +1,7 @@
-"""The embedded default: the colour photographs that ship inside the scikit-image package.
+"""The bundled default: colour photographs that ship with the scikit-image package.
 
-No network is needed. Whole photographs are held out for validation. ``color.png``, the other
-colour picture there, is a synthetic colour wheel and is left out.
+They need no network. Whole photographs are held out for validation. ``color.png``, the package's
+other colour picture, is a synthetic colour wheel and is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import adjust_hue
 from taming.data.crops import SquareCrop
 from taming.data.preprocessing import View, decode_image, scale_short_side, to_unit_range
 
-# The two motorcycle pictures are a stereo pair, one scene, and must stay on the same side.
+# The two motorcycle pictures are a stereo pair of one scene and must be in the same split.
 TRAIN_PHOTOS = (
     "astronaut.png",
     "motorcycle_left.png",
@@ -34,15 +34,18 @@ VALIDATION_PHOTOS = ("chelsea.png", "coffee.png")
 
 
 def load_photos(names: Sequence[str], size: int) -> list[Tensor]:
-    """Decode photographs of the scikit-image package into (3, H, W) uint8 each.
+    """Decode photographs of the scikit-image package.
 
     Args:
-        names: Their file names.
-        size: Crop that each of them must be large enough for, in pixels.
+        names: File names of the photographs.
+        size: Side in pixels of the crops that each must be large enough for.
+
+    Returns:
+        One (3, H, W) uint8 per name.
 
     Raises:
-        FileNotFoundError: The installed scikit-image does not ship one of them.
-        ValueError: One of them is smaller than ``size``.
+        FileNotFoundError: The installed scikit-image lacks a photograph.
+        ValueError: A photograph is smaller than ``size``.
     """
     photos = []
     for name in names:
@@ -58,17 +61,18 @@ def load_photos(names: Sequence[str], size: int) -> list[Tensor]:
 
 
 class PhotosTrain(Dataset[dict[str, Any]]):
-    """Random crops of the training photographs, drawn from torch's global generator.
+    """Random crops of the training photographs, from torch's global generator.
 
-    An item has ``image``, (size, size, 3) float32 in [-1, 1], and ``file_path_``, the name.
+    Items have ``image``, (size, size, 3) float32 in [-1, 1], and ``file_path_``, the file name.
 
     Args:
         size: Side of the square crops in pixels.
         length: Number of items; item i shows photograph i modulo their number.
-        scale: (lo, hi): the photograph's short side is drawn between lo * size and hi * size, never
+        scale: (lo, hi): draw the photograph's short side from [lo * size, hi * size], but never
             above its own resolution.
-        flip: Mirror every other crop.
-        hue: Largest turn of the colour circle, 0 to 0.5: seven photographs hold few colours.
+        flip: Mirror crops with probability 1/2.
+        hue: Largest rotation of the colour circle, in [0, 0.5] of it: seven photographs contain
+            few colours.
 
     Raises:
         ValueError: ``hue`` or ``scale`` is out of range.
@@ -109,12 +113,12 @@ def tile(height: int, width: int, size: int, scale: float) -> list[View]:
 
     Args:
         height: Rows of the photograph.
-        width: Its columns.
+        width: Columns of the photograph.
         size: Side of the views in pixels.
-        scale: The short side becomes scale * size, at most its own length.
+        scale: Rescale the short side to scale * size, at most its own length.
 
     Returns:
-        The views, row by row; neighbours overlap as little as covering everything allows.
+        The fewest views that cover the photograph, row by row.
     """
     scaled = scale_short_side(height, width, min(scale * size, height, width))
     tops, lefts = (_spread(side, size) for side in scaled)
@@ -127,17 +131,18 @@ def _spread(side: int, size: int) -> list[int]:
 
 
 class PhotosValidation(Dataset[dict[str, Any]]):
-    """A fixed grid of crops of the held-out photographs, coarse views first.
+    """Fixed grid of crops of the held-out photographs, coarsest scale first.
 
     Items are as in :class:`PhotosTrain`; neighbouring items show different photographs.
 
     Args:
         size: Side of the square crops in pixels.
-        length: Number of items; None takes the whole grid (18 crops of 128 pixels).
-        scales: The grid is laid over each photograph rescaled to a short side of scale * size.
+        length: Number of items; None keeps the whole grid (18 crops of 128 pixels).
+        scales: Lay a grid over each photograph rescaled to a short side of scale * size.
 
     Raises:
-        ValueError: The photographs are smaller than ``size``, or the grid than ``length``.
+        ValueError: A photograph is smaller than ``size``, a scale is below 1, or the grid has
+            fewer than ``length`` crops.
     """
 
     def __init__(
@@ -150,7 +155,7 @@ class PhotosValidation(Dataset[dict[str, Any]]):
         if length is not None and length > len(views):
             raise ValueError(
                 f"length is {length}, but the held-out photographs have only {len(views)} crops of "
-                f"{size} pixels at the scales {list(scales)}; lower it or add a scale"
+                f"{size} pixels at the scales {list(scales)}; lower length or add a scale"
             )
         self.views = views[:length]
 
@@ -159,7 +164,7 @@ class PhotosValidation(Dataset[dict[str, Any]]):
         for number, photo in enumerate(self.photos):
             height, width = photo.shape[-2:]
             tiles = [(number, v) for scale in scales for v in tile(height, width, size, scale)]
-            per_photo.append(dict.fromkeys(tiles))  # Scales above the resolution coincide.
+            per_photo.append(dict.fromkeys(tiles))  # scales above the resolution coincide
         return [item for group in zip_longest(*per_photo) for item in group if item is not None]
 
     def __len__(self) -> int:

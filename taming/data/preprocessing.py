@@ -1,8 +1,8 @@
-"""From a picture file to a training example: decode, and show a view of what was decoded.
+"""Decode picture files, then rescale, crop and mirror them.
 
-Pictures are tensors (C, H, W): C channels (3, red green blue, for images; 1 for masks and depth),
-H rows, W columns. Rescaling follows OpenCV's conventions (half-pixel centres, no antialiasing
-unless asked for), because the published models were trained and measured on pictures made so.
+Axis letters: C channels (3, RGB, for images; 1 for masks and depth), H rows, W columns. Rescaling
+follows OpenCV's conventions (half-pixel centres, no antialiasing by default), because the
+published models were trained and measured on such pictures.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from taming.pictures import decode, to_rgb
 from taming.util import DataError
 
 File = str | os.PathLike[str] | IO[bytes]
@@ -33,12 +34,12 @@ INTERPOLATIONS = {
 
 
 def interpolation_mode(name: str) -> InterpolationMode:
-    """Return the way to rescale that a configuration names.
+    """Look up an interpolation by its name in configurations.
 
-    "area" and "lanczos" are Pillow's; both average over the pixels that one pixel covers.
+    "area" and "lanczos" are Pillow's; both average over the pixels that one new pixel covers.
 
     Raises:
-        ValueError: There is none of this name.
+        ValueError: The name is unknown.
     """
     if name not in INTERPOLATIONS:
         valid = ", ".join(INTERPOLATIONS)
@@ -48,63 +49,43 @@ def interpolation_mode(name: str) -> InterpolationMode:
 
 @contextmanager
 def error_context(what: str) -> Iterator[None]:
-    """Turn a ValueError into a `DataError` that names what is being read."""
+    """Re-raise a ValueError as a `DataError` whose message starts with ``what``.
+
+    Args:
+        what: What is being read, such as "image a.png".
+    """
     try:
         yield
     except ValueError as error:
         raise DataError(f"{what}: {error}") from error
 
 
-def _decode(file: File, convert: Callable[[Image.Image], Tensor]) -> Tensor:
-    try:
-        with Image.open(file) as image:
-            return convert(image)
-    # A damaged file makes Pillow raise OSError, SyntaxError, struct.error, EOFError and others.
-    except Exception as error:
-        raise ValueError(f"cannot be decoded as an image: {error}") from error
-
-
 def decode_image(file: File, upright: bool = True) -> Tensor:
-    """Decode an image file of any kind that Pillow reads, in colour.
-
-    Grey, palette, CMYK and transparent images become RGB.
+    """Decode an image file of any format that Pillow reads, and convert it to RGB.
 
     Args:
         file: A path, or an open binary file.
-        upright: Apply the EXIF orientation. Masks, depth maps and boxes belong to images as they
-            are stored, so these must not be turned.
+        upright: Apply the EXIF orientation. Masks, depth maps and boxes refer to the stored
+            image, so an image that goes with them must not be rotated.
 
     Returns:
         (3, H, W) uint8.
 
     Raises:
-        ValueError: The file is missing, truncated or no image.
+        ValueError: The file is missing, truncated or not an image.
     """
 
-    def convert(image: Image.Image) -> Tensor:
-        return F.pil_to_tensor(_to_rgb(ImageOps.exif_transpose(image) if upright else image))
-
-    return _decode(file, convert)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # Pillow would clip 16-bit grey at 255, which turns nearly every picture white.
-        grey = np.asarray(image).clip(0, 65535) / 257
-        image = Image.fromarray(grey.round().astype(np.uint8))
-    if image.mode == "P":
-        image = image.convert("RGBA")  # Straight to RGB, transparent palettes raise a warning.
-    return image.convert("RGB")
+    return decode(file, lambda image: F.pil_to_tensor(to_rgb(image, upright)))
 
 
 def decode_mask(file: File) -> Tensor:
-    """Decode a class map that holds one class number per pixel.
+    """Decode a class map with one class number per pixel.
 
     Returns:
         (1, H, W) uint8.
 
     Raises:
-        ValueError: The file cannot be decoded, or has more than one byte per pixel.
+        ValueError: The file cannot be decoded or has more than one byte per pixel.
     """
 
     def convert(image: Image.Image) -> Tensor:
@@ -112,7 +93,7 @@ def decode_mask(file: File) -> Tensor:
             raise ValueError(f"expected one class number per pixel, found colours ({image.mode})")
         return F.pil_to_tensor(image)
 
-    return _decode(file, convert)
+    return decode(file, convert)
 
 
 def decode_depth(file: File) -> Tensor:
@@ -122,7 +103,7 @@ def decode_depth(file: File) -> Tensor:
         (1, H, W) float32, rescaled to [-1, 1].
 
     Raises:
-        ValueError: The file cannot be decoded, or has not four bytes per pixel.
+        ValueError: The file cannot be decoded or does not have four bytes per pixel.
     """
 
     def convert(image: Image.Image) -> Tensor:
@@ -132,47 +113,47 @@ def decode_depth(file: File) -> Tensor:
         scaled = (depth - depth.min()) / max(1e-8, depth.max() - depth.min())
         return torch.from_numpy(2 * scaled - 1)[None]
 
-    return _decode(file, convert)
+    return decode(file, convert)
 
 
 def read_pair(image: str, other: str, decode: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
-    """Read an image as it is stored, and a map of it.
+    """Read an image in its stored orientation, and a map of it.
 
     Args:
         image: Path of the image.
         other: Path of the map.
-        decode: Reads the map, such as :func:`decode_mask`.
+        decode: Decodes the map, such as :func:`decode_mask`.
 
     Returns:
-        The image (3, H, W) uint8, and what ``decode`` returns.
+        The image (3, H, W) uint8, and the decoded map.
 
     Raises:
-        DataError: One of them cannot be decoded, or they have other shapes; names the file.
+        DataError: A file cannot be decoded, or the aspect ratios differ; names the file.
     """
     with error_context(f"image {image}"):
         picture = decode_image(image, upright=False)
     with error_context(f"map {other}"):
-        drawn = decode(other)
-    (height, width), (rows, columns) = picture.shape[-2:], drawn.shape[-2:]
-    # A map may be smaller or larger, with sides that are rounded by less than a pixel.
+        map_ = decode(other)
+    (height, width), (rows, columns) = picture.shape[-2:], map_.shape[-2:]
+    # A map may be smaller or larger, with sides rounded by less than a pixel.
     if abs(height * columns - width * rows) > max(height + width, rows + columns):
         raise DataError(
-            f"the image {image} is {width} x {height} pixels as it is stored (EXIF orientation "
-            f"plays no part), but its map {other} is {columns} x {rows}: their shapes must agree"
+            f"the stored image {image} is {width} x {height} pixels (its EXIF orientation is "
+            f"ignored), but its map {other} is {columns} x {rows}: their aspect ratios must agree"
         )
-    return picture, drawn
+    return picture, map_
 
 
 def to_unit_range(picture: Tensor) -> np.ndarray:
-    """Turn a uint8 picture (C, H, W) into what models take: (H, W, C) float32 in [-1, 1]."""
+    """Convert a picture (C, H, W) uint8 to (H, W, C) float32 in [-1, 1]."""
     return picture.permute(1, 2, 0).to(torch.float32).div(127.5).sub(1).contiguous().numpy()
 
 
 def one_hot(mask: Tensor, n_labels: int) -> np.ndarray:
-    """Turn a class map (1, H, W) into indicators: (H, W, n_labels) float32, 0 or 1.
+    """Convert a class map (1, H, W) to one-hot vectors (H, W, n_labels) float32.
 
     Raises:
-        ValueError: A class number is too high.
+        ValueError: A class number is not below ``n_labels``.
     """
     highest = int(mask.max())
     if highest >= n_labels:
@@ -181,7 +162,7 @@ def one_hot(mask: Tensor, n_labels: int) -> np.ndarray:
 
 
 def _nearest(length: int, new_length: int) -> Tensor:
-    """Return which of ``length`` pixels each of ``new_length`` shows, rounded as OpenCV does."""
+    """Return the source pixel of each of ``new_length`` pixels, (new_length,) int64, as OpenCV."""
     step = 1 / (new_length / length)
     return (torch.arange(new_length, dtype=torch.float64) * step).long().clamp(max=length - 1)
 
@@ -195,34 +176,34 @@ def resize(
         picture: (C, H, W), any dtype; uint8 for BOX and LANCZOS.
         size: (rows, columns) of the result.
         interpolation: One of :data:`INTERPOLATIONS`.
-        antialias: Average over all the pixels that one pixel of the result covers.
+        antialias: Average over all pixels that one new pixel covers.
 
     Returns:
-        (C, rows, columns), dtype as given.
+        (C, rows, columns) of the same dtype.
     """
-    if interpolation in (InterpolationMode.BOX, InterpolationMode.LANCZOS):  # Pillow's alone
+    if interpolation in (InterpolationMode.BOX, InterpolationMode.LANCZOS):  # only Pillow has them
         return F.pil_to_tensor(F.resize(F.to_pil_image(picture), list(size), interpolation))
     if interpolation == InterpolationMode.NEAREST:
         rows, columns = map(_nearest, picture.shape[-2:], size)
         return picture[:, rows[:, None], columns]
     if not antialias and picture.dtype == torch.uint8:
-        # OpenCV rounds halves up; torch's uint8 path comes out a third of a level too bright.
+        # OpenCV rounds half up; torch's uint8 path is a third of a grey level too bright.
         resized = F.resize(picture.to(torch.float32), list(size), interpolation, antialias=False)
         return (resized + 0.5).clamp(0, 255).to(torch.uint8)
     return F.resize(picture, list(size), interpolation, antialias=antialias)
 
 
 class View(NamedTuple):
-    """What is shown of a picture: rescaled, cut and perhaps mirrored.
+    """Rescaling, crop and flip of a picture.
 
-    Apply one view to several pictures (image, mask, depth) to keep them aligned.
+    Applying one view to an image, its mask and its depth keeps them aligned.
 
     Attributes:
-        scaled: (rows, columns) the whole picture is rescaled to.
-        top: First row of the cut.
-        left: First column of the cut.
-        height: Rows of the cut.
-        width: Columns of the cut.
+        scaled: (rows, columns) of the whole rescaled picture.
+        top: First row of the crop.
+        left: First column of the crop.
+        height: Rows of the crop.
+        width: Columns of the crop.
         flip: Mirror left and right.
     """
 
@@ -235,7 +216,7 @@ class View(NamedTuple):
 
     @property
     def bbox(self) -> tuple[float, float, float, float]:
-        """The cut in the picture before mirroring: left, top, width, height as shares of it."""
+        """Left, top, width, height of the crop before mirroring, as fractions of the picture."""
         rows, columns = self.scaled
         return self.left / columns, self.top / rows, self.width / columns, self.height / rows
 
@@ -245,15 +226,15 @@ class View(NamedTuple):
         interpolation: InterpolationMode = InterpolationMode.BILINEAR,
         antialias: bool = False,
     ) -> Tensor:
-        """Show this view of a picture.
+        """Rescale, crop and mirror a picture.
 
         Args:
             picture: (C, H, W), any dtype.
             interpolation: BILINEAR for images, NEAREST for class maps.
-            antialias: Average over all the pixels that one pixel of the result covers.
+            antialias: Average over all pixels that one new pixel covers.
 
         Returns:
-            (C, height, width), dtype as given.
+            (C, height, width) of the same dtype.
         """
         picture = resize(picture, self.scaled, interpolation, antialias)
         picture = F.crop(picture, self.top, self.left, self.height, self.width)
@@ -261,6 +242,6 @@ class View(NamedTuple):
 
 
 def scale_short_side(height: int, width: int, short_side: float) -> tuple[int, int]:
-    """Return (rows, columns) of a picture after its shorter side became ``short_side`` long."""
+    """Return (rows, columns) of a picture rescaled so that its short side is ``short_side``."""
     scale = round(short_side) / min(height, width)
     return round(height * scale), round(width * scale)

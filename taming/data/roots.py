@@ -1,4 +1,4 @@
-"""Where data sets lie, and what to say about those that are not there."""
+"""Locations of data sets, and errors that name what is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def data_root(root: str | os.PathLike[str] | None = None, default: str | Path = 
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """Return the place of a path in a configuration: ``data/...`` lies below the data root."""
+    """Resolve a path of a configuration: ``data/...`` lies below the data root."""
     parts = Path(path).parts
     return data_root().joinpath(*parts[1:]) if parts[:1] == ("data",) else Path(path)
 
@@ -29,39 +29,43 @@ def require(path: str | os.PathLike[str], what: str, source: str) -> Path:
 
     Args:
         path: A file or folder of a data set.
-        what: What belongs there.
-        source: Where to get it.
+        what: Name of its content, for the error.
+        source: Address of its content, for the error.
 
     Raises:
-        FileNotFoundError: It does not exist; says what to get, from where, and where to put it.
+        FileNotFoundError: The path does not exist; names what to get, from where and where to.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist: get {what} from {source} and put it there, or name the "
-            f"folder where it is in the configuration or the environment variable TAMING_DATA"
+            f"{path} does not exist: get {what} from {source} and put it there, or name its "
+            f"folder in the configuration or in the environment variable TAMING_DATA"
         )
     return path
 
 
 def read_text(path: Path) -> str:
-    """Read a text file.
+    """Read a text file in UTF-8.
 
     Raises:
-        ValueError: It is not in UTF-8; PowerShell's ``>`` may write UTF-16.
+        ValueError: The encoding differs; PowerShell's ``>`` may write UTF-16.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8: save it so") from error
+        raise ValueError(f"{path} is not in UTF-8: save it in this encoding") from error
 
 
 def read_list(path: str | os.PathLike[str], source: str = UPSTREAM_LISTS) -> list[str]:
-    """Read a text file that names one thing per line; blank lines are ignored.
+    """Read the non-blank lines of a text file.
+
+    Args:
+        path: The file.
+        source: Address of the file, for the error.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: It names nothing.
+        ValueError: All lines are blank.
     """
     text = read_text(require(path, f"the list {Path(path).name}", source))
     lines = [stripped for line in text.splitlines() if (stripped := line.strip())]

@@ -1,7 +1,7 @@
-"""Images with class maps (semantic segmentations), cut alike.
+"""Images with class maps (semantic segmentations) cropped alike.
 
-An item has ``image``, (H, W, 3) float32 in [-1, 1], ``segmentation``, (H, W, n_labels) float32
-indicators of each pixel's class, and the paths of both files.
+Items have ``image``, (H, W, 3) float32 in [-1, 1], ``segmentation``, (H, W, n_labels) float32
+one-hot classes, and the paths of both files.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from taming.data.roots import UPSTREAM_LISTS, data_root, read_list, require
 
 
 class SegmentationPaths(Dataset[dict[str, Any]]):
-    """A list of images and a list of their class maps.
+    """Images and class maps from two lists of files.
 
     Args:
-        labels: Name -> one value per image, added to the items; ``file_path_`` names the images
-            and ``segmentation_path_`` the class maps.
-        crop: Which part to show.
-        interpolation: How images are rescaled: nearest, bilinear, bicubic, area or lanczos. Class
-            maps are always rescaled to the nearest pixel's class.
+        labels: Item key -> one value per image; ``file_path_`` holds the images' paths and
+            ``segmentation_path_`` those of the class maps.
+        crop: Chooses the part of each image that is shown.
+        interpolation: Rescaling of the images: nearest, bilinear, bicubic, area or lanczos. Class
+            maps always take the class of the nearest pixel.
         n_labels: Number of classes.
         shift_segmentation: Add one to all classes, so that 255 (unlabelled) becomes class 0.
     """
@@ -59,7 +59,7 @@ class SegmentationPaths(Dataset[dict[str, Any]]):
         item = {name: values[index] for name, values in self.labels.items()}
         image, mask = read_pair(item["file_path_"], item["segmentation_path_"], decode_mask)
         if self.shift_segmentation:
-            mask = mask + 1  # uint8: 255 wraps round to 0
+            mask = mask + 1  # uint8: 255 wraps to 0
         view = self.crop.draw(*image.shape[-2:])
         item["image"] = to_unit_range(view.apply(image, self.interpolation))
         with error_context(f"map {item['segmentation_path_']}"):
@@ -69,26 +69,26 @@ class SegmentationPaths(Dataset[dict[str, Any]]):
 
 
 def mask_name(image_name: str) -> str:
-    """Return the file name of an image's class map: the same, as PNG."""
+    """Return the file name of an image's class or depth map: the same with extension ``.png``."""
     return f"{os.path.splitext(image_name)[0]}.png"
 
 
 class SegmentationBase(SegmentationPaths):
-    """Images that a text file names, and their class maps under the same names in another folder.
+    """Images named by a text file, and class maps of the same names in another folder.
 
     Args:
         data_csv: Text file, one image per line, relative to ``data_root``.
         data_root: Folder of the images.
         segmentation_root: Folder of the class maps (PNG).
-        size: Side of the square crops in pixels; None leaves images whole.
-        random_crop: Cut anywhere instead of from the middle.
-        interpolation: How images are rescaled: nearest, bilinear, bicubic, area or lanczos.
+        size: Side of the square crops in pixels; None keeps images whole.
+        random_crop: Crop at random instead of at the centre.
+        interpolation: Rescaling of the images: nearest, bilinear, bicubic, area or lanczos.
         n_labels: Number of classes.
         shift_segmentation: Add one to all classes, so that 255 (unlabelled) becomes class 0.
 
     Raises:
         FileNotFoundError: The list does not exist.
-        ValueError: It is empty, or an option is out of range.
+        ValueError: The list is empty, or an option is out of range.
     """
 
     def __init__(
@@ -113,36 +113,32 @@ class SegmentationBase(SegmentationPaths):
 
 
 class ExampleImages(SegmentationBase):
-    """The few images of a data set that come with the original repository.
+    """The examples of a data set that come with the original repository; subclasses name the set.
 
     Args:
-        name: The data set, such as ``coco``.
-        n_labels: Number of classes.
-        shift_segmentation: Add one to all classes, so that 255 (unlabelled) becomes class 0.
-        size: Side of the square crops in pixels; None leaves images whole.
-        random_crop: Cut anywhere instead of from the middle.
-        interpolation: How images are rescaled: nearest, bilinear, bicubic, area or lanczos.
+        size: Side of the square crops in pixels; None keeps images whole.
+        random_crop: Crop at random instead of at the centre.
+        interpolation: Rescaling of the images: nearest, bilinear, bicubic, area or lanczos.
         root: Folder of the data sets; by default TAMING_DATA, or ``data``.
 
     Raises:
-        FileNotFoundError: They are not there.
+        FileNotFoundError: The examples do not exist.
     """
+
+    name: str
+    shift_segmentation = False
 
     def __init__(
         self,
-        name: str,
-        n_labels: int,
-        shift_segmentation: bool = False,
         size: int | None = 256,
         random_crop: bool = False,
         interpolation: str = "bicubic",
         root: str | None = None,
     ) -> None:
-        paths = [f"{name}_examples.txt", f"{name}_images", f"{name}_segmentations"]
-        what = f"the {name} examples"
+        paths = [f"{self.name}_{part}" for part in ("examples.txt", "images", "segmentations")]
+        what = f"the {self.name} examples"
         names, images, masks = (
             str(require(data_root(root) / path, what, UPSTREAM_LISTS)) for path in paths
         )
-        super().__init__(
-            names, images, masks, size, random_crop, interpolation, n_labels, shift_segmentation
-        )
+        options = (size, random_crop, interpolation, self.n_labels, self.shift_segmentation)
+        super().__init__(names, images, masks, *options)

@@ -1,4 +1,4 @@
-"""S-FLCKR: landscapes with machine-made COCO-Stuff class maps, and the base for own sets."""
+"""S-FLCKR: landscapes with COCO-Stuff class maps made by a network; the base for own sets."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ __all__ = ["Examples", "SegmentationBase"]
 
 
 class Examples(ExampleImages):
-    """The example landscapes of the original repository, with 182 classes.
+    """Example landscapes of the original repository, whole unless ``size`` is given."""
 
-    Args:
-        size: Side of the square crops in pixels; None leaves images whole.
-        **options: As in :class:`~taming.data.segmentation.ExampleImages`.
-    """
+    name = "sflckr"
+    n_labels = 182
 
     def __init__(self, size: int | None = None, **options: Any) -> None:
-        super().__init__(name="sflckr", n_labels=182, size=size, **options)
+        super().__init__(size, **options)

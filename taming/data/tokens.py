@@ -1,10 +1,10 @@
-"""Token sequences of images, computed once by ``scripts/encode.py`` and read instead of the images.
+"""Cache of token sequences, computed once by ``scripts/encode.py`` and read instead of images.
 
-A cache is a folder of Arrow files (the IPC format, which pandas calls feather), each with one row
-per image: its ragged ``tokens`` and whatever the data set said of it, such as its class. The files
-also name the tokenizer, by its fingerprint. Reading maps them into memory: processes share what is
-read, and nothing is decoded. The folder gets its name when all files are there, so that what was
-interrupted cannot be taken for a cache.
+A cache is a folder of Arrow files (the IPC format, which pandas calls feather) with one row per
+image: its ragged ``tokens`` and other values of the data set's item, such as the class. The files
+also contain the tokenizer's fingerprint. They are memory-mapped, so processes share their pages
+and nothing is decoded. The folder is renamed to its final name when all files are complete, so an
+interrupted cache cannot be mistaken for a complete one.
 
 Axis letters: B images, L tokens, h w grid.
 """
@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-_KEY = b"taming.tokens"  # of the metadata
-_OWN = {"tokens", "grid", "pixels", "fingerprint"}  # what a cache gives of every image
+_KEY = b"taming.tokens"  # of the schema's metadata
+_OWN = {"tokens", "grid", "pixels", "fingerprint"}  # keys that the cache adds to every item
 
 
 class CacheInfo(NamedTuple):
-    """What all images of a cache have in common.
+    """Properties shared by all images of a cache.
 
     Attributes:
-        fingerprint: The tokenizer's, in hexadecimal.
-        grid: [h, w].
-        pixels: H W of an image.
+        fingerprint: The tokenizer's fingerprint in hexadecimal.
+        grid: [h, w], the latent grid in sites.
+        pixels: Number of pixels of an image.
     """
 
     fingerprint: str
@@ -42,37 +42,37 @@ class CacheInfo(NamedTuple):
 
 
 def free_for_cache(folder: Path) -> Path:
-    """Return where a cache is written before it gets its name.
+    """Return the temporary folder in which a cache is built.
 
     Raises:
-        ValueError: The folder holds a cache already, or an unfinished one stands beside it.
+        ValueError: The folder is not empty, or its temporary folder already exists.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
-            f"{folder} already holds a token cache, or other files; remove it, or name another"
+            f"{folder} already holds a token cache or other files; remove it or name another folder"
         )
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     if unfinished.exists():
         raise ValueError(
-            f"{unfinished} is of a token cache that is still being written, or never was to its "
-            "end; if nothing writes to it, remove it"
+            f"{unfinished} belongs to an unfinished token cache; remove it, unless another process "
+            "is still writing to it"
         )
     return unfinished
 
 
 class TokenCacheWriter:
-    """Writes a cache, a file for every so many images.
+    """Writer of a cache in files of a fixed number of images.
 
     Until `close`, the files are in ``<folder>.unfinished``.
 
     Args:
-        folder: Where; it must not exist yet, or be empty.
-        info: What all images have in common.
-        vocab_size: Number of different tokens.
-        images_per_file: How many images go into one file.
+        folder: The cache's folder; it must be empty or not exist.
+        info: Properties shared by all images.
+        vocab_size: Number of different tokens; decides the integer type.
+        images_per_file: Number of images per file.
 
     Raises:
-        ValueError: See `free_for_cache`.
+        ValueError: The folder is not empty, or ``<folder>.unfinished`` already exists.
     """
 
     def __init__(
@@ -91,14 +91,16 @@ class TokenCacheWriter:
         """Append images.
 
         Args:
-            tokens: (B, L) int64, -1 after each sequence's end.
-            columns: B values each: numbers, texts, or lists of numbers.
+            tokens: (B, L) int64, -1 after the end of a sequence.
+            columns: Item key -> B values: numbers, strings, or lists of numbers.
 
         Raises:
-            ValueError: A column has the name of one of the cache's own.
+            ValueError: A column has the name of one of the cache's own keys.
         """
         if taken := _OWN & columns.keys():
-            raise ValueError(f"a token cache has {min(taken)!r} of its own: rename the data set's")
+            raise ValueError(
+                f"the key {min(taken)!r} is reserved in a token cache: rename it in the data set"
+            )
         sequences = [row[row >= 0].numpy() for row in tokens.cpu()]
         for number, sequence in enumerate(sequences):
             values = {name: column[number] for name, column in columns.items()}
@@ -108,7 +110,7 @@ class TokenCacheWriter:
             self.rows = self.rows[self.images_per_file :]
 
     def close(self) -> None:
-        """Write the rest; from now on, the folder is a cache."""
+        """Write the remaining images and rename the folder to its final name."""
         if self.rows:
             self._write_file(self.rows)
         self.unfinished.rename(self.folder)
@@ -125,12 +127,12 @@ class TokenCacheWriter:
 
 
 class TokenCache(Dataset[dict[str, Any]]):
-    """The images of a cache.
+    """Data set over the images of a cache.
 
-    An item has ``tokens`` (L,) int64, -1 after the sequence's end, with L that of the longest
-    sequence; ``grid`` (2,) int64; ``pixels``; ``fingerprint``; and the data set's own values, such
-    as ``class_label``, of which vectors are int64 or float32 tensors. A prior's configuration names
-    it in the place of images:
+    Items have ``tokens`` (L,) int64, -1 after the end of the sequence, with L the length of the
+    longest one; ``grid`` (2,) int64; ``pixels``; ``fingerprint``; and the original item's other
+    values, such as ``class_label``, vectors as int64 or float32 tensors. In a prior's
+    configuration it replaces the data set of images:
 
     .. code-block:: yaml
 
@@ -142,8 +144,8 @@ class TokenCache(Dataset[dict[str, Any]]):
         path: Folder of the cache.
 
     Raises:
-        FileNotFoundError: There is no cache.
-        ValueError: A file is damaged, or the files are of different caches.
+        FileNotFoundError: The folder contains no cache.
+        ValueError: A file is damaged, or the files belong to different caches.
     """
 
     def __init__(self, path: str) -> None:
@@ -152,22 +154,22 @@ class TokenCache(Dataset[dict[str, Any]]):
             raise FileNotFoundError(f"{path} holds no token cache; scripts/encode.py writes one")
         infos = [_info_of(file, _open(file).schema) for file in self.files]
         if any(info != infos[0] for info in infos):
-            raise ValueError(f"{path} holds files of different token caches; write it anew")
+            raise ValueError(f"{path} holds files of different token caches; encode it again")
         self.info = infos[0]
 
     @cached_property
     def table(self) -> pa.Table:
-        """All rows; they stay on the disk until they are read."""
+        """All rows, memory-mapped."""
         return pa.concat_tables([_open(file).read_all() for file in self.files])
 
     @cached_property
     def longest(self) -> int:
-        """Length of the longest sequence."""
+        """Length of the longest sequence in tokens."""
         ends = (chunk.offsets.to_numpy() for chunk in self.table["tokens"].chunks)
         return max(int(np.diff(end).max()) for end in ends)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Loader processes map the files themselves, which sends them nothing.
+        # Loader processes map the files again, which avoids pickling the rows.
         return {name: value for name, value in vars(self).items() if name != "table"}
 
     def __len__(self) -> int:
@@ -188,21 +190,21 @@ class TokenCache(Dataset[dict[str, Any]]):
 
 
 def _value(scalar: pa.Scalar) -> Any:
-    """A number or a text; a tensor of a vector, which batches stack."""
+    """Convert to a number or a string, or a vector to a tensor, which collation stacks."""
     value = scalar.as_py()
     return torch.tensor(value) if isinstance(value, list) else value
 
 
 def _open(file: Path) -> Any:
-    """Map a file into memory."""
+    """Memory-map a file."""
     try:
         return pa.ipc.open_file(pa.memory_map(str(file)))
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} is no whole Arrow file: {error}") from error
+        raise ValueError(f"{file} is not a complete Arrow file: {error}") from error
 
 
 def _info_of(file: Path, schema: pa.Schema) -> CacheInfo:
-    """What a file says of its cache."""
+    """Read a file's cache properties from its schema."""
     if _KEY not in (schema.metadata or {}):
-        raise ValueError(f"{file} is no file of a token cache")
+        raise ValueError(f"{file} does not belong to a token cache")
     return CacheInfo(**json.loads(schema.metadata[_KEY]))

@@ -1,4 +1,4 @@
-"""Putting items together into batches."""
+"""Collation of items into batches."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from taming.util import DataError
 
 
 def custom_collate(batch: Sequence[Any]) -> Any:
-    """Put items together as torch does, but leave lists of annotations as they are.
+    """Collate items as torch does, but keep lists of annotations and None in a list.
 
     Images have different numbers of objects, which cannot be stacked.
 
     Args:
-        batch: The items: dictionaries, or whatever torch's ``default_collate`` takes.
+        batch: Items: dictionaries, or anything that torch's ``default_collate`` takes.
 
     Returns:
-        One item with a batch axis; a list of the values where these are lists of annotations, or
-        nothing (None).
+        One item with a batch axis; values that are lists of annotations or None form a list.
 
     Raises:
         DataError: Arrays or tensors differ in shape.
@@ -37,7 +36,7 @@ def custom_collate(batch: Sequence[Any]) -> Any:
     if len(shapes) > 1:
         some = " and ".join(map(str, sorted(shapes)[:2]))
         raise DataError(
-            f"pictures of a batch differ in shape, as {some}: give their data set a size"
+            f"the pictures of a batch differ in shape: {some}; set the size of their data set"
         )
     return default_collate(list(batch))
 

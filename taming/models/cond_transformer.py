@@ -1,76 +1,118 @@
 """The prior: a transformer over the token sequences of a tokenizer.
 
-Axis letters: B images, C channels, H W image, D latent channels, h w grid, L tokens, V vocabulary,
-N tokens of all images.
+Read with `taming.models.prior`, which turns batches into tokens and codes into images.
+
+Axis letters: B images, C channels, H W image, h w grid, S = h w sites, T turns, L tokens,
+V vocabulary, N tokens of all images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from taming.checkpoint import load_weights
-from taming.models.fit import (
-    check_condition,
-    check_depths,
-    check_grid,
-    check_lengths,
-    check_tokens,
+from taming.checkpoint import freeze, load_weights
+from taming.models.conditions import build_cond_stage
+from taming.models.prior import Prior, TokenizedBatch
+from taming.models.sampling import (
+    Condition,
+    Grid,
+    Progress,
+    ProgressCallback,
+    Stretch,
+    condition_in,
+    start_codes,
+    stretches,
+    unknown_range,
 )
-from taming.models.prior import Grid, Prior, TokenizedBatch, decayed_adamw, is_cached
+from taming.models.sizes import build_network, check_inputs
 from taming.modules.transformer.generate import (
+    DEFAULT_SAMPLING,
+    GenerationState,
     SamplingParams,
     filter_logits,
-    grammatical,
-    sample_tokens,
+    generate,
+    mask_logits,
 )
-from taming.modules.transformer.gpt import GPT
-from taming.modules.transformer.permuter import Identity, Permuter
-from taming.modules.transformer.two_level import TwoLevelGPT
-from taming.modules.util import Labelator, SOSProvider
+from taming.modules.transformer.network import PriorNetwork
 from taming.util import instantiate_from_config
 
 __all__ = ["Grid", "Net2NetTransformer"]
+
+
+def _report(
+    callback: ProgressCallback,
+    counter: Iterator[int],
+    most: int,
+    stretch: Stretch,
+    decode: Callable[[GenerationState], Tensor],
+    state: GenerationState,
+) -> None:
+    """Call back after a token; sites and codes are only computed if asked for."""
+
+    def count_sites() -> int:
+        return stretch.sites.start + max(state.finished_sites() - stretch.before, 0)
+
+    callback(Progress(next(counter), most, count_sites, partial(decode, state)))
 
 
 class Net2NetTransformer(Prior):
     """Autoregressive prior over the tokens of a frozen tokenizer (arXiv:2012.09841, section 3.2).
 
     Each image is one sequence after its condition's tokens. Sequences may differ in length; the
-    tokenizer's grammar says where each token belongs and which tokens cannot come next.
+    tokenizer's grammar determines where each token belongs and which tokens may come next.
+
+    The transformer's ``vocab_size``, ``block_size`` and ``site_shape`` follow from tokenizer and
+    condition where they are left out; ``site_shape: true`` asks for the tokenizer's where it would
+    otherwise be off. Larger sizes may be stated.
 
     Args:
-        transformer_config: ``{target, params}`` of a `GPT` or a `TwoLevelGPT`.
-        first_stage_config: Of the tokenizer, a `VQModel`.
-        cond_stage_config: Of what turns the condition into tokens; or ``"__is_first_stage__"``, or
-            ``"__is_unconditional__"``.
-        permuter_config: Order of the sites; None for raster order.
+        transformer_config: ``{target, params}`` of a `PriorNetwork`, such as `GPT`.
+        first_stage_config: ``{target, params}`` of the tokenizer, a `VQModel`.
+        cond_stage_config: ``{target, params}`` of a `ConditionStage`; or ``"__is_first_stage__"``,
+            or ``"__is_unconditional__"``.
+        permuter_config: ``{target, params}`` of a `Permuter`, the order of the sites; None for
+            raster order.
         ckpt_path: Checkpoint whose weights to start from.
         ignore_keys: Prefixes of keys to leave out of it.
         first_stage_key: Key of the image in a batch.
         cond_stage_key: Key of the condition.
-        downsample_cond_size: Side to which pictures of conditions are scaled before encoding; -1
-            for none.
-        pkeep: Probability that an input token is kept in training; others become random. Of the
-            original's 0 and less, none is kept.
+        downsample_cond_size: Side in pixels to which images are scaled as conditions; -1 for none.
+        pkeep: Probability that an input token is kept in training; others become random. 0 and
+            less keep none, as in the original.
         sos_token: Token that stands for no condition.
         unconditional: Ignore any condition.
         sequence_config: ``{target, params}`` of the `TokenSequence`; None for the tokenizer's own.
         scheduler_config: ``{target, params}`` of a factor of the learning rate by step.
-        trust_checkpoint: See `load_checkpoint`, for ``ckpt_path``.
+        trust_checkpoint: Also rebuild objects of any class from ``ckpt_path``, which can run any
+            code.
         condition_dropout: Probability that an image's condition is hidden in training, which makes
-            classifier-free guidance possible (arXiv:2207.12598). What hides it is the last token of
-            the transformer's vocabulary, which must be one larger for that.
+            classifier-free guidance possible (arXiv:2207.12598). The last token of the vocabulary
+            stands for it.
 
     Attributes:
         learning_rate: Set by the caller before training.
 
     Raises:
         ValueError: The parts do not fit each other.
+
+    Example:
+        >>> sizes = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": []}
+        >>> sizes |= {"resolution": 8, "z_channels": 8, "in_channels": 3, "out_ch": 3}
+        >>> loss = {"target": "taming.modules.losses.reconstruction.ReconstructionLoss"}
+        >>> params = {"ddconfig": sizes | {"double_z": False}, "lossconfig": loss}
+        >>> params |= {"n_embed": 16, "embed_dim": 4}
+        >>> tokenizer = {"target": "taming.models.vqgan.VQModel", "params": params}
+        >>> gpt = {"target": "taming.modules.transformer.gpt.GPT", "params": {"n_embd": 8}}
+        >>> prior = Net2NetTransformer(gpt, tokenizer, "__is_unconditional__").eval()
+        >>> prior.sample_codes(torch.tensor([[0], [0]])).shape  # (B, h, w, T)
+        torch.Size([2, 4, 4, 1])
     """
 
     def __init__(
@@ -92,65 +134,77 @@ class Net2NetTransformer(Prior):
         trust_checkpoint: bool = False,
         condition_dropout: float = 0.0,
     ) -> None:
-        super().__init__(
-            first_stage_config,
-            cond_stage_config,
-            permuter_config,
-            sequence_config,
-            first_stage_key,
-            cond_stage_key,
-            downsample_cond_size,
-            sos_token,
-            unconditional,
+        first_stage = freeze(instantiate_from_config(first_stage_config))
+        cond_stage = None if unconditional else build_cond_stage(cond_stage_config, first_stage)
+        permuter, sequence, schedule = (
+            None if config is None else instantiate_from_config(config)
+            for config in (permuter_config, sequence_config, scheduler_config)
         )
-        self.learning_rate = 4.5e-6
+        super().__init__(
+            first_stage,
+            cond_stage,
+            first_stage_key=first_stage_key,
+            cond_stage_key=cond_stage_key,
+            permuter=permuter,
+            sequence=sequence,
+            downsample_cond_size=downsample_cond_size,
+            sos_token=sos_token,
+            schedule=schedule,
+        )
+        if not 0 <= condition_dropout < 1 or (condition_dropout and self.be_unconditional):
+            raise ValueError(
+                "condition_dropout must be in [0, 1), and 0 without a condition, got "
+                f"{condition_dropout}"
+            )
+        if pkeep > 1:
+            raise ValueError(f"pkeep is a probability, at most 1, got {pkeep}")
         self.pkeep = pkeep
         self.condition_dropout = condition_dropout
-        self.transformer: GPT | TwoLevelGPT = instantiate_from_config(transformer_config)
-        self._check_fit()
-        if self.transformer.uses_sites and not isinstance(self.permuter, Identity):
-            self.transformer.site_order = self.permuter.forward_shuffle_idx
-        self.schedule = (
-            None if scheduler_config is None else instantiate_from_config(scheduler_config)
+        self.transformer = build_network(
+            transformer_config,
+            self.sequence,
+            self.cond_stage_model,
+            super().grid,
+            spare=condition_dropout > 0,
+            any_length=downsample_cond_size > -1,
         )
+        order = self.permuter.order
+        if self.cond_stage_model.condition_length == 1:  # of images, it depends on their size
+            sites = (0, 0) if order is None else (1, len(order))
+            sites = self.transformer.site_shape or sites
+            check_inputs(self.transformer, self.sequence, 1, (sites[0], sites[1]))
+        if self.transformer.uses_sites:
+            self.transformer.site_order = order
         if ckpt_path is not None:
             load_weights(self, ckpt_path, ignore_keys, trust_checkpoint)
 
-    def _check_fit(self) -> None:
-        """Refuse a transformer that the tokens of images or conditions do not fit."""
-        config, sequence, hidden = self.transformer.config, self.sequence, self.condition_dropout
-        if not 0 <= hidden < 1 or (hidden and self.be_unconditional):
-            raise ValueError(
-                f"condition_dropout must be in [0, 1), and 0 without a condition, got {hidden}"
-            )
-        if self.pkeep > 1:
-            raise ValueError(f"pkeep is a probability, at most 1, got {self.pkeep}")
-        check_condition(self.cond_stage_model)
-        check_tokens(config, sequence, self.cond_stage_model, spare=hidden > 0)
-        check_depths(config, sequence)
-        if isinstance(self.cond_stage_model, Labelator | SOSProvider):  # of one token
-            shape = config.site_shape or (0, 0)
-            sites = shape[0] * shape[1]
-            if isinstance(self.permuter, Permuter):
-                sites = len(self.permuter.forward_shuffle_idx)
-            check_lengths(self.transformer, sequence, 1, sites)
+    @property
+    def network(self) -> PriorNetwork:
+        """The transformer."""
+        return self.transformer
 
-    # --- training --------------------------------------------------------------------------------
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of sites trained on: of the tables of places, or of the tokenizer."""
+        shape = self.transformer.site_shape
+        return super().grid if shape is None else (shape[0], shape[1])
+
+    # --- tokens -> logits -> nats ----------------------------------------------------------------
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Predict each token of the images from those before it.
 
         Args:
             x: (B, C, H, W) images in [-1, 1].
-            c: Their conditions.
+            c: (B, ...) their conditions, as the condition stage takes them.
 
         Returns:
             logits (B, L, V), -inf where the grammar forbids a token and 0 after the end; targets
             (B, L) int64, -1 after each sequence's end.
         """
-        quant_z, tokens = self.encode_to_z(x)
-        _, condition = self.encode_to_c(c)
-        logits = self.predict(tokens, condition, (quant_z.shape[2], quant_z.shape[3]))
+        codes = self.encode_codes(x)
+        tokens, (_, condition) = self.codes_to_tokens(codes), self.encode_to_c(c)
+        logits = self.predict(tokens, condition, (codes.shape[1], codes.shape[2]))
         padded = logits.new_zeros(*tokens.shape, logits.shape[-1])
         return padded.masked_scatter((tokens >= 0)[..., None], logits), tokens
 
@@ -158,29 +212,27 @@ class Net2NetTransformer(Prior):
         """Predict the tokens (B, L) of images after those of conditions (B, Lc).
 
         Returns:
-            (N, V) logits of the tokens that there are, -inf where the grammar forbids or does not
-            know one.
+            (N, V) logits of the tokens present, -inf for tokens that the grammar does not allow.
         """
-        check_grid(self.transformer.config, grid)
-        check_lengths(self.transformer, self.sequence, condition.shape[1], grid[0] * grid[1])
+        check_inputs(self.transformer, self.sequence, condition.shape[1], grid)
         states, present = self.sequence.states(tokens), tokens >= 0
         inputs = torch.where(present, self._corrupt(tokens), tokens)
         logits = self.transformer.predict(self._hide(condition), inputs, states, grid)
         if self.sequence.restricted or logits.shape[-1] > self.sequence.vocab_size:
-            logits = grammatical(logits, self.sequence.allowed(states)[present])
+            logits = mask_logits(logits, self.sequence.allowed(states)[present])
         return logits
 
     def likelihood(self, seen: TokenizedBatch) -> tuple[Tensor, Tensor]:
-        """See `Prior.likelihood`."""
+        """Measure -log p (B,) in nats and the number of tokens (B,) of images."""
         nats = self.nll(seen.tokens, seen.condition, seen.grid)
         return nats, (seen.tokens >= 0).sum(dim=1)
 
     def nll(self, tokens: Tensor, condition: Tensor, grid: Grid) -> Tensor:
-        """Return -log p (B,) of the tokens of images: exact, lengths included; nats, float32."""
+        """Return the exact -log p (B,) of images' tokens, lengths included; nats, float32."""
         present = tokens >= 0
         logits = self.predict(tokens, condition, grid).float()
         nats = F.cross_entropy(logits, tokens[present], reduction="none")
-        image = present.nonzero()[:, 0]
+        image = present.nonzero()[:, 0]  # (N,), the image of each token
         return nats.new_zeros(len(tokens)).index_add(0, image, nats)
 
     def _corrupt(self, tokens: Tensor) -> Tensor:
@@ -198,12 +250,12 @@ class Net2NetTransformer(Prior):
         return torch.where(hidden, self.hidden_condition(condition), condition)
 
     def hidden_condition(self, condition: Tensor) -> Tensor:
-        """Return what stands for hidden conditions, like ``condition``.
+        """Return tokens (B, L) that stand for no condition, of the shape of conditions (B, L).
 
         Raises:
-            ValueError: A condition has that token itself.
+            ValueError: A condition contains that token.
         """
-        token = self.transformer.config.vocab_size - 1
+        token = self.transformer.vocab_size - 1
         if (condition >= token).any():
             raise ValueError(
                 f"conditions have the token {int(condition.max())}, but with condition_dropout "
@@ -211,11 +263,86 @@ class Net2NetTransformer(Prior):
             )
         return torch.full_like(condition, token)
 
-    def configure_optimizers(self) -> Any:
-        """AdamW with weight decay on the matrices of linear layers only."""
-        return decayed_adamw(self.transformer, (nn.Linear,), self.learning_rate, self.schedule)
+    # --- prior -> codes --------------------------------------------------------------------------
 
-    # --- sampling --------------------------------------------------------------------------------
+    @torch.no_grad()
+    def sample_codes(
+        self,
+        condition: Condition,
+        params: SamplingParams = DEFAULT_SAMPLING,
+        *,
+        codes: Tensor | None = None,
+        known: int | Tensor = 0,
+        grid: Grid | None = None,
+        window: Grid | None = None,
+        callback: ProgressCallback | None = None,
+    ) -> Tensor:
+        """Sample codes (B, h, w, T), site by site (see `Prior.sample_codes`)."""
+        codes, kept = start_codes(self, condition, codes, known, grid)
+        grid = codes.shape[1], codes.shape[2]
+        size = self.window_size(grid, window)
+        kept = self.permuter(kept[None])[0]  # (S,), like all below in the prior's order
+        empty = self.empty_codes(len(codes), grid).flatten(1, 2)
+        ordered = torch.where(kept[:, None], self.permuter(codes.flatten(1, 2)), empty)  # (B, S, T)
+        most, counter = int((~kept).sum()) * self.sequence.site_tokens, count(1)
+        for stretch in stretches(grid, size, unknown_range(kept)):
+            window_here, sites, before = stretch
+            end = before + len(sites)
+            seen = window_here.cut(ordered.unflatten(1, grid)).flatten(1, 2)  # (B, window, T)
+            decode = partial(self._codes_amid, ordered, stretch, grid)
+            tokens = self._generate(
+                condition_in(condition, window_here),
+                params,
+                size,
+                prefix=self.sequence.encode(seen[:, None, :end])[0],
+                known=F.pad(kept[sites.start : sites.stop], (before, 0), value=True),  # (end,)
+                sites=end,
+                callback=callback and partial(_report, callback, counter, most, stretch, decode),
+            )
+            sampled = self.sequence.decode(tokens, (1, end))  # (B, 1, end, T)
+            ordered[:, sites.start : sites.stop] = sampled[:, 0, before:]
+        return self.permuter(ordered, reverse=True).unflatten(1, grid)
+
+    def _codes_amid(
+        self, ordered: Tensor, stretch: Stretch, grid: Grid, state: GenerationState
+    ) -> Tensor:
+        """Return codes (B, h, w, T) amid a stretch of sites."""
+        _, sites, before = stretch
+        if (done := state.finished_sites()) > before:
+            ordered = ordered.clone()
+            finished = self.sequence.decode(state.tokens_of(done), (1, done))  # (B, 1, done, T)
+            ordered[:, sites.start : sites.start + done - before] = finished[:, 0, before:]
+        return self.permuter(ordered, reverse=True).unflatten(1, grid)
+
+    def _generate(
+        self, condition: Tensor, params: SamplingParams, size: Grid, **progress: Any
+    ) -> Tensor:
+        """Continue sequences in a window (h, w); see `generate`."""
+        try:  # before anything is sampled
+            check_inputs(self.transformer, self.sequence, condition.shape[1], size)
+        except ValueError as error:
+            raise ValueError(
+                f"a window of {size[0]}x{size[1]} sites is too large: {error}; a prior without a "
+                "site_shape that was trained on smaller images needs their grid, as by --grid"
+            ) from error
+        without = self.hidden_condition(condition) if self.condition_dropout else None
+        network, sequence = self.transformer, self.sequence
+        return generate(network, condition, sequence, size, params, without=without, **progress)
+
+    def window_size(self, grid: Grid, window: Grid | None = None) -> Grid:
+        """Return the size (h, w) of the window for a grid: the grid's own if that is smaller.
+
+        Raises:
+            ValueError: The grid needs a moving window, but the sites are not in raster order.
+        """
+        (h, w), (height, width) = grid, window or self.grid
+        size = min(h, height), min(w, width)
+        if size != grid and self.permuter.order is not None:
+            raise ValueError(
+                f"a grid of {h}x{w} sites is larger than the {height}x{width} that the prior was "
+                f"trained for, and its permuter {type(self.permuter).__name__} has no larger one"
+            )
+        return size
 
     @torch.no_grad()
     def sample(
@@ -230,65 +357,34 @@ class Net2NetTransformer(Prior):
         top_p: float | None = None,
         grid: Grid | None = None,
     ) -> Tensor:
-        """Continue token sequences; `taming.models.sampling.write_codes` can do more.
+        """Continue token sequences; the original's, of which `sample_codes` does more.
 
         Args:
             x: (B, L0) int64 beginnings, -1 after the end of shorter ones; L0 may be 0.
             c: (B, Lc) int64 tokens of the conditions.
-            steps: Most tokens to add; None until every site is written.
-            temperature: See `filter_logits`, as ``top_k`` and ``top_p``.
-            sample: Draw from the distribution; False takes the likeliest token.
-            top_k: Draw among the likeliest k.
-            callback: Called with the number of tokens drawn after each one.
-            top_p: Draw among the likeliest that together have this probability.
-            grid: (h, w) of the image; may be left out where ``steps`` says how many codes to add.
+            steps: Most tokens to add; None until every site is sampled.
+            temperature: Divides the logits; above 0.
+            sample: Sample from the distribution; False takes the likeliest token.
+            top_k: Sample among the k likeliest.
+            callback: Called with the number of tokens sampled so far, after each one.
+            top_p: Sample among the likeliest that together have this probability.
+            grid: (h, w) of the image; may be left out where ``steps`` sets the number of codes.
 
         Returns:
             (B, L) int64, beginnings included.
 
         Raises:
-            ValueError: Nothing says where to stop, or a value is out of range.
+            ValueError: Neither grid nor steps tell where to stop, or a value is out of range.
         """
         if grid is None:
             if steps is None or self.sequence.restricted or self.transformer.uses_sites:
-                raise ValueError("sample needs the grid (h, w) of the image to be written")
+                raise ValueError("sample needs the grid (h, w) of the image")
             grid = (1, x.shape[1] + steps)
-        drawing = SamplingParams(temperature, top_k, top_p, greedy=not sample)
-        return sample_tokens(
-            self.transformer, c, self.sequence, grid, drawing, x, steps=steps, callback=callback
-        )
+        report = None if callback is None else lambda state: callback(state.sampled)
+        params = SamplingParams(temperature, top_k, top_p, greedy=not sample)
+        network, sequence = self.transformer, self.sequence
+        return generate(network, c, sequence, grid, params, x, steps=steps, callback=report)
 
     def top_k_logits(self, logits: Tensor, k: int) -> Tensor:
         """Keep the k largest logits (..., V), -inf elsewhere."""
         return filter_logits(logits, top_k=k)
-
-    @torch.no_grad()
-    def log_images(
-        self, batch: Mapping[str, Any], temperature: float = 1.0, top_k: int = 100, **unused: Any
-    ) -> dict[str, Tensor]:
-        """Pictures of a batch: what is known, half of it completed, and new images.
-
-        Returns:
-            Name -> (B, 3, H, W) in [-1, 1], for at most 4 images.
-        """
-        batch = {k: v[:4].to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        seen = self.tokenize_batch(batch)
-        zshape = (len(seen.codes), self.first_stage_model.quantize.e_dim, *seen.grid)
-        half = self.first_sites(seen.tokens, seen.grid[0] * seen.grid[1] // 2)
-        nothing = seen.tokens[:, :0]
-
-        def draw(known: Tensor, sample: bool = True) -> Tensor:
-            where = {"grid": seen.grid, "top_k": top_k}
-            return self.sample(known, seen.condition, None, temperature, sample, **where)
-
-        sequences = {
-            "reconstructions": seen.tokens,
-            "samples_half": draw(half),
-            "samples_nopix": draw(nothing),
-            "samples_det": draw(nothing, sample=False),
-        }
-        pictures = {k: self.draw_picture(v, zshape, seen.quant_c) for k, v in sequences.items()}
-        if not is_cached(batch):
-            pictures = {"inputs": self.get_input(self.first_stage_key, batch)} | pictures
-        shown = {name: self.show(picture) for name, picture in pictures.items()}
-        return shown | self.show_condition(seen, shown["reconstructions"])

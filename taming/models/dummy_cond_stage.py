@@ -1,24 +1,34 @@
-"""A condition that already is a sequence of tokens, such as a layout of objects."""
+"""A condition that already is a sequence of tokens, such as a layout of objects.
+
+Axis letters: B batch, L tokens, H W image.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from taming.modules.util import Quantized
+from taming.modules.util import ConditionStage, Quantized
 
 
-class DummyCondStage:
-    """Passes tokens through; stands where a prior expects a condition's tokenizer.
+class DummyCondStage(ConditionStage):
+    """Condition stage that passes tokens through.
 
     Args:
         conditional_key: Key of the tokens in a batch.
     """
 
+    condition_vocab_size = None
+    condition_length = None
+
     def __init__(self, conditional_key: str) -> None:
         self.conditional_key = conditional_key
 
     def eval(self) -> DummyCondStage:
-        """Return itself: there is nothing to switch."""
+        """Return the stage; it has only one mode."""
         return self
 
     @staticmethod
@@ -28,10 +38,26 @@ class DummyCondStage:
 
     @staticmethod
     def decode(c: Tensor) -> Tensor:
-        """Return tokens as they are."""
+        """Return tokens unchanged."""
         return c
 
     @staticmethod
     def to_rgb(c: Tensor) -> Tensor:
-        """Return tokens as they are."""
+        """Return tokens unchanged."""
         return c
+
+    def condition_pictures(
+        self, c: Tensor, quant_c: Tensor, size: tuple[int, int], datasets: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Draw layouts (B, L), if a data set has ``conditional_builders`` that can.
+
+        Such a data set also has ``get_textual_label_for_category_no``, which names categories.
+        """
+        for dataset in datasets.values():
+            builders = getattr(dataset, "conditional_builders", {})
+            if self.conditional_key in builders:
+                plot = builders[self.conditional_key].plot
+                label = dataset.get_textual_label_for_category_no
+                pictures = [plot(layout, label, size) for layout in c.cpu()]
+                return {"conditioning": torch.stack(pictures).to(c.device)}
+        return {}

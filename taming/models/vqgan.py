@@ -1,99 +1,88 @@
-"""The image tokenizer: encoder, quantizer, decoder, trained with a discriminator.
+"""The image tokenizer: encoder, quantizer, decoder, trained with or without a discriminator.
 
-Axis letters: B images, C channels, H W image, D latent channels, h w grid, T turns.
+Axis letters: B images, C channels, H W image, D latent channels, h w grid, K codes, T turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchmetrics.image import PeakSignalNoiseRatio
 
 from taming.checkpoint import load_weights
-from taming.models.autoencoder import QuantizedAutoencoder
-from taming.modules.diffusionmodules.model import Decoder, Encoder
+from taming.models.first_stage import FirstStage
+from taming.models.gan import ManualOptimization
+from taming.modules.diffusionmodules.model import Decoder, Encoder, check_ddconfig
+from taming.modules.losses.base import DISCRIMINATOR, GENERATOR, AutoencoderLoss, check_finite
 from taming.modules.util import start_orthogonal, tensor_of
-from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
-from taming.modules.vqvae.heatmap import length_heat_map
-from taming.modules.vqvae.quantize import GumbelQuantize, LoopyVectorQuantizer, VectorQuantizer2
-from taming.modules.vqvae.rate import fewest_codes, lengths_within
-from taming.util import instantiate_from_config
+from taming.modules.vqvae.base import Quantizer, QuantizerOutput
+from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
+from taming.modules.vqvae.telemetry import CodebookTelemetry
+from taming.util import instantiate_from_config, instantiate_with_sizes
 
-# Arguments of VQModel that go to the default quantizer.
-OWN = {"beta": 0.25, "remap": None, "sane_index_shape": False, "legacy": True}
+# Arguments of VQModel for the default quantizer, which a quantizer_config replaces.
+DEFAULTS = {"beta": 0.25, "remap": None, "sane_index_shape": False, "legacy": True}
 
 
 def build_quantizer(
-    n_embed: int, embed_dim: int, config: Mapping[str, Any] | None, own: Mapping[str, Any]
+    n_embed: int, embed_dim: int, config: Mapping[str, Any] | None, arguments: Mapping[str, Any]
 ) -> Quantizer:
-    """Build the quantizer of a config; without one, a `VectorQuantizer2` with arguments ``own``.
+    """Build the configured quantizer with the model's sizes; by default a `VectorQuantizer2`.
 
     Raises:
-        ValueError: The config's quantizer has other sizes, or ``own`` would not reach it.
+        ValueError: The config states other sizes, or ``arguments`` would be lost.
     """
     if config is None:
-        return VectorQuantizer2(n_embed, embed_dim, **own)
-    if lost := [name for name, value in own.items() if value != OWN[name]]:
+        return VectorQuantizer2(n_embed, embed_dim, **arguments)
+    if lost := [name for name, value in arguments.items() if value != DEFAULTS[name]]:
         raise ValueError(f"{', '.join(lost)}: give it in quantizer_config.params")
-    quantizer: Quantizer = instantiate_from_config(config)
-    if (quantizer.n_e, quantizer.e_dim) != (n_embed, embed_dim):
-        raise ValueError(
-            f"n_embed {n_embed} and embed_dim {embed_dim} do not agree with the quantizer's "
-            f"n_e {quantizer.n_e} and e_dim {quantizer.e_dim}"
-        )
-    return quantizer
+    sizes = {"n_e": n_embed, "n_embed": n_embed, "e_dim": embed_dim, "embedding_dim": embed_dim}
+    return instantiate_with_sizes(config, {**sizes, "num_hiddens": embed_dim})
 
 
-def check_ddconfig(ddconfig: Mapping[str, Any]) -> None:
-    """Refuse sizes of an encoder and a decoder that are none of a VQ model.
-
-    Raises:
-        ValueError: Says what does not fit.
-    """
-    if ddconfig.get("double_z", True):
-        raise ValueError("ddconfig of a VQ model needs double_z: false, for one z, not two")
-    if lacking := [n for n in ("in_channels", "out_ch", "z_channels") if n not in ddconfig]:
-        raise ValueError(f"ddconfig lacks {', '.join(lacking)}")
-    channels, out_ch = ddconfig["in_channels"], ddconfig["out_ch"]
-    if channels != out_ch:
-        raise ValueError(
-            f"ddconfig has in_channels {channels}, but out_ch {out_ch}: what is decoded must be of "
-            "the form of the input"
-        )
-
-
-class VQModel(QuantizedAutoencoder):
-    """VQ-VAE or VQGAN (Esser et al. 2021, arXiv:2012.09841), with any quantizer.
+class VQModel(ManualOptimization, FirstStage):
+    """VQ-VAE or VQGAN (Esser et al. 2021, arXiv:2012.09841) with any quantizer.
 
     Args:
         ddconfig: Keyword arguments of `Encoder` and `Decoder`.
-        lossconfig: ``{target, params}`` of an `AutoencoderLoss`; with a discriminator, it is a GAN.
+        lossconfig: ``{target, params}`` of an `AutoencoderLoss`; one with a discriminator makes
+            the model a GAN.
         n_embed: K, number of codes.
         embed_dim: D, channels of a latent.
         ckpt_path: Checkpoint whose weights to start from.
         ignore_keys: Prefixes of keys to leave out of it.
         image_key: Key of the image in a batch.
-        colorize_nlabels: Number of labels, for pictures of inputs with other than 3 channels.
+        colorize_nlabels: Number of input channels, if not 1 or 3, to project to colours.
         monitor: Logged value by which the best checkpoints are kept.
-        remap: See `VectorQuantizer2`.
-        sane_index_shape: See `VectorQuantizer2`.
-        quantizer_config: ``{target, params}`` of a `Quantizer`; None for `VectorQuantizer2`.
+        remap: Path of an .npy of used codes, for the default quantizer.
+        sane_index_shape: Let the default quantizer return indices (B, h, w) rather than flat ones.
+        quantizer_config: ``{target, params}`` of a `Quantizer`, which gets K and D from here; None
+            builds a `VectorQuantizer2`.
         beta: Commitment weight of the default quantizer.
-        legacy: See `VectorQuantizer2`, for the default quantizer.
-        betas: Of both Adam optimizers. The original's suit an adversary; without one, or for a
-            short run, (0.9, 0.99) learns faster.
+        legacy: Put beta on the codebook term of the default quantizer, as the original did.
+        betas: Coefficients of both Adam optimizers. The original's suit a GAN; without an
+            adversary, or for a short run, (0.9, 0.99) learns faster.
         scheduler_config: ``{target, params}`` of a factor of both learning rates by step.
-        trust_checkpoint: See `load_checkpoint`, for ``ckpt_path``.
-        quantize_start: See `QuantizedAutoencoder`; 0 quantizes from the first step on.
-        orthogonal_start: Start the linear layers on both sides of the latents orthogonal; see
-            `start_orthogonal`.
+        trust_checkpoint: Allow ``ckpt_path`` to run code while it is unpickled.
+        quantize_start: Generator step from which the decoder sees codes in training. Before it,
+            the decoder gets the latents themselves and the quantizer learns from them without
+            influencing the encoder, which then uses more directions of the latent space.
+        orthogonal_start: Start the linear layers on both sides of the latents orthogonal.
 
-    Raises:
-        ValueError: The parts do not fit each other, or the checkpoint.
+    Example:
+        >>> sizes = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": []}
+        >>> sizes |= {"in_channels": 3, "out_ch": 3, "z_channels": 8, "resolution": 16}
+        >>> loss = {"target": "taming.modules.losses.reconstruction.ReconstructionLoss"}
+        >>> model = VQModel({**sizes, "double_z": False}, loss, n_embed=64, embed_dim=4).eval()
+        >>> x = torch.rand(2, 3, 16, 16) * 2 - 1
+        >>> (codes := model.encode_to_codes(x)).shape
+        torch.Size([2, 8, 8, 1])
+        >>> torch.equal(model.decode_code(codes), model(x)[0])
+        True
     """
 
     def __init__(
@@ -119,16 +108,17 @@ class VQModel(QuantizedAutoencoder):
         orthogonal_start: bool = False,
     ) -> None:
         check_ddconfig(ddconfig)
+        super().__init__(betas, scheduler_config)
         own = {"beta": beta, "remap": remap, "sane_index_shape": sane_index_shape, "legacy": legacy}
-        super().__init__(
-            instantiate_from_config(lossconfig),
-            build_quantizer(n_embed, embed_dim, quantizer_config, own),
-            image_key,
-            betas,
-            None if scheduler_config is None else instantiate_from_config(scheduler_config),
-            quantize_start,
-        )
-        self.monitor = monitor
+        self.image_key, self.monitor, self.quantize_start = image_key, monitor, quantize_start
+        self.loss: AutoencoderLoss = instantiate_from_config(lossconfig)
+        self.quantize = build_quantizer(n_embed, embed_dim, quantizer_config, own)
+        if quantize_start and not self.quantize.trains_without_decoder:
+            raise ValueError(
+                f"{type(self.quantize).__name__} learns from the decoder and has no quantize_start"
+            )
+        self.codebook = CodebookTelemetry(self.quantize)
+        self.val_psnr = PeakSignalNoiseRatio(data_range=self.value_range[1] - self.value_range[0])
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
         self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
@@ -136,17 +126,21 @@ class VQModel(QuantizedAutoencoder):
         if orthogonal_start:
             linear = (self.quant_conv, self.post_quant_conv)
             start_orthogonal(*linear, self.encoder.conv_out, self.decoder.conv_in)
-        self.colorize: Tensor | None
         projection = None if colorize_nlabels is None else torch.randn(3, colorize_nlabels, 1, 1)
         self.register_buffer("colorize", projection)
         if ckpt_path is not None:
             load_weights(self, ckpt_path, ignore_keys, trust_checkpoint)
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
-        """Load weights, as `load_weights` does; the original's name for it."""
+        """Load weights as `load_weights` does, under the original's name."""
         load_weights(self, path, ignore_keys)
 
     # --- image -> latents -> codes -> image ------------------------------------------------------
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruct images (B, C, H, W); return them and the quantizer's loss."""
+        quant, loss, _ = self.encode(x)  # (B, D, h, w)
+        return self.decode(quant), loss  # (B, C, H, W)
 
     def encode_to_prequant(self, x: Tensor) -> Tensor:
         """Encode images (B, C, H, W) in [-1, 1] as latents z (B, D, h, w)."""
@@ -156,76 +150,58 @@ class VQModel(QuantizedAutoencoder):
         self,
         x: Tensor,
         threshold: float | Tensor | None = None,
-        max_tokens: int | Tensor | None = None,
+        max_codes: int | Tensor | None = None,
         target_psnr: float | Tensor | None = None,
+        max_tokens: int | Tensor | None = None,
     ) -> QuantizerOutput:
         """Encode images (B, C, H, W) in [-1, 1]: ``quant, loss, (perplexity, encodings, indices)``.
 
-        With a loopy quantizer, one of three arguments sets the rate; each is one number or one per
-        image (B,), and an image's codes do not depend on the others in its batch.
-
         Args:
             x: Images.
-            threshold: Distance at which a loop ends, in the space of z
-                (``quantize.latent_std`` is the latents' standard deviation).
-            max_tokens: Most tokens of an image: slots written, which is not the length of the
-                sequence that a prior reads.
-            target_psnr: Fewest tokens whose decoded image has this PSNR, in dB; all turns where
-                nothing reaches it.
-
-        Returns:
-            quant (B, D, h, w), the quantizer's loss, and what it knows of the codes.
+            threshold: Distance at which a loop ends, in the space of z (`quantize.latent_std` is
+                the latents' standard deviation); one for all or one per image (B,), as below.
+            max_codes: Largest number of codes of an image.
+            target_psnr: PSNR in dB to reach with the fewest codes; out of reach, all turns.
+            max_tokens: Alias of ``max_codes``.
 
         Raises:
-            ValueError: More than one rate is given, or the quantizer has none to set.
+            ValueError: More than one rate is given, or the quantizer's rate is fixed.
         """
-        z = self.encode_to_prequant(x)
-        rates = (threshold, max_tokens, target_psnr)
-        if rates == (None, None, None):
-            return self.quantize(z)
-        if sum(rate is not None for rate in rates) > 1:
-            raise ValueError("give one of threshold, max_tokens and target_psnr")
-        if not isinstance(self.quantize, LoopyVectorQuantizer):
-            raise ValueError(f"{type(self.quantize).__name__} has one rate, which cannot be set")
+        z = self.encode_to_prequant(x)  # (B, D, h, w)
+        max_codes = max_tokens if max_codes is None else max_codes
+        rates = {"threshold": threshold, "max_codes": max_codes, "target_psnr": target_psnr}
+        rates = {name: rate for name, rate in rates.items() if rate is not None}
+        if len(rates) > 1:
+            raise ValueError(f"give one of threshold, max_codes and target_psnr, got {[*rates]}")
+        if rates and not self.quantize.variable_rate:
+            raise ValueError(f"{type(self.quantize).__name__} has a fixed rate: omit {[*rates][0]}")
         if target_psnr is not None:
-            max_tokens = self._tokens_for(torch.as_tensor(target_psnr, device=x.device), x, z)
-        return self.quantize(z, threshold, max_tokens)
+            rates = {"max_codes": self._fewest_codes(torch.as_tensor(target_psnr), x, z)}
+        return self.quantize(z, **rates)
 
     @torch.no_grad()
-    def _tokens_for(self, target_psnr: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        """Fewest tokens (B,) with which images (B, C, H, W) reach a PSNR in dB."""
+    def _fewest_codes(self, target_psnr: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        """Find the fewest codes (B,) with which images (B, C, H, W) reach a PSNR in dB."""
         if self.training:
             raise ValueError("target_psnr needs the model in eval mode: a search must not train it")
+        low, high = self.value_range
 
-        quantizer, (low, high) = self.quantize, self.value_range
-        assert isinstance(quantizer, LoopyVectorQuantizer)
-        path = quantizer.whole_path(z)  # walked once, then cut by each number of tokens
+        def psnr(codes: Tensor) -> Tensor:
+            x_rec = self.as_input(self.decode_code(codes)).clamp(low, high)
+            return peak_signal_noise_ratio(x_rec, x, high - low, reduction="none", dim=(1, 2, 3))
 
-        def quality(tokens: Tensor) -> Tensor:
-            tau = quantizer.thresholds(path, tokens)
-            codes = path.end_at(lengths_within(path.distances, tau))
-            x_rec = self.decode_code(codes.view(len(x), *z.shape[2:], -1))
-            x_rec = self.as_input(x_rec).clamp(low, high)
-            return peak_signal_noise_ratio(
-                x_rec, x, data_range=high - low, dim=(1, 2, 3), reduction="none"
-            )
-
-        target = target_psnr.to(x).expand(len(x))
-        return fewest_codes(quality, target, z[0, 0].numel(), quantizer.max_loops)
+        return self.quantize.fewest_codes(z, psnr, target_psnr.to(x).expand(len(x)))
 
     def decode(self, quant: Tensor) -> Tensor:
-        """Decode z_q (B, D, h, w) to images (B, C, H, W), about in [-1, 1]."""
+        """Decode z_q (B, D, h, w) to images (B, C, H, W), roughly in [-1, 1]."""
         return self.decoder(self.post_quant_conv(quant))
 
     def decode_code(self, code_b: Tensor, shape: tuple[int, int, int, int] | None = None) -> Tensor:
         """Decode codes to images (B, C, H, W).
 
         Args:
-            code_b: int64 (B, h, w) or (B, h, w, T); or flat, with a shape.
+            code_b: int64 (B, h, w) or (B, h, w, T), or flat with a shape.
             shape: (B, h, w, D) of flat codes.
-
-        Raises:
-            ValueError: Codes are flat, and nothing says which grid they fill.
         """
         if shape is None:
             if code_b.ndim < 3:
@@ -236,87 +212,107 @@ class VQModel(QuantizedAutoencoder):
             shape = (batch, h, w, self.quantize.e_dim)
         return self.decode(self.quantize.get_codebook_entry(code_b, shape))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruct images (B, C, H, W); returns them and the quantizer's loss."""
-        quant, loss, _ = self.encode(x)
-        return self.decode(quant), loss
+    # --- training --------------------------------------------------------------------------------
 
-    def as_input(self, x_rec: Tensor) -> Tensor:
-        """Bring what `decode` returns, (B, C, H, W), into the form of an input: here, leave it."""
-        return x_rec
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Train the generator, then the discriminator, on one batch."""
+        x = self.get_input(batch, self.image_key)  # (B, C, H, W)
+        z, quantized, x_rec = self.reconstruct(x)
+        self.codebook.update("train", z, quantized)
+        generator, *discriminator = self.optimizer_list()
+        with self.toggled_optimizer(generator):
+            loss, logs = self.compute_loss(x, quantized, x_rec, GENERATOR, "train")
+            self.backward_and_step(generator, loss, batch_idx)
+        for optimizer in discriminator:  # at most one
+            with self.toggled_optimizer(optimizer):
+                d_loss, d_logs = self.compute_loss(x, quantized, x_rec, DISCRIMINATOR, "train")
+                self.backward_and_step(optimizer, d_loss, batch_idx)
+            logs |= d_logs | {"train/discloss": d_loss.detach()}
+        self.log("train/aeloss", loss.detach(), prog_bar=True, batch_size=len(x))
+        self.log_dict(logs, batch_size=len(x))
+        return loss.detach()
+
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, QuantizerOutput, Tensor]:
+        """Return latents, the quantizer's output and reconstructions of images (B, C, H, W)."""
+        z = self.encode_to_prequant(x)  # (B, D, h, w)
+        continuous = self.training and self.global_step < self.quantize_start
+        with self.locating_non_finite(x):
+            quantized = self.quantize(z.detach() if continuous else z)
+        x_rec = self.decode(z if continuous else quantized.z_q)  # (B, C, H, W)
+        return z, quantized, x_rec
+
+    def compute_loss(
+        self, x: Tensor, quantized: QuantizerOutput, x_rec: Tensor, optimizer_idx: int, split: str
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of the generator (0) or discriminator (1), and the values to log."""
+        step, last_layer = self.global_step, self.get_last_layer()
+        loss, logs = self.loss(
+            quantized.loss, x, x_rec, optimizer_idx, step, last_layer=last_layer, split=split
+        )
+        with self.locating_non_finite(x):
+            check_finite(logs)
+        return loss, logs
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Measure one batch."""
+        x = self.get_input(batch, self.image_key)  # (B, C, H, W)
+        z, quantized, x_rec = self.reconstruct(x)
+        self.codebook.update("val", z, quantized)
+        self.val_psnr.update(self.as_input(x_rec).float().clamp(*self.value_range), x)
+        loss, logs = self.compute_loss(x, quantized, x_rec, GENERATOR, "val")
+        if self.loss.discriminator is not None:
+            logs |= self.compute_loss(x, quantized, x_rec, DISCRIMINATOR, "val")[1]
+        logs["val/aeloss"] = loss
+        self.log_dict(logs, batch_size=len(x), sync_dist=True)
+        self.log("val/psnr", self.val_psnr, prog_bar=True, batch_size=len(x))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizers; parameters are in the order of the original's state."""
+        parts = (self.encoder, self.decoder, self.quantize, self.quant_conv, self.post_quant_conv)
+        generator = (parameter for part in parts for parameter in part.parameters())
+        return self.adam(generator, self.loss.discriminator)
 
     def get_last_layer(self) -> Tensor:
-        """Weight by whose gradients the adversarial loss is balanced."""
+        """Return the weight by whose gradients the adversarial loss is balanced."""
         return self.decoder.conv_out.weight
-
-    def generator_parts(self) -> tuple[nn.Module, ...]:
-        """Parts of the generator, in the order of the original's optimizer."""
-        return self.encoder, self.decoder, self.quantize, self.quant_conv, self.post_quant_conv
 
     def get_input(self, batch: Mapping[str, Tensor], k: str) -> Tensor:
         """Take images out of a batch: (B, H, W, C) or (B, H, W) -> (B, C, H, W) float32."""
         x = tensor_of(batch, k, "the model's image_key")
         if x.ndim == 3:
-            x = x[..., None]
+            x = x[..., None]  # (B, H, W, 1)
         return x.permute(0, 3, 1, 2).contiguous().float()
 
-    # --- what people look at ---------------------------------------------------------------------
+    def on_fit_start(self) -> None:
+        """Fetch the loss's pretrained weights, after a resumed run has restored its own."""
+        self.loss.fetch_weights()
+
+    def on_train_epoch_end(self) -> None:
+        """Log the use of the codebook over the epoch."""
+        self.log_dict(self.codebook.pop("train", self.quantize.tracked_scalars()), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the use of the codebook over the validation set."""
+        self.log_dict(self.codebook.pop("val", self.quantize.tracked_scalars()), sync_dist=True)
+
+    def codebook_histograms(self) -> dict[str, Tensor]:
+        """Return counts of codes (K,) and lengths (T + 1,) so far by ``{split}/{name}``."""
+        return self.codebook.histograms()
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Tensor], **unused: Any) -> dict[str, Tensor]:
-        """Pictures of a batch: inputs, reconstructions and, for a loopy quantizer, its depths.
-
-        Returns:
-            Name -> (B, 3, H, W) in [-1, 1].
-        """
+        """Show inputs, reconstructions and lengths: name -> (B, 3, H, W) in [-1, 1]."""
         x = self.get_input(batch, self.image_key).to(self.device)
-        _, quantized, x_rec = self._reconstruct(x)
-        x_rec = self.as_input(x_rec)
-        pictures = torch.cat([x, x_rec])  # together: the same colour for the same label
-        shown, rebuilt = (pictures if x.shape[1] == 3 else self.to_rgb(pictures)).chunk(2)
+        _, quantized, x_rec = self.reconstruct(x)
+        # Together, so that a label has the same colour in both.
+        shown, rebuilt = self.to_rgb(torch.cat([x, self.as_input(x_rec)])).chunk(2)
         pictures = {"inputs": shown, "reconstructions": rebuilt}
         return pictures | self.code_pictures(quantized, (x.shape[2], x.shape[3]))
 
-    def code_pictures(self, quantized: QuantizerOutput, size: tuple[int, int]) -> dict[str, Tensor]:
-        """Pictures of the codes: their depths, for a loopy quantizer of several turns.
-
-        Args:
-            quantized: What `encode` returned.
-            size: (H, W) in pixels.
-
-        Returns:
-            Name -> (B, 3, H, W) in [-1, 1].
-        """
-        trace, turns = quantized.info.encodings, self.quantize.sequence.max_loops
-        if not isinstance(trace, LoopTrace) or turns == 1:
-            return {}
-        return {"depths": length_heat_map(trace.lengths, turns, size)}
-
-    def to_rgb(self, x: Tensor) -> Tensor:
-        """Colour images (B, C, H, W) of other than 3 channels by a fixed random projection.
-
-        Raises:
-            ValueError: There is no projection for that many channels.
-        """
-        if x.shape[1] == 1:
-            return x.expand(-1, 3, -1, -1)
-        if self.colorize is None:
-            raise ValueError(f"set colorize_nlabels={x.shape[1]} to show {x.shape[1]} channels")
-        x = F.conv2d(x, self.colorize)
-        return 2 * (x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) - 1
-
 
 class VQSegmentationModel(VQModel):
-    """Tokenizer of label maps: images are one-hot, and the decoder returns logits.
-
-    Args:
-        n_labels: C, number of labels.
-        *args: See `VQModel`.
-        **kwargs: See `VQModel`.
-
-    Raises:
-        ValueError: The decoder has other than ``n_labels`` outputs.
-    """
+    """A `VQModel` of maps of n_labels labels: inputs are one-hot, the decoder returns logits."""
 
     value_range = (0.0, 1.0)
 
@@ -333,15 +329,7 @@ class VQSegmentationModel(VQModel):
 
 
 class VQNoDiscModel(VQModel):
-    """A `VQModel` that nothing is trained against.
-
-    Args:
-        *args: See `VQModel`.
-        **kwargs: See `VQModel`.
-
-    Raises:
-        ValueError: The loss has a discriminator.
-    """
+    """A `VQModel` that refuses a loss with a discriminator."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -353,17 +341,13 @@ class VQNoDiscModel(VQModel):
 
 
 class GumbelVQ(VQModel):
-    """A `VQModel` whose codes are drawn, at a temperature that falls while it trains.
+    """A `VQModel` with a `GumbelQuantize`, whose temperature falls during training.
+
+    Takes the arguments of `VQModel` and:
 
     Args:
-        ddconfig: See `VQModel`, as all that is not named here.
-        lossconfig: See `VQModel`.
-        n_embed: K, number of codes.
-        embed_dim: D, channels of a latent.
         temperature_scheduler_config: ``{target, params}`` of the temperature by step.
-        kl_weight: See `GumbelQuantize`.
-        remap: See `GumbelQuantize`.
-        **kwargs: See `VQModel`.
+        kl_weight: Weight of the codes' divergence from the uniform distribution.
     """
 
     quantize: GumbelQuantize
@@ -382,49 +366,26 @@ class GumbelVQ(VQModel):
     ) -> None:
         quantizer = {
             "target": "taming.modules.vqvae.quantize.GumbelQuantize",
-            "params": {
-                "num_hiddens": embed_dim,
-                "embedding_dim": embed_dim,
-                "n_embed": n_embed,
-                "kl_weight": kl_weight,
-                "remap": remap,
-            },
+            "params": {"kl_weight": kl_weight, "remap": remap},
         }
         super().__init__(
             ddconfig, lossconfig, n_embed, embed_dim, quantizer_config=quantizer, **kwargs
         )
-        self.temperature_scheduler: Callable[[int], float] = instantiate_from_config(
-            temperature_scheduler_config
-        )
+        self.temperature_scheduler = instantiate_from_config(temperature_scheduler_config)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set the temperature of this step; it follows from the step, so resuming restores it."""
+        """Set the temperature of this step, which needs no checkpoint to be restored."""
         super().on_train_batch_start(batch, batch_idx)
         self.quantize.temperature = self.temperature_scheduler(self.global_step)
         self.log("temperature", self.quantize.temperature)
 
 
 class EMAVQ(VQModel):
-    """A `VQModel` whose codes are moving averages of their latents.
-
-    Args:
-        ddconfig: See `VQModel`, as all that is not named here.
-        lossconfig: See `VQModel`.
-        n_embed: K, number of codes.
-        embed_dim: D, channels of a latent.
-        beta: See `EMAVectorQuantizer`.
-        remap: See `EMAVectorQuantizer`.
-        sane_index_shape: See `EMAVectorQuantizer`.
-        **kwargs: See `VQModel`.
-    """
+    """A `VQModel` whose codes are moving averages of their latents: an `EMAVectorQuantizer`."""
 
     def __init__(
         self,
-        ddconfig: Mapping[str, Any],
-        lossconfig: Mapping[str, Any],
-        n_embed: int,
-        embed_dim: int,
-        *,
+        *args: Any,
         beta: float = 0.25,
         remap: str | None = None,
         sane_index_shape: bool = False,
@@ -432,14 +393,6 @@ class EMAVQ(VQModel):
     ) -> None:
         quantizer = {
             "target": "taming.modules.vqvae.quantize.EMAVectorQuantizer",
-            "params": {
-                "n_embed": n_embed,
-                "embedding_dim": embed_dim,
-                "beta": beta,
-                "remap": remap,
-                "sane_index_shape": sane_index_shape,
-            },
+            "params": {"beta": beta, "remap": remap, "sane_index_shape": sane_index_shape},
         }
-        super().__init__(
-            ddconfig, lossconfig, n_embed, embed_dim, quantizer_config=quantizer, **kwargs
-        )
+        super().__init__(*args, quantizer_config=quantizer, **kwargs)

@@ -1,45 +1,45 @@
 """VQ-VAE-2 (Razavi et al. 2019, arXiv:1906.00446): codes at several scales.
 
-`VQVAE2` is a `VQModel` whose quantizer is a `Hierarchy`, so it trains as any other does. A prior
-sees it through a `Level`; the priors are in `taming.models.level_prior`.
+`VQVAE2` is a `VQModel` whose quantizer is a `Hierarchy`, and trains as any other. A prior takes
+one `Level` of it as its tokenizer; the priors are in `taming.models.level_prior`.
 
 Axis letters: B images, C channels, H W image, D latent channels of all levels, h w grid of the
-finest, L tokens. What belongs to one level has an index l; its *stack* is z_q of this level and of
-all above, enlarged to its grid.
+finest, T turns, L tokens. What belongs to one level has an index l; its *stack* is z_q of this
+level and of all above, enlarged to its grid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from taming.models.first_stage import FirstStage
 from taming.models.vqgan import VQModel
-from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerInfo, QuantizerOutput
-from taming.modules.vqvae.heatmap import length_heat_map
-from taming.modules.vqvae.hierarchy import Hierarchy, HierarchyOutput, pile
+from taming.modules.vqvae.base import Quantizer, QuantizerInfo, QuantizerOutput
+from taming.modules.vqvae.hierarchy import Hierarchy, HierarchyOutput, extend_stack
 from taming.util import instantiate_from_config
 
 
 class VQVAE2(VQModel):
     """VQ-VAE with codes at several scales.
 
-    ``encode`` returns the codes of all levels, a tuple with the top first, each (B, h_l, w_l, T_l);
-    ``decode_code`` takes them. Everything else is as in `VQModel`: encoder and decoder are those
-    between the image and the finest level.
+    ``encode_to_codes`` and ``encode(x).info.indices`` give a tuple of the codes (B, h_l, w_l, T_l)
+    of all levels, the top first, and ``decode_code`` takes it. Encoder and decoder lead from the
+    image to the finest level and back. Takes the arguments of `VQModel`, among them:
 
     Args:
-        ddconfig: See `VQModel`.
-        lossconfig: See `VQModel`.
+        ddconfig: Keyword arguments of `Encoder` and `Decoder`.
+        lossconfig: ``{target, params}`` of an `AutoencoderLoss`.
         n_embed: Codes of all levels together.
         embed_dim: D, channels of all levels together.
         quantizer_config: ``{target, params}`` of a `Hierarchy`.
-        **kwargs: See `VQModel`.
+        **kwargs: Further arguments of `VQModel`.
 
     Raises:
-        ValueError: The quantizer is no hierarchy, or the parts do not fit each other.
+        ValueError: The quantizer is not a hierarchy, or the parts do not fit each other.
     """
 
     quantize: Hierarchy
@@ -56,20 +56,39 @@ class VQVAE2(VQModel):
         super().__init__(
             ddconfig, lossconfig, n_embed, embed_dim, quantizer_config=quantizer_config, **kwargs
         )
-        if not isinstance(self.quantize, Hierarchy):
+        quantizer = self.quantize
+        if not quantizer.names:
             raise ValueError(
-                f"VQVAE2 needs a Hierarchy of quantizers, not a {type(self.quantize).__name__}; "
+                f"VQVAE2 needs a Hierarchy of quantizers, not a {type(quantizer).__name__}; "
                 "with one quantizer, use taming.models.vqgan.VQModel"
             )
+        if (quantizer.n_e, quantizer.e_dim) != (n_embed, embed_dim):
+            raise ValueError(
+                f"n_embed is {n_embed} and embed_dim {embed_dim}, but the levels "
+                f"{', '.join(quantizer.names)} have {quantizer.n_e} codes and {quantizer.e_dim} "
+                "channels together"
+            )
+
+    @property
+    def levels(self) -> dict[str, Quantizer]:
+        """Quantizers by the name of their level, the top first."""
+        return dict(zip(self.quantize.names, self.quantize.levels, strict=True))
+
+    def codes_by_level(self, quantized: HierarchyOutput) -> dict[str, Tensor]:
+        """Return the codes (B, h_l, w_l, T_l) in what ``encode`` returned, by level name."""
+        return dict(zip(self.quantize.names, quantized.info.indices, strict=True))
+
+    @property
+    def factor(self) -> int:
+        """Side in pixels of a site of the top level."""
+        return self.encoder.factor * self.quantize.factors[0]
 
     def decode_code(self, code_b: Sequence[Tensor], shape: None = None) -> Tensor:
-        """Decode the codes of all levels, the top first, to images (B, C, H, W).
-
-        Codes of the upper levels alone show what these say: the others are as if z_q were zero.
+        """Decode codes of all levels, or of the upper ones only, to images (B, C, H, W).
 
         Args:
-            code_b: (B, h_l, w_l, T_l) int64 of each level.
-            shape: Plays no part; the codes are never flat.
+            code_b: (B, h_l, w_l, T_l) int64 of each level, the top first; z_q of missing ones is 0.
+            shape: Not used: the codes are never flat.
 
         Raises:
             ValueError: The codes do not fit the levels.
@@ -78,40 +97,23 @@ class VQVAE2(VQModel):
 
     def decode_stack(self, stack: Tensor) -> Tensor:
         """Decode the stack of any level to images (B, C, H, W); levels below it count as zero."""
-        return self.decode(self.quantize.complete(stack))
+        return self.decode(self.quantize.pad_stack(stack))
 
     def code_pictures(self, quantized: HierarchyOutput, size: tuple[int, int]) -> dict[str, Tensor]:
-        """Pictures of the codes: what the upper levels show alone, and depths of loopy levels.
-
-        Args:
-            quantized: What `encode` returned.
-            size: (H, W) in pixels.
-
-        Returns:
-            Name -> (B, 3, H, W) in [-1, 1].
-        """
-        pictures, codes = {}, quantized.info.indices
-        for number, (name, level) in enumerate(quantized.info.encodings.items()):
-            if number + 1 < len(codes):
-                shown = self.as_input(self.decode_code(codes[: number + 1]))
-                pictures[f"{name}_only"] = shown if shown.shape[1] == 3 else self.to_rgb(shown)
-            trace, turns = level.quantized.info.encodings, codes[number].shape[-1]
-            if isinstance(trace, LoopTrace) and turns > 1:
-                pictures[f"{name}_depths"] = length_heat_map(trace.lengths, turns, size)
-        return pictures
+        """Show what the upper levels decode to without those below, and the lengths."""
+        codes = quantized.info.indices
+        upper = {
+            f"{name}_only": self.to_rgb(self.as_input(self.decode_code(codes[:number])))
+            for number, name in enumerate(self.quantize.names[:-1], start=1)
+        }
+        return upper | super().code_pictures(quantized, size)
 
 
-class LevelScale(NamedTuple):
-    """Attributes: resolution, side of images in pixels; factor, pixels per site of a level."""
+class Level(nn.Module, FirstStage):
+    """One level of a `VQVAE2` as the tokenizer of a prior.
 
-    resolution: int
-    factor: int
-
-
-class Level(nn.Module):
-    """One level of a `VQVAE2`, in the form in which a prior takes its tokenizer.
-
-    Its ``encode`` gives the codes of this level alone, and the level's stack.
+    ``encode`` returns the codes of this level alone, and the level's stack. As a condition, a level
+    gives the codes of all levels above.
 
     Args:
         model_config: ``{target, params}`` of the `VQVAE2`, such as
@@ -119,22 +121,23 @@ class Level(nn.Module):
         level: Name of the level.
 
     Attributes:
-        above: How many levels are above this one.
+        above: Number of levels above this one.
 
     Raises:
-        ValueError: The model is no `VQVAE2`, or has no such level.
+        ValueError: The model is not a `VQVAE2`, or has no such level.
     """
 
     def __init__(self, model_config: Mapping[str, Any], level: str) -> None:
         super().__init__()
         model = instantiate_from_config(model_config)
-        if not isinstance(model, VQVAE2):
-            raise ValueError(f"a level is that of a VQVAE2, not of a {type(model).__name__}")
-        names = model.quantize.names
+        names = [name for name in getattr(model, "levels", {}) if name]
+        if not names:
+            raise ValueError(f"a Level needs a VQVAE2, not a {type(model).__name__}")
         if level not in names:
-            raise ValueError(f"there is no level {level!r}, only {', '.join(names)}")
-        self.model = model
+            raise ValueError(f"unknown level {level!r}: expected one of {', '.join(names)}")
+        self.model: VQVAE2 = model
         self.above = names.index(level)
+        self.value_range = model.value_range
 
     @property
     def quantize(self) -> Quantizer:
@@ -142,21 +145,37 @@ class Level(nn.Module):
         return self.model.quantize.levels[self.above]
 
     @property
-    def encoder(self) -> LevelScale:
-        """Scale at which the model's encoder and the levels' leave this level."""
-        encoder = self.model.encoder
-        factor = encoder.factor * self.model.quantize.factors[self.above]
-        return LevelScale(encoder.resolution, factor)
+    def factor(self) -> int:
+        """Side in pixels of a site of this level."""
+        return self.model.encoder.factor * self.model.quantize.factors[self.above]
 
     @property
-    def condition_size(self) -> int:
-        """Number of different tokens that `condition_tokens` writes."""
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of sites (h_l, w_l) of a training image."""
+        return self._grid_of(self.above)
+
+    def _grid_of(self, number: int) -> tuple[int, int]:
+        """Return the grid of a training image at the level of a number, counted from the top."""
+        sites = self.model.quantize.factors[0] // self.model.quantize.factors[number]
+        h, w = self.model.grid
+        return h * sites, w * sites
+
+    @property
+    def condition_vocab_size(self) -> int:
+        """Number of different tokens in `condition_tokens`."""
         upper = self.model.quantize.levels[: self.above]
         return max((q.sequence.n_e + (q.sequence.max_loops > 1) for q in upper), default=0)
 
-    def encode(self, x: Tensor) -> QuantizerOutput:
+    @property
+    def condition_length(self) -> int:
+        """Number of `condition_tokens` of a training image."""
+        upper = enumerate(self.model.quantize.levels[: self.above])
+        grids = ((*self._grid_of(number), level.sequence.max_loops) for number, level in upper)
+        return sum(h * w * turns for h, w, turns in grids)
+
+    def encode(self, x: Tensor, **rate: Any) -> QuantizerOutput:
         """Encode images (B, C, H, W): the level's stack, its quantizer's loss, its codes."""
-        info = self._encode_all(x).info
+        info: Any = self.model.encode(x, **rate).info
         codes = info.indices[: self.above + 1]
         own = list(info.encodings.values())[self.above].quantized
         stack = self.model.quantize.get_codebook_entry(codes)
@@ -165,32 +184,28 @@ class Level(nn.Module):
         )
 
     def codes_of(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Encode images (B, C, H, W): codes (B, h_l, w_l, T_l) of all levels down to this."""
-        return self._encode_all(x).info.indices[: self.above + 1]
+        """Encode images (B, C, H, W): codes (B, h_l, w_l, T_l) of all levels down to this one."""
+        return self.model.encode_to_codes(x)[: self.above + 1]
 
     def condition_of(self, codes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Turn codes of the levels above into their stack, and into tokens (B, L)."""
+        """Turn codes of the levels above into their stack and their `condition_tokens`."""
         return self.model.quantize.get_codebook_entry(codes), self.condition_tokens(codes)
 
-    def _encode_all(self, x: Tensor) -> HierarchyOutput:
-        """Encode images (B, C, H, W) by all levels."""
-        return self.model.quantize(self.model.encode_to_prequant(x))
-
     def condition_tokens(self, codes: Sequence[Tensor]) -> Tensor:
-        """Write codes of the levels above as tokens (B, L): all slots, K where one is absent."""
+        """Turn codes of the levels above into tokens (B, L), with K for each absent code."""
         upper = zip(self.model.quantize.levels, codes, strict=False)
         return torch.cat([c.masked_fill(c < 0, q.n_e).flatten(1) for q, c in upper], dim=1)
 
     def decode(self, quant: Tensor) -> Tensor:
-        """Decode the stack of this or a higher level; see `VQVAE2.decode_stack`."""
+        """Decode the stack of this or a higher level to images (B, C, H, W)."""
         return self.model.decode_stack(quant)
 
     def decode_code(self, code_b: Tensor, shape: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Decode codes of the top level to images (B, C, H, W) of what it says alone.
+        """Decode codes of the top level to images (B, C, H, W), without the levels below.
 
         Args:
             code_b: (B, h_l, w_l, T_l) int64.
-            shape: Plays no part.
+            shape: Not used: the codes are never flat.
 
         Raises:
             ValueError: The level is not the top.
@@ -198,7 +213,7 @@ class Level(nn.Module):
         if self.above:
             name = self.model.quantize.names[self.above]
             raise ValueError(
-                f"codes of {name!r} make no image without those of the levels above; draw all "
+                f"codes of {name!r} make no image without those of the levels above; sample all "
                 "levels with scripts/sample_hierarchy.py"
             )
         return self.model.decode_code([code_b])
@@ -207,12 +222,12 @@ class Level(nn.Module):
         """Decode codes (B, h_l, w_l, T_l) under the stack of the level above to images."""
         batch, h, w = code_b.shape[:3]
         shape = (batch, h, w, self.quantize.e_dim)
-        return self.decode(pile(above, self.quantize.get_codebook_entry(code_b, shape)))
+        return self.decode(extend_stack(above, self.quantize.get_codebook_entry(code_b, shape)))
 
     def as_input(self, x_rec: Tensor) -> Tensor:
-        """Bring what is decoded, (B, C, H, W), into the form of an input; see `VQModel`."""
+        """Bring decoded images (B, C, H, W) into the form of an input, as the model does."""
         return self.model.as_input(x_rec)
 
     def to_rgb(self, x: Tensor) -> Tensor:
-        """Colour images of other than 3 channels; see `VQModel.to_rgb`."""
+        """Colour images (B, C, H, W) as the model does."""
         return self.model.to_rgb(x)

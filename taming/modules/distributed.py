@@ -1,4 +1,4 @@
-"""Sums and samples over all training processes; the identity when there is only one."""
+"""Collective operations over all training processes; the identity when there is only one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
-def of_first_rank(tensor: Tensor) -> Tensor:
-    """Return what the first rank has; the argument is not changed."""
+def from_first_rank(tensor: Tensor) -> Tensor:
+    """Return the first rank's tensor on every rank; the argument is not changed."""
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
     shared = tensor.clone()

@@ -1,4 +1,4 @@
-"""Small modules: data-initialised normalisation, non-image conditions, and checks of a network.
+"""Small modules: data-initialized normalization, condition stages, and checks of a network.
 
 Axis letters: B batch, C channels, H W feature map.
 """
@@ -26,9 +26,9 @@ def count_params(module: nn.Module) -> int:
 def start_orthogonal(*layers: nn.Conv2d) -> None:
     """Give layers orthogonal weights (Saxe et al. 2013, arXiv:1312.6120) and biases of zero.
 
-    Linear layers that follow each other start as random matrices by default, whose product lets
-    some directions through several times as faintly as others. A training that is short learns as
-    many directions as chance has it: between an encoder and a decoder, these are what codes say.
+    By default, consecutive linear layers start as random matrices, whose product passes some
+    directions several times as faintly as others. How many directions a short training learns is
+    then left to chance; between an encoder and a decoder, these are all that the codes convey.
     """
     for layer in layers:
         nn.init.orthogonal_(layer.weight)
@@ -37,7 +37,7 @@ def start_orthogonal(*layers: nn.Conv2d) -> None:
 
 
 class NonFiniteFoundError(Exception):
-    """Carries the name of a module out of the forward pass that found it."""
+    """Ends a forward pass at the first non-finite output; its message is the module's name."""
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -53,17 +53,17 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def first_non_finite(module: nn.Module, *inputs: Any) -> str | None:
-    """Run a module again and name the first submodule that gives a NaN or an infinity.
+    """Run a module again and name the first submodule that outputs a NaN or an infinity.
 
-    Submodules are taken in the order in which they finish, so the innermost is named before those
+    Submodules are checked in the order in which they finish, so the innermost is named before those
     around it. The run ends at the first find.
 
     Args:
-        module: What to look into, in the training or evaluation modes it is in.
+        module: The module, in its present training or evaluation mode.
         *inputs: Arguments of its ``forward``.
 
     Returns:
-        Dotted name of the submodule, the class name if only ``module`` itself gives such values,
+        Dotted name of the submodule, the class name if only ``module`` itself outputs such values,
         or None if every output is finite.
     """
 
@@ -86,7 +86,7 @@ def first_non_finite(module: nn.Module, *inputs: Any) -> str | None:
 
 
 class ActNorm(nn.Module):
-    """Shift and scale per channel, started so that the first batch comes out with mean 0, std 1.
+    """Shift and scale per channel, initialized so that the first batch has mean 0 and std 1.
 
     From Glow (Kingma and Dhariwal 2018, arXiv:1807.03039, section 3.1). The first batch is that of
     all ranks, so that they start alike.
@@ -122,8 +122,39 @@ class ActNorm(nn.Module):
 Quantized = tuple[Tensor, None, tuple[None, None, Tensor]]
 
 
-class AbstractEncoder(nn.Module, ABC):
-    """Turns a condition that is no image into tokens."""
+class ConditionStage:
+    """Base of what encodes a prior's condition as tokens; a tokenizer of images is one too.
+
+    Attributes:
+        condition_vocab_size: Number of different tokens; None if only the data determine it.
+        condition_length: Tokens of a condition, of the images trained on; None if only the data
+            determine it.
+        n_classes: Number of classes; None for other conditions.
+    """
+
+    condition_vocab_size: int | None
+    condition_length: int | None
+    n_classes: int | None = None
+
+    def condition_pictures(
+        self, c: Tensor, quant_c: Tensor, size: tuple[int, int], datasets: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return pictures of conditions by name; none by default.
+
+        Args:
+            c: Conditions, as in a batch.
+            quant_c: The first output of ``encode`` for them.
+            size: (W, H) of the images, in pixels.
+            datasets: Data sets of the run by split, some of which can draw conditions.
+
+        Returns:
+            Name -> (B, 3, H, W) in [-1, 1].
+        """
+        return {}
+
+
+class AbstractEncoder(ConditionStage, nn.Module, ABC):
+    """A condition stage for conditions that are not images."""
 
     @abstractmethod
     def encode(self, c: Tensor) -> Tensor | Quantized:
@@ -136,18 +167,27 @@ class Labelator(AbstractEncoder):
     Args:
         n_classes: Number of classes.
         quantize_interface: Return what a quantizing first stage returns; else the tokens alone.
+
+    Example:
+        >>> _, _, (_, _, tokens) = Labelator(n_classes=10).encode(torch.tensor([3, 7]))
+        >>> tokens
+        tensor([[3],
+                [7]])
     """
+
+    n_classes: int
+    condition_length = 1
 
     def __init__(self, n_classes: int, quantize_interface: bool = True) -> None:
         super().__init__()
-        self.n_classes = n_classes
+        self.n_classes = self.condition_vocab_size = n_classes
         self.quantize_interface = quantize_interface
 
     def encode(self, c: Tensor) -> Tensor | Quantized:
         """Map labels (B,) in [0, n_classes) to tokens (B, 1) int64.
 
         Raises:
-            ValueError: There is another label.
+            ValueError: A label is out of range.
         """
         tokens = c[:, None].long()
         if ((tokens < 0) | (tokens >= self.n_classes)).any():
@@ -166,9 +206,12 @@ class SOSProvider(AbstractEncoder):
         quantize_interface: Return what a quantizing first stage returns; else the tokens alone.
     """
 
+    condition_length = 1
+
     def __init__(self, sos_token: int, quantize_interface: bool = True) -> None:
         super().__init__()
         self.sos_token = sos_token
+        self.condition_vocab_size = sos_token + 1
         self.quantize_interface = quantize_interface
 
     def encode(self, c: Tensor) -> Tensor | Quantized:
@@ -183,12 +226,12 @@ def tensor_of(batch: Mapping[str, Any], key: str, parameter: str) -> Tensor:
     Args:
         batch: Name -> value.
         key: Name.
-        parameter: What named it, for the message.
+        parameter: The parameter that names the key, for the message.
 
     Raises:
         DataError: The batch has no such tensor.
     """
     if not isinstance(value := batch.get(key), Tensor):
-        found = f"is a {type(value).__name__}, no tensor" if key in batch else "is missing"
+        found = f"is a {type(value).__name__}, not a tensor" if key in batch else "is missing"
         raise DataError(f"{key!r}, {parameter}, {found} in the batch, which has {', '.join(batch)}")
     return value

@@ -1,53 +1,88 @@
-"""The command line of ``main.py``."""
+"""Command lines: that of ``main.py``, and what the programs in ``scripts/`` share."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from omegaconf import OmegaConf
 
-from taming.run.config import split_overrides
+from taming.run.config import TRAINER, type_names
+from taming.run.folder import SavedRun
 from taming.run.legacy import OLD_TRAINER_ARGUMENTS
-from taming.run.signature import Signature, signature_of
-from taming.run.source import nearest
+from taming.util import get_obj_from_str, nearest, parameters_of
+
+if TYPE_CHECKING:
+    import torch
 
 _USAGE = """\
 main.py -b CONFIG [CONFIG ...] -t [options] [key=value ...]
        main.py -r logs/RUN -t [options] [key=value ...]"""
 
 _DESCRIPTION = """\
-Trains what one or more YAML files describe. Several files are merged from left to right, then
-key=value items override single keys, such as model.params.n_embed=64. Everything that a run leaves
-lies in logs/<time>_<name>/{checkpoints,configs,images}."""
+Train the model that one or more YAML files describe. Several files are merged from left to right,
+then key=value items override single keys, such as model.params.n_embed=64. A run writes to
+logs/<time>_<name>/{checkpoints,configs,images}."""
 
-# An argument's name and the first sentence about it in a Google-style docstring.
-_ARGUMENT_DOC = re.compile(r"^ {4}(\w+): (.+?)(?:\.\s|\n\n)", re.MULTILINE | re.DOTALL)
+_TRAINER_DESCRIPTION = """\
+Any other argument of lightning.pytorch.Trainer is taken as --name value. Values are YAML."""
+
+# The common arguments of the Trainer. The others are left to its documentation, since reading them
+# off its signature takes the seconds in which torch is imported.
+_TRAINER_HELP = {
+    "gpus": "'0,' is GPU 0, '0,1' GPUs 0 and 1, 2 any two, -1 all, 0 the CPU (in PowerShell, quote "
+    "a value with a comma)",
+    "max_epochs": "stop after this many epochs (default: 1000; -1: never)",
+    "max_steps": "stop after this many steps of the generator",
+    "max_time": "stop after this time, such as 00:12:00:00 for twelve hours",
+    "accelerator": "cpu, gpu, mps or auto (default: auto)",
+    "devices": "number of devices, or their indices, such as [0,1]",
+    "num_nodes": "number of machines",
+    "strategy": "such as ddp, the default on several devices",
+    "precision": "32-true (default), bf16-mixed or 16-mixed",
+    "accumulate_grad_batches": "batches per optimizer step",
+    "gradient_clip_val": "clip gradients at this norm",
+    "val_check_interval": "validate after this many batches, or this share of an epoch",
+    "num_sanity_val_steps": "validation batches before training begins",
+    "limit_train_batches": "batches of an epoch (int), or share of them (float)",
+    "limit_val_batches": "batches of a validation (int), or share of them (float)",
+    "limit_test_batches": "batches of the test (int), or share of them (float)",
+    "log_every_n_steps": "steps between logged values",
+    "fast_dev_run": "run one batch of everything and write nothing",
+    "deterministic": "use deterministic algorithms",
+    "enable_progress_bar": "show a progress bar (default: true)",
+}
 
 _ONLY_IN_YAML = ("callbacks", "plugins")
+
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.\[\]]*=")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for.
+    """Command line of ``main.py``.
 
     Attributes:
         base: YAML files, merged from left to right.
-        name: Name of a new run; empty takes the first file's.
+        name: Name of a new run; if empty, the stem of the first file.
         postfix: Appended to the name.
-        resume: Run folder or checkpoint to continue; empty starts a new run.
-        trust_checkpoint: Whether that checkpoint may hold objects of any class.
-        train: Whether to train.
-        no_test: Whether to skip the test after training.
-        debug: Whether an error opens a debugger and a new run goes to ``logs/debug_runs``.
+        resume: Run folder or checkpoint to continue; empty for a new run.
+        trust_checkpoint: Allow that checkpoint to hold objects of any class.
+        train: Train; otherwise only test.
+        no_test: Skip the test after training.
+        debug: Open a debugger at an error, and write a new run to ``logs/debug_runs``.
         seed: Seed of all random number generators.
         project: Name of the Weights & Biases project.
-        wandb: Whether to log to Weights & Biases.
-        scale_lr: Whether the learning rate grows with accumulation, devices and batch size.
+        wandb: Log to Weights & Biases.
+        scale_lr: Multiply the learning rate by accumulation, devices and batch size.
         trainer: Trainer arguments given as flags, old spellings included.
         dotlist: ``key=value`` items.
     """
@@ -74,19 +109,23 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str]) -> Options:
-    """Read the command line.
+    """Parse the command line of ``main.py``.
 
     Args:
         argv: Arguments without the program's name.
 
     Returns:
-        What they ask for.
+        The options.
 
     Raises:
         SystemExit: With status 2 and one line on stderr for a mistake, 0 after ``--help``.
     """
-    trainer_signature = signature_of("lightning.pytorch.Trainer")
-    parser = _build_parser(trainer_signature)
+    if {"-h", "--help"} & set(argv):  # which must not import torch
+        trainer_types = dict.fromkeys(_TRAINER_HELP, [""])
+    else:
+        parameters, _ = parameters_of(get_obj_from_str(TRAINER))
+        trainer_types = {name: type_names(p.annotation) for name, p in parameters.items()}
+    parser = _build_parser(trainer_types)
     dotlist, rest = split_overrides(parser, argv)
     known, unknown = parser.parse_known_args(rest)
     if unknown:
@@ -98,12 +137,34 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     values = vars(known)
     if values["name"] and values["resume"]:
         parser.error("-n/--name names a new run and -r/--resume continues an old one: give one")
-    names = [*trainer_signature.names, *OLD_TRAINER_ARGUMENTS]
+    names = (*trainer_types, *OLD_TRAINER_ARGUMENTS)
     trainer = {name: values.pop(name) for name in names if name in values}
     return Options(**values, trainer=trainer, dotlist=dotlist)
 
 
-def _build_parser(trainer: Signature) -> argparse.ArgumentParser:
+def split_overrides(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Split a command line into ``key=value`` items, wherever they stand, and the rest.
+
+    Args:
+        parser: Parser of the rest; an argument after a flag that needs a value is that value.
+        argv: Arguments without the program's name.
+
+    Returns:
+        The items, and the arguments for the parser.
+    """
+    actions = [action for action in parser._actions if action.nargs is None]
+    flags = {flag for action in actions for flag in action.option_strings}
+    overrides, rest = [], []
+    for before, argument in zip(["", *argv], argv, strict=False):
+        is_override = _OVERRIDE.match(argument) and before not in flags
+        (overrides if is_override else rest).append(argument)
+    return overrides, rest
+
+
+def _build_parser(trainer_types: Mapping[str, Sequence[str]]) -> argparse.ArgumentParser:
+    """Return the parser, with the given arguments of the Trainer: name -> types."""
     parser = _Parser(
         prog="main.py",
         usage=_USAGE,
@@ -113,88 +174,31 @@ def _build_parser(trainer: Signature) -> argparse.ArgumentParser:
         ),
         allow_abbrev=False,
     )
-    run = parser.add_argument_group("the run")
-    run.add_argument(
-        "-b", "--base", nargs="*", action="extend", default=[], metavar="CONFIG", help="YAML files"
-    )
-    run.add_argument("-n", "--name", default="", help="name of the run (default: the first file's)")
-    run.add_argument("-f", "--postfix", default="", help="appended to the run's name")
-    run.add_argument(
-        "-r", "--resume", default="", metavar="RUN", help="continue a run folder or a checkpoint"
-    )
-    _add_switch(
-        run,
-        "--trust_checkpoint",
-        default=False,
-        help="resume from a file that may run code when it is read",
-    )
-    _add_switch(run, "-t", "--train", default=False, help="train; without it, only test")
-    _add_switch(run, "--no-test", default=False, help="skip the test after training")
-    _add_switch(run, "-d", "--debug", default=False, help="open a debugger at an error")
-    run.add_argument("-s", "--seed", type=int, default=23, help="random seed (default: 23)")
-    _add_switch(
-        run,
-        "--scale_lr",
-        default=True,
-        help="learning rate = accumulate x devices x batch size x base rate (default: true)",
-    )
-    _add_switch(run, "--wandb", default=False, help="log to Weights & Biases as well")
-    run.add_argument(
-        "-p", "--project", default="taming", help="Weights & Biases project (default: taming)"
-    )
-    _add_trainer_flags(parser, trainer)
+    add = parser.add_argument_group("the run").add_argument
+    switch: Any = {"nargs": "?", "const": True, "type": _parse_bool, "metavar": "BOOL"}
+    off, on = {**switch, "default": False}, {**switch, "default": True}
+    add("-b", "--base", nargs="*", action="extend", default=[], metavar="CONFIG", help="YAML files")
+    add("-n", "--name", default="", help="name of the run (default: the first file's)")
+    add("-f", "--postfix", default="", help="appended to the run's name")
+    add("-r", "--resume", default="", metavar="RUN", help="continue a run folder or a checkpoint")
+    add("--trust_checkpoint", **off, help="resume from a file that may run code when it is loaded")
+    add("-t", "--train", **off, help="train; without it, only test")
+    add("--no-test", **off, help="skip the test after training")
+    add("-d", "--debug", **off, help="open a debugger at an error")
+    add("-s", "--seed", type=int, default=23, help="random seed (default: 23)")
+    rate = "learning rate = accumulate x devices x batch size x base rate (default: true)"
+    add("--scale_lr", **on, help=rate)
+    add("--wandb", **off, help="log to Weights & Biases as well")
+    add("-p", "--project", default="taming", help="Weights & Biases project (default: taming)")
+    add = parser.add_argument_group("the Trainer", _TRAINER_DESCRIPTION).add_argument
+    for name, types in {**dict.fromkeys(OLD_TRAINER_ARGUMENTS, ("bool",)), **trainer_types}.items():
+        value: dict[str, Any] = {"metavar": "VALUE", "default": argparse.SUPPRESS}
+        value["type"] = _parse_time if name == "max_time" else _parse_yaml
+        if "bool" in types and name != "gpus":  # a switch needs no value
+            value |= {"nargs": "?", "const": True}
+        if name not in _ONLY_IN_YAML:
+            add(f"--{name}", **value, help=_TRAINER_HELP.get(name, argparse.SUPPRESS))
     return parser
-
-
-def _add_switch(group: Any, *flags: str, default: bool, help: str) -> None:
-    group.add_argument(
-        *flags, nargs="?", const=True, default=default, type=_parse_bool, metavar="BOOL", help=help
-    )
-
-
-def _add_trainer_flags(parser: argparse.ArgumentParser, trainer: Signature) -> None:
-    """Add every argument of the current Trainer, and hide the old spellings beside them."""
-    group = parser.add_argument_group(
-        "the Trainer", "Any argument of lightning.pytorch.Trainer; values are read as YAML."
-    )
-    group.add_argument(
-        "--gpus",
-        type=_parse_yaml,
-        default=argparse.SUPPRESS,
-        help="the original's spelling: '0,' is GPU 0, '0,1' GPUs 0 and 1, 2 any two, -1 all, 0 the "
-        "CPU (in PowerShell, quote a value with a comma)",
-    )
-    described = dict(re.findall(_ARGUMENT_DOC, trainer.doc))
-    hidden = {name: "bool" for name in OLD_TRAINER_ARGUMENTS if name != "gpus"}
-    kinds = {parameter.name: parameter.annotation for parameter in trainer.parameters} | hidden
-    for name, annotation in kinds.items():
-        if name in _ONLY_IN_YAML:
-            continue
-        help = " ".join(described.get(name, "").replace("%", "%%").replace("``", "").split())
-        # Only a switch means something without a value.
-        bare: dict[str, Any] = {"nargs": "?", "const": True} if "bool" in annotation else {}
-        group.add_argument(
-            f"--{name}",
-            **bare,
-            default=argparse.SUPPRESS,
-            type=_parse_time if name == "max_time" else _NUMBERS.get(annotation, _parse_yaml),
-            metavar="VALUE",
-            help=argparse.SUPPRESS if name in hidden else help,
-        )
-
-
-def _parse_float(text: str) -> int | float | None:
-    value = _parse_yaml(text)
-    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-        return value  # an int stays one: 1 is one batch, 1.0 all of them
-    raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
-
-
-def _parse_int(text: str) -> int | None:
-    value = _parse_float(text)
-    if value is not None and not float(value).is_integer():
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
-    return None if value is None else int(value)
 
 
 def _parse_yaml(text: str) -> Any:
@@ -206,7 +210,7 @@ def _parse_yaml(text: str) -> Any:
 
 def _parse_time(text: str) -> Any:
     value = _parse_yaml(text)
-    return text if isinstance(value, int | float) else value  # 12:00:00 to the base of 60
+    return text if isinstance(value, int | float) else value  # YAML reads 12:00:00 as base 60
 
 
 def _parse_bool(text: str) -> bool:
@@ -217,10 +221,152 @@ def _parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
 
 
-# How the Trainer's arguments that are numbers are read, by their type as its source writes it.
-_NUMBERS = {
-    "int": _parse_int,
-    "Optional[int]": _parse_int,
-    "Union[int, float]": _parse_float,
-    "Optional[Union[int, float]]": _parse_float,
-}
+def script_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the option that every script takes, ``--device``."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    return parser
+
+
+def run_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser for scripts that use a saved run and take the original's options for it."""
+    parser = script_parser(description)
+    add = parser.add_argument
+    add("-r", "--resume", required=True, help="a run's folder, or a checkpoint")
+    base_help = "YAML files, merged from left to right into the run's own; key=value items override"
+    add("-b", "--base", nargs="*", default=[], metavar="CONFIG", help=base_help)
+    config_help = "this YAML file instead of the run's own; without a value, the last of --base"
+    add("-c", "--config", nargs="?", const=True, metavar="CONFIG", help=config_help)
+    data_help = "ignore the data of the YAML files, to give another on the command line:\n"
+    data_help += "data='{target: main.DataModuleFromConfig, params: {...}}'"
+    add("--ignore_base_data", action="store_true", help=data_help)
+    return parser
+
+
+def samples_parser(description: str | None, seed: int) -> argparse.ArgumentParser:
+    """Return a `run_parser` for scripts that sample for the items of a data set."""
+    parser = run_parser(description)
+    parser.add_argument("-o", "--outdir", type=Path, required=True)
+    parser.add_argument(
+        "--top_k", type=int, default=100, help="sample among the k likeliest tokens"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("-s", "--seed", type=int, default=seed)
+    return parser
+
+
+def parse_run(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, SavedRun]:
+    """Parse the command line of a script, and load the run that it names.
+
+    Args:
+        parser: A `run_parser`.
+
+    Returns:
+        The options, and the run.
+
+    Raises:
+        FileNotFoundError: The run or the checkpoint does not exist.
+        ValueError: The path is not a run, or a configuration is wrong.
+    """
+    dotlist, rest = split_overrides(parser, sys.argv[1:])
+    options = parser.parse_args(rest)
+    files = [options.config] if isinstance(options.config, str) else options.base
+    alone, ignore = options.config is not None, options.ignore_base_data
+    return options, SavedRun.load(options.resume, files, dotlist, alone=alone, ignore_data=ignore)
+
+
+def samples_folder(options: argparse.Namespace, saved: SavedRun) -> Path:
+    """Return the folder that the scripts with a `samples_parser` write to."""
+    return options.outdir / f"{saved.step():06}_{options.top_k}_{options.temperature}"
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the device of a name; ``auto`` is the GPU if there is one.
+
+    Raises:
+        ValueError: The device is not available on this machine.
+    """
+    import torch  # not needed by --help
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {error}") from error
+
+
+def check_folder(path: Path) -> None:
+    """Refuse an output folder that is a file, before any work is done.
+
+    Raises:
+        ValueError: The path is a file.
+    """
+    if path.is_file():
+        raise ValueError(f"{path} is a file, but results go into a folder")
+
+
+def parse_classes(text: str, n_classes: int) -> list[int]:
+    """Parse ``3,7`` as class labels; ``imagenet`` stands for all 1000 of ImageNet.
+
+    Raises:
+        ValueError: The text is not a list of labels, or one is not below ``n_classes``.
+    """
+    names = list(map(str, range(1000))) if text == "imagenet" else text.split(",")
+    if not all(name.isdecimal() for name in names):
+        raise ValueError(f"expected class labels such as 3,7, got {text!r}")
+    labels = list(map(int, names))
+    if max(labels) >= n_classes:
+        raise ValueError(
+            f"there is no class {max(labels)}: the labels of this prior are 0 to {n_classes - 1}"
+        )
+    return labels
+
+
+def labels_of(prior: Any, classes: str | None, amount: int) -> list[int]:
+    """Return the condition token of each sample: its class, or the start token.
+
+    Args:
+        prior: An unconditional or class-conditional `Prior`.
+        classes: Labels, such as ``3,7``; None for an unconditional prior.
+        amount: Number of samples, per class if there are classes.
+
+    Raises:
+        ValueError: The prior does not take these classes, or needs some.
+    """
+    if prior.be_unconditional:
+        if classes:
+            raise ValueError("--classes: this prior is unconditional")
+        return [prior.sos_token] * amount
+    stage = prior.cond_stage_model
+    n_classes = getattr(stage, "n_classes", None)
+    if n_classes is None:
+        raise ValueError(f"only classes can be given here, not what a {type(stage).__name__} takes")
+    if not classes:
+        raise ValueError("this prior is class-conditional: give --classes, such as 3,7")
+    return [label for label in parse_classes(classes, n_classes) for _ in range(amount)]
+
+
+def run(program: Callable[[], None]) -> None:
+    """Run a script with its log on the console.
+
+    A user's mistake ends it with one line on stderr and exit code 2, Ctrl-C with exit code 130.
+
+    Args:
+        program: Function without arguments; may raise ValueError or OSError for mistakes.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("taming").setLevel(logging.INFO)
+    # Configurations name main.*, which stands beside the package, and the user's own modules. The
+    # current folder comes last, since it may hold another main.py.
+    sys.path += [str(Path(__file__).parents[2]), os.getcwd()]
+    try:
+        program()
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)

@@ -1,62 +1,46 @@
-"""A run: its folder, the configuration it was made with, and the model it left.
+"""The folder of a run, and the model and data that are loaded from it.
 
-``logs/<time>_<name>/`` holds ``checkpoints`` (``last.ckpt`` and the best ones), ``configs`` (what
-was run) and ``images``. Nothing here imports torch, so that mistakes are reported at once.
+``logs/<time>_<name>/`` holds ``checkpoints`` (``last.ckpt`` and the best ones), ``configs`` (one
+pair of files for each start) and ``images``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from taming.run.config import instantiate_from_config, load_config
-from taming.run.signature import signature_of
+from taming.run.config import LoadedConfig, check_block, load_config
+from taming.util import get_obj_from_str, instantiate_from_config, parameters_of
 
-# Processes that Lightning starts by running the command again find their parent's run here.
+# Environment variable by which processes that Lightning starts find their parent's run.
 _RUN_VARIABLE = "TAMING_RUN"
 
-# Whoever starts several processes numbers them so: torchrun, Lightning, Slurm, jsrun.
+# Environment variables with the number of a process: of torchrun, Lightning, Slurm and jsrun.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
-# How the time stands in the names of folders and files.
+# Format of the time in the names of folders and files.
 _TIME = "%Y-%m-%dT%H-%M-%S"
 
 
 def is_first_process() -> bool:
-    """Whether this is the first, or the only, process of a run; known before any of them talk."""
+    """Return True in the first, or only, process of a run, also before they communicate."""
     return _process_number() == 0
 
 
 def _process_number() -> int:
-    # What started torchrun numbers its nodes in another order than torchrun itself.
+    # Slurm may number the nodes in another order than torchrun, which it starts.
     names = ("RANK",) if "TORCHELASTIC_RUN_ID" in os.environ else _RANK_VARIABLES
     return max(int(os.environ.get(name) or 0) for name in names)
 
 
-def _unused_time(is_used: Callable[[str], bool]) -> str:
-    """Return the time, to the second, or the next one that is free."""
-    now = datetime.now()
-    while is_used(text := now.strftime(_TIME)):
-        now += timedelta(seconds=1)
-    return text
-
-
-def _exists_or_make(folder: Path) -> bool:
-    """Whether a folder is another's; it is made where there was none, which only one can do."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        return True
-    return False
-
-
 class PreparationError(ValueError):
-    """Training could not begin because of something the user gave."""
+    """Training could not begin because of a mistake of the user."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +56,12 @@ class RunDir:
 
     @property
     def configs(self) -> Path:
-        """Folder of the configurations that the run was started and resumed with."""
+        """Folder of the configurations of all starts of the run."""
         return self.path / "configs"
 
     @property
-    def images(self) -> Path:
-        """Folder of the logged images."""
-        return self.path / "images"
-
-    @property
     def last_checkpoint(self) -> Path:
-        """Newest checkpoint, from which the run can be resumed."""
+        """Newest checkpoint, from which the run is resumed."""
         return self.checkpoints / "last.ckpt"
 
     @property
@@ -92,12 +71,12 @@ class RunDir:
 
     @property
     def project_config(self) -> Path:
-        """File with the blocks that the run was last trained with.
+        """File with the model and data blocks of the latest start.
 
-        A published model has a single one of any name, such as ``model.yaml``.
+        A published model has a single file of any name, such as ``model.yaml``.
 
         Raises:
-            ValueError: There is no such file, or it cannot be told which one it is.
+            ValueError: There is no such file, or there are several candidates.
         """
         saved = self.saved_configs
         projects = [path for path in saved if path.name.endswith("-project.yaml")]
@@ -108,51 +87,56 @@ class RunDir:
     def start_time(self) -> str:
         """Return the time that names the files of this start of the run.
 
-        It is later than those of all earlier starts, since the newest file wins. The clock may have
-        gone back: to another time zone, or with the end of summer time.
+        The newest file counts, so it is later than the times of all earlier starts, even if the
+        clock was set back: by another time zone, or at the end of summer time.
         """
         earliest = datetime.now()
         for path in self.saved_configs:
-            with suppress(ValueError):  # a published model's has any name
+            with suppress(ValueError):  # a published model's file may have any name
                 saved = datetime.strptime(path.name[:19], _TIME)
                 earliest = max(earliest, saved + timedelta(seconds=1))
         return earliest.strftime(_TIME)
 
     @classmethod
     def new(cls, name: str, root: str | Path = "logs") -> RunDir:
-        """Make a folder that did not exist, so that no other run can take it.
+        """Create the folder of a new run, which no other run can claim.
+
+        Only the first of several processes creates it. Processes that Lightning starts take its
+        path from the environment; those of ``torchrun`` and Slurm get it from the callbacks.
 
         Args:
-            name: What stands behind the time.
+            name: Part of the folder's name after the time.
             root: Folder of all runs.
 
         Returns:
-            The run. Only the first of several processes makes its folder. Those that Lightning
-            starts are told the path; those of ``torchrun`` and Slurm learn it from the callbacks.
+            The run.
         """
+        now = datetime.now()
         if not is_first_process() and _RUN_VARIABLE in os.environ:
             return cls(Path(os.environ[_RUN_VARIABLE]))
-        if not is_first_process():  # or one of several that know nothing of each other
-            time = _unused_time(lambda time: False)
-            return cls(Path(root) / f"{time}_{name}_{_process_number()}")
-        time = _unused_time(lambda time: _exists_or_make(Path(root) / f"{time}_{name}"))
-        path = Path(root) / f"{time}_{name}"
-        os.environ[_RUN_VARIABLE] = str(path.absolute())
-        return cls(path)
+        if not is_first_process():  # of torchrun, or one of several independent jobs
+            return cls(Path(root) / f"{now.strftime(_TIME)}_{name}_{_process_number()}")
+        while True:
+            path = Path(root) / f"{now.strftime(_TIME)}_{name}"
+            with suppress(FileExistsError):  # claimed by another run
+                path.mkdir(parents=True)
+                os.environ[_RUN_VARIABLE] = str(path.absolute())
+                return cls(path)
+            now += timedelta(seconds=1)
 
     @contextmanager
     def kept_if_used(self) -> Iterator[None]:
-        """Remove the folder in the end, and that of all runs, if nothing has been written there."""
+        """On exit, remove the folder, and that of all runs, if they are empty."""
         try:
             yield
         finally:
-            with suppress(OSError):  # is not empty, or another process's to remove
+            with suppress(OSError):  # not empty, or removed by another process
                 self.path.rmdir()
                 self.path.parent.rmdir()
 
     @classmethod
     def resume(cls, path: str | Path) -> tuple[RunDir, Path]:
-        """Find the run that a run folder or one of its checkpoints belongs to.
+        """Find the run of a run folder or of one of its checkpoints.
 
         Args:
             path: ``logs/<run>`` or ``logs/<run>/checkpoints/<file>.ckpt``.
@@ -161,8 +145,8 @@ class RunDir:
             The run and the checkpoint (``last.ckpt`` for a folder).
 
         Raises:
-            FileNotFoundError: There is no such path, or the run has no checkpoint yet.
-            ValueError: It is not a run.
+            FileNotFoundError: The path does not exist, or the run has no checkpoint yet.
+            ValueError: The path is not a run.
         """
         path = Path(path)
         if not path.exists():
@@ -170,8 +154,8 @@ class RunDir:
         run = cls(path if path.is_dir() else path.absolute().parent.parent)
         if not run.saved_configs:
             raise ValueError(
-                f"{path}: {run.path} is no run, for it has no configs/*.yaml; "
-                "give logs/<run> or logs/<run>/checkpoints/<file>.ckpt"
+                f"{path}: {run.path} is not a run, since it has no configs/*.yaml; "
+                "expected logs/<run> or logs/<run>/checkpoints/<file>.ckpt"
             )
         checkpoint = run.last_checkpoint if path.is_dir() else path
         if not checkpoint.exists():
@@ -179,55 +163,45 @@ class RunDir:
         return run, checkpoint
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """A checked configuration, and the run that is started or resumed with it.
+
+    Attributes:
+        run: Folder that everything is written to.
+        checkpoint: Checkpoint to continue from; None starts anew.
+        model: The ``model`` block.
+        data: The ``data`` block.
+        lightning: The ``lightning`` block.
+        wandb_project: Weights & Biases project to log to as well, or None.
+        trust_checkpoint: Allow the checkpoint to hold objects of any class.
+    """
+
+    run: RunDir
+    checkpoint: Path | None
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    lightning: Mapping[str, Any]
+    wandb_project: str | None = None
+    trust_checkpoint: bool = False
+
+    @cached_property
+    def start_time(self) -> str:
+        """Time that names the files of this start."""
+        return self.run.start_time()
+
+
 def run_name(name: str, base: Sequence[str], postfix: str = "") -> str:
-    """Return the name of a new run: ``name``, or the first file's, and the postfix."""
+    """Return the name of a new run: ``name`` or else the first file's stem, and the postfix."""
     return (name or (Path(base[0]).stem if base else "run")) + postfix
 
 
-def model_from_run(run: str | Path, **params: Any) -> Any:
-    """Build the model of a run with its trained weights, in evaluation mode.
-
-    A prior's YAML names its tokenizer so:
-    ``first_stage_config: {target: taming.run.folder.model_from_run, params: {run: logs/<run>}}``.
-
-    Args:
-        run: Run folder (its ``last.ckpt`` is read) or one of its checkpoints.
-        **params: Replace entries of the saved ``model.params``.
-
-    Returns:
-        The model.
-
-    Raises:
-        FileNotFoundError: There is no such run or checkpoint.
-        ValueError: It is no run, or its model takes none of some params.
-    """
-    project, checkpoint = _project(run)
-    block = project["model"]
-    signature = signature_of(block["target"])
-    if not signature.open and (unknown := [name for name in params if name not in signature.names]):
-        raise ValueError(
-            f"the run {run} holds a {block['target']}, which takes no {', '.join(unknown)}; name "
-            "the run of a model that does"
-        )
-    params = {**(block.get("params") or {}), **params}
-    return trained_model({"target": block["target"], "params": params}, checkpoint)
-
-
-def trained_model(block: Mapping[str, Any], checkpoint: str | Path) -> Any:
-    """Build a model with the weights of a checkpoint, in evaluation mode.
-
-    Args:
-        block: ``{target, params}``. A ``ckpt_path`` anywhere in it is where a part once started
-            from; since the checkpoint holds all weights, that file is neither needed nor read, and
-            nothing of the checkpoint is left out.
-        checkpoint: File with all weights of the model.
-    """
-    params = {**without_starts(block.get("params") or {}), "ckpt_path": str(checkpoint)}
-    return instantiate_from_config({"target": block["target"], "params": params}).eval()
-
-
 def without_starts(block: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave every ``ckpt_path``, and its ``ignore_keys``, out of a block and those inside it."""
+    """Drop every ``ckpt_path`` and its ``ignore_keys`` from a block and the blocks inside it.
+
+    They name the files that parts of a model once started from. A checkpoint of the whole model
+    holds all weights, so these files are not needed any more, and may be gone.
+    """
     return {
         key: without_starts(value) if isinstance(value, Mapping) else value
         for key, value in block.items()
@@ -235,23 +209,131 @@ def without_starts(block: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class SavedRun:
+    """A trained run, loaded to use its model and data.
+
+    Attributes:
+        folder: Folder of the run.
+        checkpoint: File with the weights.
+        config: Configuration to build the model and the data from, overrides included.
+    """
+
+    folder: Path
+    checkpoint: Path
+    config: LoadedConfig
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        files: Sequence[str | Path] = (),
+        dotlist: Sequence[str] = (),
+        *,
+        alone: bool = False,
+        ignore_data: bool = False,
+    ) -> SavedRun:
+        """Find a run and load its latest configuration.
+
+        Args:
+            path: Run folder (``last.ckpt`` is used), one of its checkpoints, or, with ``files``
+                that describe its model, a checkpoint anywhere.
+            files: YAML files to merge into the run's own, from left to right.
+            dotlist: ``key=value`` items to merge last.
+            alone: Use the last file only, instead of the run's own.
+            ignore_data: Ignore the ``data`` block of all files.
+
+        Raises:
+            FileNotFoundError: The run or the checkpoint does not exist.
+            ValueError: The path is not a run, or a file cannot be read.
+        """
+        path = Path(path)
+        run = RunDir(path.absolute().parent.parent)
+        if path.is_file() and files and not run.saved_configs:
+            checkpoint, files = path, list(files)
+        else:
+            run, checkpoint = RunDir.resume(path)
+            files = [run.project_config, *files]
+        files = files[-1:] if alone else files
+        if ignore_data:
+            model = {"model": load_config(files).values.get("model")}
+            return cls(run.path, checkpoint, load_config([], dotlist, overrides=model))
+        return cls(run.path, checkpoint, load_config(files, dotlist))
+
+    def model(self, **params: Any) -> Any:
+        """Build the model with its trained weights, in evaluation mode.
+
+        Args:
+            **params: Values that replace entries of ``model.params``.
+
+        Raises:
+            ValueError: The configuration is wrong, the checkpoint does not match it, or the model
+                does not take one of the params.
+        """
+        block = self.config.block("model")
+        check_block(self.config, "model", block, extra=["base_learning_rate"])
+        target = block["target"]
+        valid, is_open = parameters_of(get_obj_from_str(target))
+        if not is_open and (unknown := [name for name in params if name not in valid]):
+            raise ValueError(
+                f"the run {self.folder} holds a {target}, which takes no {', '.join(unknown)}; "
+                "name the run of a model that does"
+            )
+        params = without_starts({**(block.get("params") or {}), **params})
+        params["ckpt_path"] = str(self.checkpoint)
+        return instantiate_from_config({"target": target, "params": params}).eval()
+
+    def data(self, stage: str | None = None) -> Any:
+        """Build the data module and set up its data sets.
+
+        Args:
+            stage: Stage to set up the data sets of, such as ``validate``; None for all stages.
+
+        Raises:
+            ValueError: The configuration is wrong.
+        """
+        block = self.config.block("data")
+        check_block(self.config, "data", block)
+        data = instantiate_from_config(block)
+        data.prepare_data()
+        data.setup(stage)
+        return data
+
+    def step(self) -> int:
+        """Return the number of steps that the model was trained for."""
+        from taming.checkpoint import load_checkpoint  # imports torch, which --help does not need
+
+        return load_checkpoint(self.checkpoint, lazy=True).get("global_step", 0)
+
+
+def model_from_run(run: str | Path, **params: Any) -> Any:
+    """Build the model of a run with its trained weights, in evaluation mode.
+
+    The YAML file of a prior names its tokenizer so:
+    ``first_stage_config: {target: taming.run.folder.model_from_run, params: {run: logs/<run>}}``.
+
+    Args:
+        run: Run folder (``last.ckpt`` is loaded) or one of its checkpoints.
+        **params: Values that replace entries of the saved ``model.params``.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: The run or the checkpoint does not exist.
+        ValueError: The path is not a run, or its model does not take one of the params.
+    """
+    return SavedRun.load(run).model(**params)
+
+
 def data_from_run(run: str | Path) -> Any:
-    """Build the data module of a run, ready for validation.
+    """Build the data module of a run, set up for validation.
 
     Args:
         run: Run folder or one of its checkpoints.
 
     Raises:
-        FileNotFoundError: There is no such run or checkpoint.
-        ValueError: It is no run.
+        FileNotFoundError: The run or the checkpoint does not exist.
+        ValueError: The path is not a run.
     """
-    data = instantiate_from_config(_project(run)[0]["data"])
-    data.prepare_data()
-    data.setup("validate")
-    return data
-
-
-def _project(run: str | Path) -> tuple[dict[str, Any], Path]:
-    """The model and data blocks that a run was last trained with, and its checkpoint."""
-    folder, checkpoint = RunDir.resume(run)
-    return load_config([folder.project_config]).values, checkpoint
+    return SavedRun.load(run).data("validate")

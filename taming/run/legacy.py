@@ -1,6 +1,6 @@
-"""Old spellings that configurations in the wild use, translated to those of today.
+"""Translate old spellings in configurations: of taming-transformers, and of this project.
 
-taming-transformers was written for PyTorch Lightning 1.0; its YAML files and command lines name
+taming-transformers was written for PyTorch Lightning 1.0; its YAML files and command lines use
 Trainer arguments and classes that no longer exist.
 """
 
@@ -11,11 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 logger = logging.getLogger(__name__)
-
-_RENAMED = {
-    "checkpoint_callback": "enable_checkpointing",
-    "replace_sampler_ddp": "use_distributed_sampler",
-}
 
 _DROPPED = {
     "amp_backend": "mixed precision is PyTorch's own; see precision",
@@ -35,37 +30,34 @@ _DROPPED = {
     "terminate_on_nan": "training always stops at a value that is not finite",
     "track_grad_norm": "it no longer exists",
     "truncated_bptt_steps": "it no longer exists",
-    "weights_save_path": "checkpoints lie in the run's folder",
+    "weights_save_path": "checkpoints are saved in the run's folder",
 }
 
 _OLD_STRATEGIES = ("ddp", "ddp2", "ddp_cpu", "ddp_spawn", "dp", "horovod")
 
-# Targets that this project itself has moved: saved configurations of earlier runs name them.
+# Modules of an earlier version of this project, which saved configurations may name, and
+# the modules that hold their classes now.
 _MOVED = {
-    "taming.callbacks.CodebookTelemetry": "taming.run.callbacks.CodebookTelemetry",
-    "taming.callbacks.ImageLogger": "taming.run.callbacks.ImageLogger",
-    "taming.callbacks.SetupCallback": "taming.run.callbacks.SetupCallback",
-    "taming.experiment.model_from_run": "taming.run.folder.model_from_run",
-    "taming.modules.vqvae.sequence.RasterSequence": (
-        "taming.modules.sequence.notations.RasterSequence"
-    ),
-    "taming.modules.vqvae.sequence.RunLengthSequence": (
-        "taming.modules.sequence.notations.RunLengthSequence"
-    ),
-    "taming.modules.vqvae.sequence.UnarySequence": (
-        "taming.modules.sequence.notations.UnarySequence"
-    ),
-    "taming.resume.LastCheckpoint": "taming.run.resume.LastCheckpoint",
-    "taming.resume.RngState": "taming.run.resume.RngState",
+    "taming.callbacks": "taming.run.callbacks",
+    "taming.data.imagenet_depth": "taming.data.imagenet",
+    "taming.data.imagenet_scale": "taming.data.imagenet",
+    "taming.experiment": "taming.run.folder",
+    "taming.modules.diffusionmodules.decoders": "taming.modules.diffusionmodules.model",
+    "taming.modules.transformer.clusters": "taming.modules.transformer.mingpt",
+    "taming.modules.vqvae.classic": "taming.modules.vqvae.quantize",
+    "taming.modules.vqvae.gumbel": "taming.modules.vqvae.quantize",
+    "taming.modules.vqvae.sequence": "taming.modules.sequence.notations",
+    "taming.observers": "taming.run.callbacks",
+    "taming.resume": "taming.run.callbacks",
 }
 
-_TARGETS = {
-    **_MOVED,
+# Targets that moved alone, or that another one replaces.
+_TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
+_REPLACED = {
     "cutlit.DataModuleFromConfig": "main.DataModuleFromConfig",
-    "pytorch_lightning.loggers.TestTubeLogger": "lightning.pytorch.loggers.TensorBoardLogger",
-    "pytorch_lightning.loggers.test_tube.TestTubeLogger": (
-        "lightning.pytorch.loggers.TensorBoardLogger"
-    ),
+    "taming.checkpoint.SafeCheckpointIO": "taming.run.trainer.SafeCheckpointIO",
+    "pytorch_lightning.loggers.TestTubeLogger": _TENSORBOARD,
+    "pytorch_lightning.loggers.test_tube.TestTubeLogger": _TENSORBOARD,
 }
 
 
@@ -73,14 +65,14 @@ def parse_gpus(value: Any) -> dict[str, Any]:
     """Translate the original's ``gpus`` to accelerator and devices.
 
     Args:
-        value: ``"0,"`` or ``[0]`` (that GPU), ``"0,1"`` (these two), 2 (that many), -1 (all),
-            0 (train on the CPU), None (not said).
+        value: ``"0,"`` or ``[0]`` (GPU 0), ``"0,1"`` (GPUs 0 and 1), 2 (any two), -1 (all),
+            0 (the CPU) or None (the default).
 
     Returns:
         Trainer arguments.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: The value is anything else.
     """
     if value is None:
         return {}
@@ -91,8 +83,7 @@ def parse_gpus(value: Any) -> dict[str, Any]:
         numbers = []
     if not numbers or isinstance(value, bool) or ("," in text and min(numbers) < 0):
         raise ValueError(
-            "gpus takes '0,' (GPU 0), '0,1' (GPUs 0 and 1), 2 (that many) or -1 (all), "
-            f"got {value!r}"
+            f"gpus takes '0,' (GPU 0), '0,1' (GPUs 0 and 1), 2 (any two) or -1 (all), got {value!r}"
         )
     if "," in text:
         return {"accelerator": "gpu", "devices": numbers}
@@ -118,7 +109,8 @@ _TRANSLATED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "reload_dataloaders_every_epoch": (
         lambda value: {"reload_dataloaders_every_n_epochs": int(bool(value))}
     ),
-    **{old: (lambda value, new=new: {new: value}) for old, new in _RENAMED.items()},
+    "checkpoint_callback": lambda value: {"enable_checkpointing": value},
+    "replace_sampler_ddp": lambda value: {"use_distributed_sampler": value},
     **{old: (lambda value: {}) for old in _DROPPED},
 }
 
@@ -132,11 +124,11 @@ def modernize(config: Mapping[str, Any]) -> dict[str, Any]:
         config: Plain nested mapping, with or without ``lightning.trainer``.
 
     Returns:
-        A copy in today's spelling. ``lightning.trainer.resume_from_checkpoint`` becomes
+        A copy in current spelling. ``lightning.trainer.resume_from_checkpoint`` becomes
         ``lightning.ckpt_path``.
 
     Raises:
-        ValueError: A value has no meaning today.
+        ValueError: A value has no equivalent.
     """
     result = _modernize_targets(config)
     lightning = result.get("lightning")
@@ -160,7 +152,7 @@ def _modernize_trainer(trainer: dict[str, Any]) -> dict[str, Any]:
         elif name == "profiler" and isinstance(value, bool):
             new = {"profiler": "simple" if value else None}
         elif name == "num_processes" and "devices" in parse_gpus(trainer.get("gpus")):
-            new = {}  # it counts processes on the CPU
+            new = {}  # it is the number of processes on the CPU
         elif name in _TRANSLATED:
             new = _TRANSLATED[name](value)
         else:
@@ -175,6 +167,14 @@ def _modernize_trainer(trainer: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def modernize_target(target: str) -> str:
+    """Return the current path of a target."""
+    module, _, name = target.rpartition(".")
+    if module in _MOVED:
+        return f"{_MOVED[module]}.{name}"
+    return _REPLACED.get(target) or target.replace("pytorch_lightning.", "lightning.pytorch.", 1)
+
+
 def _modernize_targets(value: Any) -> Any:
     if isinstance(value, list):
         return [_modernize_targets(item) for item in value]
@@ -182,10 +182,7 @@ def _modernize_targets(value: Any) -> Any:
         return value
     result = {key: _modernize_targets(item) for key, item in value.items()}
     target = result.get("target")
-    if isinstance(target, str):
-        result["target"] = _TARGETS.get(target) or target.replace(
-            "pytorch_lightning.", "lightning.pytorch.", 1
-        )
-        if result["target"] != target:
-            logger.info("target %s becomes %s", target, result["target"])
+    if isinstance(target, str) and modernize_target(target) != target:
+        result["target"] = modernize_target(target)
+        logger.info("target %s becomes %s", target, result["target"])
     return result

@@ -1,39 +1,46 @@
-"""Builds the Trainer of a run: what surrounds it, learning rate, start.
+"""Build the Trainer of a run with its loggers, callbacks and devices, and start it.
 
-Everything may be given in the ``lightning`` block of a configuration; the rest is chosen here.
+The ``lightning`` block of a configuration may set everything; the rest has defaults here.
 """
 
 from __future__ import annotations
 
-import inspect
+import importlib.util
 import logging
+import os
+import re
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import environments
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from taming.checkpoint import SafeCheckpointIO
-from taming.run.config import ConfigError, instantiate_from_config
-from taming.run.devices import choose_strategy
-from taming.run.folder import PreparationError, RunDir
-from taming.run.observers import build_callbacks, build_checkpoints, build_loggers
+from taming.checkpoint import load_checkpoint
+from taming.run.callbacks import MonitorCheck
+from taming.run.config import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
+from taming.run.folder import Experiment, PreparationError
+from taming.util import WriteError, get_obj_from_str, instantiate_from_config, parameters_of
 
 logger = logging.getLogger(__name__)
 
-# Messages of Lightning about things that are as they should be.
+# Messages of Lightning about what is as it should be.
 _KNOWN_WARNINGS = (
     r".*does not have many workers",
     r"Consider setting `persistent_workers=True`",  # a resumed run needs new ones each epoch
     r"Total length of `list` across ranks is zero",
     r"The dirpath has changed from",
-    r"You're resuming from a checkpoint that ended before the epoch ended",  # fit() says it
+    r"You're resuming from a checkpoint that ended before the epoch ended",  # fit() logs it
     r"`ModelCheckpoint\(monitor=.*could not find the monitored key",
     r".*number of training batches .* is smaller than the logging interval",
     r".*Checkpoint directory .* exists and is not empty",
@@ -42,32 +49,27 @@ _KNOWN_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).* is deprecated",
 )
 
-
-@runtime_checkable
-class ManualOptimization(Protocol):
-    """A model that accumulates and clips gradients itself, since Lightning then refuses to."""
-
-    accumulate_grad_batches: int
-    gradient_clip_val: float | None
-    gradient_clip_algorithm: str
+# Arguments that a model with manual optimization takes over, since Lightning then refuses them.
+_MANUAL = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
 
-def trainer_arguments(lightning: Mapping[str, Any], run: RunDir) -> dict[str, Any]:
-    """Complete the ``lightning.trainer`` block, and build the blocks in it, before data and model.
+def trainer_arguments(experiment: Experiment) -> dict[str, Any]:
+    """Complete the ``lightning.trainer`` block, and build the blocks inside it.
 
     Raises:
-        ValueError: More GPUs are asked for than are visible, or an argument cannot be meant.
+        ValueError: More GPUs are asked for than are visible, or an argument is out of range.
     """
-    given = {name: _built(value) for name, value in (lightning.get("trainer") or {}).items()}
-    arguments = {"default_root_dir": run.path, **given}
+    given = experiment.lightning.get("trainer") or {}
+    built = {name: _built(value) for name, value in given.items()}
+    arguments: dict[str, Any] = {"default_root_dir": experiment.run.path, **built}
     if arguments.get("precision") in ("bf16-true", "16-true"):
         raise ValueError(
             f"precision {arguments['precision']}: codebooks and the codes of a frozen tokenizer "
             "need weights in float32; train with bf16-mixed"
         )
-    if isinstance(arguments.get("max_time"), int | float):  # YAML reads 12:00:00 to the base of 60
+    if isinstance(arguments.get("max_time"), int | float):  # YAML reads 12:00:00 as base 60
         raise ValueError("max_time needs quotes in YAML: '00:12:00:00' is twelve hours")
-    if not {"max_epochs", "max_steps", "max_time"} & set(arguments):
+    if not {"max_epochs", "max_steps", "max_time"} & arguments.keys():
         arguments["max_epochs"] = 1000  # Lightning's default, without its warning
     return arguments | choose_strategy(arguments)
 
@@ -79,124 +81,284 @@ def _built(value: Any) -> Any:
     return [_built(item) for item in value] if isinstance(value, list) else value
 
 
-def build_trainer(
-    arguments: Mapping[str, Any],
-    lightning: Mapping[str, Any],
-    project: Mapping[str, Any],
-    model: pl.LightningModule,
-    run: RunDir,
-    wandb_project: str | None = None,
-    trust_checkpoint: bool = False,
-) -> pl.Trainer:
-    """Build the Trainer of a run.
+def choose_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Trainer arguments to replace so that several processes train together.
 
-    Args:
-        arguments: See :func:`trainer_arguments`.
-        lightning: Checked ``lightning`` block.
-        project: The ``model`` and ``data`` blocks, to be saved with the run.
-        model: The model; takes over accumulation and clipping if it optimizes manually.
-        run: Where the run writes.
-        wandb_project: Weights & Biases project to log to as well.
-        trust_checkpoint: Whether a checkpoint to resume from may hold objects of any class.
+    Frozen stages and the two optimizers of a GAN leave parameters without gradients, on which plain
+    DDP fails, so DDP always looks for unused parameters. It communicates through gloo on CPUs, and
+    on GPUs where NCCL is not available, such as on Windows.
+
+    Raises:
+        ValueError: More GPUs are asked for than are visible.
+    """
+    accelerator = arguments.get("accelerator", "auto")
+    devices = _parse_devices(arguments.get("devices", "auto"))
+    if accelerator == "cpu" and isinstance(devices, list):
+        # The run that is resumed, or another file, may have named GPUs.
+        logger.info("accelerator cpu: devices %s are indices of GPUs and are ignored", devices)
+        return {"devices": "auto"} | choose_strategy({**arguments, "devices": "auto"})
+    strategy, nodes = arguments.get("strategy", "auto"), arguments.get("num_nodes", 1)
+    several = _count_devices(accelerator, devices) * nodes > 1
+    if strategy != "ddp" and not (strategy == "auto" and several):
+        return {}
+    logger.info("strategy %s: DDP that allows parameters without gradients", strategy)
+    if torch.distributed.is_nccl_available():
+        return {"strategy": "ddp_find_unused_parameters_true"}
+    return {"strategy": DDPStrategy(find_unused_parameters=True, process_group_backend="gloo")}
+
+
+def _parse_devices(devices: Any) -> Any:
+    """Parse a string of devices: ``"0,1"`` holds indices, ``"2"`` is a number of devices."""
+    if isinstance(devices, str) and "," in devices:
+        return [int(number) for number in devices.split(",") if number.strip()]
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        return int(devices)
+    return devices
+
+
+def _count_devices(accelerator: str, devices: Any) -> int:
+    visible = torch.cuda.device_count() or int(torch.backends.mps.is_available())
+    is_list = isinstance(devices, list)
+    wants_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and is_list)
+    needed = max(devices) + 1 if is_list else devices
+    if wants_gpu and (visible == 0 or (isinstance(needed, int) and needed > visible)):
+        instead = f"--gpus with indices below {visible}, or " if visible else ""
+        raise ValueError(
+            f"GPU devices {devices} are asked for, here or by the run that is resumed, but "
+            f"{visible} GPUs are visible here; pass {instead}--accelerator cpu (or --gpus 0) to "
+            "train on the CPU"
+        )
+    if is_list:
+        return len(devices)
+    if isinstance(devices, int) and devices > 0:
+        return devices
+    return visible if wants_gpu or (accelerator == "auto" and visible) else 1
+
+
+def build_trainer(
+    experiment: Experiment, arguments: Mapping[str, Any], model: LightningModule
+) -> Trainer:
+    """Build the Trainer of a run from `trainer_arguments`.
 
     Raises:
         ValueError: The Trainer refuses an argument, or wandb is asked for and not installed.
     """
-    now = run.start_time()
     arguments = dict(arguments)
     if not model.automatic_optimization:
         arguments = hand_over_optimization(arguments, model)
-    loggers = []
-    if arguments.pop("logger", True) is not False:
-        loggers = build_loggers(lightning.get("logger"), run, now, wandb_project)
-    callbacks = build_callbacks(lightning, project, run, now)
-    if not loggers:  # Lightning's monitor takes it for a mistake that there is nobody to tell
+    loggers = build_loggers(experiment) if arguments.pop("logger", True) is not False else []
+    callbacks = build_callbacks(experiment)
+    if not loggers:  # with which Lightning's monitor raises an error
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
     if arguments.get("enable_checkpointing", True) and not arguments.get("fast_dev_run"):
-        callbacks += build_checkpoints(lightning, model, run)
-    # Lightning would otherwise add a checkpoint of its own.
+        callbacks += build_checkpoints(experiment, model)
+    # Lightning would otherwise add a checkpoint callback of its own.
     arguments["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in callbacks)
-    plugins = [*_plugins(arguments.pop("plugins", None)), SafeCheckpointIO(trust_checkpoint)]
+    io = SafeCheckpointIO(experiment.trust_checkpoint)
+    plugins = [*_plugins(arguments.pop("plugins", None)), io]
     try:
-        return pl.Trainer(**arguments, logger=loggers, callbacks=callbacks, plugins=plugins)
+        return Trainer(**arguments, logger=loggers, callbacks=callbacks, plugins=plugins)
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"lightning.trainer: {error}") from error
 
 
 def _plugins(given: Any) -> list[Any]:
-    """The plugins that were given, and Slurm without Lightning's own requeueing.
+    """Return the given plugins, and Slurm's environment without Lightning's requeueing.
 
-    That looks for its checkpoint in the folder of the first start, which no other start shares. A
-    signal before the end of a job's time saves ``last.ckpt`` instead (`LastCheckpoint`).
+    That looks for its checkpoint in the folder of the first start; `LastCheckpoint` saves instead.
     """
     plugins = [*given] if isinstance(given, list | tuple) else [given] if given else []
-    known = any(isinstance(plugin, environments.ClusterEnvironment) for plugin in plugins)
+    has_own = any(isinstance(plugin, environments.ClusterEnvironment) for plugin in plugins)
     elastic = environments.TorchElasticEnvironment.detect()
-    if not known and not elastic and environments.SLURMEnvironment.detect():
+    if not has_own and not elastic and environments.SLURMEnvironment.detect():
         plugins.append(environments.SLURMEnvironment(auto_requeue=False))
     return plugins
 
 
-def hand_over_optimization(
-    arguments: Mapping[str, Any], model: pl.LightningModule
-) -> dict[str, Any]:
-    """Give accumulation and clipping to a model that optimizes manually.
-
-    Returns:
-        The Trainer arguments that are left.
+def hand_over_optimization(arguments: Mapping[str, Any], model: LightningModule) -> dict[str, Any]:
+    """Move accumulation and clipping from Trainer arguments to a model that optimizes manually.
 
     Raises:
-        ValueError: The model cannot take them, or one is out of range.
+        ValueError: The model has no such attributes, or a value is out of range.
     """
-    names = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
-    batches, algorithm = (arguments.get(name) for name in names[::2])
+    given = {name: arguments[name] for name in _MANUAL if arguments.get(name) is not None}
+    batches, algorithm = (given.get(name) for name in _MANUAL[::2])
     if batches is not None and (not isinstance(batches, int) or batches < 1):
-        raise ValueError(
-            f"accumulate_grad_batches must be a whole number of at least 1, got {batches!r}"
-        )
+        raise ValueError(f"accumulate_grad_batches must be an int of at least 1, got {batches!r}")
     if algorithm not in (None, "norm", "value"):
         raise ValueError(f"gradient_clip_algorithm must be 'norm' or 'value', got {algorithm!r}")
-    given = {name: arguments[name] for name in names if arguments.get(name) is not None}
-    if given and not isinstance(model, ManualOptimization):
+    if given and not all(hasattr(model, name) for name in _MANUAL):
         raise ValueError(
-            f"{type(model).__name__} optimizes manually and has no {', '.join(names)}, "
+            f"{type(model).__name__} optimizes manually and has no {', '.join(_MANUAL)}, "
             f"so leave out {', '.join(given)}"
         )
     for name, value in given.items():
         setattr(model, name, value)
-    return {name: value for name, value in arguments.items() if name not in names}
+    return {name: value for name, value in arguments.items() if name not in _MANUAL}
 
 
-def learning_rate_scale(
-    arguments: Mapping[str, Any], data: Mapping[str, Any], world_size: int
-) -> int:
-    """Return the number of images per optimizer step: accumulate x devices and nodes x batch size.
+def build_loggers(experiment: Experiment) -> list[Logger]:
+    """Build the CSV and TensorBoard loggers, Weights & Biases on request, and a configured one.
 
-    Args:
-        arguments: Trainer arguments.
-        data: The ``data`` block.
-        world_size: Number of training processes.
+    They write to ``csv/<start time>/metrics.csv``, ``tensorboard`` and ``wandb``. The params of the
+    ``lightning.logger`` block are merged into those of the logger with the same target.
 
     Raises:
-        ConfigError: The batch size is not known.
+        ValueError: Weights & Biases is asked for and not installed.
     """
-    accumulate = arguments.get("accumulate_grad_batches") or 1
-    batch_size = (data.get("params") or {}).get("batch_size")
+    module, path = "lightning.pytorch.loggers", experiment.run.path
+    given = experiment.lightning.get("logger")
+    block = given and merge_block(DEFAULT_LOGGER, given)
+    defaults = {
+        f"{module}.CSVLogger": {"name": f"csv/{experiment.start_time}", "version": ""},
+        f"{module}.TensorBoardLogger": {"name": "tensorboard", "version": ""},
+    }
+    project, wandb = experiment.wandb_project, f"{module}.WandbLogger"
+    if project or (block and block["target"] == wandb):
+        if importlib.util.find_spec("wandb") is None:
+            raise ValueError("logging to Weights & Biases needs: pip install 'loopy-taming[wandb]'")
+        run_id = re.sub(r"[^\w.-]", "-", path.name)[-64:]
+        defaults[wandb] = {"name": path.name, "id": run_id, "project": project or "taming"}
+    folder = {"save_dir": str(path)}
+    blocks = {t: {"target": t, "params": {**folder, **p}} for t, p in defaults.items()}
+    if block:
+        blocks[block["target"]] = merge_block(blocks.get(block["target"]) or block, block)
+    return [instantiate_from_config(block) for block in blocks.values()]
+
+
+def build_callbacks(experiment: Experiment) -> list[Callback]:
+    """Build the default and the configured callbacks, except those that save checkpoints."""
+    run = experiment.run
+    added: dict[str, dict[str, Any]] = {
+        "setup_callback": {
+            "now": experiment.start_time,
+            "logdir": run.path,
+            "ckptdir": run.checkpoints,
+            "cfgdir": run.configs,
+            "config": {"model": experiment.model, "data": experiment.data},
+            "lightning_config": experiment.lightning,
+        },
+        "image_logger": {"logdir": run.path},
+    }
+    callbacks = []
+    for name, block in callback_blocks(experiment.lightning).items():
+        if name != "last_checkpoint":
+            taken, _ = parameters_of(get_obj_from_str(block["target"]))
+            params = {k: v for k, v in added.get(name, {}).items() if k in taken}
+            callbacks.append(instantiate_from_config(_with_defaults(block, params)))
+    return callbacks
+
+
+def build_checkpoints(experiment: Experiment, model: LightningModule) -> list[Callback]:
+    """Build the callbacks for ``last.ckpt`` and, given a monitor, the three best checkpoints."""
+    checkpoints, lightning, directory = [], experiment.lightning, experiment.run.checkpoints
+    configured = lightning.get("modelcheckpoint")
+    given = (configured or {}).get("params") or {}
+    monitor = given.get("monitor") or getattr(model, "monitor", None)
+    if configured or monitor:
+        often = {"every_n_train_steps", "train_time_interval"} & {*given}
+        several = often or "val_check_interval" in (lightning.get("trainer") or {})  # in an epoch
+        params: dict[str, Any] = {
+            "dirpath": str(directory),
+            "filename": "{epoch:06}-{step:09}" if several else "{epoch:06}",
+            "enable_version_counter": False,  # a resumed run replaces the files
+        }
+        if monitor:
+            is_gain = monitor.endswith(("psnr", "ssim", "usage", "perplexity"))
+            params |= {"monitor": monitor, "save_top_k": 3, "mode": "max" if is_gain else "min"}
+        block = _with_defaults(merge_block(DEFAULT_CHECKPOINT, configured), params)
+        checkpoints = [instantiate_from_config(block), MonitorCheck(block["params"].get("monitor"))]
+    if last := callback_blocks(lightning).get("last_checkpoint"):
+        # After the others, so that last.ckpt holds the paths of the best ones.
+        checkpoints.append(instantiate_from_config(_with_defaults(last, {"ckptdir": directory})))
+    return checkpoints
+
+
+def _with_defaults(block: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    return {**block, "params": {**params, **(block.get("params") or {})}}
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Save checkpoints of a Trainer, and load the one that it resumes from.
+
+    Args:
+        trust_checkpoint: Also load objects of any class, which can run arbitrary code.
+    """
+
+    def __init__(self, trust_checkpoint: bool = False) -> None:
+        super().__init__()
+        self.trust_checkpoint = trust_checkpoint
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Write a file beside an earlier one of that name, and then replace it.
+
+        So a full disk or a kill leaves the earlier file, unlike Lightning's copy from the system's
+        temporary folder. Addresses such as ``s3://...`` are left to Lightning.
+
+        Raises:
+            WriteError: The file cannot be written; names it and the free space.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, str(path), storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
+        try:
+            torch.save(checkpoint, part)
+            part.replace(path)
+        except (OSError, RuntimeError) as error:  # the latter is torch's on a full disk
+            free = shutil.disk_usage(path.parent).free
+            raise WriteError(
+                f"the checkpoint {path} cannot be written, {free} bytes are free there ({error})"
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: str | os.PathLike[str], *_: Any, **__: Any) -> dict[str, Any]:
+        """Load a checkpoint of Lightning 1 or 2 onto the CPU.
+
+        The states of Lightning 1's callbacks and of a Timer are dropped.
+
+        Raises:
+            ValueError: The file holds only weights, or cannot be loaded.
+        """
+        checkpoint = load_checkpoint(path, self.trust_checkpoint)
+        if not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
+            raise ValueError(
+                f"{path} holds weights but no state of a training to resume; to start from these "
+                "weights, name the file in model.params.ckpt_path"
+            )
+        # Lightning 1 used classes as keys. A Timer starts anew: max_time counts for each job.
+        states = checkpoint.get("callbacks") or {}
+        checkpoint["callbacks"] = {
+            key: state for key, state in states.items() if isinstance(key, str) and key != "Timer"
+        }
+        return checkpoint
+
+
+def learning_rate_scale(experiment: Experiment, devices: int) -> int:
+    """Return the images per optimizer step: accumulated batches x devices x batch size.
+
+    Raises:
+        ValueError: The ``data`` block has no batch size.
+    """
+    accumulate = (experiment.lightning.get("trainer") or {}).get("accumulate_grad_batches") or 1
+    batch_size = (experiment.data.get("params") or {}).get("batch_size")
     if batch_size is None:
-        raise ConfigError("data.params.batch_size is needed; or pass --scale_lr false")
-    scale = accumulate * world_size * batch_size
+        raise ValueError("data.params.batch_size is missing; set it, or pass --scale_lr false")
+    scale = accumulate * devices * batch_size
     logger.info(
         "learning rate = %s x base: %s (accumulate) x %s (devices) x %s (batch size)",
-        *(scale, accumulate, world_size, batch_size),
+        *(scale, accumulate, devices, batch_size),
     )
     return scale
 
 
 def fit(
-    trainer: pl.Trainer,
-    model: pl.LightningModule,
-    data: pl.LightningDataModule,
-    checkpoint: Path | str | None,
+    trainer: Trainer, model: LightningModule, data: LightningDataModule, checkpoint: Path | None
 ) -> None:
     """Train, from a checkpoint if there is one.
 
@@ -206,11 +368,11 @@ def fit(
     if checkpoint is not None:
         logger.info(
             "resuming from %s: optimizers keep the learning rates stored there; if it was saved "
-            "within an epoch, as many batches as were left are drawn anew from all images",
+            "within an epoch, the remaining number of batches is sampled anew from all images",
             checkpoint,
         )
     try:
-        trainer.fit(model, datamodule=data, **_resume_arguments(trainer, checkpoint))
+        trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except (ValueError, OSError, RuntimeError, UnpicklingError, MisconfigurationException) as error:
         if trainer.val_dataloaders is not None or trainer.train_dataloader is not None:
             raise
@@ -222,35 +384,16 @@ def fit(
 
 
 def test(
-    trainer: pl.Trainer,
-    model: pl.LightningModule,
-    data: pl.LightningDataModule,
-    checkpoint: Path | str | None,
+    trainer: Trainer, model: LightningModule, data: LightningDataModule, checkpoint: Path | None
 ) -> None:
-    """Test the model, if it defines how; data without a test set are passed over."""
+    """Test the model if it has a ``test_step`` and the data have a test set."""
     if is_overridden("test_step", model) and is_overridden("test_dataloader", data):
-        trainer.test(model, datamodule=data, **_resume_arguments(trainer, checkpoint))
-
-
-def _resume_arguments(trainer: pl.Trainer, checkpoint: Path | str | None) -> dict[str, Any]:
-    """Return the arguments by which the Trainer continues from a checkpoint.
-
-    Where Lightning can (2.6 and later), only plain tensors and values are read from the file, so
-    that a downloaded checkpoint cannot run code.
-    """
-    if checkpoint is None:
-        return {}
-    safe = "weights_only" in inspect.signature(trainer.fit).parameters
-    return {"ckpt_path": str(checkpoint), **({"weights_only": True} if safe else {})}
+        trainer.test(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
 
 
 def quiet_lightning() -> None:
-    """Hide Lightning's advertisements and its warnings about things that are as they should be."""
+    """Hide Lightning's advertisements, and its warnings about what is as it should be."""
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_is_no_tip)
-
-
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless" not in record.getMessage()
+        logging.getLogger(name).addFilter(lambda r: "Tip: For seamless" not in r.getMessage())

@@ -130,7 +130,7 @@ def test_batches_keep_annotations_as_lists(coco, target):
         validation={
             "target": "taming.data.annotated_objects_coco.AnnotatedObjectsCoco",
             "params": {
-                "data_path": str(coco().files.images.parent),
+                "data_path": str(coco().images.parent),
                 **SCENE,
                 "min_objects_per_image": 1,
                 "keys": ["image", target, "annotations", "file_name"],
@@ -154,7 +154,7 @@ def test_things_and_stuff_are_chosen_and_numbered_by_their_ids_as_text(coco):
     assert [items.get_category_number(items.get_category_id(n)) for n in range(3)] == [0, 1, 2]
     assert coco(use_stuff=False).category_ids == ["10", "2"]
     assert coco(use_things=False).category_ids == ["100"]
-    with pytest.raises(ValueError, match="use_things and use_stuff are both off"):
+    with pytest.raises(ValueError, match="use_things and use_stuff"):
         coco(use_things=False, use_stuff=False)
 
 
@@ -186,7 +186,7 @@ def test_images_and_objects_are_filtered(coco):
     assert len(coco(max_objects_per_image=2)) == 1
     assert [a.category_id for a in coco(min_object_area=0.25)[0]["annotations"]] == ["10"]
     with pytest.raises(
-        ValueError, match="of the 2 images with objects that count, none has 9 to 30"
+        ValueError, match="none of the 2 images has 9 to 30 .* min_objects_per_image"
     ):
         coco(min_objects_per_image=9)
 
@@ -194,12 +194,12 @@ def test_images_and_objects_are_filtered(coco):
 @pytest.mark.parametrize("crop_method", ["none", "center", "random-1d", "random-2d"])
 @pytest.mark.parametrize("random_flip", [False, True])
 def test_the_sequence_describes_the_crop_that_is_shown(coco, crop_method, random_flip):
-    """A picture that is left of the middle black and right of it white tells where it was cut."""
+    """Find the crop of a picture whose left half is black and whose right half is white."""
     keys = ["image", "crop_bbox", "flipped", "objects_bbox"]
     items = coco(keys=keys, crop_method=crop_method, random_flip=random_flip, no_tokens=8192)
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[:, 30:] = 255
-    Image.fromarray(pixels).save(items.files.images / "1.jpg", quality=100)
+    Image.fromarray(pixels).save(items.images / "1.jpg", quality=100)
     builder = items.conditional_builders["objects_bbox"]
     for _ in range(5):
         item = items[0]
@@ -231,9 +231,7 @@ def test_without_image_nothing_is_cropped(coco):
 
 
 def test_unknown_keys_and_splits_are_refused(coco, open_images):
-    with pytest.raises(
-        ValueError, match="keys has 'bbox', which items lack; valid: .*objects_bbox"
-    ):
+    with pytest.raises(ValueError, match="keys .*'bbox'; valid: .*objects_bbox"):
         coco(keys=["bbox"])
     with pytest.raises(ValueError, match="keys has 'flipped', which needs 'image'"):
         coco(keys=["flipped"])
@@ -265,7 +263,7 @@ def test_tokens_may_be_reserved_for_more_categories(open_images):
     assert open_images(no_object_classes=20).no_classes == 20
 
 
-def test_missing_parts_say_where_to_get_them(tmp_path, monkeypatch):
+def test_errors_for_missing_parts_name_their_source(tmp_path, monkeypatch):
     monkeypatch.setenv("TAMING_DATA", str(tmp_path))
     place = f"{tmp_path}/coco/val2017"
     with pytest.raises(FileNotFoundError, match=f"{place} does not exist: get .*cocodataset.org"):

@@ -65,7 +65,7 @@ def test_class_numbers_need_the_maps_that_hold_them(root):
         CocoImagesAndCaptionsTrain(12, root=root, onehot_segmentation=True)
 
 
-def test_missing_parts_say_where_to_get_them(tmp_path, root):
+def test_errors_for_missing_parts_name_their_source(tmp_path, root):
     with pytest.raises(FileNotFoundError, match="images train2017 from https://cocodataset.org"):
         CocoImagesAndCaptionsTrain(12, root=str(tmp_path / "nowhere"))
     (tmp_path / "cocostuffthings").rename(tmp_path / "elsewhere")

@@ -1,4 +1,4 @@
-"""Batches: as torch makes them, except for what cannot be stacked."""
+"""Batches: collated as torch does, except for values that cannot be stacked."""
 
 import numpy as np
 import pytest
@@ -55,5 +55,5 @@ def test_missing_values_stay_lists():
 
 def test_pictures_of_different_sizes_are_refused():
     batch = [{"image": np.zeros((side, 4, 3), np.float32)} for side in (4, 5)]
-    with pytest.raises(DataError, match=r"\(4, 4, 3\) and \(5, 4, 3\): give their data set a size"):
+    with pytest.raises(DataError, match=r"\(4, 4, 3\) and \(5, 4, 3\).* size"):
         custom_collate(batch)

@@ -55,7 +55,7 @@ def random_things(count, least=0.0):
 
 
 def close(box, other, tolerance=HALF_STEP + 1e-9):
-    """Whether the corners agree up to half a step of the grid."""
+    """Return True if the corners agree up to half a step of the grid."""
     corners = [(b[0], b[1], b[0] + b[2], b[1] + b[3]) for b in (box, other)]
     return all(abs(x - y) <= tolerance for x, y in zip(*corners, strict=True))
 
@@ -169,10 +169,10 @@ def test_unused_places_hold_the_last_token_and_too_many_objects_are_dropped(capl
     assert builder.build([]).tolist() == [255] * 15
     tokens = builder.build(random_things(7))
     assert {n for n, _ in builder.inverse_build(tokens)[0]} == {0, 1, 2, 3, 4}
-    assert "of 7 objects, 5 are kept" in caplog.text
+    assert "5 of 7 objects" in caplog.text
 
 
-def test_senseless_vocabularies_and_lengths_are_refused():
+def test_invalid_vocabularies_and_lengths_are_refused():
     with pytest.raises(ValueError, match="no_tokens is 256, but 128 categories .* need 257"):
         build(no_object_classes=128, use_group_parameter=True)
     assert build(no_object_classes=127, use_group_parameter=True).none == 255

@@ -1,4 +1,4 @@
-"""Laws of the ways to cut: the right size, inside the picture, repeatable, reaching everything."""
+"""Laws of crops: the right size, inside the picture, repeatable, reaching everything."""
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_a_picture_smaller_than_the_crop_is_refused_or_enlarged():
 
 
 @pytest.mark.parametrize("scale", [(0.5, 1), (2, 1), (1,)])
-def test_senseless_scales_are_refused(scale):
+def test_invalid_scales_are_refused(scale):
     with pytest.raises(ValueError, match="random_scale must be"):
         SquareCrop(8, random_scale=scale)
 

@@ -1,4 +1,4 @@
-"""Own images from lists and folders, and what is said about those that do not fit."""
+"""Own images from lists and folders, and errors for unsuitable ones."""
 
 import numpy as np
 import pytest
@@ -149,7 +149,7 @@ def test_missing_and_imageless_folders_are_refused(tmp_path):
         ImageFolder(str(tmp_path))
 
 
-def test_senseless_splits_are_refused(tmp_path):
+def test_invalid_splits_are_refused(tmp_path):
     save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="got 'val'"):
         ImageFolder(str(tmp_path), split="val")

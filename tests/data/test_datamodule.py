@@ -1,4 +1,4 @@
-"""Data modules: every data set is built once, and each split is served as it should be."""
+"""Data modules: each data set is built once, and each split has the right loader."""
 
 import os
 
@@ -155,7 +155,7 @@ def test_an_empty_data_set_is_named():
         data.setup()
 
 
-def test_fit_without_a_training_split_says_what_is_missing(trainer):
+def test_fit_without_a_training_split_names_the_missing_block(trainer):
     with pytest.raises(ValueError, match="needs a data.params.train block"):
         trainer.fit(Sum(), DataModuleFromConfig(2, validation=block(3), num_workers=0))
 

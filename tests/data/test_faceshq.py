@@ -53,7 +53,7 @@ def test_coordinates_are_those_of_the_pixels_that_a_crop_shows(root, split):
         assert len(corners) > 1
 
 
-def test_missing_parts_say_where_to_get_them(tmp_path, root):
+def test_errors_for_missing_parts_name_their_source(tmp_path, root):
     with pytest.raises(FileNotFoundError, match="celebahq from https://github.com/tkarras"):
         faceshq.CelebAHQTrain(8, root=str(tmp_path / "nowhere"))
     (tmp_path / "ffhqtrain.txt").unlink()

@@ -83,7 +83,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path, parquet):
     with pytest.raises(ValueError, match="column 'label' of .* must hold structs"):
         ParquetImages(parquet, image_column="label")
     Path(parquet).write_text("no parquet")
-    with pytest.raises(ValueError, match="a.parquet is no Parquet file"):
+    with pytest.raises(ValueError, match="a.parquet is not a Parquet file"):
         ParquetImages(parquet)
 
 
@@ -134,7 +134,7 @@ def test_cifar10_from_the_original_archive(archive):
         np.testing.assert_allclose((item["image"] + 1) * 127.5, image.transpose(1, 2, 0), atol=1e-4)
 
 
-def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
+def test_without_a_network_the_error_names_the_remedy(tmp_path, monkeypatch):
     unreachable = (tmp_path / "offline" / "cifar.tar.gz").as_uri()
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", unreachable)
     with pytest.raises(ConnectionError, match="put cifar-10-python.tar.gz from file:.* as path"):
@@ -142,7 +142,7 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_without_download_the_archive_must_be_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="CIFAR-10 is not in .*set download: true"):
+    with pytest.raises(FileNotFoundError, match="CIFAR10 is not in .*set download: true"):
         CIFAR10("train", root=str(tmp_path), download=False)
 
 
@@ -151,11 +151,11 @@ def test_an_unknown_split_is_refused():
         CIFAR10("validation")
 
 
-def test_downloads_go_where_the_environment_says(monkeypatch):
+def test_the_environment_sets_the_folder_of_downloads(monkeypatch):
     monkeypatch.setenv("TAMING_DATA", "/somewhere")
-    with pytest.raises(FileNotFoundError, match="CIFAR-10 is not in /somewhere;"):
+    with pytest.raises(FileNotFoundError, match="CIFAR10 is not in /somewhere;"):
         CIFAR10(download=False)
     monkeypatch.delenv("TAMING_DATA")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    with pytest.raises(FileNotFoundError, match="CIFAR-10 is not in /cache/taming/data;"):
+    with pytest.raises(FileNotFoundError, match="CIFAR10 is not in /cache/taming/data;"):
         CIFAR10(download=False)

@@ -76,7 +76,7 @@ def test_numpy_paths_of_another_shape_are_refused(tmp_path):
         NumpyPaths([tmp_path / "a.npy"])[0]
 
 
-def test_concatenation_tells_which_set_an_item_is_from(files):
+def test_concatenation_returns_the_index_of_an_items_set(files):
     both = ConcatDatasetWithIndex([ImagePaths(files[:1]), ImagePaths(files[1:])])
     assert [(grey_of(item), number) for item, number in both] == [(10, 0), (20, 1), (30, 1)]
     assert both[-3][1] == 0

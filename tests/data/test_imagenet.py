@@ -41,7 +41,7 @@ def test_ranges_include_their_ends():
 
 
 @pytest.mark.parametrize("text", ["1,2,", "", "a", "1-", "-3", "1-2-3"])
-def test_senseless_indices_are_refused(text):
+def test_invalid_indices_are_refused(text):
     with pytest.raises(ValueError, match=f"got '{text}'"):
         str_to_indices(text)
 
@@ -65,7 +65,7 @@ def test_items(root, split):
     assert SPLITS[split]()[0]["image"].shape == (20, 30, 3)
 
 
-def test_training_images_are_cut_anywhere_unless_told_otherwise(root):
+def test_only_training_images_are_cropped_at_random_by_default(root):
     def kinds(items):
         return len({items[0]["image"].tobytes() for _ in range(10)})
 
@@ -119,7 +119,7 @@ def test_label_files_are_fetched_once(root, monkeypatch):
     assert fetched == [imagenet_base.NAMES_URL]
 
 
-def test_a_missing_folder_says_where_to_get_it(tmp_path):
+def test_the_error_for_a_missing_folder_names_its_source(tmp_path):
     message = r"ILSVRC2012_train/data does not exist: get the images .* from https://image-net.org"
     with pytest.raises(FileNotFoundError, match=message):
         ImageNetTrain({"root": str(tmp_path)})

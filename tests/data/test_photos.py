@@ -1,4 +1,4 @@
-"""The embedded photographs: disjoint splits, repeatable crops of the right shape and range."""
+"""The bundled photographs: disjoint splits, repeatable crops of the right shape and range."""
 
 import numpy as np
 import pytest

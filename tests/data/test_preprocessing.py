@@ -169,7 +169,7 @@ def test_unknown_interpolations_are_refused():
 
 
 @pytest.mark.parametrize("crop", [SquareCrop(16, random_crop=True), RandomSquare(16), Stretch(16)])
-def test_a_view_tells_the_coordinates_that_it_shows(crop):
+def test_a_view_has_the_box_that_it_shows(crop):
     rows, columns = torch.meshgrid(
         (torch.arange(60) + 0.5) / 60, (torch.arange(45) + 0.5) / 45, indexing="ij"
     )

@@ -1,4 +1,4 @@
-"""Where data sets are looked for, and what is said when they are not there."""
+"""Locations of data sets, and errors that name what is missing."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def test_paths_that_start_with_data_follow_the_environment(monkeypatch):
     assert resolve("/data/coco") == Path("/data/coco")
 
 
-def test_one_sentence_says_what_is_missing_where_to_get_it_and_where_it_goes(tmp_path):
+def test_the_error_names_what_is_missing_its_source_and_its_place(tmp_path):
     assert require(tmp_path, "it", "there") == tmp_path
     with pytest.raises(FileNotFoundError) as caught:
         require(tmp_path / "faces", "the faces", "https://faces.org")

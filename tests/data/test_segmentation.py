@@ -52,7 +52,7 @@ def test_all_examples_can_be_read(shared, name):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_missing_examples_say_where_to_get_them(tmp_path, name, monkeypatch):
+def test_errors_for_missing_examples_name_their_source(tmp_path, name, monkeypatch):
     monkeypatch.setenv("TAMING_DATA", str(tmp_path))
     message = f"{name}_examples.txt does not exist: get the {name} examples from https://github"
     with pytest.raises(FileNotFoundError, match=message):
@@ -108,7 +108,7 @@ def test_ade20k_trains_on_crops_from_anywhere(tmp_path):
     assert len({items[0]["image"].tobytes() for _ in range(10)}) == 1
 
 
-def test_missing_ade20k_says_where_to_get_it(tmp_path):
+def test_the_error_for_missing_ade20k_names_its_source(tmp_path):
     with pytest.raises(FileNotFoundError, match="ADEChallengeData2016.zip from http://data.csail"):
         ade20k.ADE20kTrain(root=str(tmp_path))
 

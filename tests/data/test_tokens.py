@@ -1,4 +1,4 @@
-"""What is written to a token cache is read back, whatever the file that it is in."""
+"""Token caches: round trips across files, complete values, refusal of damaged caches."""
 
 import pickle
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_round_trip(vocab_size: int, tmp_path: Path) -> None:
         cache[7]
 
 
-def test_what_a_data_set_says_in_numbers_vectors_and_texts_is_kept(tmp_path: Path) -> None:
+def test_numbers_vectors_and_strings_of_items_are_kept(tmp_path: Path) -> None:
     items = [
         {
             "image": torch.rand(4, 4, 3),
@@ -75,9 +75,9 @@ def test_what_a_data_set_says_in_numbers_vectors_and_texts_is_kept(tmp_path: Pat
     writer.close()
     cache = TokenCache(str(tmp_path / "cache"))
     (batch,) = DataLoader(cache, batch_size=len(items), collate_fn=custom_collate)
-    with pytest.raises(ValueError, match="a token cache counts its pass_number: rename"):
+    with pytest.raises(ValueError, match="pass_number: rename"):
         columns_of({"pass_number": torch.zeros(2)})
-    with pytest.raises(ValueError, match="a token cache has 'grid' of its own: rename"):
+    with pytest.raises(ValueError, match="'grid' .* rename"):
         writer.add(sequences(), columns | {"grid": columns["class_label"]})
     kept = custom_collate([{key: item[key] for key in columns} for item in items])
     for key, value in kept.items():
@@ -90,7 +90,7 @@ def test_what_was_interrupted_is_no_cache(tmp_path: Path) -> None:
     writer.add(sequences(), {})  # two files' worth, and one image more
     with pytest.raises(FileNotFoundError, match="holds no token cache"):
         TokenCache(str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="cache.unfinished is of a token cache that is still"):
+    with pytest.raises(ValueError, match="cache.unfinished .* unfinished token cache; remove"):
         TokenCacheWriter(tmp_path / "cache", INFO, 300)
     writer.close()
     assert [file.name for file in tmp_path.iterdir()] == ["cache"]
@@ -110,11 +110,11 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
         TokenCache(str(tmp_path / "a"))
     whole = (tmp_path / "b/00001.arrow").read_bytes()
     (tmp_path / "b/00001.arrow").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="00001.arrow is no whole Arrow file"):
+    with pytest.raises(ValueError, match="00001.arrow .* Arrow file"):
         TokenCache(str(tmp_path / "b"))
     (tmp_path / "c").mkdir()
     table = pa.table({"tokens": [[1]]})
     with pa.OSFile(str(tmp_path / "c/0.arrow"), "wb") as sink:
         pa.ipc.new_file(sink, table.schema).close()
-    with pytest.raises(ValueError, match="0.arrow is no file of a token cache"):
+    with pytest.raises(ValueError, match="0.arrow .* token cache"):
         TokenCache(str(tmp_path / "c"))

@@ -14,7 +14,7 @@ from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
 from taming.data.utils import custom_collate
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.prior import fingerprint
-from taming.modules.vqvae.quantize import LoopyVectorQuantizer
+from taming.modules.vqvae.transforms import Residual
 from taming.util import NonFiniteError
 
 TRANSFORMS = {
@@ -173,12 +173,12 @@ def test_bits_are_logged_per_token_image_and_pixel(
     model, fit = prior().eval(), trainer(tmp_path)
     torch.nn.init.normal_(model.transformer.head.weight)
 
-    def by_brightness(x: Tensor) -> tuple[Tensor, Tensor]:
+    def by_brightness(x: Tensor) -> Tensor:
         """A code for each site of which the image is bright, three for the others."""
         bright = x[:, 0, ::2, ::2, None] > 0
-        return x, torch.where(bright & (torch.arange(3) > 0), -1, 5)
+        return torch.where(bright & (torch.arange(3) > 0), -1, 5)
 
-    monkeypatch.setattr(model, "encode_to_codes", by_brightness)
+    monkeypatch.setattr(model, "encode_codes", by_brightness)
     brightness = torch.tensor([0.9, 0.5, 0.9, -0.9, -0.5])[:, None, None, None]
     x = torch.rand(5, 16, 16, 3) * 2 - 1 + brightness
     data = DataLoader([{"image": image} for image in x], batch_size=3)  # three and two
@@ -209,7 +209,7 @@ def test_losses_from_cached_tokens_are_those_from_images(kind: str, tmp_path) ->
     info = CacheInfo(model.fingerprint, [8, 8], 256)
     writer = TokenCacheWriter(tmp_path, info, sequence.vocab_size)
     for batch in data:
-        _, codes = model.encode_to_codes(model.get_xc(batch)[0])
+        codes = model.encode_codes(model.get_xc(batch)[0])
         columns = {"class_label": batch["class_label"].tolist()}
         writer.add(sequence.encode(codes)[0], columns)
     writer.close()
@@ -234,9 +234,9 @@ def test_losses_from_cached_tokens_are_those_from_images(kind: str, tmp_path) ->
 def test_codes_do_not_depend_on_the_precision_of_training(kind: str) -> None:
     model, x = prior(kind).eval(), torch.rand(8, 3, 16, 16) * 2 - 1
     with torch.autocast("cpu", torch.bfloat16):
-        inside = model.encode_to_codes(x)[1]
+        inside = model.encode_codes(x)
         coarse = model.first_stage_model.encode(x).info.indices
-    assert torch.equal(inside, model.encode_to_codes(x)[1])
+    assert torch.equal(inside, model.encode_codes(x))
     assert not torch.equal(inside.flatten(), coarse.flatten())
 
 
@@ -252,35 +252,74 @@ def test_what_is_not_finite_stops_training(tmp_path) -> None:
 @pytest.mark.parametrize("kind", ["residual", "plain"])
 def test_a_tokenizer_is_known_by_the_weights_that_choose_its_codes(kind: str) -> None:
     tokenizer = prior(kind).first_stage_model
-    sequence = tokenizer.quantize.sequence
-    marks = [fingerprint(tokenizer, sequence)]
+    marks = [fingerprint(tokenizer)]
     for part in (tokenizer.decoder, tokenizer.post_quant_conv):
         next(part.parameters()).data.add_(1)
-        assert fingerprint(tokenizer, sequence) == marks[0]
+        assert fingerprint(tokenizer) == marks[0]
     for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize):
         next(part.parameters()).data.add_(1)
-        marks.append(fingerprint(tokenizer, sequence))
+        marks.append(fingerprint(tokenizer))
     assert len(set(marks)) == 4
 
 
-def test_a_wider_search_is_another_tokenizer() -> None:
-    model = prior()
-    before = fingerprint(model.first_stage_model, model.sequence)
-    model.first_stage_model.quantize.transform.beam = 4
-    assert fingerprint(model.first_stage_model, model.sequence) != before
+class Toy(Residual):
+    """A transform with a plain attribute of its own."""
+
+    def __init__(self, max_loops: int) -> None:
+        super().__init__(max_loops)
+        self.taste = 0.2
 
 
-def test_a_step_of_another_size_is_another_tokenizer() -> None:
+@pytest.mark.parametrize(
+    ("transform", "name", "value"),
+    [
+        ({}, "beam", 4),
+        (TRANSFORMS["attract"], "step", 0.8),
+        (
+            {
+                "transform_config": {
+                    "target": "models.test_cond_transformer.Toy",
+                    "params": {"max_loops": 3},
+                }
+            },
+            "taste",
+            0.8,
+        ),
+    ],
+    ids=["beam", "step", "toy"],
+)
+def test_a_cache_is_refused_after_a_plain_attribute_of_a_transform_changed(
+    transform: dict, name: str, value: float
+) -> None:
+    def tokenizer() -> dict:
+        config = tokenizer_config("residual")
+        config["params"]["quantizer_config"]["params"] |= transform
+        return config
+
+    torch.manual_seed(0)
+    model = prior(first_stage_config=tokenizer())
+    sequence = model.first_stage_model.quantize.sequence
+    batch = {
+        "fingerprint": [model.fingerprint],
+        "tokens": sequence.encode(model.empty_codes(1, (8, 8)))[0],
+        "grid": torch.tensor([[8, 8]]),
+        "pixels": torch.tensor([256]),
+    }
+    assert model.tokenize_batch(batch).codes.shape == (1, 8, 8, 3)
+    setattr(model.first_stage_model.quantize.transform, name, value)
+    del model.fingerprint  # computed once
+    with pytest.raises(ValueError, match="another tokenizer"):
+        model.tokenize_batch(batch)
+
+
+def test_a_threshold_is_the_same_however_it_is_written() -> None:
     marks = set()
-    for step in (0.2, 0.2, 0.8):
-        attract = {"target": "taming.modules.vqvae.transforms.Attract", "params": {"step": step}}
-        quantizer = LoopyVectorQuantizer(4, 2, threshold=1, transform_config=attract)
-        torch.nn.init.ones_(quantizer.embedding.weight)
-        marks.add(fingerprint(quantizer, quantizer.sequence))
-    assert len(marks) == 2
-    for threshold in (1, 1.0):  # however it is written
-        quantizer = LoopyVectorQuantizer(4, 2, threshold=threshold)
-        assert quantizer.threshold.dtype == torch.float32
+    for threshold in (1, 1.0):
+        config = tokenizer_config("residual")
+        config["params"]["quantizer_config"]["params"]["threshold"] = threshold
+        torch.manual_seed(0)
+        marks.add(prior(first_stage_config=config).fingerprint)
+    assert len(marks) == 1
 
 
 def test_what_the_data_do_not_hold_is_named() -> None:
@@ -288,7 +327,7 @@ def test_what_the_data_do_not_hold_is_named() -> None:
     batch = {**next(iter(images(4, 4))), "human_label": ["cat"] * 4}
     for key, message in (
         ("depth", "'depth', .* is missing in the batch, which has image, class_label, human_label"),
-        ("human_label", "'human_label', .* is a list, no tensor"),
+        ("human_label", "'human_label', .* is a list, not a tensor"),
         ("class_label", "labels from 0 to 3 are not all among the n_classes 3"),
     ):
         model = prior(cond_stage_config=labels, cond_stage_key=key)
@@ -383,7 +422,7 @@ def test_completion_keeps_the_known_half() -> None:
     model, x = prior().eval(), torch.rand(2, 3, 16, 16)
     quant, tokens = model.encode_to_z(x)
     _, condition = model.encode_to_c(x)
-    half = model.first_sites(tokens, 32)
+    half = tokens.masked_fill(model.sequence.states(tokens).site >= 32, -1)
     done = model.sample(half, condition, sample=True, grid=(8, 8))
     codes = model.sequence.decode(done, (8, 8))
     assert torch.equal(codes[:, :4], model.sequence.decode(tokens, (8, 8))[:, :4])

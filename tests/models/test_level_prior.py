@@ -10,7 +10,6 @@ from support.models import GPT, images, trainer
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.level_prior import LowerLevelPrior, check_priors, sample_levels
 from taming.models.pixelcnn import PixelCNNPrior
-from taming.models.sampling import decode_codes, encode_codes, trained_grid
 from taming.models.vqvae2 import Level
 from taming.modules.transformer.generate import SamplingParams
 
@@ -100,13 +99,13 @@ def test_each_level_is_drawn_given_those_above(kinds: tuple[str, ...], top: str)
     for one, same, different in zip(first, again, other, strict=True):
         assert torch.equal(one, same) and not torch.equal(one, different)
     assert stage_of(lower[-1]).model.decode_code(first).shape == (3, 3, 16, 16)
-    assert first[0].shape[:3] == (3, *trained_grid(highest))
+    assert first[0].shape[:3] == (3, *highest.grid)
     greedy = sample_levels(priors, START, SamplingParams(greedy=True))
     for number, prior in enumerate(lower, 1):
         condition = stage_of(prior).condition_tokens(greedy[:number])
-        grid = trained_grid(prior)
+        grid = prior.grid
         tokens = prior.sample(condition[:, :0], condition, grid=grid)
-        assert torch.equal(prior.decode_to_codes(tokens, grid), greedy[number])
+        assert torch.equal(prior.tokens_to_codes(tokens, grid), greedy[number])
 
 
 def class_prior(*kinds: str) -> Net2NetTransformer:
@@ -146,9 +145,9 @@ def test_a_prior_of_the_top_level_draws_and_completes_what_that_says(
     kinds: tuple[str, ...],
 ) -> None:
     prior, x = pixelcnn_prior(*kinds), pictures(2)
-    codes = encode_codes(prior, x)
-    assert trained_grid(prior) == codes.shape[1:3] == (4, 4)
-    torch.testing.assert_close(decode_codes(prior, codes), stage_of(prior).decode_code(codes))
+    codes = prior.encode_codes(x)
+    assert prior.grid == codes.shape[1:3] == (4, 4)
+    torch.testing.assert_close(prior.decode_codes(codes), stage_of(prior).decode_code(codes))
     nats, lengths = prior(x, x)
     assert nats.shape == (2,) and (lengths >= 16).all()
 

@@ -12,14 +12,7 @@ from torch.utils.data import DataLoader
 from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
 from taming.data.utils import custom_collate
 from taming.models.pixelcnn import PixelCNNPrior
-from taming.models.sampling import (
-    decode_codes,
-    empty_codes,
-    encode_codes,
-    trained_grid,
-    whole_condition,
-    write_codes,
-)
+from taming.models.sampling import Progress
 from taming.modules.transformer.generate import SamplingParams, generators_of
 
 STACKS = {
@@ -56,7 +49,7 @@ def test_training_lowers_the_bits_and_leaves_the_tokenizer(kind: str, tmp_path) 
     torch.testing.assert_close(bits * logged["tokens_per_image"], logged["bits_per_image"])
     torch.testing.assert_close(logged["bits_per_image"] / 16**2, logged["bits_per_pixel"])
     x = next(iter(images(4, 4)))["image"].permute(0, 3, 1, 2)
-    codes = encode_codes(model, x)
+    codes = model.encode_codes(x)
     _, lengths = model.first_stage_model.quantize.sequence.encode(codes)
     assert logged["tokens_per_image"] == lengths.float().mean()
     symbols = model.pixelcnn.site.of_codes(codes)
@@ -87,7 +80,7 @@ def test_cached_tokens_cost_the_same_as_their_images(tmp_path) -> None:
     info = CacheInfo(model.fingerprint, [SIDE, SIDE], 256)
     writer = TokenCacheWriter(tmp_path / "cache", info, sequence.vocab_size)
     for batch in data:
-        codes = encode_codes(model, model.get_xc(batch)[0])
+        codes = model.encode_codes(model.get_xc(batch)[0])
         writer.add(sequence.encode(codes)[0], {"class_label": batch["class_label"].tolist()})
     writer.close()
     cache = TokenCache(str(tmp_path / "cache"))
@@ -118,10 +111,11 @@ def test_pictures_of_a_batch(kind: str) -> None:
 @every_tokenizer
 def test_a_mask_says_what_is_known(kind: str) -> None:
     model = prior(kind).eval()
-    given = encode_codes(model, torch.rand(2, 3, 16, 16))
+    given = model.encode_codes(torch.rand(2, 3, 16, 16))
     known = torch.rand(SIDE, SIDE) < 0.7
-    codes, condition = given.clone(), whole_condition(torch.zeros(2, 1, dtype=torch.int64))
-    assert list(write_codes(model, condition, codes, SamplingParams(), known)) == [SIDE**2]
+    before, labels = given.clone(), torch.zeros(2, 1, dtype=torch.int64)
+    codes = model.sample_codes(labels, codes=given, known=known)
+    assert torch.equal(given, before)
     assert torch.equal(codes[:, known], given[:, known])
     assert not torch.equal(codes[:, ~known], given[:, ~known])
 
@@ -130,11 +124,8 @@ def test_an_image_does_not_depend_on_the_others_drawn_with_it() -> None:
     model = prior().eval()
 
     def drawn(images: range) -> torch.Tensor:
-        codes = empty_codes(model, len(images), (SIDE, SIDE))
         labels = torch.zeros(len(images), 1, dtype=torch.int64)
-        drawing = SamplingParams(generators=generators_of(3, images))
-        list(write_codes(model, whole_condition(labels), codes, drawing))
-        return codes
+        return model.sample_codes(labels, SamplingParams(generators=generators_of(3, images)))
 
     together = drawn(range(5))
     assert torch.equal(together, torch.cat([drawn(range(2)), drawn(range(2, 5))]))
@@ -143,63 +134,71 @@ def test_an_image_does_not_depend_on_the_others_drawn_with_it() -> None:
 
 @every_tokenizer
 @pytest.mark.parametrize(
-    "drawing", [SamplingParams(), SamplingParams(0.7, 3, 0.9), SamplingParams(greedy=True)]
+    "params", [SamplingParams(), SamplingParams(0.7, 3, 0.9), SamplingParams(greedy=True)]
 )
-def test_every_sample_decodes_on_any_grid(kind: str, drawing: SamplingParams) -> None:
+def test_every_sample_decodes_on_any_grid(kind: str, params: SamplingParams) -> None:
     model, grid = prior(kind).eval(), (3, 11)
-    codes, labels = empty_codes(model, 5, grid), torch.zeros(5, 1, dtype=torch.int64)
-    assert list(write_codes(model, whole_condition(labels), codes, drawing)) == [33]
-    assert decode_codes(model, codes).shape == (5, 3, 6, 22)
+    codes = model.sample_codes(torch.zeros(5, 1, dtype=torch.int64), params, grid=grid)
+    assert model.decode_codes(codes).shape == (5, 3, 6, 22)
     sequence = model.sequence
     assert torch.equal(sequence.decode(sequence.encode(codes)[0], grid), codes)
     if kind == "plain":
         assert codes.max() < 16 and codes.shape[-1] == 1
-    elif not drawing.greedy:
+    elif not params.greedy:
         assert len((codes >= 0).sum(dim=-1).unique()) == 3  # all lengths occur
 
 
 @every_tokenizer
 def test_completion_keeps_what_is_known_and_counts_what_is_drawn(kind: str) -> None:
     model, x = prior(kind).eval(), torch.rand(2, 3, 16, 16)
-    assert trained_grid(model) == (SIDE, SIDE)
-    given = encode_codes(model, x)
-    codes, condition = given.clone(), whole_condition(torch.zeros(2, 1, dtype=torch.int64))
-    counts: list[int] = []
-    arguments = (model, condition, codes, SamplingParams(), 30)
-    written = list(write_codes(*arguments, longest=8, callback=counts.append))
-    assert written == [38, 46, 54, 62, 64]
+    assert model.grid == (SIDE, SIDE)
+    given = model.encode_codes(x)
+    seen: list[tuple[int, int, int]] = []
+
+    def follow(progress: Progress) -> None:
+        seen.append((progress.tokens, progress.most, progress.sites()))
+        flat = progress.codes().flatten(1, 2)
+        assert (flat[:, : progress.sites(), 0] >= 0).all()
+        assert (flat[:, progress.sites() :, 0] == 0).all()
+
+    labels = torch.zeros(2, 1, dtype=torch.int64)
+    codes = model.sample_codes(labels, codes=given, known=30, callback=follow)
     known = torch.arange(SIDE**2) < 30
     assert torch.equal(codes.flatten(1, 2)[:, known], given.flatten(1, 2)[:, known])
     assert not torch.equal(codes, given)
     most = model.sequence.site_tokens
-    assert counts == [*range(1, 8 * most + 1)] * 4 + [*range(1, 2 * most + 1)]
+    left = SIDE**2 - 30
+    finished = [30 + number // most for number in range(left * most)]  # before each token
+    assert seen == [(n + 1, left * most, max(0, f)) for n, f in enumerate(finished)]
 
 
 def test_known_sites_after_the_last_unknown_one_cost_nothing() -> None:
     model = prior().eval()
-    given = encode_codes(model, torch.rand(2, 3, 16, 16))
-    codes, condition = given.clone(), whole_condition(torch.zeros(2, 1, dtype=torch.int64))
+    given = model.encode_codes(torch.rand(2, 3, 16, 16))
+    labels, columns = torch.zeros(2, 1, dtype=torch.int64), []
     known = torch.ones(SIDE, SIDE, dtype=torch.bool)
     known[0, 2] = known[0, 4] = False
-    written = list(write_codes(model, condition, codes, SamplingParams(), known, longest=1))
-    assert written == [3, 4, SIDE**2]
+    horizontal = model.pixelcnn.stacks.layers[0].horizontal
+    horizontal.register_forward_hook(lambda *_: columns.append(1))
+    codes = model.sample_codes(labels, codes=given, known=known)
+    assert len(columns) == 5
     assert torch.equal(codes[:, known], given[:, known])
     known[:] = True
-    assert list(write_codes(model, condition, given, SamplingParams(), known)) == []
+    assert torch.equal(model.sample_codes(labels, codes=given, known=known), given)
+    assert len(columns) == 5
 
 
 def test_the_filters_cut_off_what_is_unlikely() -> None:
-    model, condition = prior().eval(), whole_condition(torch.zeros(4, 1, dtype=torch.int64))
-    drawn = {}
-    for drawing in (
-        SamplingParams(greedy=True),
-        SamplingParams(top_k=1),
-        SamplingParams(top_p=1e-6),
-        SamplingParams(),
-    ):
-        codes = empty_codes(model, 4, (SIDE, SIDE))
-        list(write_codes(model, condition, codes, drawing))
-        drawn[drawing] = codes
+    model, labels = prior().eval(), torch.zeros(4, 1, dtype=torch.int64)
+    drawn = {
+        params: model.sample_codes(labels, params)
+        for params in (
+            SamplingParams(greedy=True),
+            SamplingParams(top_k=1),
+            SamplingParams(top_p=1e-6),
+            SamplingParams(),
+        )
+    }
     greedy, top_k, top_p, free = drawn.values()
     assert torch.equal(greedy, top_k) and torch.equal(greedy, top_p)
     assert not torch.equal(greedy, free)
@@ -219,9 +218,8 @@ def test_a_class_changes_what_is_likely(tmp_path) -> None:
 
 def test_guidance_is_refused() -> None:
     model, labels = prior().eval(), torch.zeros(1, 1, dtype=torch.int64)
-    codes = empty_codes(model, 1, (SIDE, SIDE))
     with pytest.raises(ValueError, match="a PixelCNNPrior has no guidance, got 2"):
-        list(write_codes(model, whole_condition(labels), codes, SamplingParams(guidance=2.0)))
+        model.sample_codes(labels, SamplingParams(guidance=2.0))
 
 
 def test_only_weights_of_layers_decay_and_a_schedule_scales() -> None:

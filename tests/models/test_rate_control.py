@@ -13,14 +13,14 @@ SITES = 64
 
 
 def pictures() -> torch.Tensor:
-    """Five smooth images, such that more tokens give better ones."""
+    """Five smooth images, such that more codes give better ones."""
     noise = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
     return F.interpolate(noise, size=(16, 16), mode="bicubic").clamp(-1, 1)
 
 
 @pytest.fixture(scope="module")
 def model() -> VQModel:
-    """A tokenizer whose decoder tells good codes from bad ones: one that was trained a little."""
+    """A slightly trained tokenizer, whose decoder distinguishes good codes from bad ones."""
     torch.manual_seed(0)
     tokenizer = VQModel(DDCONFIG, PLAIN, 16, 4, quantizer_config=LOOPY)
     tokenizer.learning_rate = 1e-2
@@ -39,7 +39,7 @@ def x() -> torch.Tensor:
     return pictures()
 
 
-def tokens(quantized) -> torch.Tensor:
+def codes(quantized) -> torch.Tensor:
     return quantized.info.encodings.lengths.sum((1, 2))
 
 
@@ -49,46 +49,48 @@ def psnr(model: VQModel, quantized, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_a_smaller_threshold_writes_more_tokens(model, x) -> None:
+def test_a_smaller_threshold_writes_more_codes(model, x) -> None:
     few, many = (model.encode(x, threshold=t * model.quantize.latent_std) for t in (0.5, 0.05))
-    assert (tokens(few) < tokens(many)).all()
+    assert (codes(few) < codes(many)).all()
 
 
 @torch.no_grad()
-def test_tokens_are_kept_for_each_image_whatever_its_batch(model, x) -> None:
+def test_max_codes_hold_for_each_image_whatever_its_batch(model, x) -> None:
     wanted = torch.tensor([64, 80, 100, 120, 1000])
-    together = model.encode(x, max_tokens=wanted)
-    assert (tokens(together) <= wanted).all() and tokens(together)[0] == SITES
+    together = model.encode(x, max_codes=wanted)
+    assert (codes(together) <= wanted).all() and codes(together)[0] == SITES
     for i, amount in enumerate(wanted.tolist()):
-        alone = model.encode(x[i : i + 1], max_tokens=amount)
-        assert torch.equal(alone.info.indices[0], together.info.indices[i])
+        alone = model.encode_to_codes(x[i : i + 1], max_codes=amount)
+        assert torch.equal(alone[0], together.info.indices[i])
+    alias = model.encode(x, max_tokens=wanted)
+    assert torch.equal(alias.info.indices, together.info.indices)
 
 
 @torch.no_grad()
 def test_a_psnr_is_of_the_range_of_the_input(model, x, monkeypatch) -> None:
     monkeypatch.setattr(VQModel, "value_range", (0.0, 1.0))
     x = x / 2 + 0.5
-    everything = model.encode(x, max_tokens=SITES * model.quantize.max_loops)
+    everything = model.encode(x, max_codes=SITES * model.quantize.max_loops)
     error = (model.decode(everything.z_q).clamp(0, 1) - x).square().mean(dim=(1, 2, 3))
     reached = model.encode(x, target_psnr=-10 * error.log10() + 0.1)  # none does
     assert torch.equal(reached.info.indices, everything.info.indices)
     fewer = model.encode(x, target_psnr=-10 * error.log10() - 6)
-    assert (tokens(fewer) < tokens(everything)).all()
+    assert (codes(fewer) < codes(everything)).all()
 
 
 @torch.no_grad()
-def test_a_psnr_is_reached_with_the_fewest_tokens(model, x) -> None:
+def test_a_psnr_is_reached_with_the_fewest_codes(model, x) -> None:
     budgets = torch.linspace(SITES, SITES * model.quantize.max_loops, 9).long()
-    target = psnr(model, model.encode(x, max_tokens=int(budgets[3])), x) - 1e-3
+    target = psnr(model, model.encode(x, max_codes=int(budgets[3])), x) - 1e-3
     quantized = model.encode(x, target_psnr=target)
     assert (psnr(model, quantized, x) >= target).all()
-    assert (tokens(quantized) <= budgets[3]).all()
+    assert (codes(quantized) <= budgets[3]).all()
 
 
 @torch.no_grad()
 def test_where_a_psnr_is_out_of_reach_all_turns_are_taken(model, x) -> None:
     whole = SITES * model.quantize.max_loops
-    everything = model.encode(x, max_tokens=whole)
+    everything = model.encode(x, max_codes=whole)
     assert torch.equal(model.encode(x, target_psnr=99.0).info.indices, everything.info.indices)
 
 
@@ -105,13 +107,13 @@ def test_what_bisection_finds_reaches_the_target_though_quality_goes_up_and_down
 
 
 def test_rates_that_make_no_sense_are_refused(model, x) -> None:
-    with pytest.raises(ValueError, match="give one of threshold, max_tokens and target_psnr"):
-        model.encode(x, threshold=1.0, max_tokens=100)
-    with pytest.raises(ValueError, match="of 64 sites needs at least 64 tokens, got 3"):
-        model.encode(x, max_tokens=3)
+    with pytest.raises(ValueError, match="one of threshold, max_codes and target_psnr"):
+        model.encode(x, threshold=1.0, max_codes=100)
+    with pytest.raises(ValueError, match="64 sites.* 64 .*3"):
+        model.encode(x, max_codes=3)
     plain = VQModel(DDCONFIG, PLAIN, 16, 4)
-    with pytest.raises(ValueError, match="VectorQuantizer2 has one rate, which cannot be set"):
-        plain.encode(x, max_tokens=100)
+    with pytest.raises(ValueError, match="VectorQuantizer2 has a fixed rate.*max_codes"):
+        plain.encode(x, max_codes=100)
     with pytest.raises(ValueError, match="target_psnr needs the model in eval mode"):
         VQModel(DDCONFIG, PLAIN, 16, 4, quantizer_config=LOOPY).encode(x, target_psnr=20.0)
 

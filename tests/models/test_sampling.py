@@ -1,6 +1,6 @@
 """Images beyond the trained grid are drawn as the original drew them, others in one go."""
 
-from itertools import pairwise, product
+from itertools import product
 
 import pytest
 import torch
@@ -10,23 +10,15 @@ from torch import Tensor
 
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.sampling import (
-    SamplingParams,
-    Window,
+    Progress,
     condition_windows,
-    decode_codes,
-    empty_codes,
-    encode_codes,
     numbers_of,
     paste,
     sample_images,
-    trained_grid,
     upper_part,
-    whole_condition,
     window_around,
-    window_size,
-    write_codes,
 )
-from taming.modules.transformer.generate import generators_of
+from taming.modules.transformer.generate import SamplingParams, generators_of
 
 GREEDY = SamplingParams(greedy=True)
 SIDE = 4  # of the trained grid of `pair`
@@ -86,21 +78,26 @@ def originals_codes(model: Net2NetTransformer, condition: Tensor, codes: Tensor)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (5, 4), (4, 7), (6, 9)])
-@pytest.mark.parametrize("longest", [None, 3])
 @torch.no_grad()
-def test_codes_are_the_originals(
-    pair: Net2NetTransformer, grid: tuple[int, int], longest: int | None
-) -> None:
+def test_codes_are_the_originals(pair: Net2NetTransformer, grid: tuple[int, int]) -> None:
     c = torch.rand(2, 3, 2 * grid[0], 2 * grid[1]) * 2 - 1
     _, c_tokens = pair.encode_to_c(c)
     expected = originals_codes(
         pair, c_tokens.reshape(2, *grid), torch.zeros(2, *grid, dtype=torch.int64)
     )
-    codes = empty_codes(pair, 2, grid)
+    seen: list[Progress] = []
+
+    def follow(progress: Progress) -> None:
+        seen.append(progress)
+        done = progress.sites()
+        assert done == progress.tokens  # one token per site
+        assert torch.equal(progress.codes().flatten(1)[:, :done], expected.flatten(1)[:, :done])
+        assert not progress.codes().flatten(1)[:, done:].any()
+
     condition = condition_windows(pair, c, grid)
-    written = list(write_codes(pair, condition, codes, GREEDY, longest=longest))
-    assert written[-1] == grid[0] * grid[1] and written == sorted(set(written))
-    assert longest is None or max(b - a for a, b in pairwise([0, *written])) <= longest
+    codes = pair.sample_codes(condition, GREEDY, grid=grid, callback=follow)
+    assert [p.tokens for p in seen] == list(range(1, grid[0] * grid[1] + 1))
+    assert {p.most for p in seen} == {grid[0] * grid[1]}
     assert torch.equal(codes[..., 0], expected)
     assert expected.unique().numel() > 3  # it did look at what was before
 
@@ -110,32 +107,31 @@ def test_an_image_of_the_trained_grid_is_drawn_in_one_go(kind: str) -> None:
     model, start = prior(kind).eval(), torch.zeros(3, 1, dtype=torch.int64)
     torch.manual_seed(1)
     tokens = model.sample(start[:, :0], start, None, 1.0, True, 5, grid=(8, 8))
-    codes = empty_codes(model, 3, (8, 8))
     torch.manual_seed(1)
-    drawing = SamplingParams(top_k=5)
-    assert list(write_codes(model, whole_condition(start), codes, drawing)) == [64]
+    codes = model.sample_codes(start, SamplingParams(top_k=5))
     assert torch.equal(codes, model.sequence.decode(tokens, (8, 8)))
-    torch.testing.assert_close(
-        decode_codes(model, codes), model.decode_to_img(tokens, (3, 4, 8, 8))
-    )
+    torch.testing.assert_close(model.decode_codes(codes), model.decode_to_img(tokens, (3, 4, 8, 8)))
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual", "attract"])
 def test_known_sites_stay_and_the_rest_is_drawn(kind: str) -> None:
     model, grid = prior(kind).eval(), (10, 12)
     x = torch.rand(2, 3, 20, 24) * 2 - 1
-    given = encode_codes(model, x)
+    given = model.encode_codes(x)
     assert given.shape == (2, *grid, model.sequence.max_loops)
     quant, _, _ = model.first_stage_model.encode(x)
-    torch.testing.assert_close(decode_codes(model, given), model.first_stage_model.decode(quant))
-    condition = whole_condition(torch.zeros(2, 1, dtype=torch.int64))
-    codes = given.clone()
-    images = sample_images(model, condition, codes, SamplingParams(), known=5 * 12 + 3)
-    assert images.shape == x.shape
+    torch.testing.assert_close(model.decode_codes(given), model.first_stage_model.decode(quant))
+    condition, unchanged = torch.zeros(2, 1, dtype=torch.int64), given.clone()
+    start = {"codes": given, "known": 5 * 12 + 3}
+    torch.manual_seed(1)
+    images = sample_images(model, condition, SamplingParams(), **start)
+    torch.manual_seed(1)
+    codes = model.sample_codes(condition, **start)
+    assert images.shape == x.shape and torch.equal(given, unchanged)
     before, after = (table.flatten(1, 2) for table in (given, codes))
     assert torch.equal(before[:, :63], after[:, :63])
     assert not torch.equal(before[:, 63:], after[:, 63:])
-    assert torch.equal(images, decode_codes(model, codes))
+    assert torch.equal(images, model.decode_codes(codes))
 
 
 @pytest.mark.parametrize("levels", [1, 2])
@@ -147,25 +143,22 @@ def test_a_mask_keeps_sites_anywhere(levels: int, grid: tuple[int, int], order: 
     if order and grid != (8, 8):
         return  # refused; see below
     model = prior("residual", levels=levels, permuter_config=permuter).eval()
-    given = encode_codes(model, torch.rand(2, 3, 2 * grid[0], 2 * grid[1]) * 2 - 1)
+    given = model.encode_codes(torch.rand(2, 3, 2 * grid[0], 2 * grid[1]) * 2 - 1)
     mask = torch.rand(grid) < 0.5
-    codes = given.masked_fill(~mask[..., None], -1)  # what is to be drawn is not read
-    condition = whole_condition(torch.zeros(2, 1, dtype=torch.int64))
-    assert (
-        list(write_codes(model, condition, codes, SamplingParams(), mask))[-1] == grid[0] * grid[1]
-    )
+    blank = given.masked_fill(~mask[..., None], -1)  # unknown codes are not read
+    condition = torch.zeros(2, 1, dtype=torch.int64)
+    codes = model.sample_codes(condition, codes=blank, known=mask)
     assert torch.equal(codes[:, mask], given[:, mask])
     assert (codes[..., 0] >= 0).all() and not torch.equal(codes[:, ~mask], given[:, ~mask])
     with pytest.raises(ValueError, match=r"mask of known sites is \(3, 3\), but the grid is"):
-        list(write_codes(model, condition, codes, SamplingParams(), mask[:3, :3]))
+        model.sample_codes(condition, codes=blank, known=mask[:3, :3])
 
 
 def test_sites_known_by_their_number_are_the_upper_ones_in_any_order() -> None:
     order = {"target": "taming.modules.transformer.permuter.SpiralIn", "params": {"H": 8, "W": 8}}
     model = prior(permuter_config=order).eval()
-    given = encode_codes(model, torch.rand(2, 3, 16, 16) * 2 - 1)
-    codes, condition = given.clone(), whole_condition(torch.zeros(2, 1, dtype=torch.int64))
-    list(write_codes(model, condition, codes, SamplingParams(), known=20))
+    given = model.encode_codes(torch.rand(2, 3, 16, 16) * 2 - 1)
+    codes = model.sample_codes(torch.zeros(2, 1, dtype=torch.int64), codes=given, known=20)
     before, after = (table.flatten(1, 2) for table in (given, codes))
     assert torch.equal(before[:, :20], after[:, :20])
     assert not torch.equal(before[:, 20:], after[:, 20:])
@@ -174,15 +167,17 @@ def test_sites_known_by_their_number_are_the_upper_ones_in_any_order() -> None:
 @pytest.mark.parametrize("grid", [(8, 8), (9, 11)])
 def test_known_sites_after_the_last_unknown_one_cost_nothing(grid: tuple[int, int]) -> None:
     model = prior().eval()
-    given = encode_codes(model, torch.rand(2, 3, 2 * grid[0], 2 * grid[1]) * 2 - 1)
-    codes, condition = given.clone(), whole_condition(torch.zeros(2, 1, dtype=torch.int64))
+    given = model.encode_codes(torch.rand(2, 3, 2 * grid[0], 2 * grid[1]) * 2 - 1)
+    condition, sites = torch.zeros(2, 1, dtype=torch.int64), []
     mask = torch.ones(grid, dtype=torch.bool)
     mask[0, 2] = mask[0, 4] = False
-    written = list(write_codes(model, condition, codes, SamplingParams(), mask, longest=1))
-    assert written == [3, 4, mask.numel()]
+    start = {"codes": given, "callback": lambda progress: sites.append(progress.sites())}
+    codes = model.sample_codes(condition, known=mask, **start)
+    assert max(sites) == 5 and sites == sorted(sites)
     assert torch.equal(codes[:, mask], given[:, mask])
+    sites.clear()
     mask[:] = True
-    assert list(write_codes(model, condition, given, SamplingParams(), mask)) == []
+    assert torch.equal(model.sample_codes(condition, known=mask, **start), given) and not sites
 
 
 def test_pixels_of_known_sites_do_not_change() -> None:
@@ -217,12 +212,9 @@ def test_a_seed_gives_the_same_images_in_whatever_batch(grid: tuple[int, int]) -
     model = prior().eval()
 
     def drawn(images: list[int]) -> Tensor:
-        codes = empty_codes(model, len(images), grid)
-        condition = whole_condition(torch.zeros(len(images), 1, dtype=torch.int64))
-        drawing = SamplingParams(generators=generators_of(3, images))
-        for _ in write_codes(model, condition, codes, drawing):
-            pass
-        return codes
+        condition = torch.zeros(len(images), 1, dtype=torch.int64)
+        params = SamplingParams(generators=generators_of(3, images))
+        return model.sample_codes(condition, params, grid=grid)
 
     together = drawn([4, 5, 6])
     assert torch.equal(together, torch.cat([drawn([4]), drawn([5, 6])]))
@@ -232,12 +224,11 @@ def test_a_seed_gives_the_same_images_in_whatever_batch(grid: tuple[int, int]) -
 def test_guidance_needs_hidden_conditions() -> None:
     labels = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}}
     given = {"cond_stage_config": labels, "cond_stage_key": "class_label"}
-    condition = whole_condition(torch.tensor([[3], [4]]))
+    condition = torch.tensor([[3], [4]])
 
     def drawn(model: Net2NetTransformer, scale: float) -> Tensor:
-        codes = empty_codes(model.eval(), 2, (8, 8))
-        list(write_codes(model, condition, codes, SamplingParams(greedy=True, guidance=scale)))
-        return codes
+        params = SamplingParams(greedy=True, guidance=scale)
+        return model.eval().sample_codes(condition, params)
 
     model = prior(gpt={"vocab_size": 18}, condition_dropout=0.1, **given)
     with torch.no_grad():  # untrained, it would hardly look at the class
@@ -253,43 +244,34 @@ def test_an_order_of_sites_needs_its_own_grid() -> None:
     model = prior("plain", permuter_config=order).eval()
     start = torch.zeros(2, 1, dtype=torch.int64)
     tokens = model.sample(start[:, :0], start, grid=(8, 8))
-    codes = empty_codes(model, 2, (8, 8))
-    assert list(write_codes(model, whole_condition(start), codes, GREEDY)) == [64]
-    torch.testing.assert_close(
-        decode_codes(model, codes), model.decode_to_img(tokens, (2, 4, 8, 8))
-    )
+    codes = model.sample_codes(start, GREEDY)
+    torch.testing.assert_close(model.decode_codes(codes), model.decode_to_img(tokens, (2, 4, 8, 8)))
     with pytest.raises(ValueError, match="9x8 sites is larger than the 8x8.*SpiralIn"):
-        window_size(model, (9, 8))
+        model.window_size((9, 8))
 
 
 def test_a_window_that_the_transformer_is_too_short_for_is_refused_before_it_is_drawn() -> None:
     """Of a prior of 4 x 4 crops whose tokenizer was trained on 8 x 8 sites."""
     model = prior("plain", gpt={"block_size": 16}).eval()
-    condition, drawn = whole_condition(torch.zeros(1, 1, dtype=torch.int64)), []
+    condition, drawn = torch.zeros(1, 1, dtype=torch.int64), []
     with pytest.raises(ValueError, match="8x8 sites is too large: .*block_size 16 .* --grid"):
-        list(
-            write_codes(
-                model,
-                condition,
-                empty_codes(model, 1, trained_grid(model)),
-                GREEDY,
-                callback=drawn.append,
-            )
-        )
+        model.sample_codes(condition, GREEDY, callback=drawn.append)
     assert not drawn
-    assert list(write_codes(model, condition, empty_codes(model, 1, (4, 4)), GREEDY)) == [16]
+    assert model.sample_codes(condition, GREEDY, grid=(4, 4)).shape == (1, 4, 4, 1)
+    through = model.sample_codes(condition, GREEDY, grid=(5, 6), window=(4, 4))
+    assert through.shape == (1, 5, 6, 1)
 
 
 def test_a_condition_of_another_grid_is_seen_whole_or_not_at_all(pair: Net2NetTransformer) -> None:
     c = torch.rand(1, 3, 4, 4)
     _, tokens = pair.encode_to_c(c)
-    seen = condition_windows(pair, c, (4, 4))(Window(0, 0, 4, 4))
+    seen = condition_windows(pair, c, (4, 4))
     assert torch.equal(seen, tokens) and tokens.shape == (1, 4)
     with pytest.raises(ValueError, match=r"condition's grid \(2, 2\) is not the image's \(4, 5\)"):
         condition_windows(pair, c, (4, 5))
 
 
 def test_the_trained_grid_is_the_tables_or_the_tokenizers(pair: Net2NetTransformer) -> None:
-    assert trained_grid(pair) == (SIDE, SIDE)
-    assert trained_grid(prior("residual", gpt={"site_shape": (5, 7, 4)})) == (5, 7)
-    assert window_size(pair, (3, 9)) == (3, 4)
+    assert pair.grid == (SIDE, SIDE)
+    assert prior("residual", gpt={"site_shape": (5, 7, 4)}).grid == (5, 7)
+    assert pair.window_size((3, 9)) == (3, 4)

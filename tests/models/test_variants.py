@@ -1,4 +1,4 @@
-"""Models that differ from VQModel in one part: each does what its name says, and trains."""
+"""Variants of VQModel: each differs in the part that its name gives, and trains."""
 
 import lightning.pytorch as pl
 import pytest
@@ -89,6 +89,8 @@ def test_mistakes_about_keys_and_sizes_are_named() -> None:
         segmentation().validation_step({"image": torch.rand(2, 16, 16, 3)}, 0)
     with pytest.raises(ValueError, match="ddconfig lacks in_channels, out_ch"):
         VQModel({"double_z": False, "z_channels": 4}, PLAIN, 16, 4)
+    with pytest.raises(ValueError, match="in_channels 3, but out_ch 1"):
+        VQModel({**DDCONFIG, "out_ch": 1}, GAN, 16, 4)
     with pytest.raises(ValueError, match="GumbelQuantize learns from the decoder and has no"):
         gumbel(quantize_start=3)
 
@@ -128,14 +130,14 @@ def test_gumbel_decodes_its_codes() -> None:
     assert indices.shape == (2, 8, 8)
 
 
-def test_gumbel_scores_as_many_channels_as_a_latent_has() -> None:
+def test_gumbel_projects_from_embed_dim_channels() -> None:
     """The original took z_channels, which works only where embed_dim is the same."""
     assert DDCONFIG["z_channels"] != 4
     assert gumbel().quantize.proj.in_channels == 4
 
 
 @pytest.mark.reported(15)
-def test_averages_train_and_no_optimizer_has_them(tmp_path) -> None:
+def test_moving_averages_train_outside_the_optimizers(tmp_path) -> None:
     model, fit = EMAVQ(DDCONFIG, GAN, 16, 4, sane_index_shape=True), trainer(tmp_path)
     before = model.quantize.codebook.clone()
     model.learning_rate = 1e-3
@@ -147,7 +149,7 @@ def test_averages_train_and_no_optimizer_has_them(tmp_path) -> None:
     assert model.encode(torch.rand(2, 3, 16, 16)).info.indices.shape == (2, 8, 8)
 
 
-def test_averages_start_from_a_checkpoint(tmp_path) -> None:
+def test_moving_averages_start_from_a_checkpoint(tmp_path) -> None:
     model = EMAVQ(DDCONFIG, PLAIN, 16, 4)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "ema.ckpt")
     other = EMAVQ(DDCONFIG, PLAIN, 16, 4, ckpt_path=str(tmp_path / "ema.ckpt"))
@@ -164,7 +166,7 @@ def test_without_a_discriminator_only_the_generator_trains(tmp_path) -> None:
 
 @pytest.mark.reported(14)
 def test_beta_reaches_the_right_term() -> None:
-    """The original could not ask for legacy=False, though its documentation said so."""
+    """The original had no way to set legacy=False, contrary to its documentation."""
     losses = {}
     for legacy in (True, False):
         model = VQModel(DDCONFIG, PLAIN, 16, 4, beta=0.5, legacy=legacy).eval()

@@ -37,7 +37,7 @@ def test_equals_the_original(shared) -> None:
     assert set(original.state_dict()) == set(golden.parameters)
 
 
-def test_only_a_training_that_begins_fetches_the_weights_of_lpips(monkeypatch, tmp_path) -> None:
+def test_only_a_fresh_training_fetches_the_weights_of_lpips(monkeypatch, tmp_path) -> None:
     fetched = []
     for name in ("load_heads", "load_vgg16"):
         monkeypatch.setattr(LPIPS, name, lambda *args, name=name: fetched.append(name))
@@ -69,16 +69,6 @@ def test_codes_of_any_shape_decode(kwargs: dict) -> None:
             tokenizer.decode_code(flat)
 
 
-def test_codes_decode_to_the_reconstruction() -> None:
-    for quantizer in (None, LOOPY):
-        tokenizer = model(quantizer_config=quantizer).eval()
-        x = torch.rand(2, 3, 16, 16)
-        with torch.no_grad():
-            quant, _, (_, _, indices) = tokenizer.encode(x)
-            again = tokenizer.decode_code(indices.reshape(2, 8, 8, -1))
-            torch.testing.assert_close(again, tokenizer.decode(quant), rtol=0, atol=0)
-
-
 @pytest.mark.reported(7)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("lossconfig", [GAN, PLAIN], ids=["gan", "plain"])
@@ -89,7 +79,7 @@ def test_global_step_counts_generator_steps(tmp_path, lossconfig, quantizer, pre
     fit.fit(tokenizer, images(10), images(2))
     assert fit.global_step == tokenizer.global_step == 5
     unchanged = {n for n, value in tokenizer.named_parameters() if torch.equal(value, before[n])}
-    # While no logit leaves the hinge's margin, the last bias gets +1 and -1, which is nothing.
+    # Within the hinge's margin, the last bias gets gradients +1 and -1, which cancel.
     assert unchanged <= {"loss.discriminator.main.5.bias"}
     assert math.isfinite(fit.callback_metrics["val/rec_loss"])
     assert fit.callback_metrics["val/usage"] > 0
@@ -116,7 +106,7 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path) -> None:
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
 
 
-def test_gradients_of_two_scales_are_not_summed(tmp_path, monkeypatch) -> None:
+def test_accumulation_under_loss_scaling_is_refused_for_a_gan(tmp_path, monkeypatch) -> None:
     fit = trainer(tmp_path)
     monkeypatch.setattr(pl.Trainer, "precision", "16-mixed")
     for loss, accumulate, refused in ((GAN, 2, True), (GAN, 1, False), (PLAIN, 2, False)):
@@ -157,7 +147,7 @@ def test_logs_count_generator_steps(tmp_path, gumbel) -> None:
 
 
 @pytest.mark.parametrize("ema_decay", [0.9, None], ids=["ema", "gradient"])
-def test_before_quantize_start_only_the_quantizer_knows_of_codes(tmp_path, ema_decay) -> None:
+def test_before_quantize_start_codes_affect_only_the_quantizer(tmp_path, ema_decay) -> None:
     torch.manual_seed(1)
     state = model(PLAIN).state_dict()
 
@@ -178,7 +168,7 @@ def test_before_quantize_start_only_the_quantizer_knows_of_codes(tmp_path, ema_d
         same = {p: all(ours[n].equal(theirs[n]) for n in ours if n.startswith(p)) for p in parts}
         return {part for part, equal in same.items() if not equal}
 
-    # Thresholds change the codes, and with them all that knows of codes.
+    # Thresholds change the codes, and with them whatever depends on codes.
     assert differ(trained(3, 0.1), trained(3, 9.0)) == {"quantize.embedding.weight"}
     assert "decoder" in differ(trained(2, 0.1), trained(2, 9.0))
     whole = trained(0, 0.1).eval()
@@ -186,10 +176,10 @@ def test_before_quantize_start_only_the_quantizer_knows_of_codes(tmp_path, ema_d
     continuous.load_state_dict(whole.state_dict(), strict=False)
     x = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
-        assert torch.equal(continuous._reconstruct(x)[2], whole._reconstruct(x)[2])
+        assert torch.equal(continuous.reconstruct(x)[2], whole.reconstruct(x)[2])
 
 
-def test_a_rest_of_batches_is_not_lost(tmp_path) -> None:
+def test_remaining_batches_are_stepped_at_the_end_of_an_epoch(tmp_path) -> None:
     tokenizer, fit = model(PLAIN, None), trainer(tmp_path)
     tokenizer.accumulate_grad_batches = 3
     fit.fit(tokenizer, images(8), images(2))
@@ -235,7 +225,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path) -> None:
 
 
 @pytest.mark.reported(13)
-def test_what_is_not_finite_stops_training_and_is_named(tmp_path) -> None:
+def test_non_finite_values_stop_training_and_name_their_module(tmp_path) -> None:
     tokenizer = model()
     with torch.no_grad():
         tokenizer.encoder.mid.block_1.conv1.weight.fill_(float("nan"))
@@ -250,15 +240,15 @@ def test_what_is_not_finite_stops_training_and_is_named(tmp_path) -> None:
         trainer(tmp_path).fit(tokenizer, images(4), images(2))
 
 
-def test_pictures_show_inputs_reconstructions_and_depths() -> None:
+def test_pictures_show_inputs_reconstructions_and_lengths() -> None:
     pictures = model().eval().log_images({"image": torch.rand(2, 16, 16, 3)})
     assert {name: tuple(p.shape) for name, p in pictures.items()} == dict.fromkeys(
-        ("inputs", "reconstructions", "depths"), (2, 3, 16, 16)
+        ("inputs", "reconstructions", "lengths"), (2, 3, 16, 16)
     )
-    assert pictures["depths"].min() >= -1 and pictures["depths"].max() <= 1
+    assert pictures["lengths"].min() >= -1 and pictures["lengths"].max() <= 1
 
 
-def test_other_than_three_channels_are_coloured_if_it_is_said_how_many() -> None:
+def test_more_channels_are_coloured_by_a_projection() -> None:
     labels = torch.rand(2, 5, 4, 4)
     picture = model(colorize_nlabels=5).to_rgb(labels)
     assert picture.shape == (2, 3, 4, 4) and picture.min() == -1 and picture.max() == 1
@@ -283,8 +273,45 @@ def test_an_orthogonal_start_keeps_lengths_on_both_sides_of_the_latents() -> Non
         assert not tokenizer.get_submodule(name).bias.any()
 
 
-def test_sizes_that_disagree_are_refused() -> None:
-    with pytest.raises(ValueError, match="n_embed 99 and embed_dim 4 do not agree"):
-        VQModel(DDCONFIG, GAN, 99, 4, quantizer_config=LOOPY)
-    with pytest.raises(ValueError, match="in_channels 3, but out_ch 1"):
-        VQModel({**DDCONFIG, "out_ch": 1}, GAN, 16, 4)
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("LoopyVectorQuantizer", {"n_e": 16, "e_dim": 4}),
+        ("VectorQuantizer2", {"n_e": 16, "e_dim": 4}),
+        ("EMAVectorQuantizer", {"n_embed": 16, "embedding_dim": 4}),
+        ("GumbelQuantize", {"n_embed": 16, "embedding_dim": 4, "num_hiddens": 4}),
+    ],
+)
+def test_the_quantizer_takes_the_sizes_of_the_model(name: str, sizes: dict[str, int]) -> None:
+    own = {"beta": 0.25} | ({"threshold": 0.5} if name.startswith("Loopy") else {})
+    block = {"target": f"taming.modules.vqvae.quantize.{name}"}
+    block["params"] = {} if name.startswith("Gumbel") else own
+    for stated in ({}, sizes):
+        quantizer = model(quantizer_config={**block, "params": block["params"] | stated}).quantize
+        assert (quantizer.n_e, quantizer.e_dim) == (16, 4)
+    for size, value in sizes.items():
+        wrong = {**block, "params": {**block["params"], size: 99}}
+        with pytest.raises(ValueError, match=rf"{size}.*\b99\b.*\b{value}\b"):
+            model(quantizer_config=wrong)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"sane_index_shape": True}, {"quantizer_config": LOOPY}])
+def test_codes_have_one_shape_whatever_the_quantizer(kwargs: dict) -> None:
+    tokenizer = model(**{"quantizer_config": None, **kwargs}).eval()
+    assert (tokenizer.grid, tokenizer.factor) == ((8, 8), 2)
+    x = torch.rand(2, 3, 16, 32)
+    with torch.no_grad():
+        codes, quant = tokenizer.encode_to_codes(x), tokenizer.encode(x).z_q
+        assert codes.shape == (2, 8, 16, 3 if "quantizer_config" in kwargs else 1)
+        assert torch.equal(tokenizer.decode_code(codes), tokenizer.decode(quant))
+
+
+def test_only_a_tokenizer_of_one_code_per_site_is_a_condition() -> None:
+    plain = model(quantizer_config=None)
+    assert (plain.condition_vocab_size, plain.condition_length) == (16, 64)
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        pictures = plain.eval().condition_pictures(x, plain.encode(x).z_q, (16, 16), {})
+        torch.testing.assert_close(pictures, {"conditioning": x, "conditioning_rec": plain(x)[0]})
+    with pytest.raises(ValueError, match="LoopyVectorQuantizer.*different lengths"):
+        _ = model().condition_length

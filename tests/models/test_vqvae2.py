@@ -64,12 +64,12 @@ def pictures(count: int, height: int = 16, width: int = 16) -> torch.Tensor:
     return torch.rand(count, 3, height, width) * 2 - 1
 
 
-def test_a_level_is_told_all_slots_of_those_above_absent_ones_too() -> None:
+def test_a_levels_condition_holds_all_codes_above_and_marks_absent_ones() -> None:
     config = model_config("loopy", "ema", "flat")
     level = Level(config, "bottom")
     top, middle = torch.tensor([[[[0, 3, -1], [5, -1, -1]]]]), torch.tensor([[[[7], [0]]]])
     assert level.condition_tokens([top, middle]).tolist() == [[0, 3, 16, 5, 16, 16, 7, 0]]
-    assert level.condition_size == 17
+    assert level.condition_vocab_size == 17
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,14 @@ def test_codes_of_all_levels_decode_to_the_reconstruction(kinds: tuple[str, ...]
     assert list(levels) == NAMES[len(kinds)] and len(perplexity) == len(kinds)
     assert quant.shape == (2, 4 * len(kinds), 8, 16)
     assert torch.equal(tokenizer.quantize.get_codebook_entry(codes), quant)
+    assert all(map(torch.equal, tokenizer.encode_to_codes(x), codes))
     assert torch.equal(tokenizer.decode_code(codes), tokenizer.decode(quant))
     torch.testing.assert_close(loss, sum(level.quantized.loss for level in levels.values()))
-    assert all(len(c.unique()) > 2 for c in codes)  # the codes do say something
+    assert all(len(c.unique()) > 2 for c in codes)  # codes that vary
 
 
 @torch.no_grad()
-def test_a_level_depends_on_those_above_and_on_none_below() -> None:
+def test_a_level_depends_on_the_levels_above_only() -> None:
     tokenizer, x = model("ema", "loopy", "flat").eval(), pictures(2)
     before = tokenizer.encode(x).info.encodings
     for number, moved in enumerate(before):
@@ -115,13 +116,13 @@ def test_codes_of_upper_levels_decode_as_if_the_lower_were_zero() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 @torch.no_grad()
 def test_level_dropout_leaves_the_upper_levels(share: float) -> None:
-    """As `complete` does, in a share of the training images; there is none in evaluation."""
+    """Zero the lower levels as `pad_stack` does, for a share of the training images only."""
     config = hierarchy_config("flat", "flat", "flat")["params"]
     hierarchy = Hierarchy(**config, level_dropout=share)
     z = torch.randn(200, 12, 8, 8)
     whole = hierarchy.eval()(z).z_q
     codes = hierarchy(z).info.indices
-    upper = [hierarchy.complete(hierarchy.get_codebook_entry(codes[:n])) for n in (1, 2)]
+    upper = [hierarchy.pad_stack(hierarchy.get_codebook_entry(codes[:n])) for n in (1, 2)]
     dropped = hierarchy.train()(z).z_q
     alike = torch.stack([(dropped == other).flatten(1).all(1) for other in (*upper, whole)])
     assert (alike.sum(0) == 1).all()
@@ -133,7 +134,9 @@ def test_level_dropout_leaves_the_upper_levels(share: float) -> None:
 
 
 @every_pair
-def test_training_moves_every_part_and_counts_every_level(kinds: tuple[str, ...], tmp_path) -> None:
+def test_training_changes_every_part_and_counts_every_level(
+    kinds: tuple[str, ...], tmp_path
+) -> None:
     tokenizer = model(*kinds).train()
     before = {name: value.clone() for name, value in tokenizer.named_parameters()}
     tokenizer.learning_rate = 1e-3
@@ -146,8 +149,8 @@ def test_training_moves_every_part_and_counts_every_level(kinds: tuple[str, ...]
         assert 1 <= logged[f"val/{level}_mean_length"] <= TURNS[kind]
     assert logged["val/top_codes_per_image"] >= 16 and logged["val/bottom_codes_per_image"] >= 64
     shown = tokenizer.eval().log_images(next(iter(images(3, 3))))
-    depths = {f"{level}_depths" for level in NAMES[2] if kinds[0] == "loopy"}
-    assert set(shown) == {"inputs", "reconstructions", "top_only"} | depths
+    lengths = {f"{level}_lengths" for level in NAMES[2] if kinds[0] == "loopy"}
+    assert set(shown) == {"inputs", "reconstructions", "top_only"} | lengths
     assert all(picture.shape == (3, 3, 16, 16) for picture in shown.values())
 
 
@@ -169,13 +172,17 @@ def test_training_moves_every_part_and_counts_every_level(kinds: tuple[str, ...]
             "VQVAE2 needs a Hierarchy of quantizers, not a VectorQuantizer2",
         ),
         (
+            lambda: VQVAE2(**{**model_config("ema", "flat")["params"], "n_embed": 99}),
+            "n_embed is 99 .* top, bottom have 32 codes",
+        ),
+        (
             lambda: VQVAE2(**model_config("ema", "flat")["params"], quantize_start=9),
             "Hierarchy learns from the decoder and has no quantize_start",
         ),
     ],
     ids=[
         *("one level", "odd grid", "no codes", "other grid", "sequence", "no hierarchy"),
-        "continuous",
+        *("other sizes", "continuous"),
     ],
 )
 def test_what_does_not_fit_is_refused(wrong, message: str) -> None:
@@ -183,9 +190,26 @@ def test_what_does_not_fit_is_refused(wrong, message: str) -> None:
         wrong()
 
 
-def test_thresholds_of_all_levels_are_followed() -> None:
-    followed = model("loopy", "flat", "loopy").quantize.followed()
-    assert set(followed) == {"top_relative_threshold", "bottom_relative_threshold"}
+def test_a_hierarchy_answers_for_its_levels() -> None:
+    hierarchy = model("loopy", "flat", "loopy").quantize.eval()
+    out = hierarchy(torch.randn(2, 12, 8, 8))
+    traces = hierarchy.traces(out)
+    assert list(traces) == ["top", "bottom"] and not hierarchy.variable_rate
+    assert traces["bottom"] is out.info.encodings["bottom"].quantized.info.encodings
+    before = str(hierarchy.identity())
+    hierarchy.levels[2].transform.beam = 2
+    assert before != str(hierarchy.identity())
+    metrics = hierarchy.codebook_metrics()
+    metrics.update(None, out)
+    never = {name: float((~trace.within).float().mean()) for name, trace in traces.items()}
+    for name in NAMES[3]:
+        share = metrics.compute()[f"{name}_never_within_threshold"]
+        assert share == pytest.approx(never.get(name, 0.0))
+
+
+def test_thresholds_of_all_levels_are_tracked() -> None:
+    tracked = model("loopy", "flat", "loopy").quantize.tracked_scalars()
+    assert set(tracked) == {"top_relative_threshold", "bottom_relative_threshold"}
 
 
 def level_config(name: str, *kinds: str) -> dict[str, Any]:
@@ -201,8 +225,9 @@ def test_a_level_is_a_tokenizer_of_its_own_codes(kinds: tuple[str, ...]) -> None
         level = Level(**level_config(name, *kinds)["params"]).eval()
         tokenizer = spread_codes(level.model)
         quant, _, (_, _, codes) = tokenizer.encode(x)
-        assert level.encoder == (16, (4, 2)[number])
+        assert (level.factor, level.grid) == (((4, (4, 4)), (2, (8, 8)))[number])
         stack, _, (_, _, own) = level.encode(x)
+        assert torch.equal(level.encode_to_codes(x), own)
         assert torch.equal(own.reshape(codes[number].shape), codes[number])
         assert torch.equal(stack, tokenizer.quantize.get_codebook_entry(codes[: number + 1]))
         torch.testing.assert_close(level.decode(stack), tokenizer.decode_code(codes[: number + 1]))
@@ -211,8 +236,8 @@ def test_a_level_is_a_tokenizer_of_its_own_codes(kinds: tuple[str, ...]) -> None
         else:
             above, tokens = level.condition_of(level.codes_of(x)[:-1])
             torch.testing.assert_close(level.decode_under(own, above), tokenizer.decode(quant))
-            assert tokens.shape == (2, 16 * TURNS[kinds[0]])
-            assert tokens.min() >= 0 and tokens.max() < level.condition_size
+            assert tokens.shape == (2, 16 * TURNS[kinds[0]]) == (2, level.condition_length)
+            assert tokens.min() >= 0 and tokens.max() < level.condition_vocab_size
             with pytest.raises(ValueError, match="codes of 'bottom' make no image without those"):
                 level.decode_code(own)
 
@@ -220,7 +245,7 @@ def test_a_level_is_a_tokenizer_of_its_own_codes(kinds: tuple[str, ...]) -> None
 def test_models_without_such_a_level_are_refused() -> None:
     kinds = ("loopy", "flat")
     plain = {"target": "taming.models.vqgan.VQModel", "params": model_config(*kinds)["params"]}
-    with pytest.raises(ValueError, match="that of a VQVAE2, not of a VQModel"):
+    with pytest.raises(ValueError, match="needs a VQVAE2, not a VQModel"):
         Level(plain, "top")
-    with pytest.raises(ValueError, match="no level 'middle', only top, bottom"):
+    with pytest.raises(ValueError, match="'middle'.*top, bottom"):
         Level(model_config(*kinds), "middle")

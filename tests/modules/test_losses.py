@@ -92,11 +92,13 @@ def test_both_paths_of_dummy_loss_are_one_class():
         scene.generator(DummyLoss())
 
 
-def test_every_loss_says_whether_it_has_a_discriminator():
+def test_every_loss_exposes_its_discriminator_or_none():
     for loss in (DummyLoss(), ReconstructionLoss(), BCELoss(), BCELossWithQuant()):
         assert isinstance(loss, AutoencoderLoss)
         assert loss.discriminator is None
         assert not list(loss.parameters())
+        with pytest.raises(ValueError, match="DummyLoss|no discriminator"):
+            Scene().discriminator(loss)
     loss = build()
     assert set(loss.parameters()) == set(loss.discriminator.parameters())
 

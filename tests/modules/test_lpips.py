@@ -103,7 +103,7 @@ def test_without_pretraining_nothing_is_fetched(monkeypatch):
 
 
 @pytest.mark.reported(25)
-def test_a_checkpoint_that_brings_the_weights_spares_the_download(monkeypatch, loss):
+def test_weights_from_a_checkpoint_are_not_downloaded(monkeypatch, loss):
     def fail(*args, **kwargs):
         raise AssertionError("nothing should be fetched")
 
@@ -135,7 +135,7 @@ def test_heads_are_downloaded_once_and_checked(monkeypatch, tmp_path):
         lpips.fetch_heads()
 
 
-def test_unreachable_vgg_says_what_to_fetch_and_where_to_put_it(monkeypatch, tmp_path):
+def test_unreachable_vgg_names_the_address_and_the_path(monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
         raise urllib.error.URLError("no network")
 
@@ -157,7 +157,7 @@ def test_files_that_are_missing_or_others_are_named(tmp_path, vgg_path):
         LPIPS(weights=str(HEADS), vgg_weights=str(HEADS)).fetch_weights()
 
 
-def test_vgg_is_that_of_torchvision():
+def test_vgg_equals_torchvisions():
     from torchvision.models import vgg16
 
     with torch.device("meta"):

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from pixelcnn_sampling import WRITERS
+from pixelcnn_sampling import SAMPLERS
 from torch import Tensor
 
 from taming.modules.pixelcnn.model import PixelCNN
@@ -162,22 +162,22 @@ def test_fast_sampling_equals_naive_sampling(kind: str, kernel_size: int, name: 
     torch.manual_seed(1)
     expected = write_naively(net, codes.clone(), labels, known)
     torch.manual_seed(1)
-    drawn = codes.masked_fill(~known[..., None], -1)  # is not read
-    written = list(net.write(drawn, labels, multinomial, known))
-    assert torch.equal(drawn, expected)
-    assert torch.equal(drawn[:, known], codes[:, known])
-    assert written == list(range(int(known.flatten().long().cumprod(0).sum()) + 1, H * W + 1))
+    given, done = codes.masked_fill(~known[..., None], -1), []  # unknown codes are ignored
+    before = given.clone()
+    sampled = net.sample(given, labels, multinomial, known, lambda sites, _: done.append(sites))
+    assert torch.equal(sampled, expected) and torch.equal(given, before)
+    assert torch.equal(sampled[:, known], codes[:, known])
+    unknown = (~known).flatten().nonzero()[:, 0].tolist() or [0, -1]  # known sites after are free
+    assert done == list(range(unknown[0] + 1, unknown[-1] + 2))
 
 
 @every_kind
 def test_the_ways_that_the_benchmark_compares_draw_the_same_codes(kind: str) -> None:
-    net, labels, drawn = model(kind, layers=3), torch.zeros(2, dtype=torch.int64), []
-    for write in WRITERS.values():
-        codes = torch.full((2, H, W, SITES[kind].max_loops), -7)
+    net, labels, sampled = model(kind, layers=3), torch.zeros(2, dtype=torch.int64), []
+    for sample in SAMPLERS.values():
         torch.manual_seed(1)
-        write(net, codes, labels)
-        drawn.append(codes)
-    assert all(torch.equal(codes, drawn[0]) for codes in drawn[1:])
+        sampled.append(sample(net, torch.full((2, H, W, SITES[kind].max_loops), -7), labels))
+    assert all(torch.equal(codes, sampled[0]) for codes in sampled[1:])
 
 
 def test_the_vertical_stack_computes_each_row_once_and_the_horizontal_each_site_once() -> None:
@@ -189,7 +189,7 @@ def test_the_vertical_stack_computes_each_row_once_and_the_horizontal_each_site_
             outputs[name] += output.shape[2] * output.shape[3]
 
         getattr(net.stacks.layers[0], name).register_forward_hook(count)
-    list(net.write(codes, torch.zeros(1, dtype=torch.int64), multinomial))
+    net.sample(codes, torch.zeros(1, dtype=torch.int64), multinomial)
     assert outputs == {"vertical": H * W, "horizontal": H * W}
 
 

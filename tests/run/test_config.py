@@ -1,9 +1,22 @@
 """Merging follows OmegaConf; every wrong key is named with its file, path and nearest neighbour."""
 
+from collections.abc import Mapping
+from typing import Any, Optional, Union
+
 import pytest
 from omegaconf import OmegaConf
 
-from taming.run.config import ConfigError, check_block, load_config
+from taming.run.config import (
+    DEFAULT_CALLBACKS,
+    ConfigError,
+    callback_blocks,
+    check_block,
+    check_experiment,
+    load_config,
+    merge_block,
+    type_names,
+)
+from taming.util import retrieve
 
 
 @pytest.fixture
@@ -68,8 +81,10 @@ def test_broken_override_is_named():
 
 
 def check(write, text, **options):
+    """Check the block ``model`` of a file x.yaml; returns it."""
     config = load_config([write("x.yaml", text)])
     check_block(config, "model", config.values["model"], **options)
+    return config.values["model"]
 
 
 @pytest.mark.parametrize(
@@ -78,14 +93,14 @@ def check(write, text, **options):
         "model: {target: support.models.ToyModel}",
         "model: {target: support.models.ToyModel, params: {width: 3}}",
         "model: {target: support.models.ToyModel, params: null}",
-        "model: {target: math.sin, params: {anything: 3}}",
+        "model: {target: builtins.dict, params: {anything: 3}}",
         "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, train: {size: 5}}}",
         "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, "
         "train: {target: support.models.ToyData}}}",
     ],
 )
-def test_right_blocks_pass(write, text):
-    check(write, text)
+def test_right_blocks_pass_unchanged(write, text):
+    assert {"model": check(write, text)} == OmegaConf.create(text)
 
 
 def test_a_whole_float_is_an_int_where_one_is_taken(write):
@@ -99,90 +114,92 @@ def test_a_whole_float_is_an_int_where_one_is_taken(write):
     assert sizes == [10, 4] and {*map(type, sizes)} == {int}
 
 
+TOY = "target: support.models.ToyModel"
+DATA = "target: main.DataModuleFromConfig, params: {batch_size: 1, train: "
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("block", "words"),
     [
+        (f"{{{TOY}, params: {{width: 2.5}}}}", "model.params.width must be int, .* 2.5"),
+        (f"{{{TOY}, params: {{width: four}}}}", "model.params.width must be int, .* 'four'"),
+        (f"{{{TOY}, params: {{width: }}}}", "model.params.width must be int, .* None"),
+        (f"{{{TOY}, params: {{width: [3, 4]}}}}", r"model.params.width must be int, .* \[3, 4\]"),
+        (f"{{{TOY}, params: {{monitor: 3}}}}", r"monitor must be str \| None, .* 3"),
+        (f"{{{DATA} 3}}}}", r"model.params.train must be mapping \| None, .* 3"),
+        (f"{{{TOY}, params: [1]}}", "model.params must be a mapping"),
+        ("3", "model must be a mapping"),
         (
-            "model: {target: support.models.ToyModel, params: {width: 2.5}}",
-            "x.yaml: model.params.width must be int, got 2.5",
+            f"{{{TOY}, params: {{widht: 3}}}}",
+            "key model.params.widht: support.models.ToyModel takes no 'widht'; .* 'width'",
+        ),
+        (f"{{{TOY}, parms: {{width: 3}}}}", "key model.parms; .* 'params'"),
+        (
+            f"{{{TOY}, params: {{monitor: [{{target: support.models.ToyDat}}]}}}}",
+            "model.params.monitor.0.target: support.models has no 'ToyDat'; .* 'ToyData'",
         ),
         (
-            "model: {target: support.models.ToyModel, params: {widht: 3}}",
-            "x.yaml: unknown key model.params.widht: support.models.ToyModel takes no 'widht'; "
-            "did you mean 'width'?",
+            f"{{{DATA} {{target: support.models.ToyData, params: {{sice: 3}}}}}}}}",
+            "key model.params.train.params.sice: support.models.ToyData takes no 'sice'; .* 'size'",
         ),
+        ("{target: main.DataModuleFromConfig}", "model.params lacks batch_size"),
         (
-            "model: {target: support.models.ToyModel, parms: {width: 3}}",
-            "x.yaml: unknown key model.parms; did you mean 'params'?",
+            f"{{{DATA} {{targt: a.B}}}}}}",
+            "key model.params.train.targt; .* 'target'",
         ),
-        (
-            "model: {target: support.models.ToyModel, "
-            "params: {monitor: [{target: support.models.ToyDat}]}}",
-            "x.yaml: model.params.monitor.0.target: support.models has no 'ToyDat'; "
-            "did you mean 'ToyData'?",
-        ),
-        (
-            "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, "
-            "train: {target: support.models.ToyData, params: {sice: 3}}}}",
-            "x.yaml: unknown key model.params.train.params.sice: support.models.ToyData takes no "
-            "'sice'; did you mean 'size'?",
-        ),
-        (
-            "model: {target: main.DataModuleFromConfig}",
-            "x.yaml: model.params lacks batch_size, which main.DataModuleFromConfig needs",
-        ),
-        (
-            "model: {target: support.models.ToyModel, params: {width: four}}",
-            "x.yaml: model.params.width must be int, got 'four'",
-        ),
-        (
-            "model: {target: support.models.ToyModel, params: {width: }}",
-            "x.yaml: model.params.width must be int, got None",
-        ),
-        (
-            "model: {target: support.models.ToyModel, params: {width: [3, 4]}}",
-            "x.yaml: model.params.width must be int, got [3, 4]",
-        ),
-        (
-            "model: {target: support.models.ToyModel, params: {monitor: 3}}",
-            "x.yaml: model.params.monitor must be str | None, got 3",
-        ),
-        (
-            "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, "
-            "train: {targt: support.models.ToyData}}}",
-            "x.yaml: unknown key model.params.train.targt; did you mean 'target'?",
-        ),
-        (
-            "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, "
-            "train: {params: {size: 3}}}}",
-            "x.yaml: model.params.train has no target (a path like 'main.Name'), got None",
-        ),
-        (
-            "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, "
-            "train: {target: 3}}}",
-            "x.yaml: model.params.train has no target (a path like 'main.Name'), got 3",
-        ),
-        (
-            "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, train: 3}}",
-            "x.yaml: model.params.train must be mapping | None, got 3",
-        ),
-        ("model: {params: {width: 3}}", "x.yaml: model has no target"),
-        ("model: 3", "x.yaml: model must be a mapping"),
-        (
-            "model: {target: support.models.ToyModel, params: [1]}",
-            "x.yaml: model.params must be a mapping",
-        ),
+        (f"{{{DATA} {{params: {{size: 3}}}}}}}}", "model.params.train has no target .* None"),
+        (f"{{{DATA} {{target: 3}}}}}}", "model.params.train has no target .* 3"),
+        ("{params: {width: 3}}", "model has no target"),
+        ("{target: support.models.GAN}", "support.models.GAN is a dict"),
+        ("{target: taming.data}", "taming.data is a module"),
+        ("{target: taming.modls.vqgan.VQModel}", "taming has no module 'modls'; .* 'models'"),
     ],
 )
-def test_wrong_blocks_are_named(write, text, message):
-    with pytest.raises(ConfigError) as raised:
-        check(write, text)
-    assert str(raised.value).startswith(message)
+def test_wrong_blocks_are_named(write, block, words):
+    with pytest.raises(ConfigError, match=f"^x.yaml: .*{words}"):
+        check(write, f"model: {block}")
 
 
-def test_injected_arguments_need_not_be_there(write):
+def test_added_arguments_need_not_be_there(write):
     text = "model: {target: main.DataModuleFromConfig}"
-    check(write, text, injected=["batch_size"])
+    with pytest.raises(ConfigError, match="lacks batch_size"):
+        check(write, text)
+    assert check(write, text, added=["batch_size"]) == {"target": "main.DataModuleFromConfig"}
+
+
+class Sized:
+    def __init__(self, n_e: int, e_dim: int, decay: float = 0.0) -> None: ...
+
+
+class Surrounding:
+    def __init__(self, quantizer_config: Any = None, other_config: Any = None) -> None: ...
+
+
+def test_sizes_that_the_surrounding_model_fills_in_need_not_be_there(write):
+    block = f"{{target: {__name__}.Sized}}"
+    surrounding = f"model: {{target: {__name__}.Surrounding, params: {{"
+    check(write, f"{surrounding} quantizer_config: {block}}}}}")
+    with pytest.raises(ConfigError, match="other_config.params lacks n_e, e_dim"):
+        check(write, f"{surrounding} other_config: {block}}}}}")
+    with pytest.raises(ConfigError, match="quantizer_config.params.decay must be float"):
+        block = f"{{target: {__name__}.Sized, params: {{decay: x}}}}"
+        check(write, f"{surrounding} quantizer_config: {block}}}}}")
+
+
+@pytest.mark.parametrize(
+    ("annotation", "names"),
+    [
+        ("int | None", ["int", "None"]),
+        (int | None, ["int", "None"]),
+        (Optional[int], ["int", "None"]),  # noqa: UP045
+        (Union[float, int], ["float", "int"]),  # noqa: UP007
+        ("Mapping[str, Any]", ["Mapping[str, Any]"]),
+        (Mapping[str, Any] | None, ["Mapping[str, Any]", "None"]),
+        (str, ["str"]),
+    ],
+)
+def test_types_are_read_from_text_and_from_objects(annotation, names):
+    assert type_names(annotation) == names
 
 
 def test_splatted_mappings_are_checked(write):
@@ -203,3 +220,155 @@ def test_the_file_that_set_a_key_last_is_named(write):
     config = load_config([first, second])
     with pytest.raises(ConfigError, match=r"a\.yaml: unknown key model\.params\.width"):
         check_block(config, "model", config.values["model"])
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Path of a small and complete configuration."""
+    monkeypatch.chdir(tmp_path)
+    model = {"base_learning_rate": 0.1, "target": "support.models.ToyModel", "params": {"width": 5}}
+    data = {"target": "support.models.ToyDataModule"}
+    OmegaConf.save(OmegaConf.create({"model": model, "data": data}), tmp_path / "toy.yaml")
+    return tmp_path / "toy.yaml"
+
+
+@pytest.mark.reported(5)
+def test_merge_block():
+    default = {"target": "a", "params": {"x": 1, "y": 2}}
+    assert merge_block(default, None) == default
+    assert merge_block(default, {"params": {"y": 3}}) == {"target": "a", "params": {"x": 1, "y": 3}}
+    assert merge_block(default, {"target": "b"}) == {"target": "b"}
+
+
+def test_callbacks_are_merged_replaced_and_removed():
+    blocks = callback_blocks(
+        {
+            "callbacks": {
+                "image_logger": {"params": {"max_images": 2}},
+                "rng_state": None,
+                "mine": {"target": "support.models.X"},
+            }
+        }
+    )
+    assert blocks["image_logger"]["target"] == DEFAULT_CALLBACKS["image_logger"]["target"]
+    assert blocks["image_logger"]["params"]["max_images"] == 2
+    assert set(blocks) == {*DEFAULT_CALLBACKS, "mine"} - {"rng_state"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "lightning.trainer.max_steps=3",
+        "lightning.trainer.gpus=2",
+        "lightning.logger.target=lightning.pytorch.loggers.WandbLogger",
+        "lightning.logger.params.sub_dir=x",
+        "lightning.modelcheckpoint.params.every_n_train_steps=5",
+        "lightning.callbacks.image_logger.params.batch_frequency=3",
+        "lightning.callbacks.image_logger=null",
+        "lightning.trainer.profiler={target: lightning.pytorch.profilers.SimpleProfiler}",
+        "lightning.trainer.max_time={hours: 2}",
+        "lightning.trainer={enable_progress_bar: 0, accumulate_grad_batches: null}",
+        "lightning.callbacks.mine={target: lightning.pytorch.callbacks.Timer}",
+        "lightning=null",
+    ],
+)
+def test_right_experiments_pass_unchanged(toy, change):
+    config, expected = load_config([toy], [change]), load_config([toy], [change])
+    check_experiment(config, train=True)
+    for name in ("logger", "modelcheckpoint"):  # these are completed
+        for values in (config.values, expected.values):
+            (values.get("lightning") or {}).pop(name, None)
+    for callback, block in ((config.values.get("lightning") or {}).get("callbacks") or {}).items():
+        block = block and {"params": {}, **block}
+        expected.values["lightning"]["callbacks"][callback] = block and merge_block(
+            DEFAULT_CALLBACKS.get(callback, block), block
+        )
+        config.values["lightning"]["callbacks"][callback] = block
+    assert config.values == expected.values
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("modle.x=1", "key modle; .*'model'"),
+        ("model.base_learning_rate=null", "base_learning_rate must be a number, got None"),
+        (
+            "lightning.trainer.max_step=3",
+            "lightning.trainer.max_step: lightning.pytorch.Trainer takes .*'max_steps'",
+        ),
+        ("lightning.trainer.max_steps=three", "lightning.trainer.max_steps must be int, .*'three'"),
+        ("lightning.trainer.max_epochs=1.5", "trainer.max_epochs must be int"),
+        ("lightning.trainer.limit_val_batches=all", "trainer.limit_val_batches must be float"),
+        (
+            "lightning.trainer.plugins=[{target: lightning.pytorch.plugins.HalfPrecison}]",
+            "plugins.0.target: lightning.pytorch.plugins has no 'HalfPrecison'; .*'HalfPrecision'",
+        ),
+        ("lightning.callbacks=[rng_state]", r"lightning.callbacks must be .*\['rng_state'\]"),
+        ("lightning.callbak.x=3", "lightning.callbak; .*'callbacks'"),
+        ("lightning.callbacks.rng_state.param=3", "rng_state.param; .*'params'"),
+        ("lightning.callbacks.mine.params.x=3", "lightning.callbacks.mine has no target"),
+        (
+            "lightning.callbacks.image_logger.params.max_image=3",
+            "taming.run.callbacks.ImageLogger takes no 'max_image'; .*'max_images'",
+        ),
+        ("lightning.callbacks.rng_state=3", "lightning.callbacks.rng_state must be a mapping .*3"),
+        ("lightning.logger=[1]", r"lightning.logger must be a mapping .*\[1\]"),
+        ("lightning.logger.params=[1]", r"lightning.logger.params must be a mapping, .*\[1\]"),
+        ("lightning.logger.param.x=1", "lightning.logger.param; .*'params'"),
+        ("lightning.modelcheckpoint.params.save_topk=3", "params.save_topk: .*'save_top_k'"),
+        (
+            "lightning.logger={target: lightning.pytorch.loggers.CSVLogger, params: {nam: x}}",
+            "lightning.logger.params.nam: lightning.pytorch.loggers.CSVLogger takes no 'nam'",
+        ),
+        ("lightning.trainer.resume_from_checkpoint=no.ckpt", "there is no checkpoint no.ckpt"),
+    ],
+)
+def test_wrong_experiments_are_named(toy, change, message):
+    with pytest.raises(ConfigError, match=f"^command line: .*{message}|^toy.yaml: .*{message}"):
+        check_experiment(load_config(["toy.yaml"], [change]), train=True)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "callbacks.image_logger.params.batch_frequency",
+        "callbacks.mine.params.max_bins",
+        "modelcheckpoint.params.save_top_k",
+        "logger.params.flush_logs_every_n_steps",
+        "modelcheckpoint.params.every_n_train_steps",
+        "trainer.max_steps",
+        "trainer.max_epochs",
+    ],
+)
+def test_whole_floats_become_ints_in_the_lightning_block_too(toy, path):
+    targets = [
+        "lightning.callbacks.mine.target=taming.run.callbacks.CodebookTelemetry",
+        "lightning.logger.target=lightning.pytorch.loggers.CSVLogger",
+    ]
+    config = load_config([toy], [*targets, f"lightning.{path}=1e3"])
+    check_experiment(config, train=True)
+    value = retrieve(config.values["lightning"], path, ".")
+    assert (value, type(value)) == (1000, int)
+
+
+def test_a_key_may_be_there_for_interpolations(toy):
+    for values in (["${w}"], ["${w}", 5]):  # the latter overrides the former
+        sources = [{"model": {"params": {"width": value}}} for value in values]
+        files = [toy.with_name(f"{number}.yaml") for number in range(len(sources))]
+        for source, file in zip(sources, files, strict=True):
+            OmegaConf.save(OmegaConf.create(source), file)
+        check_experiment(load_config([toy, *files], ["w=4"]), train=True)
+    with pytest.raises(ConfigError, match="unknown key v"):
+        check_experiment(load_config([toy], ["v=4", "model.params.width=4"]), True)
+
+
+def test_both_blocks_are_needed(toy):
+    with pytest.raises(ConfigError, match="there is no 'model' block"):
+        check_experiment(load_config([]), train=False)
+
+
+def test_a_learning_rate_is_needed_to_train_alone(toy):
+    config = load_config([toy], ["model.base_learning_rate=null"])
+    check_experiment(config, train=False)
+    with pytest.raises(ConfigError, match="base_learning_rate"):
+        check_experiment(config, train=True)

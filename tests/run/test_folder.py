@@ -9,23 +9,18 @@ import torch
 from omegaconf import OmegaConf
 from support import models as toys
 
-from taming.run.config import ConfigError, load_config
+from taming.run.config import ConfigError
 from taming.run.folder import (
     _RANK_VARIABLES,
     _RUN_VARIABLE,
     RunDir,
+    SavedRun,
+    data_from_run,
     is_first_process,
     model_from_run,
     run_name,
     without_starts,
 )
-from taming.run.lightning_block import (
-    DEFAULT_CALLBACKS,
-    callback_blocks,
-    check_experiment,
-    merge_block,
-)
-from taming.util import retrieve
 
 PROJECT = {
     "model": {
@@ -145,7 +140,7 @@ def test_resume_finds_run_and_checkpoint(run):
     ("path", "error", "message"),
     [
         ("nowhere", FileNotFoundError, "the run nowhere does not exist"),
-        ("logs", ValueError, "logs is no run"),
+        ("logs", ValueError, "logs is not a run"),
         ("logs/run/configs/2024-project.yaml", None, None),
         (
             "logs/empty",
@@ -154,7 +149,7 @@ def test_resume_finds_run_and_checkpoint(run):
         ),
     ],
 )
-def test_what_is_no_run_is_refused(run, path, error, message):
+def test_a_path_that_is_not_a_run_is_refused(run, path, error, message):
     empty = RunDir(run.path.parent / "empty")
     empty.configs.mkdir(parents=True)
     (empty.configs / "a.yaml").touch()
@@ -179,6 +174,41 @@ def test_a_run_of_another_model_than_is_asked_for_is_named(run):
         model_from_run(run.path, lossconfig={"target": "taming.modules.losses.DummyLoss"})
 
 
+def test_a_saved_run_takes_files_and_overrides(run, tmp_path):
+    wide = tmp_path / "wide.yaml"
+    OmegaConf.save(OmegaConf.create({"model": {"params": {"monitor": "val/y"}}}), wide)
+    saved = SavedRun.load(run.path, [wide], ["data.params.size=6"])
+    assert (saved.folder, saved.checkpoint) == (run.path, run.last_checkpoint)
+    assert saved.model().monitor == "val/y"
+    assert len(saved.data().data) == 6
+    of_checkpoint = SavedRun.load(run.last_checkpoint, [wide], ["data.params.size=6"])
+    assert of_checkpoint.config.values == saved.config.values  # merged into the run's own
+    assert "data" not in SavedRun.load(run.path, ignore_data=True).config.values
+    alone = SavedRun.load(run.path, [wide], alone=True)
+    assert alone.config.values == {"model": {"params": {"monitor": "val/y"}}}
+    with pytest.raises(ConfigError, match="there is no 'data' block"):
+        alone.data()
+    with pytest.raises(ConfigError, match=r"unknown key model\.params\.widht: .* 'width'"):
+        SavedRun.load(run.path, dotlist=["model.params.widht=5"]).model()
+
+
+def test_a_checkpoint_without_a_run_needs_files_that_describe_its_model(run, tmp_path):
+    elsewhere = tmp_path / "downloads" / "weights.ckpt"
+    elsewhere.parent.mkdir()
+    run.last_checkpoint.rename(elsewhere)
+    saved = SavedRun.load(elsewhere, run.saved_configs)
+    torch.testing.assert_close(
+        saved.model().state_dict(), torch.load(elsewhere, weights_only=True)["state_dict"]
+    )
+    assert saved.step() == 0
+    with pytest.raises(ValueError, match="is not a run"):
+        SavedRun.load(elsewhere)
+
+
+def test_data_from_run_is_set_up_for_validation(run):
+    assert len(data_from_run(run.path).val_dataloader()) == 4
+
+
 def test_what_a_run_started_from_has_served(run):
     start = {"ckpt_path": "gone.ckpt", "ignore_keys": ["encoder"]}
     block = {"n": 1, **start, "first_stage_config": {"target": "x", "params": {"m": 2, **start}}}
@@ -190,119 +220,3 @@ def test_model_from_run_takes_the_newest_configuration(run):
     newer = {"model": {**PROJECT["model"], "params": {"width": 5, "monitor": "newer"}}}
     OmegaConf.save(OmegaConf.create(newer), run.configs / "2025-project.yaml")
     assert model_from_run(run.path).monitor == "newer"
-
-
-@pytest.mark.reported(5)
-def test_merge_block():
-    default = {"target": "a", "params": {"x": 1, "y": 2}}
-    assert merge_block(default, None) == default
-    assert merge_block(default, {"params": {"y": 3}}) == {"target": "a", "params": {"x": 1, "y": 3}}
-    assert merge_block(default, {"target": "b"}) == {"target": "b"}
-
-
-def test_callbacks_are_merged_replaced_and_removed():
-    blocks = callback_blocks(
-        {
-            "callbacks": {
-                "image_logger": {"params": {"max_images": 2}},
-                "rng_state": None,
-                "mine": {"target": "support.models.X"},
-            }
-        }
-    )
-    assert blocks["image_logger"]["target"] == DEFAULT_CALLBACKS["image_logger"]["target"]
-    assert blocks["image_logger"]["params"]["max_images"] == 2
-    assert set(blocks) == {*DEFAULT_CALLBACKS, "mine"} - {"rng_state"}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        "lightning.trainer.max_steps=3",
-        "lightning.trainer.gpus=2",
-        "lightning.logger.target=lightning.pytorch.loggers.WandbLogger",
-        "lightning.logger.params.sub_dir=x",
-        "lightning.modelcheckpoint.params.every_n_train_steps=5",
-        "lightning.callbacks.image_logger.params.batch_frequency=3",
-        "lightning.callbacks.image_logger=null",
-        "lightning.trainer.profiler={target: lightning.pytorch.profilers.SimpleProfiler}",
-        "lightning.trainer.max_time={hours: 2}",
-        "lightning.callbacks.mine={target: lightning.pytorch.callbacks.Timer}",
-        "lightning=null",
-    ],
-)
-def test_right_experiments_pass(run, change):
-    check_experiment(load_config(run.saved_configs, [change]), train=True)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("modle.x=1", "command line: unknown key modle; did you mean 'model'"),
-        ("model.base_learning_rate=null", "base_learning_rate must be a number, got None"),
-        ("lightning.trainer.max_step=3", "lightning.trainer.max_step; did you mean 'max_steps'"),
-        (
-            "lightning.trainer.plugins=[{target: lightning.pytorch.plugins.HalfPrecison}]",
-            "lightning.trainer.plugins.0.target: lightning.pytorch.plugins has no 'HalfPrecison'",
-        ),
-        ("lightning.callbacks=[rng_state]", "lightning.callbacks must be name: block, not a list"),
-        ("lightning.callbak.x=3", "lightning.callbak; did you mean 'callbacks'"),
-        ("lightning.callbacks.rng_state.param=3", "rng_state.param; did you mean 'params'"),
-        ("lightning.callbacks.mine.params.x=3", "lightning.callbacks.mine has no target"),
-        (
-            "lightning.callbacks.image_logger.params.max_image=3",
-            "taming.run.callbacks.ImageLogger takes no 'max_image'; did you mean 'max_images'",
-        ),
-        ("lightning.modelcheckpoint.params.save_topk=3", "did you mean 'save_top_k'"),
-        (
-            "lightning.logger={target: lightning.pytorch.loggers.CSVLogger, params: {nam: x}}",
-            "lightning.logger.params.nam: lightning.pytorch.loggers.CSVLogger takes no 'nam'",
-        ),
-        ("lightning.trainer.resume_from_checkpoint=no.ckpt", "there is no checkpoint no.ckpt"),
-    ],
-)
-def test_wrong_experiments_are_named(run, change, message):
-    with pytest.raises(ConfigError) as raised:
-        check_experiment(load_config(run.saved_configs, [change]), train=True)
-    assert message in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "callbacks.image_logger.params.batch_frequency",
-        "callbacks.mine.params.max_bins",
-        "modelcheckpoint.params.save_top_k",
-        "logger.params.flush_logs_every_n_steps",
-    ],
-)
-def test_whole_floats_become_ints_in_the_lightning_block_too(run, path):
-    targets = [
-        "lightning.callbacks.mine.target=taming.run.callbacks.CodebookTelemetry",
-        "lightning.logger.target=lightning.pytorch.loggers.CSVLogger",
-    ]
-    config = load_config(run.saved_configs, [*targets, f"lightning.{path}=1e3"])
-    check_experiment(config, train=True)
-    value = retrieve(config.values["lightning"], path, ".")
-    assert (value, type(value)) == (1000, int)
-
-
-def test_a_key_may_be_there_for_interpolations(run):
-    for values in (["${w}"], ["${w}", 5]):  # the latter overrides the former
-        sources = [{"model": {"params": {"width": value}}} for value in values]
-        files = [run.path / f"{number}.yaml" for number in range(len(sources))]
-        for source, file in zip(sources, files, strict=True):
-            OmegaConf.save(OmegaConf.create(source), file)
-        check_experiment(load_config([*run.saved_configs, *files], ["w=4"]), train=True)
-    with pytest.raises(ConfigError, match="unknown key v"):
-        check_experiment(load_config(run.saved_configs, ["v=4", "model.params.width=4"]), True)
-
-
-def test_both_blocks_are_needed(run):
-    with pytest.raises(ConfigError, match="there is no 'model' block"):
-        check_experiment(load_config([]), train=False)
-
-
-def test_rate_is_not_needed_to_test(run):
-    config = load_config(run.saved_configs, ["model.base_learning_rate=null"])
-    check_experiment(config, train=False)

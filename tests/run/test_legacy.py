@@ -1,9 +1,13 @@
-"""Old spellings mean what they meant."""
+"""Old spellings keep their meaning."""
 
+import inspect
+
+import lightning.pytorch as pl
 import pytest
 
+from taming.run.config import load_config
 from taming.run.legacy import OLD_TRAINER_ARGUMENTS, modernize, parse_gpus
-from taming.run.signature import signature_of
+from taming.util import get_obj_from_str
 
 
 def translate(**trainer):
@@ -65,7 +69,7 @@ def test_trainer_arguments(old, new):
 
 @pytest.mark.parametrize("name", [n for n in OLD_TRAINER_ARGUMENTS if n != "gpus"])
 def test_every_translation_is_one_of_todays_arguments(name):
-    assert set(translate(**{name: 1})) <= set(signature_of("lightning.pytorch.Trainer").names)
+    assert set(translate(**{name: 1})) <= set(inspect.signature(pl.Trainer).parameters)
 
 
 def test_resume_from_checkpoint_moves_beside_the_trainer():
@@ -93,3 +97,39 @@ def test_targets_anywhere(caplog):
     assert new["c"] == old["c"] and new["d"]["target"] == "main.DataModuleFromConfig"
     assert "TestTubeLogger becomes lightning.pytorch.loggers.TensorBoardLogger" in caplog.text
     assert old["a"][0]["target"].startswith("pytorch_lightning")
+
+
+# Targets of an earlier version of this project, as saved configurations of its runs name them.
+EARLIER = [
+    "taming.callbacks.CodebookTelemetry",
+    "taming.callbacks.ImageLogger",
+    "taming.callbacks.SetupCallback",
+    "taming.checkpoint.SafeCheckpointIO",
+    "taming.data.imagenet_depth.DRINExamples",
+    "taming.data.imagenet_depth.ImageNetTrainWithDepth",
+    "taming.data.imagenet_scale.ImageNetEdgesTrain",
+    "taming.data.imagenet_scale.ImageNetScaleValidation",
+    "taming.experiment.data_from_run",
+    "taming.experiment.model_from_run",
+    "taming.modules.diffusionmodules.decoders.SimpleDecoder",
+    "taming.modules.transformer.clusters.KMeans",
+    "taming.modules.vqvae.classic.EMAVectorQuantizer",
+    "taming.modules.vqvae.classic.VectorQuantizer",
+    "taming.modules.vqvae.classic.VectorQuantizer2",
+    "taming.modules.vqvae.gumbel.GumbelQuantize",
+    "taming.modules.vqvae.sequence.RasterSequence",
+    "taming.modules.vqvae.sequence.RunLengthSequence",
+    "taming.modules.vqvae.sequence.UnarySequence",
+    "taming.observers.MonitorCheck",
+    "taming.resume.LastCheckpoint",
+    "taming.resume.RngState",
+]
+
+
+@pytest.mark.parametrize("target", EARLIER)
+def test_a_saved_configuration_of_an_earlier_run_names_what_is_there(tmp_path, target):
+    file = tmp_path / "2024-01-01T00-00-00-project.yaml"
+    file.write_text(f"model: {{params: {{part_config: {{target: {target}}}}}}}")
+    block = load_config([file]).values["model"]["params"]["part_config"]
+    assert block["target"] != target
+    assert get_obj_from_str(block["target"]).__name__ == target.rpartition(".")[2]

@@ -1,5 +1,6 @@
-"""The Trainer gets what the configuration says, and good defaults for the rest."""
+"""The Trainer gets the values of the configuration, and good defaults for the rest."""
 
+import re
 import warnings
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -13,16 +14,12 @@ from lightning.pytorch.profilers import SimpleProfiler
 from support import models as toys
 
 from taming.run import trainer as building
-from taming.run.callbacks import ImageLogger, SetupCallback
-from taming.run.config import ConfigError
-from taming.run.folder import PreparationError, RunDir
-from taming.run.observers import MonitorCheck, build_callbacks, build_checkpoints, build_loggers
-from taming.run.resume import LastCheckpoint
+from taming.run.callbacks import ImageLogger, LastCheckpoint, MonitorCheck, SetupCallback
+from taming.run.folder import Experiment, PreparationError, RunDir
+from taming.run.trainer import build_callbacks, build_checkpoints, build_loggers, choose_strategy
 
-PROJECT = {
-    "model": {"target": "support.models.ToyModel"},
-    "data": {"target": "support.models.ToyDataModule"},
-}
+MODEL = {"target": "support.models.ToyModel"}
+DATA = {"target": "support.models.ToyDataModule"}
 
 
 @pytest.fixture
@@ -30,9 +27,15 @@ def run(tmp_path):
     return RunDir(tmp_path / "2024-01-01T00-00-00_a b")
 
 
+def experiment(run, wandb_project=None, data=DATA, **lightning):
+    """An experiment that starts now, with the blocks of ``lightning``."""
+    return Experiment(run, None, MODEL, data, lightning, wandb_project)
+
+
 def build(run, model=None, **lightning):
-    arguments = building.trainer_arguments(lightning, run)
-    return building.build_trainer(arguments, lightning, PROJECT, model or toys.ToyModel(), run)
+    given = experiment(run, **lightning)
+    arguments = building.trainer_arguments(given)
+    return building.build_trainer(given, arguments, model or toys.ToyModel())
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,7 @@ def test_a_refused_argument_is_a_mistake_of_the_user(run):
         ("max_time", 43200, "max_time needs quotes in YAML: '00:12:00:00' is twelve hours"),
     ):
         with pytest.raises(ValueError, match=message):
-            building.trainer_arguments({"trainer": {name: value}}, run)
+            building.trainer_arguments(experiment(run, trainer={name: value}))
 
 
 def test_a_mistake_without_words_is_named_by_its_kind(run, monkeypatch):
@@ -82,12 +85,13 @@ def test_a_job_of_slurm_is_not_requeued_by_lightning(run, monkeypatch):
         assert environment.auto_requeue == requeued
 
 
-def test_learning_rate_counts_images_per_step():
-    data = {"params": {"batch_size": 3}}
-    assert building.learning_rate_scale({}, data, 4) == 12
-    assert building.learning_rate_scale({"accumulate_grad_batches": 2}, data, 4) == 24
-    with pytest.raises(ConfigError, match="--scale_lr false"):
-        building.learning_rate_scale({}, {}, 1)
+def test_learning_rate_counts_images_per_step(run):
+    data = {**DATA, "params": {"batch_size": 3}}
+    assert building.learning_rate_scale(experiment(run, data=data), 4) == 12
+    twice = experiment(run, data=data, trainer={"accumulate_grad_batches": 2})
+    assert building.learning_rate_scale(twice, 4) == 24
+    with pytest.raises(ValueError, match="batch_size .* --scale_lr false"):
+        building.learning_rate_scale(experiment(run), 1)
 
 
 def test_manual_optimization_takes_over(run):
@@ -113,8 +117,8 @@ def test_manual_optimization_that_cannot_take_over_is_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"accumulate_grad_batches": 0}, "whole number of at least 1, got 0"),
-        ({"accumulate_grad_batches": {0: 1, 5: 4}}, "whole number of at least 1, got {0: 1, 5: 4}"),
+        ({"accumulate_grad_batches": 0}, "int of at least 1, got 0"),
+        ({"accumulate_grad_batches": {0: 1, 5: 4}}, "int of at least 1, got {0: 1, 5: 4}"),
         ({"gradient_clip_algorithm": "nrom"}, "must be 'norm' or 'value', got 'nrom'"),
     ],
 )
@@ -125,35 +129,44 @@ def test_accumulation_and_clipping_are_checked(arguments, message):
 
 @pytest.mark.reported(5)
 def test_default_loggers(run):
-    csv, tensorboard = build_loggers(None, run, "now", None)
-    assert isinstance(csv, CSVLogger) and csv.log_dir == f"{run.path}/csv/now/"
+    given = experiment(run)
+    csv, tensorboard = build_loggers(given)
+    assert isinstance(csv, CSVLogger) and csv.log_dir == f"{run.path}/csv/{given.start_time}/"
     assert isinstance(tensorboard, TensorBoardLogger)
     assert tensorboard.log_dir == f"{run.path}/tensorboard/"
 
 
 def test_configured_loggers_complete_the_defaults(run):
     block = {"target": "lightning.pytorch.loggers.CSVLogger", "params": {"prefix": "x"}}
-    csv, _ = build_loggers(block, run, "now", None)
-    assert csv._prefix == "x" and csv.log_dir == f"{run.path}/csv/now/"
-    wandb = build_loggers({"target": "lightning.pytorch.loggers.WandbLogger"}, run, "now", None)[2]
+    given = experiment(run, logger=block)
+    csv, _ = build_loggers(given)
+    assert csv._prefix == "x" and csv.log_dir == f"{run.path}/csv/{given.start_time}/"
+    block = {"target": "lightning.pytorch.loggers.WandbLogger"}
+    wandb = build_loggers(experiment(run, logger=block))[2]
     assert isinstance(wandb, WandbLogger)
     assert (wandb.name, wandb.version) == ("taming", "2024-01-01T00-00-00_a-b")
-    assert build_loggers(None, run, "now", "mine")[2].name == "mine"
+    assert build_loggers(experiment(run, "mine"))[2].name == "mine"
 
 
 def test_wandb_that_is_not_installed_is_named(run, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'loopy-taming\[wandb\]'"):
-        build_loggers(None, run, "now", "mine")
+        build_loggers(experiment(run, "mine"))
 
 
 @pytest.mark.parametrize(
-    "advice", ["Consider setting `persistent_workers=True` in 'val_dataloader'"]
+    ("text", "is_hidden"),
+    [
+        ("Consider setting `persistent_workers=True` in 'val_dataloader'", True),
+        ("Consider something else", False),
+    ],
 )
-def test_advice_that_cannot_be_taken_is_hidden(advice):
-    with warnings.catch_warnings():
+def test_only_known_warnings_are_hidden(text, is_hidden):
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
         building.quiet_lightning()
-        warnings.warn(advice, stacklevel=1)
+        warnings.warn(text, stacklevel=1)
+    assert len(shown) == (not is_hidden)
 
 
 def test_no_logger_needs_no_learning_rate_monitor(run):
@@ -164,7 +177,7 @@ def test_no_logger_needs_no_learning_rate_monitor(run):
 
 def test_callbacks_know_the_run(run):
     blocks = {"callbacks": {"image_logger": {"params": {"max_images": 1}}, "rng_state": None}}
-    callbacks = build_callbacks(blocks, PROJECT, run, "now")
+    callbacks = build_callbacks(experiment(run, **blocks))
     setup, images = callbacks[0], callbacks[1]
     assert isinstance(setup, SetupCallback) and setup.cfgdir == run.configs
     assert isinstance(images, ImageLogger)
@@ -173,33 +186,33 @@ def test_callbacks_know_the_run(run):
 
 def test_own_callback_in_place_of_a_default(run):
     blocks = {"callbacks": {"setup_callback": {"target": "lightning.pytorch.callbacks.Timer"}}}
-    assert isinstance(build_callbacks(blocks, PROJECT, run, "now")[0], pl.callbacks.Timer)
+    assert isinstance(build_callbacks(experiment(run, **blocks))[0], pl.callbacks.Timer)
 
 
 def test_checkpoints_follow_the_models_monitor(run):
-    best, check, last = build_checkpoints({}, toys.ToyModel(monitor="val/loss"), run)
+    best, check, last = build_checkpoints(experiment(run), toys.ToyModel(monitor="val/loss"))
     assert isinstance(best, ModelCheckpoint) and isinstance(last, LastCheckpoint)
     assert isinstance(check, MonitorCheck) and check.monitor == "val/loss"
     assert (best.monitor, best.save_top_k, best.filename) == ("val/loss", 3, "{epoch:06}")
     assert last.path == run.last_checkpoint
-    (only,) = build_checkpoints({}, toys.ToyModel(), run)
+    (only,) = build_checkpoints(experiment(run), toys.ToyModel())
     assert isinstance(only, LastCheckpoint)
     block = {"modelcheckpoint": {"params": {"every_n_train_steps": 7, "save_top_k": -1}}}
-    every, check, _ = build_checkpoints(block, toys.ToyModel(), run)
+    every, check, _ = build_checkpoints(experiment(run, **block), toys.ToyModel())
     assert every._every_n_train_steps == 7 and every.dirpath == str(run.checkpoints)
     assert every.filename == "{epoch:06}-{step:09}"  # a file for each time
     assert check.monitor is None
     for always in ("step", "epoch"):  # by which the newest are kept
         MonitorCheck(always).on_validation_end(SimpleNamespace(callback_metrics={}), None)
     asked = {"modelcheckpoint": {"params": {"monitor": "val/loss"}}}
-    best, check, _ = build_checkpoints(asked, toys.ToyModel(), run)
+    best, check, _ = build_checkpoints(experiment(run, **asked), toys.ToyModel())
     assert (best.monitor, best.save_top_k, check.monitor) == ("val/loss", 3, "val/loss")
-    best, *_ = build_checkpoints({}, toys.ToyModel(monitor="val/psnr"), run)
+    best, *_ = build_checkpoints(experiment(run), toys.ToyModel(monitor="val/psnr"))
     assert (best.mode, every.mode) == ("max", "min")
     asked["modelcheckpoint"]["params"] = {"monitor": "val/psnr", "mode": "min"}
-    assert build_checkpoints(asked, toys.ToyModel(), run)[0].mode == "min"
+    assert build_checkpoints(experiment(run, **asked), toys.ToyModel())[0].mode == "min"
     often = {"trainer": {"val_check_interval": 0.5}}  # a file for each time, not for each epoch
-    best, *_ = build_checkpoints(often, toys.ToyModel(monitor="val/loss"), run)
+    best, *_ = build_checkpoints(experiment(run, **often), toys.ToyModel(monitor="val/loss"))
     assert best.filename == "{epoch:06}-{step:09}"
 
 
@@ -229,3 +242,66 @@ def test_a_misspelt_monitor_is_named(run, num_sanity_val_steps):
 def test_no_checkpoints_where_none_are_wanted(run, arguments):
     trainer = build(run, trainer={"accelerator": "cpu", **arguments})
     assert not trainer.checkpoint_callbacks
+
+
+@pytest.mark.reported(21)
+@pytest.mark.parametrize(
+    ("arguments", "strategy"),
+    [
+        ({"accelerator": "cpu", "devices": 2}, "ddp_find_unused_parameters_true"),
+        ({"accelerator": "cpu", "strategy": "ddp"}, "ddp_find_unused_parameters_true"),
+        ({"accelerator": "cpu", "num_nodes": 2}, "ddp_find_unused_parameters_true"),
+        ({"accelerator": "cpu", "devices": "2"}, "ddp_find_unused_parameters_true"),
+        ({"accelerator": "cpu"}, None),
+        ({"accelerator": "cpu", "devices": 2, "strategy": "fsdp"}, None),
+        ({"accelerator": "gpu", "devices": "0,1"}, "ddp_find_unused_parameters_true"),
+        ({"devices": -1}, "ddp_find_unused_parameters_true"),
+        ({"accelerator": "gpu", "devices": [2]}, None),
+    ],
+)
+def test_strategy(monkeypatch, arguments, strategy):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
+    assert choose_strategy(arguments).get("strategy") == strategy
+
+
+@pytest.mark.reported(21)
+def test_gpus_without_nccl_talk_through_gloo(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
+    strategy = choose_strategy({"accelerator": "gpu", "devices": 2})["strategy"]
+    assert strategy.process_group_backend == "gloo"
+    assert strategy._ddp_kwargs == {"find_unused_parameters": True}
+
+
+@pytest.mark.parametrize(
+    ("devices", "visible", "message"),
+    [
+        ([0, 1], 0, "0 GPUs are visible here; pass --accelerator cpu (or --gpus 0)"),
+        (-1, 0, "0 GPUs are visible here; pass --accelerator cpu (or --gpus 0)"),
+        (
+            [0, 2],
+            2,
+            "2 GPUs are visible here; pass --gpus with indices below 2, or --accelerator cpu",
+        ),
+        (3, 2, "2 GPUs are visible here"),
+    ],
+)
+def test_missing_gpus(monkeypatch, devices, visible, message):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        choose_strategy({"accelerator": "gpu", "devices": devices})
+
+
+def test_numbered_devices_are_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ValueError, match="0 GPUs are visible here"):
+        choose_strategy({"devices": "0,1"})
+
+
+@pytest.mark.parametrize("devices", [[0, 1], "0,1", [1]])
+def test_a_run_of_gpus_goes_on_without_them(devices):
+    arguments = {"accelerator": "cpu", "devices": devices}
+    arguments |= choose_strategy(arguments)
+    assert arguments == {"accelerator": "cpu", "devices": "auto"}
+    assert pl.Trainer(**arguments, logger=False).num_devices == 1

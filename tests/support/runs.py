@@ -17,7 +17,7 @@ from PIL import Image
 from support.data import write_coco, write_faces, write_imagenet
 
 import main as program
-from taming.run.script import run
+from taming.run.cli import run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TOKENIZER_OF = {
@@ -57,8 +57,6 @@ TRAINER = [
     "data.params.batch_size=2",
     "data.params.num_workers=0",
 ]
-CODEBOOK = [f"model.params.quantizer_config.params.{size}" for size in ("n_e=16", "e_dim=8")]
-LOOPY = [*CODEBOOK, "model.params.quantizer_config.params.transform_config.params.e_dim=8"]
 GAN = [
     f"model.params.lossconfig.params.{item}"
     for item in ("perceptual_weight=0.0", "disc_ndf=8", "disc_start=1")
@@ -97,11 +95,9 @@ def tokenizer(size: int, levels: int) -> list[str]:
     return [*vqmodel(size, levels), *pixels(size)]
 
 
-def prior(size: int, side: int, vocab_size: int, turns: int) -> list[str]:
-    """A GPT for ``side`` x ``side`` sites of up to ``turns`` tokens."""
-    shape = [side, side, turns]
-    sizes = [f"vocab_size={vocab_size}", f"block_size={side**2 * turns + 1}", f"site_shape={shape}"]
-    return [*gpt(*sizes), *pixels(size)]
+def prior(size: int) -> list[str]:
+    """A GPT of one layer, and images of its tokenizer's size."""
+    return [*gpt(), *pixels(size)]
 
 
 def gpt(*sizes: str) -> list[str]:
@@ -134,29 +130,29 @@ def overrides(data: Path) -> dict[str, list[str]]:
     folder = both(f"root={data / 'images'}", "validation_fraction=0.5")
     parquet = both(f"path={data / 'images.parquet'}")
     return originals() | {
-        "cifar10_loopy.yaml": [*tokenizer(16, 3), *LOOPY, *parquet],
-        "cifar10_transformer.yaml": [*prior(16, 4, 17, 6), *parquet],
-        "cifar10_two_level_transformer.yaml": [*prior(16, 4, 18, 6), *TWO_LEVELS, *parquet],
-        "custom_loopy_vqgan.yaml": [*tokenizer(32, 5), *LOOPY, *GAN, *folder],
-        "custom_loopy_transformer.yaml": [*prior(32, 2, 17, 6), *folder],
-        "custom_transformer.yaml": [*prior(32, 2, 16, 1), *lists],
+        "cifar10_loopy.yaml": [*tokenizer(16, 3), *parquet],
+        "cifar10_transformer.yaml": [*prior(16), *parquet],
+        "cifar10_two_level_transformer.yaml": [*prior(16), *TWO_LEVELS, *parquet],
+        "custom_loopy_vqgan.yaml": [*tokenizer(32, 5), *GAN, *folder],
+        "custom_loopy_transformer.yaml": [*prior(32), *folder],
+        "custom_transformer.yaml": [*prior(32), *lists],
         "custom_vqgan.yaml": [*tokenizer(32, 5), *GAN, *lists],
-        "demo/loopy_transformer.yaml": [*prior(16, 4, 17, 5), *TWO_LEVELS, *PHOTOS],
-        "demo/loopy_vqgan.yaml": [*tokenizer(16, 3), *LOOPY, *GAN, *PHOTOS],
+        "demo/loopy_transformer.yaml": [*prior(16), *TWO_LEVELS, *PHOTOS],
+        "demo/loopy_vqgan.yaml": [*tokenizer(16, 3), *GAN, *PHOTOS],
         "imagenet_gumbel_vqgan.yaml": [*vqmodel(32, 4), *GAN, *pixels(32, "config.size")],
         "imagenet_transformer.yaml": [
-            *gpt("vocab_size=1000", "block_size=5", "site_shape=[2,2,1]"),
+            *gpt(),
             *pixels(32, "config.size"),
         ],
-        "loopy_transformer.yaml": [*prior(32, 4, 17, 6), *PHOTOS],
-        "loopy_vqgan.yaml": [*tokenizer(32, 4), *LOOPY, *GAN, *PHOTOS],
+        "loopy_transformer.yaml": [*prior(32), *PHOTOS],
+        "loopy_vqgan.yaml": [*tokenizer(32, 4), *GAN, *PHOTOS],
         "pixelcnn_cifar10.yaml": [*STACKS, *pixels(16), *parquet],
-        "vqvae2_bottom_prior.yaml": [*prior(16, 4, 8, 1), *gpt("block_size=20"), *parquet],
+        "vqvae2_bottom_prior.yaml": [*prior(16), *parquet],
         "vqvae2_cifar10.yaml": [*tokenizer(16, 3), *LEVELS, *parquet],
-        "vqvae2_top_prior.yaml": [*prior(16, 2, 8, 1), *parquet],
-        "vqvae_cifar10.yaml": [*tokenizer(16, 3), *CODEBOOK, *parquet],
-        "vqvae_mnist.yaml": [*tokenizer(16, 3), *CODEBOOK, *parquet],
-        "vqvae_single_code.yaml": [*tokenizer(32, 6), *CODEBOOK, *parquet],
+        "vqvae2_top_prior.yaml": [*prior(16), *parquet],
+        "vqvae_cifar10.yaml": [*tokenizer(16, 3), *parquet],
+        "vqvae_mnist.yaml": [*tokenizer(16, 3), *parquet],
+        "vqvae_single_code.yaml": [*tokenizer(32, 6), *parquet],
     }
 
 
@@ -196,8 +192,7 @@ def originals() -> dict[str, list[str]]:
         ],
         "sflckr_cond_stage.yaml": [*vqmodel(32, 5), *pixels(32), *both(f"root={examples}")],
         "sflckr_transformer.yaml": [
-            *gpt("vocab_size=16", "block_size=8", "site_shape=[2,2,1]"),
-            *pixels(32),
+            *prior(32),
             *both(f"root={examples}"),
         ],
     }

@@ -1,9 +1,9 @@
-"""Turns the objects in an image into a sequence of tokens, and back.
+"""Encode the objects in an image as a sequence of tokens, and decode it.
 
-Places are rounded to a grid of S x S points, S the whole part of sqrt(no_tokens), numbered row by
-row. An object is its category (with flags) followed by one or two points; unused places of the
-sequence hold ``none``, the last token. With ``encode_crop`` two more tokens are the corners of the
-crop that was shown, and places refer to the whole image instead of the crop.
+Positions are rounded to a grid of S x S points, S = floor(sqrt(no_tokens)), numbered row by row.
+An object is its category (with flags) followed by one or two points; the unused end of the
+sequence is filled with ``none``, the last token. With ``encode_crop`` two more tokens hold the
+corners of the crop, and positions refer to the whole image instead of the crop.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _GROUP, _OCCLUDED, _DEPICTION, _INSIDE = 1, 2, 4, 8
 
 
 class Brush(NamedTuple):
-    """What objects are drawn with; sizes are in pixels.
+    """Drawing tools; sizes are in pixels.
 
     Attributes:
         draw: Draws on the figure.
-        font: For labels.
+        font: Font of the labels.
         figure_size: (width, height).
         line_width: Width of outlines.
     """
@@ -60,15 +60,15 @@ class Brush(NamedTuple):
 
 
 class ObjectsConditionalBuilder(ABC, Generic[Place]):
-    """Tokens of the objects in an image; subclasses say how the place of one is written.
+    """Token sequences of the objects in an image; subclasses encode an object's position.
 
     Args:
         no_object_classes: Number of categories.
-        no_max_objects: Objects that a sequence holds.
-        no_tokens: Size of the vocabulary.
-        encode_crop: Append the crop, and give places in the whole image.
+        no_max_objects: Largest number of objects in a sequence.
+        no_tokens: Vocabulary size.
+        encode_crop: Append the crop, and give positions in the whole image.
         use_group_parameter: Mark groups of objects.
-        use_additional_parameters: Mark objects that are occluded, depicted, or seen from inside.
+        use_additional_parameters: Mark objects that are occluded, depicted or seen from inside.
 
     Raises:
         ValueError: The vocabulary is too small.
@@ -89,8 +89,8 @@ class ObjectsConditionalBuilder(ABC, Generic[Place]):
         least = max(4, no_object_classes * kinds + 1)
         if no_tokens < least:
             raise ValueError(
-                f"no_tokens is {no_tokens}, but {no_object_classes} categories with flags, and "
-                f"the token for no object, need {least}"
+                f"no_tokens is {no_tokens}, but {no_object_classes} categories with flags and "
+                f"a token for absent objects need {least}"
             )
         self.no_object_classes = no_object_classes
         self.no_max_objects = no_max_objects
@@ -102,7 +102,7 @@ class ObjectsConditionalBuilder(ABC, Generic[Place]):
 
     @property
     def none(self) -> int:
-        """The token that stands where no object is."""
+        """The token that fills the unused end of the sequence."""
         return self.no_tokens - 1
 
     @property
@@ -113,40 +113,40 @@ class ObjectsConditionalBuilder(ABC, Generic[Place]):
 
     @abstractmethod
     def tokens_from_place(self, bbox: BoundingBox) -> tuple[int, ...]:
-        """Write the place of an object as tokens."""
+        """Encode an object's position as tokens."""
 
     @abstractmethod
     def place_from_tokens(self, tokens: Sequence[int]) -> Place:
-        """Read what :meth:`tokens_from_place` wrote, up to the grid."""
+        """Invert :meth:`tokens_from_place`, up to the rounding to the grid."""
 
     @abstractmethod
     def draw_object(self, brush: Brush, place: Place, label: str, color: Color) -> None:
         """Draw one object."""
 
     def tokenize_coordinates(self, x: float, y: float) -> int:
-        """Return the number of the grid point nearest to a place, both coordinates in [0, 1]."""
+        """Return the number of the grid point nearest to (x, y), both in [0, 1]."""
         column, row = (round(value * (self.no_sections - 1)) for value in (x, y))
         return row * self.no_sections + column
 
     def coordinates_from_token(self, token: int) -> tuple[float, float]:
-        """Return x and y, in [0, 1], of a grid point."""
+        """Return x and y of a grid point, both in [0, 1]."""
         row, column = divmod(token, self.no_sections)
         return column / (self.no_sections - 1), row / (self.no_sections - 1)
 
     def token_pair_from_bbox(self, bbox: BoundingBox) -> tuple[int, int]:
-        """Write a box as its upper left and lower right corner."""
+        """Encode a box as its upper left and lower right corner."""
         left, top, width, height = bbox
         corner = self.tokenize_coordinates(left + width, top + height)
         return self.tokenize_coordinates(left, top), corner
 
     def bbox_from_token_pair(self, token1: int, token2: int) -> BoundingBox:
-        """Read a box from its corners."""
+        """Decode a box from its two corners."""
         left, top = self.coordinates_from_token(token1)
         right, bottom = self.coordinates_from_token(token2)
         return left, top, right - left, bottom - top
 
     def object_representation(self, annotation: Annotation) -> int:
-        """Return the token for what an object is: its category and its flags."""
+        """Return the token of an object's category and flags."""
         flags = 0
         if self.use_group_parameter:
             flags |= _GROUP * bool(annotation.is_group_of)
@@ -157,7 +157,7 @@ class ObjectsConditionalBuilder(ABC, Generic[Place]):
         return annotation.category_no + self.no_object_classes * flags
 
     def representation_to_annotation(self, representation: int) -> Annotation:
-        """Read what :meth:`object_representation` wrote; everything else stays empty."""
+        """Invert :meth:`object_representation`; all other fields are empty."""
         flags, category_no = divmod(representation, self.no_object_classes)
         return Annotation(
             area=0.0,
@@ -177,18 +177,18 @@ class ObjectsConditionalBuilder(ABC, Generic[Place]):
         crop_coordinates: BoundingBox | None = None,
         horizontal_flip: bool = False,
     ) -> Tensor:
-        """Write the objects that a crop shows, in random order (torch's global generator).
+        """Encode the objects in a crop, in random order (torch's global generator).
 
         Args:
-            annotations: The objects of the image; those beyond ``no_max_objects`` are dropped.
-            crop_coordinates: The crop; None shows everything.
-            horizontal_flip: The crop was mirrored.
+            annotations: Objects of the image; those beyond ``no_max_objects`` are dropped.
+            crop_coordinates: Box of the crop; None for the whole image.
+            horizontal_flip: The crop is mirrored.
 
         Returns:
             Tokens (embedding_dim,) int64.
         """
         if len(annotations) > self.no_max_objects:
-            logger.warning("of %d objects, %d are kept", len(annotations), self.no_max_objects)
+            logger.warning("kept %d of %d objects", self.no_max_objects, len(annotations))
         crop = crop_coordinates or FULL_CROP
         objects = filter_annotations(annotations[: self.no_max_objects], crop)
         objects = [objects[i] for i in torch.randperm(len(objects)).tolist()]
@@ -207,16 +207,16 @@ class ObjectsConditionalBuilder(ABC, Generic[Place]):
     def inverse_build(
         self, conditional: Tensor
     ) -> tuple[list[tuple[int, Place]], BoundingBox | None]:
-        """Read what :meth:`build` wrote, up to the grid.
+        """Invert :meth:`build`, up to the rounding to the grid.
 
         Args:
-            conditional: Tokens (embedding_dim,).
+            conditional: Tokens (embedding_dim,) int64.
 
         Returns:
-            For each object its first token and its place; and the crop, None if not encoded.
+            First token and position of each object; and the crop, or None if it is not encoded.
 
         Raises:
-            ValueError: The sequence has another length.
+            ValueError: The sequence has the wrong length.
         """
         if conditional.shape != (self.embedding_dim,):
             raise ValueError(
@@ -238,17 +238,17 @@ class ObjectsConditionalBuilder(ABC, Generic[Place]):
         line_width: int = 3,
         font_size: int | None = None,
     ) -> Tensor:
-        """Draw a sequence.
+        """Draw the objects of a sequence.
 
         Args:
-            conditional: Tokens (embedding_dim,).
-            label_for_category_no: Names a category.
+            conditional: Tokens (embedding_dim,) int64.
+            label_for_category_no: Category number -> name.
             figure_size: (width, height) in pixels.
             line_width: Width of outlines in pixels.
-            font_size: Height of labels in pixels; None chooses one.
+            font_size: Height of labels in pixels; None derives it from the figure's size.
 
         Returns:
-            Picture (3, height, width) float32 in [-1, 1].
+            (3, height, width) float32 in [-1, 1].
         """
         figure = Image.new("RGB", figure_size, WHITE)
         font = ImageFont.load_default(get_plot_font_size(font_size, figure_size))

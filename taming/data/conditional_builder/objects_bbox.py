@@ -1,4 +1,4 @@
-"""Objects as triples of tokens: what it is, its upper left and its lower right corner."""
+"""Objects as triples of tokens: category, upper left corner, lower right corner."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from taming.data.helper_types import BoundingBox
 
 
 class ObjectsBoundingBoxConditionalBuilder(ObjectsConditionalBuilder[BoundingBox]):
-    """Writes the box of every object. See :class:`ObjectsConditionalBuilder`."""
+    """Encode the box of each object."""
 
     object_descriptor_length = 3
 
     def tokens_from_place(self, bbox: BoundingBox) -> tuple[int, ...]:
-        """Write a box as its two corners."""
+        """Encode a box as its two corners."""
         return self.token_pair_from_bbox(bbox)
 
     def place_from_tokens(self, tokens: Sequence[int]) -> BoundingBox:
-        """Read a box from its two corners."""
+        """Decode a box from its two corners."""
         return self.bbox_from_token_pair(*tokens)
 
     def draw_object(self, brush: Brush, place: BoundingBox, label: str, color: Color) -> None:

@@ -1,4 +1,4 @@
-"""Objects as pairs of tokens: what it is, and its centre."""
+"""Objects as pairs of tokens: category and centre."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from taming.data.helper_types import BoundingBox
 
 
 class ObjectsCenterPointsConditionalBuilder(ObjectsConditionalBuilder[tuple[float, float]]):
-    """Writes the centre of every object. See :class:`ObjectsConditionalBuilder`."""
+    """Encode the centre of each object."""
 
     object_descriptor_length = 2
 
     def tokens_from_place(self, bbox: BoundingBox) -> tuple[int, ...]:
-        """Write the centre of a box."""
+        """Encode the centre of a box."""
         left, top, width, height = bbox
         return (self.tokenize_coordinates(left + width / 2, top + height / 2),)
 
     def place_from_tokens(self, tokens: Sequence[int]) -> tuple[float, float]:
-        """Read a centre: x and y, in [0, 1]."""
+        """Decode a centre: x and y, in [0, 1]."""
         return self.coordinates_from_token(tokens[0])
 
     def draw_object(

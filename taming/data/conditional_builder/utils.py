@@ -1,4 +1,4 @@
-"""Boxes, and drawing them. Boxes are left, top, width, height, as shares of the picture."""
+"""Geometry and drawing of boxes: left, top, width, height as fractions of the picture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from taming.data.helper_types import Annotation, BoundingBox
 
 Color = tuple[int, int, int]
 
-# The ten colours that Tableau and Matplotlib give to categories.
+# The ten categorical colours of Tableau and Matplotlib.
 COLOR_PALETTE: list[Color] = [
     *[(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189)],
     *[(140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207)],
@@ -20,7 +20,7 @@ FULL_CROP: BoundingBox = (0.0, 0.0, 1.0, 1.0)
 
 
 def intersection_area(first: BoundingBox, second: BoundingBox) -> float:
-    """Return the area that two boxes share."""
+    """Return the area of the intersection of two boxes."""
     sides = (
         max(0.0, min(first[i] + first[i + 2], second[i] + second[i + 2]) - max(first[i], second[i]))
         for i in (0, 1)
@@ -30,13 +30,13 @@ def intersection_area(first: BoundingBox, second: BoundingBox) -> float:
 
 
 def horizontally_flip_bbox(bbox: BoundingBox) -> BoundingBox:
-    """Return where a box lies in the mirrored picture."""
+    """Return the box in the mirrored picture."""
     left, top, width, height = bbox
     return 1 - (left + width), top, width, height
 
 
 def absolute_bbox(bbox: BoundingBox, width: int, height: int) -> tuple[int, int, int, int]:
-    """Return left, top, right and bottom of a box in a picture of this size, in whole pixels."""
+    """Return left, top, right and bottom in whole pixels of a picture of the given size."""
     left, top, box_width, box_height = bbox
     right, bottom = left + box_width, top + box_height
     return int(left * width), int(top * height), int(right * width), int(bottom * height)
@@ -45,7 +45,7 @@ def absolute_bbox(bbox: BoundingBox, width: int, height: int) -> tuple[int, int,
 def filter_annotations(
     annotations: Sequence[Annotation], crop_coordinates: BoundingBox
 ) -> list[Annotation]:
-    """Keep the objects of which a crop shows something."""
+    """Keep the objects that overlap a crop."""
     return [a for a in annotations if intersection_area(a.bbox, crop_coordinates) > 0]
 
 
@@ -60,11 +60,11 @@ def _rescale_side(
 def rescale_annotations(
     annotations: Sequence[Annotation], crop_coordinates: BoundingBox, flip: bool
 ) -> list[Annotation]:
-    """Express boxes as shares of a crop, cut off at its edges.
+    """Express boxes as fractions of a crop, clipped to its edges.
 
     Args:
-        annotations: Objects of which the crop shows something.
-        crop_coordinates: The crop's box.
+        annotations: Objects that overlap the crop.
+        crop_coordinates: Box of the crop.
         flip: Mirror the boxes.
     """
     crop_left, crop_top, crop_width, crop_height = crop_coordinates
@@ -79,7 +79,7 @@ def rescale_annotations(
 
 
 def additional_parameters_string(annotation: Annotation, short: bool = True) -> str:
-    """Name what is special about an object, such as ``(g,o)`` or ``(group,occluded)``."""
+    """Name the flags of an object, such as ``(g,o)`` or ``(group,occluded)``."""
     special = {
         "group": annotation.is_group_of,
         "occluded": annotation.is_occluded,
@@ -91,7 +91,7 @@ def additional_parameters_string(annotation: Annotation, short: bool = True) -> 
 
 
 def get_plot_font_size(font_size: int | None, figure_size: tuple[int, int]) -> int:
-    """Return ``font_size``, or one in pixels that suits the figure if it is None."""
+    """Return ``font_size`` in pixels, by default one that suits the figure."""
     if font_size is not None:
         return font_size
     side = max(figure_size)
@@ -99,6 +99,6 @@ def get_plot_font_size(font_size: int | None, figure_size: tuple[int, int]) -> i
 
 
 def get_circle_size(figure_size: tuple[int, int]) -> int:
-    """Return the radius in pixels of a point that suits the figure."""
+    """Return a radius of points in pixels that suits the figure."""
     side = max(figure_size)
     return 4 if side >= 512 else 3 if side >= 256 else 2

@@ -2,15 +2,16 @@
 
 The architecture is the U-Net of DDPM (Ho et al. 2020, arXiv:2006.11239) without its time embedding
 and skip connections, cut in half: residual blocks at each resolution, attention at some of them.
-Names of submodules are those of taming-transformers, so that its checkpoints load.
+Submodules have the names of taming-transformers, so that its checkpoints load.
 
-Axis letters: B batch, C channels, H W image or feature map, h w latent grid.
+Axis letters: B images, C channels, H W image or feature map, h w latent grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,20 +19,16 @@ from torch import Tensor, nn
 from taming.modules.diffusionmodules.blocks import (
     AttnBlock,
     Downsample,
-    ResnetBlock,
-    Upsample,
-    group_norm,
-)
-from taming.modules.diffusionmodules.decoders import SimpleDecoder, UpsampleDecoder
-from taming.modules.diffusionmodules.stages import (
     DownStage,
     Middle,
-    StagePlan,
+    ResnetBlock,
+    Upsample,
     UpStage,
+    group_norm,
     level_widths,
     warn_of_unreached,
 )
-from taming.modules.diffusionmodules.unet import Model, VUNet
+from taming.modules.diffusionmodules.unet import Model, SimpleDecoder, UpsampleDecoder, VUNet
 
 # The original had all of its networks in this module.
 __all__ = [
@@ -51,29 +48,31 @@ __all__ = [
 class Encoder(nn.Module):
     """Image to latent grid, 2 ** (len(ch_mult) - 1) times smaller in each direction.
 
-    Encoder and Decoder take the same arguments, so that one ``ddconfig`` builds both.
+    Encoder and Decoder take the same arguments: one ``ddconfig`` builds both.
 
     Args:
         ch: Channels at the first convolution; a multiple of ``num_groups``.
         out_ch: Channels of the decoder's output; not used here.
         ch_mult: Channels of each level as multiples of ``ch``, highest resolution first.
         num_res_blocks: Residual blocks per level.
-        attn_resolutions: Levels with attention, named by their height when the image has
-            ``resolution``; a value that no level has is logged.
+        attn_resolutions: Heights of the levels with attention, for an image of ``resolution``; a
+            height that no level has is logged.
         dropout: Probability of zeroing an activation inside the blocks.
         resamp_with_conv: Learn the down- and upsampling.
         in_channels: Channels of the image.
-        resolution: Height of the images that ``attn_resolutions`` refers to; images of other sizes
-            are accepted.
+        resolution: Height of a training image; others are accepted.
         z_channels: Channels of the latent grid.
-        double_z: Give twice as many (mean and log variance of a variational model). True as in
-            taming-transformers; a VQ model wants False.
-        give_pre_end: Of the decoder only; not used here.
+        double_z: Return twice as many (mean and log variance of a variational model). True as in
+            taming-transformers; a VQ model needs False.
+        give_pre_end: Not used here.
         num_groups: Groups of the norms. A group of one channel (``ch`` 32) loses its mean, and with
-            it the colour of a flat image: small models want fewer groups.
+            it the colour of a flat image: use fewer groups in small models.
+
+    Attributes:
+        factor: Side in pixels of a site.
 
     Raises:
-        ValueError: A width is no multiple of ``num_groups``.
+        ValueError: A width is not a multiple of ``num_groups``.
     """
 
     def __init__(
@@ -104,12 +103,11 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, ch, kernel_size=3, padding=1)
         self.down = nn.ModuleList()
         for i, (before, after) in enumerate(pairwise([ch, *widths])):
-            attention = resolutions[i] in attn_resolutions
-            plan = StagePlan(before, after, num_res_blocks, attention, dropout, num_groups)
             last = i == len(widths) - 1
-            self.down.append(
-                DownStage(plan, nn.Identity() if last else Downsample(after, resamp_with_conv))
-            )
+            downsample = nn.Identity() if last else Downsample(after, resamp_with_conv)
+            blocks = [*pairwise([before] + [after] * num_res_blocks)]
+            attention = resolutions[i] in attn_resolutions
+            self.down.append(DownStage(downsample, blocks, attention, dropout, num_groups))
         self.mid = Middle(widths[-1], dropout, num_groups)
         self.norm_out = group_norm(widths[-1], num_groups)
         self.conv_out = nn.Conv2d(
@@ -126,7 +124,7 @@ class Encoder(nn.Module):
             (B, z_channels, H / factor, W / factor), or twice the channels with ``double_z``.
 
         Raises:
-            ValueError: H or W is no multiple of ``factor``.
+            ValueError: H or W is not a multiple of ``factor``.
         """
         height, width = x.shape[-2:]
         if height % self.factor or width % self.factor:
@@ -144,13 +142,13 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent grid to image: the encoder's mirror, with one more block per level.
 
-    Takes the arguments of `Encoder`; ``in_channels`` and ``double_z`` play no part.
+    Takes the arguments of `Encoder`, of which ``in_channels`` and ``double_z`` are not used.
 
     Args:
         give_pre_end: Return the features before the last normalisation and convolution.
 
     Raises:
-        ValueError: A width is no multiple of ``num_groups``.
+        ValueError: A width is not a multiple of ``num_groups``.
     """
 
     def __init__(
@@ -179,11 +177,10 @@ class Decoder(nn.Module):
         self.mid = Middle(widths[-1], dropout, num_groups)
         self.up = nn.ModuleList()
         for i, (after, before) in enumerate(pairwise([*widths, widths[-1]])):
+            upsample = Upsample(after, resamp_with_conv) if i else nn.Identity()
+            blocks = [*pairwise([before] + [after] * (num_res_blocks + 1))]
             attention = resolution // 2**i in attn_resolutions
-            plan = StagePlan(before, after, num_res_blocks + 1, attention, dropout, num_groups)
-            self.up.append(
-                UpStage(plan, nn.Identity() if i == 0 else Upsample(after, resamp_with_conv))
-            )
+            self.up.append(UpStage(upsample, blocks, attention, dropout, num_groups))
         self.norm_out = group_norm(widths[0], num_groups)
         self.conv_out = nn.Conv2d(widths[0], out_ch, kernel_size=3, padding=1)
 
@@ -202,3 +199,21 @@ class Decoder(nn.Module):
         if self.give_pre_end:
             return h
         return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def check_ddconfig(ddconfig: Mapping[str, Any]) -> None:
+    """Refuse sizes of encoder and decoder that do not make a VQ model.
+
+    Raises:
+        ValueError: A size is missing or does not fit.
+    """
+    if ddconfig.get("double_z", True):
+        raise ValueError("ddconfig of a VQ model needs double_z: false")
+    if lacking := [n for n in ("in_channels", "out_ch", "z_channels") if n not in ddconfig]:
+        raise ValueError(f"ddconfig lacks {', '.join(lacking)}")
+    channels, out_ch = ddconfig["in_channels"], ddconfig["out_ch"]
+    if channels != out_ch:
+        raise ValueError(
+            f"ddconfig has in_channels {channels}, but out_ch {out_ch}: the decoder must return "
+            "as many channels as the encoder takes"
+        )

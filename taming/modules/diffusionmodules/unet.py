@@ -1,16 +1,17 @@
-"""U-Nets: the network of DDPM (Ho et al. 2020, arXiv:2006.11239), and one with a latent variable.
+"""Further networks of the original: the U-Net of DDPM (arXiv:2006.11239), one with a latent
+variable, and small decoders.
 
-No model here is built of them; they are kept for code that imports them from the original.
+No model here uses them; they are kept for code that imports them from the original.
 
-Axis letters: B batch, C channels, E channels of the time embedding, H W image or feature map, h w
+Axis letters: B images, C channels, E channels of the time embedding, H W image or feature map, h w
 the smallest feature map.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import pairwise, zip_longest
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,13 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taming.modules.diffusionmodules.blocks import (
-    AttnBlock,
     Downsample,
+    Middle,
     ResnetBlock,
+    Stage,
     Upsample,
     group_norm,
+    level_widths,
+    warn_of_unreached,
 )
-from taming.modules.diffusionmodules.stages import Middle, level_widths, warn_of_unreached
 
 
 def get_timestep_embedding(timesteps: Tensor, embedding_dim: int) -> Tensor:
@@ -50,37 +53,13 @@ class TimeEmbedding(nn.Module):
         return self.dense[1](F.silu(self.dense[0](get_timestep_embedding(t, self.channels))))
 
 
-class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention or not.
-
-    Args:
-        widths: (before, after) channels of each block.
-        attention: Whether attention follows.
-        dropout: See `ResnetBlock`.
-        time_channels: E.
-    """
-
-    def __init__(
-        self, widths: list[tuple[int, int]], attention: bool, dropout: float, time_channels: int
-    ) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(*width, dropout, time_channels=time_channels) for width in widths
-        )
-        self.attn = nn.ModuleList(AttnBlock(after) for _, after in widths * attention)
-
-    def steps(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """Yield each block with what follows it."""
-        return zip_longest(self.block, self.attn, fillvalue=nn.Identity())
-
-
-class DownLevel(Level):
-    """A level of the way down; ``downsample`` ends all but the last, where it is the identity."""
+class DownLevel(Stage):
+    """Stage of the way down; ``downsample`` is the identity in the last."""
 
     downsample: nn.Module
 
     def forward(self, h: Tensor, time: Tensor | None) -> list[Tensor]:
-        """Map (B, C, H, W) to the features after each step."""
+        """Map (B, C, H, W) to the features after each block, and after downsampling."""
         features = [h]
         for block, attention in self.steps():
             features.append(attention(block(features[-1], time)))
@@ -89,33 +68,33 @@ class DownLevel(Level):
         return features[1:]
 
 
-class UpLevel(Level):
-    """A level of the way up; ``upsample`` ends it."""
+class UpLevel(Stage):
+    """Stage of the way up; ``upsample`` is the identity in the last."""
 
     upsample: nn.Module
 
     def forward(self, h: Tensor, features: list[Tensor], time: Tensor | None) -> Tensor:
-        """Map (B, C, H, W) to the next level's input, using up features of the way down."""
+        """Map (B, C, H, W) to the next stage's input; pops features of the way down."""
         for block, attention in self.steps():
             h = attention(block(torch.cat([h, features.pop()], dim=1), time))
         return self.upsample(h)
 
 
-class UNet(nn.Module):
-    """What both U-Nets share: the way down, the way up with skip connections, and the time.
+class Model(nn.Module):
+    """The U-Net of DDPM: the way down, and the way up with skip connections.
 
     Args:
         ch: Channels at the first convolution; a multiple of 32.
         out_ch: Channels of the output.
         ch_mult: Channels of each level as multiples of ``ch``, highest resolution first.
         num_res_blocks: Residual blocks per level on the way down; one more on the way up.
-        attn_resolutions: See `Encoder`.
+        attn_resolutions: Heights of the levels with attention, for an image of ``resolution``.
         dropout: Probability of zeroing an activation inside the blocks.
         resamp_with_conv: Learn the down- and upsampling.
         in_channels: Channels of the input.
-        resolution: Height of the images that ``attn_resolutions`` refers to.
-        use_timestep: Whether the network is told a step.
-        extra_channels: Channels, at the smallest feature map, put beside those of the way down.
+        resolution: Height of a training image.
+        use_timestep: Embed a time step.
+        extra_channels: Channels concatenated to the smallest feature map.
     """
 
     def __init__(
@@ -137,7 +116,7 @@ class UNet(nn.Module):
         widths = level_widths(ch, ch_mult, 32)
         resolutions = [resolution // 2**i for i in range(len(widths))]
         warn_of_unreached(attn_resolutions, resolutions)
-        # Blocks have weights for the time even where there is none, as in the original.
+        # As in the original, blocks have weights for the time even without time steps.
         time_channels = 4 * ch
         self.temb = TimeEmbedding(ch, time_channels) if use_timestep else None
         self.conv_in = nn.Conv2d(in_channels, ch, kernel_size=3, padding=1)
@@ -145,11 +124,11 @@ class UNet(nn.Module):
         below = [*widths[1:], widths[-1]]
         for i, (before, after) in enumerate(pairwise([ch, *widths])):
             attention, same = resolutions[i] in attn_resolutions, [after] * num_res_blocks
-            down = DownLevel([*pairwise([before, *same])], attention, dropout, time_channels)
-            # On the way up, the last block of a level meets what came into it on the way down.
+            down = DownLevel([*pairwise([before, *same])], attention, dropout, 32, time_channels)
+            # On the way up, a stage's last block takes the input of the stage on the way down.
             inputs = zip([below[i], *same], [*same, before], strict=True)
             pairs = [(h + skip, after) for h, skip in inputs]
-            up = UpLevel(pairs, attention, dropout, time_channels)
+            up = UpLevel(pairs, attention, dropout, 32, time_channels)
             last = i == len(widths) - 1
             down.downsample = nn.Identity() if last else Downsample(after, resamp_with_conv)
             up.upsample = Upsample(after, resamp_with_conv) if i else nn.Identity()
@@ -159,54 +138,40 @@ class UNet(nn.Module):
         self.norm_out = group_norm(widths[0], 32)
         self.conv_out = nn.Conv2d(widths[0], out_ch, kernel_size=3, padding=1)
 
-    def embed_time(self, t: Tensor | None) -> Tensor | None:
-        """Embed steps (B,) as (B, E), if the network is told any.
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        """Map (B, in_channels, H, W), at steps (B,), to (B, out_ch, H, W)."""
+        return self.run(x, t)
+
+    def run(self, x: Tensor, t: Tensor | None, latent: Tensor | None = None) -> Tensor:
+        """Run the network, with ``latent`` (B, extra_channels, h, w) at the smallest feature map.
 
         Raises:
-            ValueError: The network is told steps and there are none, or the other way round.
+            ValueError: Steps are missing or unexpected.
         """
         if (self.temb is None) != (t is None):
             raise ValueError(
                 f"use_timestep is {self.temb is not None}, but t is "
                 f"{'missing' if t is None else 'given'}"
             )
-        return None if self.temb is None else self.temb(t)
-
-    def contract(self, x: Tensor, time: Tensor | None) -> list[Tensor]:
-        """Go down from (B, in_channels, H, W); returns the features of all steps, in order."""
+        time = None if self.temb is None else self.temb(t)  # (B, E)
         features = [self.conv_in(x)]
-        for level in self.down:
-            features += level(features[-1], time)
-        return features
-
-    def expand(self, h: Tensor, features: list[Tensor], time: Tensor | None) -> Tensor:
-        """Go up from (B, C, h, w), using the features up; returns (B, out_ch, H, W)."""
-        for level in reversed(self.up):
-            h = level(h, features, time)
+        for stage in self.down:
+            features += stage(features[-1], time)
+        h = features[-1] if latent is None else torch.cat([features[-1], latent], dim=1)
+        h = self.mid(h, time)  # (B, C, h, w)
+        for stage in reversed(self.up):
+            h = stage(h, features, time)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class Model(UNet):
-    """The U-Net of DDPM; arguments as in `UNet`."""
+class VUNet(Model):
+    """A U-Net over a condition, with a latent variable at the smallest feature map.
 
-    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        """Map (B, in_channels, H, W), at steps (B,), to (B, out_ch, H, W)."""
-        time = self.embed_time(t)
-        features = self.contract(x, time)
-        h = self.mid(features[-1], time)
-        return self.expand(h, features, time)
-
-
-class VUNet(UNet):
-    """A U-Net over a condition that also gets a latent variable at its smallest feature map.
+    Takes the arguments of `Model`, of which ``in_channels`` is not used, and:
 
     Args:
-        ch: See `UNet`, as ``ch_mult``, ``use_timestep`` and all that is not named here.
-        ch_mult: Channels of each level as multiples of ``ch``.
-        in_channels: Plays no part.
         c_channels: Channels of the condition.
         z_channels: Channels of the latent variable.
-        use_timestep: Whether the network is told a step.
     """
 
     def __init__(
@@ -232,12 +197,72 @@ class VUNet(UNet):
         self.z_in = nn.Conv2d(z_channels, smallest, kernel_size=1)
 
     def forward(self, x: Tensor, z: Tensor, t: Tensor | None = None) -> Tensor:
-        """Map a condition (B, c_channels, H, W) and z (B, z_channels, h, w) to an image.
+        """Map conditions (B, c_channels, H, W) and z (B, z_channels, h, w) to (B, out_ch, H, W)."""
+        return self.run(x, t, self.z_in(z))
 
-        Returns:
-            (B, out_ch, H, W).
-        """
-        time = self.embed_time(t)
-        features = self.contract(x, time)
-        h = self.mid(torch.cat([features[-1], self.z_in(z)], dim=1), time)
-        return self.expand(h, features, time)
+
+class SimpleDecoder(nn.Module):
+    """Three residual blocks, then upsampling by 2.
+
+    Args:
+        in_channels: C of the input; a multiple of 32.
+        out_channels: C of the output.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        widths = [in_channels, 2 * in_channels, 4 * in_channels, 2 * in_channels]
+        self.model = nn.Sequential(
+            nn.Conv2d(in_channels, in_channels, 1),
+            *(ResnetBlock(before, after) for before, after in pairwise(widths)),
+            nn.Conv2d(2 * in_channels, in_channels, 1),
+            Upsample(in_channels),
+        )
+        self.norm_out = group_norm(in_channels, 32)
+        self.conv_out = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, 2 H, 2 W)."""
+        return self.conv_out(F.silu(self.norm_out(self.model(x))))
+
+
+class UpsampleDecoder(nn.Module):
+    """Residual blocks at each resolution, with upsampling by 2 in between.
+
+    Args:
+        in_channels: C of the input; a multiple of 32.
+        out_channels: C of the output.
+        ch: Unit of the widths; a multiple of 32.
+        num_res_blocks: Number of residual blocks per level, less one.
+        resolution: Height of a training image; others are accepted.
+        ch_mult: Channels of each level as multiples of ``ch``, lowest resolution first.
+        dropout: Probability of zeroing an activation inside the blocks.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        ch: int,
+        num_res_blocks: int,
+        resolution: int,
+        ch_mult: Sequence[int] = (2, 2),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.resolution = resolution
+        widths = [ch * factor for factor in ch_mult]
+        self.res_blocks = nn.ModuleList()
+        for before, after in pairwise([in_channels, *widths]):
+            steps = pairwise([before] + [after] * (num_res_blocks + 1))
+            self.res_blocks.append(nn.Sequential(*(ResnetBlock(*step, dropout) for step in steps)))
+        self.upsample_blocks = nn.ModuleList(Upsample(width) for width in widths[:-1])
+        self.norm_out = group_norm(widths[-1], 32)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, H f, W f), f = 2^(levels - 1)."""
+        h = self.res_blocks[0](x)
+        for upsample, blocks in zip(self.upsample_blocks, self.res_blocks[1:], strict=True):
+            h = blocks(upsample(h))
+        return self.conv_out(F.silu(self.norm_out(h)))

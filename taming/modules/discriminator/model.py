@@ -1,6 +1,6 @@
 """PatchGAN discriminator of pix2pix (Isola et al. 2017, arXiv:1611.07004).
 
-Axis letters: B batch, C channels, H W image, h w grid of overlapping patches.
+Axis letters: B images, C channels, H W image, h w grid of overlapping patches.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from taming.modules.util import ActNorm
 
 
 def weights_init(module: nn.Module) -> None:
-    """Start a module from pix2pix's normal distributions; for use with ``Module.apply``.
+    """Initialise a module as in pix2pix; for ``Module.apply``.
 
-    Convolutions get weights from N(0, 0.02), batch norms from N(1, 0.02) and a bias of 0; anything
-    else is left alone.
+    Convolutions get weights from N(0, 0.02), batch norms from N(1, 0.02) and a bias of 0.
     """
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
@@ -26,10 +25,10 @@ def weights_init(module: nn.Module) -> None:
 
 
 class NLayerDiscriminator(nn.Module):
-    """Say for each patch of an image how real it looks, by one logit.
+    """Give each patch of an image one logit, high where it looks real.
 
     Args:
-        input_nc: C of the image, including that of any condition stacked on it.
+        input_nc: C of the image, including that of a concatenated condition.
         ndf: Channels of the first layer; they double per layer, up to 8 times.
         n_layers: Strided convolutions; 3 gives patches of 70 x 70 pixels.
         use_actnorm: Normalise by `ActNorm` instead of batch norm.
@@ -45,7 +44,7 @@ class NLayerDiscriminator(nn.Module):
         layers += [nn.LeakyReLU(0.2, inplace=True)]
         for i, (before, after) in enumerate(pairwise(widths), start=1):
             stride = 2 if i < n_layers else 1
-            # Batch norm subtracts any bias before it.
+            # A bias has no effect before batch norm.
             layers += [nn.Conv2d(before, after, 4, stride, padding=1, bias=use_actnorm)]
             layers += [norm(after), nn.LeakyReLU(0.2, inplace=True)]
         layers += [nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1)]
@@ -53,10 +52,10 @@ class NLayerDiscriminator(nn.Module):
         self.min_size = 3 * 2**n_layers
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images (B, input_nc, H, W) to logits (B, 1, h, w), high where they look real.
+        """Map images (B, input_nc, H, W) to logits (B, 1, h, w).
 
         Raises:
-            ValueError: The image is too small for a single patch.
+            ValueError: The image is smaller than a patch.
         """
         height, width = x.shape[-2:]
         if min(height, width) < self.min_size:

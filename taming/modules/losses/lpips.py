@@ -1,6 +1,6 @@
-"""LPIPS, a distance between images that agrees with people (Zhang et al. 2018, arXiv:1801.03924).
+"""LPIPS, a perceptual distance between images (Zhang et al. 2018, arXiv:1801.03924).
 
-Axis letters: B batch, C channels, H W image, h w feature map.
+Axis letters: B images, C channels, H W image, h w feature map.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from taming.util import get_ckpt_path
 
 logger = logging.getLogger(__name__)
 
-# Widths of VGG16's convolutions; each group but the first starts by halving the image.
+# Widths of VGG16's convolutions; every group but the first starts with a max pooling.
 VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
 def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Load a state dict that the user named.
+    """Load a state dict from a path given by the user.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights of LPIPS at {path}")
+        raise FileNotFoundError(f"{path} does not exist: expected the weights of LPIPS there")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -39,15 +39,15 @@ def fetch_heads() -> Path:
     """Return the path of the linear heads in torch's cache, downloaded and checked.
 
     Raises:
-        ConnectionError: They are not there and cannot be downloaded.
-        ValueError: What was downloaded is another file.
+        ConnectionError: They cannot be downloaded.
+        ValueError: The download is another file.
     """
     try:
         return Path(get_ckpt_path("vgg_lpips", Path(torch.hub.get_dir(), "taming"), check=True))
     except ConnectionError as error:
         raise ConnectionError(
-            f"{error}, or name its place in the environment variable TAMING_LPIPS; the pip "
-            "package lpips holds the same file as lpips/weights/v0.1/vgg.pth"
+            f"{error}, or set the environment variable TAMING_LPIPS to its path; the pip package "
+            "lpips holds the same file as lpips/weights/v0.1/vgg.pth"
         ) from error
 
 
@@ -55,7 +55,7 @@ def fetch_vgg16() -> dict[str, Tensor]:
     """Return torchvision's VGG16 weights (ImageNet), downloaded to torch's cache and checked.
 
     Raises:
-        ConnectionError: They are not there and cannot be downloaded.
+        ConnectionError: They cannot be downloaded.
     """
     weights = VGG16_Weights.IMAGENET1K_V1
     try:
@@ -64,7 +64,7 @@ def fetch_vgg16() -> dict[str, Tensor]:
         place = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
         raise ConnectionError(
             f"cannot download {weights.url} ({error}); without a network, fetch it elsewhere and "
-            f"put it at {place}, or name its place in the environment variable TAMING_VGG16"
+            f"put it at {place}, or set the environment variable TAMING_VGG16 to its path"
         ) from error
 
 
@@ -85,7 +85,7 @@ class ScalingLayer(nn.Module):
 
 
 class VGG16(nn.Module):
-    """The convolutions of VGG16 (arXiv:1409.1556) in five slices; layers keep their numbers."""
+    """Convolutions of VGG16 (arXiv:1409.1556) in five slices, under torchvision's layer numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Head(nn.Module):
 
     Args:
         channels: C.
-        use_dropout: Number the weight as in a head with dropout before it; nothing is dropped.
+        use_dropout: Name the weight as if dropout came before it; nothing is dropped.
     """
 
     def __init__(self, channels: int, use_dropout: bool) -> None:
@@ -132,8 +132,8 @@ class Head(nn.Module):
 def normalize(x: Tensor, eps: float = 1e-10) -> Tensor:
     """Scale (B, C, h, w) to length 1 over C.
 
-    eps stands under the root: where all channels are 0 (flat regions after ReLU) the gradient of
-    a bare norm is not a number.
+    eps is under the root because a norm has no gradient where all channels are 0, as in flat
+    regions after ReLU.
     """
     return x * (x.square().sum(dim=1, keepdim=True) + eps).rsqrt()
 
@@ -142,14 +142,13 @@ class LPIPS(nn.Module):
     """Perceptual distance of two images; frozen, and the same in training and evaluation mode.
 
     Args:
-        use_dropout: Name the weights of the heads as the original with dropout does; activations
-            are never dropped.
-        pretrained: Whether `fetch_weights` loads weights, downloading them if need be, unless a
-            checkpoint brings them first; else they stay random.
-        weights: Path of the linear heads (``vgg.pth``); by default that in the environment variable
-            TAMING_LPIPS, else a download.
-        vgg_weights: Path of torchvision's VGG16 weights; by default that in the environment
-            variable TAMING_VGG16, else a download.
+        use_dropout: Name the heads' weights as in the original with dropout; nothing is dropped.
+        pretrained: Let `fetch_weights` load the weights, unless a checkpoint brings them first;
+            otherwise they stay random.
+        weights: Path of the linear heads (``vgg.pth``); None takes the environment variable
+            TAMING_LPIPS, or downloads them.
+        vgg_weights: Path of torchvision's VGG16 weights; None takes the environment variable
+            TAMING_VGG16, or downloads them.
     """
 
     def __init__(
@@ -171,11 +170,11 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def fetch_weights(self) -> LPIPS:
-        """Load the pretrained weights, unless a checkpoint has brought them; returns itself.
+        """Load the pretrained weights unless a checkpoint has brought them; return self.
 
         Raises:
-            ConnectionError: A download fails; says what to fetch, from where, and where to put it.
-            FileNotFoundError: A path that was given does not exist.
+            ConnectionError: A download fails; names the address and the path to put the file at.
+            FileNotFoundError: A given path does not exist.
             ValueError: A file holds other weights.
         """
         if self.needs_weights and not self.scaling_layer.shift.is_meta:
@@ -202,7 +201,7 @@ class LPIPS(nn.Module):
         state = load_file(path)
         for i, head in enumerate(self.heads):
             if (name := f"lin{i}.model.1.weight") not in state:
-                raise ValueError(f"{path} holds no linear heads of LPIPS: {name} is missing")
+                raise ValueError(f"{path} is not the linear heads of LPIPS: {name} is missing")
             head.load_state_dict(dict(zip(head.state_dict(), [state[name]], strict=True)))
         logger.info("loaded the linear heads of LPIPS from %s", path)
 
@@ -211,7 +210,7 @@ class LPIPS(nn.Module):
         state = load_file(path) if path else fetch_vgg16()
         names = {name: "features." + name.partition(".")[2] for name in self.net.state_dict()}
         if missing := sorted(set(names.values()) - set(state)):
-            raise ValueError(f"{path} holds no VGG16 of torchvision: {missing[0]} is missing")
+            raise ValueError(f"{path} is not torchvision's VGG16: {missing[0]} is missing")
         self.net.load_state_dict({name: state[source] for name, source in names.items()})
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -226,7 +225,7 @@ class LPIPS(nn.Module):
 
         Raises:
             ValueError: C is neither 1 nor 3.
-            ConnectionError: See `fetch_weights`, which the first comparison calls if nobody has.
+            ConnectionError: Weights that were not fetched before cannot be downloaded.
         """
         self.fetch_weights()
         if x.shape[1] not in (1, 3):

@@ -1,64 +1,37 @@
-"""Losses of an autoencoder of segmentation maps: each label is a yes or no per pixel.
+"""Losses of autoencoders of segmentation maps: one binary decision per label and pixel.
 
-Here ``inputs`` are one-hot maps (B, C, H, W) of C labels and ``reconstructions`` are their logits.
+``inputs`` are one-hot maps (B, C, H, W) of C labels; ``reconstructions`` are their logits.
 """
 
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
 
-from taming.modules.losses.base import AutoencoderLoss
+from taming.modules.losses.base import AutoencoderLoss, LossAndLogs, Reconstructions
 
 
 class BCELoss(AutoencoderLoss):
-    """Binary cross entropy per label and pixel, in nats; the codebook loss does not count."""
+    """Binary cross entropy per label and pixel, in nats, without the codebook loss."""
 
-    discriminator = None
-
-    def forward(
-        self,
-        codebook_loss: Tensor,
-        inputs: Tensor,
-        reconstructions: Tensor,
-        optimizer_idx: int,
-        global_step: int,
-        last_layer: Tensor | None = None,
-        cond: Tensor | None = None,
-        split: str = "train",
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss; see `AutoencoderLoss.forward`."""
-        loss = F.binary_cross_entropy_with_logits(reconstructions.float(), inputs.float())
-        return loss, {f"{split}/{name}": loss.detach() for name in ("total_loss", "bce_loss")}
+    def generator_loss(self, batch: Reconstructions) -> LossAndLogs:
+        """Compute the cross entropy."""
+        loss = F.binary_cross_entropy_with_logits(batch.fakes, batch.images)
+        return loss, {"total_loss": loss, "bce_loss": loss}
 
 
-class BCELossWithQuant(AutoencoderLoss):
+class BCELossWithQuant(BCELoss):
     """Binary cross entropy per label and pixel, in nats, plus the codebook loss.
 
     Args:
         codebook_weight: Factor of the codebook loss.
     """
 
-    discriminator = None
-
     def __init__(self, codebook_weight: float = 1.0) -> None:
         super().__init__()
         self.codebook_weight = codebook_weight
 
-    def forward(
-        self,
-        codebook_loss: Tensor,
-        inputs: Tensor,
-        reconstructions: Tensor,
-        optimizer_idx: int,
-        global_step: int,
-        last_layer: Tensor | None = None,
-        cond: Tensor | None = None,
-        split: str = "train",
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss; see `AutoencoderLoss.forward`."""
-        bce_loss = F.binary_cross_entropy_with_logits(reconstructions.float(), inputs.float())
-        quant_loss = codebook_loss.float().mean()
-        loss = bce_loss + self.codebook_weight * quant_loss
-        log = {"total_loss": loss, "bce_loss": bce_loss, "quant_loss": quant_loss}
-        return loss, {f"{split}/{name}": value.detach() for name, value in log.items()}
+    def generator_loss(self, batch: Reconstructions) -> LossAndLogs:
+        """Add the weighted codebook loss to the cross entropy."""
+        bce_loss, logs = super().generator_loss(batch)
+        loss = bce_loss + self.codebook_weight * batch.quant_loss
+        return loss, logs | {"total_loss": loss, "quant_loss": batch.quant_loss}

@@ -1,6 +1,6 @@
 """The VQGAN's loss: pixels, perception and an adversary (Esser et al. 2021, arXiv:2012.09841).
 
-Axis letters: B batch, C channels, H W image, h w grid of the discriminator's patches.
+Axis letters: B images, C channels, H W image, h w grid of the discriminator's patches.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from taming.modules.distributed import sum_over_ranks
 from taming.modules.losses.base import (
-    DISCRIMINATOR,
-    GENERATOR,
     AutoencoderLoss,
+    LossAndLogs,
+    Reconstructions,
     pixel_distance,
 )
 from taming.modules.losses.lpips import LPIPS
@@ -26,35 +26,34 @@ def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: flo
 
 
 def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Return the hinge loss of a discriminator: 0 where real > 1 and fake < -1."""
+    """Compute a discriminator's hinge loss: 0 where real > 1 and fake < -1."""
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
 
 
 def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Return the cross entropy of a discriminator (half the sum over real and fake), in nats."""
+    """Compute a discriminator's cross entropy, averaged over real and fake, in nats."""
     return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
 
 
 DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
 
 
-# A power of two, which changes no digit, lifts what half precision would round to zero.
+# Keeps gradients in half precision from underflowing; a power of two changes no digit.
 SCALE = 1024.0
 
 
 def adaptive_weight(
     nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor, max_weight: float
 ) -> Tensor:
-    """Weigh the adversary so that it pulls as hard as the reconstruction (equation 7).
+    """Balance the adversary's gradient against the reconstruction's (equation 7).
 
-    |d nll / d last_layer| / (|d g / d last_layer| + 1e-4), with gradients of the whole batch, that
-    is averaged over all ranks, so that the ranks agree. A step whose gradients overflow has weight
-    0, rather than a limit that nothing but the overflow chose.
+    |d nll / d last_layer| / (|d g / d last_layer| + 1e-4), with gradients averaged over all ranks,
+    so that the ranks agree. A step whose gradients overflow gets weight 0.
 
     Args:
         nll_loss: Scalar, reconstruction loss.
         g_loss: Scalar, adversarial loss of the generator.
-        last_layer: The weight that both are differentiated by.
+        last_layer: Weight by which both are differentiated.
         max_weight: Upper bound of the result.
 
     Returns:
@@ -72,26 +71,10 @@ def adaptive_weight(
 
 
 class DummyLoss(AutoencoderLoss):
-    """Stands where a model that is only used, never trained, has no need of a loss."""
+    """Placeholder for models that are used but not trained."""
 
-    discriminator = None
-
-    def forward(
-        self,
-        codebook_loss: Tensor,
-        inputs: Tensor,
-        reconstructions: Tensor,
-        optimizer_idx: int,
-        global_step: int,
-        last_layer: Tensor | None = None,
-        cond: Tensor | None = None,
-        split: str = "train",
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Refuse: there is nothing to train on.
-
-        Raises:
-            ValueError: Always.
-        """
+    def generator_loss(self, batch: Reconstructions) -> LossAndLogs:
+        """Refuse to train."""
         raise ValueError(
             "DummyLoss has no value to train on: set lossconfig.target to a loss such as "
             "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
@@ -105,24 +88,23 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
         disc_start: Generator step from which the discriminator trains and counts.
         codebook_weight: Factor of the codebook loss.
         pixelloss_weight: Factor of the pixel difference.
-        disc_num_layers: See `NLayerDiscriminator`.
+        disc_num_layers: Strided convolutions of the discriminator.
         disc_in_channels: C of the images, plus C' of the condition if ``disc_conditional``.
         disc_factor: Factor of both adversarial losses; 0 turns the adversary off.
-        disc_weight: Further factor of the generator's, times the adaptive weight.
-        perceptual_weight: Factor of LPIPS; at 0 its network is not even built.
-        use_actnorm: See `NLayerDiscriminator`.
-        disc_conditional: The discriminator also sees ``cond``.
-        disc_ndf: See `NLayerDiscriminator`.
+        disc_weight: Factor of the generator's adversarial loss, beside the adaptive weight.
+        perceptual_weight: Factor of LPIPS; 0 does not build its network.
+        use_actnorm: Normalise the discriminator by `ActNorm` instead of batch norm.
+        disc_conditional: Show ``cond`` to the discriminator.
+        disc_ndf: Channels of the discriminator's first layer.
         disc_loss: "hinge" or "vanilla".
         disc_ramp_steps: Generator steps after ``disc_start`` over which the generator's adversarial
-            term grows linearly from 0; the discriminator trains at once, so it is warm by then.
+            term grows linearly from 0, while the discriminator already trains at full weight.
         max_d_weight: Upper bound of the adaptive weight.
         perceptual_pretrained: Fetch the weights of LPIPS; False if a checkpoint brings them.
-        distance: Of pixels, "l1" as the original's or "l2", which learns colours sooner.
+        distance: Pixel distance: "l1" as in the original, or "l2", which learns colours sooner.
 
     Raises:
-        ValueError: ``disc_loss`` or ``distance`` is unknown, or a number of steps or a weight is
-            negative.
+        ValueError: ``disc_loss`` or ``distance`` is unknown, or a step count or weight is negative.
     """
 
     discriminator: NLayerDiscriminator
@@ -173,58 +155,18 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
         if self.perceptual_loss is not None:
             self.perceptual_loss.fetch_weights()
 
-    def forward(
-        self,
-        codebook_loss: Tensor,
-        inputs: Tensor,
-        reconstructions: Tensor,
-        optimizer_idx: int,
-        global_step: int,
-        last_layer: Tensor | None = None,
-        cond: Tensor | None = None,
-        split: str = "train",
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of the autoencoder (0) or the discriminator (1).
-
-        See `AutoencoderLoss.forward`. ``last_layer`` is needed where the autoencoder trains.
-
-        Raises:
-            ValueError: ``optimizer_idx`` is neither, ``cond`` is missing or unexpected, or
-                ``last_layer`` is missing.
-        """
-        images, fakes = inputs.float(), reconstructions.float()
-        cond = None if cond is None else cond.float()
-        with torch.autocast(fakes.device.type, enabled=False):
-            if optimizer_idx == GENERATOR:
-                loss, log = self.generator_loss(
-                    codebook_loss.float().mean(), images, fakes, global_step, last_layer, cond
-                )
-            elif optimizer_idx == DISCRIMINATOR:
-                loss, log = self.discriminator_loss(images, fakes, global_step, cond)
-            else:
-                raise ValueError(f"optimizer_idx must be 0 or 1, got {optimizer_idx}")
-        return loss, {f"{split}/{name}": value.detach() for name, value in log.items()}
-
-    def generator_loss(
-        self,
-        quant_loss: Tensor,
-        images: Tensor,
-        fakes: Tensor,
-        global_step: int,
-        last_layer: Tensor | None,
-        cond: Tensor | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute what the autoencoder minimises; arguments as in `forward`, all float32."""
-        rec_loss, p_loss = self.reconstruction_loss(images, fakes)
-        g_loss = -self.judge(fakes, cond).mean()
-        d_weight = self.weigh_adversary(rec_loss, g_loss, last_layer)
-        factor = self.generator_factor(global_step)
-        loss = rec_loss + self.codebook_weight * quant_loss
+    def generator_loss(self, batch: Reconstructions) -> LossAndLogs:
+        """Compute what the autoencoder minimises: equation 6, with a perceptual distance."""
+        rec_loss, p_loss = self.reconstruction_loss(batch.images, batch.fakes)
+        g_loss = -self.judge(batch.fakes, batch.cond).mean()
+        d_weight = self.weigh_adversary(rec_loss, g_loss, batch.last_layer)
+        factor = self.generator_factor(batch.global_step)
+        loss = rec_loss + self.codebook_weight * batch.quant_loss
         if factor:
             loss = loss + d_weight * factor * g_loss
         return loss, {
             "total_loss": loss,
-            "quant_loss": quant_loss,
+            "quant_loss": batch.quant_loss,
             "nll_loss": rec_loss,
             "rec_loss": rec_loss,
             "p_loss": p_loss,
@@ -233,13 +175,11 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
             "g_loss": g_loss,
         }
 
-    def discriminator_loss(
-        self, images: Tensor, fakes: Tensor, global_step: int, cond: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute what the discriminator minimises; arguments as in `forward`, all float32."""
-        logits_real = self.judge(images.detach(), cond)
-        logits_fake = self.judge(fakes.detach(), cond)
-        factor = adopt_weight(self.disc_factor, global_step, threshold=self.disc_start)
+    def discriminator_loss(self, batch: Reconstructions) -> LossAndLogs:
+        """Compute what the discriminator minimises; no gradient reaches the autoencoder."""
+        logits_real = self.judge(batch.images.detach(), batch.cond)
+        logits_fake = self.judge(batch.fakes.detach(), batch.cond)
+        factor = adopt_weight(self.disc_factor, batch.global_step, threshold=self.disc_start)
         loss = factor * self.disc_loss(logits_real, logits_fake)
         return loss, {
             "disc_loss": loss,
@@ -248,7 +188,7 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
         }
 
     def reconstruction_loss(self, images: Tensor, fakes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted mean difference and, by itself, the mean LPIPS in it; scalars."""
+        """Return pixel plus perceptual distance, weighted, and the mean LPIPS alone; scalars."""
         rec_loss = self.pixel_weight * self.pixel_distance(fakes, images)
         if self.perceptual_loss is None:
             return rec_loss, rec_loss.new_zeros(())
@@ -256,7 +196,7 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
         return rec_loss + self.perceptual_weight * p_loss, p_loss
 
     def judge(self, images: Tensor, cond: Tensor | None) -> Tensor:
-        """Map images (B, C, H, W), and the condition if there is one, to logits (B, 1, h, w)."""
+        """Map images (B, C, H, W) and their condition, if any, to logits (B, 1, h, w)."""
         if self.disc_conditional != (cond is not None):
             raise ValueError(
                 f"disc_conditional is {self.disc_conditional}, but a condition is "
@@ -267,7 +207,7 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
     def weigh_adversary(
         self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor | None
     ) -> Tensor:
-        """Return the adversary's weight; 0 where nothing is differentiated, as in validation."""
+        """Return the adversary's weight, or 0 without gradients, as in validation."""
         if not nll_loss.requires_grad:
             return nll_loss.new_zeros(())
         if last_layer is None:

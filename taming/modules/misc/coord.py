@@ -1,30 +1,36 @@
-"""Where in an image each site lies, as the condition of a prior that draws parts of images.
+"""The place of each site in an image, as the condition of a prior that samples parts of images.
 
 Axis letters: B images, H W image, h w grid.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from taming.modules.util import Quantized
+from taming.modules.util import ConditionStage, Quantized
 
 
-class CoordStage:
-    """Rounds a map of coordinates to tokens; stands where a prior expects a condition's tokenizer.
+class CoordStage(ConditionStage):
+    """Rounds a map of coordinates to tokens.
 
     Args:
         n_embed: Tokens from 0 to 1; a coordinate of exactly 1 becomes token ``n_embed``.
-        down_factor: Height and width are divided by this.
+        down_factor: Divisor of height and width.
     """
+
+    condition_length = None  # follows from the size of the map
 
     def __init__(self, n_embed: int, down_factor: int) -> None:
         self.n_embed = n_embed
+        self.condition_vocab_size = n_embed  # the mean coordinate of a site is below 1
         self.down_factor = down_factor
 
     def eval(self) -> CoordStage:
-        """Return itself: there is nothing to switch."""
+        """Return the stage; it has only one mode."""
         return self
 
     def encode(self, c: Tensor) -> Quantized:
@@ -52,3 +58,10 @@ class CoordStage:
     def decode(self, c: Tensor) -> Tensor:
         """Map rounded numbers (B, 1, h, w) to coordinates (B, 1, H, W) in [0, 1]."""
         return F.interpolate(c / self.n_embed, scale_factor=self.down_factor, mode="nearest")
+
+    def condition_pictures(
+        self, c: Tensor, quant_c: Tensor, size: tuple[int, int], datasets: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return the maps (B, 3, H, W), given and decoded, in shades of grey."""
+        maps = {"conditioning": c, "conditioning_rec": self.decode(quant_c)}
+        return {name: picture.expand(-1, 3, -1, -1) for name, picture in maps.items()}

@@ -8,7 +8,7 @@ Axis letters: B images, C channels, h w grid, T turns, M symbols of a site, V va
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,17 @@ class PixelCNN(nn.Module):
     """Distribution of codes (B, h, w, T), given a class; for any grid.
 
     Args:
-        site: How a site's codes are written as symbols.
-        n_classes: Number of classes; 1 if there are none to tell apart.
-        stacks: What looks at the sites before each site.
+        site: The symbols of a site's codes.
+        n_classes: Number of classes; 1 for an unconditional model.
+        stacks: Gathers the sites before each site.
+
+    Example:
+        >>> site = SiteSymbols(n_e=5, max_loops=3, dummies=False)
+        >>> net = PixelCNN(site, n_classes=2, stacks=GatedStacks(channels=8, layers=2))
+        >>> blank, labels = torch.zeros(4, 2, 2, 3, dtype=torch.int64), torch.tensor([0, 0, 1, 1])
+        >>> codes = net.sample(blank, labels, lambda logits: logits.argmax(dim=-1))
+        >>> codes.shape, net.nll(codes, labels).shape
+        (torch.Size([4, 2, 2, 3]), torch.Size([4]))
     """
 
     def __init__(self, site: SiteSymbols, n_classes: int, stacks: GatedStacks) -> None:
@@ -44,7 +52,7 @@ class PixelCNN(nn.Module):
             labels: (B,) int64 classes.
 
         Returns:
-            Logits (B, h, w, V), one for each of the M symbols.
+            Logits (B, h, w, V) of each of the M symbols.
         """
         x = rearrange(self.embed(symbols), "b h w c -> b c h w")
         x = self.stacks(x, self.classes(labels))
@@ -52,7 +60,7 @@ class PixelCNN(nn.Module):
         return [self.head(sites, symbols[..., :place]) for place in range(symbols.shape[-1])]
 
     def nll(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Return -log p (B,) of codes (B, h, w, T) of classes (B,): exact, in nats, float32."""
+        """Return the exact -log p (B,) of codes (B, h, w, T) of classes (B,): nats, float32."""
         symbols = self.site.of_codes(codes)
         parts = [
             F.cross_entropy(
@@ -66,60 +74,60 @@ class PixelCNN(nn.Module):
         return torch.stack(parts).sum(dim=0)
 
     @torch.no_grad()
-    def write(
+    def sample(
         self,
         codes: Tensor,
         labels: Tensor,
-        draw: Callable[[Tensor], Tensor],
+        sample_symbol: Callable[[Tensor], Tensor],
         known: Tensor | None = None,
-    ) -> Iterator[int]:
-        """Draw sites in raster order, in place, for about the arithmetic of one `forward` in all.
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Sample sites in raster order, for about the arithmetic of one `forward` in all.
 
         The vertical stack goes once over each row and the horizontal one once over each site; both
         keep what they need of the rows and columns before.
 
         Args:
-            codes: (B, h, w, T) int64; what stands in sites that are still to be drawn is not read.
+            codes: (B, h, w, T) int64; the codes of unknown sites are ignored.
             labels: (B,) int64 classes.
-            draw: Turns logits (B, V) into symbols (B,).
+            sample_symbol: Maps logits (B, V) to symbols (B,).
             known: (h, w) bool, sites that stay as they are; None for none.
+            callback: Called after each site from the first unknown one to the last, with the number
+                of sites up to it and the codes (B, h, w, T) so far, which are not to be changed.
 
-        Yields:
-            Number of sites that are written, after each one from the first that is drawn.
+        Returns:
+            (B, h, w, T) int64.
         """
-        _, h, w, _ = codes.shape
+        codes, (h, w) = codes.clone(), codes.shape[1:3]
         kept = codes.new_zeros(h, w, dtype=torch.bool) if known is None else known
-        start = int(kept.flatten().long().cumprod(0).sum())
-        condition, first = self.classes(labels), start // w
+        unknown = (~kept).flatten().nonzero()[:, 0].tolist()
+        if not unknown:
+            return codes
+        condition, first, last = self.classes(labels), unknown[0], unknown[-1]
         past = self.stacks.no_past(condition, self.stacks.back, w)
-        # Each row is drawn from those above it: moved down by one, and the known ones all at once.
-        above = F.pad(self._embed(codes[:, :first]), (0, 0, 1, 0))
-        for row in range(first, h):
-            told = [part[:, :, -1:] for part in self.stacks.down(above, condition, past)]
-            for column in self._write_row(codes[:, row], told, draw, kept[row].tolist()):
-                if row * w + column >= start:
-                    yield row * w + column + 1
+        # Each row follows from those above it: shifted down by one, the known ones all at once.
+        above = F.pad(self._embed(codes[:, : first // w]), (0, 0, 1, 0))
+        for row in range(first // w, last // w + 1):
+            features = [part[:, :, -1:] for part in self.stacks.down(above, condition, past)]
+            row_past = self.stacks.no_past(features[0], 1, self.stacks.back)
+            left = torch.zeros_like(row_past[0][..., :1])  # (B, C, 1, 1)
+            for column in range(min(w, last + 1 - row * w)):
+                here = [part[..., column : column + 1] for part in features]
+                x = self.stacks.right(left, here, row_past)  # (B, C, 1, 1)
+                if not kept[row, column]:
+                    codes[:, row, column] = self._sample_site(x[:, :, 0, 0], sample_symbol)
+                if callback is not None and row * w + column >= first:
+                    callback(row * w + column + 1, codes)
+                left = self._embed(codes[:, row : row + 1, column : column + 1])
             above = self._embed(codes[:, row : row + 1])
+        return codes
 
-    def _write_row(
-        self, row: Tensor, above: list[Tensor], draw: Callable[[Tensor], Tensor], kept: list[bool]
-    ) -> Iterator[int]:
-        """Draw a row of codes (B, w, T) where it is not kept; yields each column."""
-        past = self.stacks.no_past(above[0], 1, self.stacks.back)
-        left = torch.zeros_like(past[0][..., :1])
-        for column in range(row.shape[1]):
-            told = [part[..., column : column + 1] for part in above]
-            x = self.stacks.right(left, told, past)
-            if not kept[column]:
-                row[:, column] = self._draw_site(x[:, :, 0, 0], draw)
-            yield column
-            left = self._embed(row[:, None, column : column + 1])
-
-    def _draw_site(self, x: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
-        """Draw a site's codes (B, T) from what the others say, (B, C)."""
+    def _sample_site(self, x: Tensor, sample_symbol: Callable[[Tensor], Tensor]) -> Tensor:
+        """Sample a site's codes (B, T) given the features (B, C) of the sites before it."""
         symbols = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
         for _ in self.site.sizes:
-            symbols = torch.cat([symbols, draw(self.head(x, symbols))[:, None]], dim=1)
+            symbol = sample_symbol(self.head(x, symbols))
+            symbols = torch.cat([symbols, symbol[:, None]], dim=1)
         return self.site.to_codes(symbols)
 
     def _embed(self, codes: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ ABSENT = -1
 
 
 class SiteSymbols:
-    """Codes (..., T) <-> symbols (..., M): length - 1, then each code; -1 where there is none.
+    """Codes (..., T) <-> symbols (..., M): length - 1, then each code; -1 for absent codes.
 
-    A site of ``D,D,A'`` has two symbols, for its dummies follow from its length; one of
-    ``A1,A2,A3`` has up to T + 1. Where T is 1, there is only the code.
+    A site of ``D,D,A'`` has two symbols, since its dummies follow from its length; one of
+    ``A1,A2,A3`` has up to T + 1. Where T is 1, the only symbol is the code.
 
     Args:
         n_e: K, number of codes.
@@ -35,25 +35,25 @@ class SiteSymbols:
         self.sizes = [n_e] if max_loops == 1 else [max_loops, *[n_e] * codes]
 
     def of_codes(self, codes: Tensor) -> Tensor:
-        """Turn valid codes (..., T) int64 into symbols (..., M)."""
+        """Encode valid codes (..., T) int64 as symbols (..., M)."""
         if self.max_loops == 1:
             return codes
         last = (codes >= 0).sum(dim=-1, keepdim=True) - 1
         return torch.cat([last, codes.gather(-1, last) if self.dummies else codes], dim=-1)
 
     def to_codes(self, symbols: Tensor) -> Tensor:
-        """Turn symbols (..., M) into codes (..., T); what comes after a site's end is not read."""
+        """Decode symbols (..., M) to codes (..., T); symbols after a site's end are ignored."""
         if self.max_loops == 1:
             return symbols
         last, codes = symbols[..., :1], symbols[..., 1:]
-        slot = torch.arange(self.max_loops, device=symbols.device)
+        turn = torch.arange(self.max_loops, device=symbols.device)
         if self.dummies:
-            codes = torch.where(slot < last, self.n_e, codes)
-        return torch.where(slot <= last, codes, ABSENT)
+            codes = torch.where(turn < last, self.n_e, codes)
+        return torch.where(turn <= last, codes, ABSENT)
 
 
 class SymbolEmbedding(nn.Module):
-    """Learned vectors for the symbols of a site, summed; nothing for absent ones.
+    """Sum of learned vectors for the symbols of a site; absent symbols add zero.
 
     Args:
         sizes: V of each symbol.
@@ -75,7 +75,7 @@ class SymbolEmbedding(nn.Module):
 
 
 class SiteHead(nn.Module):
-    """Predicts the symbols of a site one after the other.
+    """Prediction of a site's symbols, one after the other.
 
     Args:
         sizes: V of each symbol.
@@ -90,10 +90,10 @@ class SiteHead(nn.Module):
         self.out = nn.ModuleList(nn.Linear(2 * channels, size) for size in sizes)
 
     def forward(self, site: Tensor, before: Tensor) -> Tensor:
-        """Predict the symbol that comes after those given.
+        """Predict the symbol after the given ones.
 
         Args:
-            site: (..., C), what the other sites say.
+            site: (..., C), features of the sites before.
             before: (..., m) int64, the site's first m symbols, m < M.
 
         Returns:

@@ -2,8 +2,8 @@
 
 From van den Oord et al. 2016 (arXiv:1606.05328, section 2). The vertical stack sees the rows above
 a site, the horizontal stack the sites to its left and, through the vertical one, those above:
-together all earlier sites and no others. Instead of masked kernels, the inputs are moved on by one
-row or column, and every convolution looks back only.
+together all earlier sites and no others. Instead of masked kernels, the inputs are shifted by one
+row or column, and every convolution only looks back.
 
 Axis letters: B images, C channels, h w grid, n rows or columns that a convolution looks back.
 """
@@ -14,23 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What each layer was given in the last n rows (or columns), as it needs them for the next ones.
+# Each layer's inputs in the last n rows (or columns), which the next rows (or columns) need.
 Past = list[Tensor]
 
 
 def gate(x: Tensor) -> Tensor:
-    """Let one half of the channels decide on the other: (B, 2C, h, w) -> (B, C, h, w), eq. 2."""
+    """Gate one half of the channels by the other: (B, 2C, h, w) -> (B, C, h, w), equation 2."""
     signal, opening = x.chunk(2, dim=1)
     return torch.tanh(signal) * torch.sigmoid(opening)
 
 
 def shift_down(x: Tensor) -> Tensor:
-    """Move (B, C, h, w) down by one row; zeros come in."""
+    """Shift (B, C, h, w) down by one row, and fill with zeros."""
     return F.pad(x, (0, 0, 1, 0))[:, :, :-1]
 
 
 def shift_right(x: Tensor) -> Tensor:
-    """Move (B, C, h, w) right by one column; zeros come in."""
+    """Shift (B, C, h, w) right by one column, and fill with zeros."""
     return F.pad(x, (1, 0))[..., :-1]
 
 
@@ -40,7 +40,7 @@ class GatedLayer(nn.Module):
     Args:
         channels: C.
         kernel_size: Sites that the vertical stack sees side by side; odd.
-        dropout: Of what the gates let through, in [0, 1).
+        dropout: Dropout of the gates' outputs, in [0, 1).
     """
 
     def __init__(self, channels: int, kernel_size: int, dropout: float) -> None:
@@ -64,7 +64,7 @@ class GatedLayer(nn.Module):
             condition: (B, C).
 
         Returns:
-            (B, C, rows, w), and what the horizontal stack is told, (B, 2C, rows, w).
+            (B, C, rows, w), and the input to the horizontal stack, (B, 2C, rows, w).
         """
         rows = x.shape[2] - self.vertical.kernel_size[0] + 1
         to_vertical, to_horizontal = self.condition(condition)[..., None, None].chunk(2, dim=1)
@@ -78,7 +78,7 @@ class GatedLayer(nn.Module):
 
         Args:
             x: (B, C, rows, n + columns), the columns and the n before them.
-            above: (B, 2C, rows, columns), what `down` tells it.
+            above: (B, 2C, rows, columns), the second output of `down`.
 
         Returns:
             (B, C, rows, columns) twice: for the next layer, and for the output.
@@ -88,16 +88,16 @@ class GatedLayer(nn.Module):
 
 
 class GatedStacks(nn.Module):
-    """Vertical and horizontal stack: what is known of each site from those before it.
+    """Vertical and horizontal stack: features of each site from the sites before it.
 
     Args:
         channels: C.
         layers: Layers of each stack.
         kernel_size: Odd, at least 3: n = kernel_size // 2.
-        dropout: See `GatedLayer`.
+        dropout: Dropout of the gates' outputs, in [0, 1).
 
     Raises:
-        ValueError: ``kernel_size`` is even or too small, or there is no layer.
+        ValueError: ``kernel_size`` is even or too small, or ``layers`` is 0.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class GatedStacks(nn.Module):
         )
 
     def no_past(self, like: Tensor, height: int, width: int) -> Past:
-        """Zeros (B, C, height, width) per layer: what stands before the first row or column."""
+        """Return zeros (B, C, height, width) per layer: the past of the first row or column."""
         return [like.new_zeros(len(like), self.channels, height, width) for _ in self.layers]
 
     def down(self, x: Tensor, condition: Tensor, past: Past) -> list[Tensor]:
@@ -124,18 +124,18 @@ class GatedStacks(nn.Module):
         Args:
             x: (B, C, rows, w), the embedded row above each row.
             condition: (B, C).
-            past: (B, C, n, w) per layer; replaced by what the rows after these need.
+            past: (B, C, n, w) per layer; replaced by the past of the rows after these.
 
         Returns:
             (B, 2C, rows, w) per layer, for `right`.
         """
-        told = []
+        outputs = []
         for number, layer in enumerate(self.layers):
             seen = torch.cat([past[number], x], dim=2)
             past[number] = seen[:, :, -self.back :]
             x, above = layer.down(seen, condition)
-            told.append(above)
-        return told
+            outputs.append(above)
+        return outputs
 
     def right(self, x: Tensor, above: list[Tensor], past: Past) -> Tensor:
         """Run the horizontal stack over further columns.
@@ -143,21 +143,21 @@ class GatedStacks(nn.Module):
         Args:
             x: (B, C, rows, columns), the embedded site to the left of each site.
             above: (B, 2C, rows, columns) per layer, from `down`.
-            past: (B, C, rows, n) per layer; replaced by what the columns after these need.
+            past: (B, C, rows, n) per layer; replaced by the past of the columns after these.
 
         Returns:
             (B, C, rows, columns).
         """
         skips = []
-        for number, (layer, told) in enumerate(zip(self.layers, above, strict=True)):
+        for number, (layer, part) in enumerate(zip(self.layers, above, strict=True)):
             seen = torch.cat([past[number], x], dim=3)
             past[number] = seen[..., -self.back :]
-            x, skip = layer.right(seen, told)
+            x, skip = layer.right(seen, part)
             skips.append(skip)
         return F.silu(torch.stack(skips).sum(dim=0))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Gather for each site what the sites before it, in raster order, say.
+        """Compute features of each site from the sites before it in raster order.
 
         Args:
             x: (B, C, h, w), the embedded sites.

@@ -1,7 +1,7 @@
 """The grammar of token sequences: one sequence per image, site by site.
 
-A grammar says where each token belongs and which tokens may come next, so that a model knows the
-place of the token it predicts and every sample decodes.
+A grammar gives the place of each token before the token itself, and the tokens that may come next,
+so that a model can embed the place of the token it predicts and every sample decodes.
 
 Axis letters: B images, h w grid, S = h w sites, T turns, L tokens, K codes, V vocabulary.
 """
@@ -19,11 +19,11 @@ PAD = -1
 
 
 class GrammarState(NamedTuple):
-    """Where sequences stand before a token; all fields int64 of one shape, (B,) or (B, L).
+    """State of sequences before a token; all fields int64 of one shape, (B,) or (B, L).
 
     Attributes:
-        site: Sites finished, which is the number of the token's site in the sequence's order.
-        depth: Tokens already written in this site.
+        site: Number of finished sites, which is the number of the token's site in the sequence.
+        depth: Place of the token within its site.
         left: Codes still to come in this site after its count token; 0 if none is announced.
     """
 
@@ -33,50 +33,49 @@ class GrammarState(NamedTuple):
 
 
 class TokenSequence(ABC):
-    """A way to write the codes of an image as one sequence of tokens.
+    """A notation for the codes of an image as one sequence of tokens.
 
     Args:
         n_e: K, number of codes.
-        max_loops: T, slots per site.
+        max_loops: T, most codes per site.
+        dummies: True for codes of the form ``D,D,A'``, False for ``A1,A2,A3``.
 
     Attributes:
         vocab_size: V, number of different tokens.
         site_tokens: Most tokens that one site can take.
         restricted: False if every token may come next everywhere.
-        dummies: Whether the slots before a site's last are dummies, as in ``D,D,A'``, not codes.
     """
 
     vocab_size: int
     site_tokens: int
     restricted: bool = True
-    dummies: bool = False
 
-    def __init__(self, n_e: int, max_loops: int) -> None:
+    def __init__(self, n_e: int, max_loops: int, dummies: bool) -> None:
         if n_e < 1 or max_loops < 1:
             raise ValueError(f"n_e and max_loops must be at least 1, got {n_e} and {max_loops}")
-        self.n_e = n_e
-        self.max_loops = max_loops
+        self.n_e, self.max_loops, self.dummies = n_e, max_loops, dummies
 
     def encode(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Write codes as tokens.
+        """Encode codes as tokens.
 
         Args:
-            codes: (B, h, w, T) or (B, h, w) int64; slots after a site's end are -1.
+            codes: (B, h, w, T) or (B, h, w) int64, -1 after a site's end.
 
         Returns:
             tokens: (B, L) int64, -1 after each sequence's end; L is the longest length.
             lengths: (B,) int64.
         """
-        slots = self._write(codes.reshape(len(codes), -1, self.max_loops)).flatten(1)
-        present = slots >= 0
+        table = self._encode_sites(codes.reshape(len(codes), -1, self.max_loops)).flatten(1)
+        present = table >= 0  # (B, S P), P places per site of which some hold no token
         lengths = present.sum(dim=1)
-        # Absent slots all go to one column past the end, which is then cut off.
-        place = torch.where(present, present.cumsum(dim=1) - 1, lengths.max())
-        tokens = slots.new_full((len(codes), int(lengths.max()) + 1), PAD)
-        return tokens.scatter_(1, place, slots)[:, :-1], lengths
+        # A token moves to the left past the empty places; those all go to one column past the end,
+        # which is then cut off.
+        column = torch.where(present, present.cumsum(dim=1) - 1, lengths.max())  # (B, S P)
+        tokens = table.new_full((len(codes), int(lengths.max()) + 1), PAD)
+        return tokens.scatter_(1, column, table)[:, :-1], lengths
 
     def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Read tokens back into codes; the inverse of `encode`.
+        """Decode tokens into codes; the inverse of `encode`.
 
         Args:
             tokens: (B, L) int64, -1 after each sequence's end.
@@ -93,8 +92,8 @@ class TokenSequence(ABC):
         states, sites = self.states(tokens), grid[0] * grid[1]
         beyond = (tokens >= 0) & (states.site >= sites)
         _refuse(beyond, tokens, f"follows the last of {sites} sites")
-        codes = self._read(tokens, states, sites)
-        # A sequence is valid if and only if writing what was read gives it again.
+        codes = self._decode_sites(tokens, states, sites)  # (B, S, T)
+        # A sequence is valid if and only if encoding the result gives it again.
         again, _ = self.encode(codes)
         given = F.pad(tokens, (0, max(0, again.shape[1] - tokens.shape[1])), value=PAD)
         again = F.pad(again, (0, given.shape[1] - again.shape[1]), value=PAD)
@@ -106,37 +105,30 @@ class TokenSequence(ABC):
             raise ValueError(f"sequence {row}: site {site} of {sites} has no code")
         return codes.reshape(len(tokens), *grid, self.max_loops)
 
-    def sites(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Place of each token in raster order, known before the token itself.
-
-        Args:
-            tokens: (B, L) int64.
-            grid: (h, w).
-
-        Returns:
-            (B, L, 3) int64: row, column and depth (tokens already written in the site); 0 for -1.
-        """
-        return place(self.states(tokens), grid) * (tokens >= 0)[..., None]
-
     @abstractmethod
     def states(self, tokens: Tensor) -> GrammarState:
-        """State (B, L) before each token of valid sequences (B, L)."""
+        """Compute the state (B, L) before each token of valid sequences (B, L)."""
 
     @abstractmethod
     def advance(self, state: GrammarState, tokens: Tensor) -> GrammarState:
-        """State after one more token (B,) each, which the grammar allowed."""
+        """Compute the state after one more allowed token (B,) of each sequence."""
 
     @abstractmethod
     def allowed(self, state: GrammarState) -> Tensor:
-        """Which tokens may come next: (..., V) bool for a state of shape (...)."""
+        """Mark the tokens that may come next: (..., V) bool for a state of shape (...)."""
+
+    def everything(self, state: GrammarState) -> Tensor:
+        """Return a mask (..., V) that allows every token after a state of shape (...)."""
+        shape = *state.site.shape, self.vocab_size
+        return torch.ones(shape, dtype=torch.bool, device=state.site.device)
 
     @abstractmethod
-    def _write(self, codes: Tensor) -> Tensor:
-        """Codes (B, S, T) -> tokens (B, S, slots), -1 where there is none."""
+    def _encode_sites(self, codes: Tensor) -> Tensor:
+        """Codes (B, S, T) -> tokens (B, S, P) of each site, -1 in an empty place."""
 
     @abstractmethod
-    def _read(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
-        """Tokens (B, L) and their states -> codes (B, S, T); may be wrong for invalid input."""
+    def _decode_sites(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
+        """Tokens (B, L) and states -> codes (B, S, T); any codes for an invalid sequence."""
 
 
 def _refuse(wrong: Tensor, tokens: Tensor, why: str) -> None:
@@ -149,29 +141,29 @@ def _refuse(wrong: Tensor, tokens: Tensor, why: str) -> None:
 
 
 def by_site(
-    tokens: Tensor, site: Tensor, slot: Tensor, taken: Tensor, shape: tuple[int, int]
+    tokens: Tensor, site: Tensor, depth: Tensor, kept: Tensor, shape: tuple[int, int]
 ) -> Tensor:
     """Lay out sequences by site.
 
     Args:
         tokens: (B, L) int64.
         site: (B, L) int64, the site of each token.
-        slot: (B, L) int64, its place in the site.
-        taken: (B, L) bool, the tokens to lay out.
-        shape: (S, T). Tokens of later sites or slots are left out.
+        depth: (B, L) int64, its place in the site.
+        kept: (B, L) bool, the tokens to lay out.
+        shape: (S, P), sites and places per site. Tokens outside are left out.
 
     Returns:
-        (B, S, T) int64, -1 where there is no token.
+        (B, S, P) int64, -1 where there is no token.
     """
-    sites, slots = shape
-    taken = taken & (site < sites) & (slot < slots)
-    # What is left out goes to one column past the end, which is then cut off.
-    target = torch.where(taken, site * slots + slot, sites * slots)
-    table = tokens.new_full((len(tokens), sites * slots + 1), PAD)
-    return table.scatter_(1, target, tokens)[:, :-1].unflatten(1, shape)
+    sites, places = shape
+    kept = kept & (site < sites) & (depth < places)
+    # Tokens left out go to one column past the end, which is then cut off.
+    column = torch.where(kept, site * places + depth, sites * places)  # (B, L)
+    table = tokens.new_full((len(tokens), sites * places + 1), PAD)
+    return table.scatter_(1, column, tokens)[:, :-1].unflatten(1, shape)  # (B, S, P)
 
 
 def place(state: GrammarState, grid: tuple[int, int]) -> Tensor:
-    """Row, column and depth (..., 3) of what states of shape (...) wait for, in raster order."""
+    """Row, column and depth (..., 3) of the token after a state of shape (...), in raster order."""
     row = (state.site // grid[1]).clamp(max=grid[0] - 1)
     return torch.stack([row, state.site % grid[1], state.depth], dim=-1)

@@ -1,6 +1,7 @@
-"""Building blocks of the transformer: sizes, attention, and places.
+"""Building blocks of the transformer: sizes, places, cache, attention, block.
 
-Axis letters: B sequences, L tokens, P cached tokens, C channels.
+Axis letters: B sequences, L tokens, P cached tokens, S tokens with a place, C channels, N heads,
+E = C / N channels of a head.
 """
 
 from __future__ import annotations
@@ -15,108 +16,8 @@ from torch import Tensor, nn
 
 
 @dataclass
-class KVCache:
-    """Keys and values of the tokens so far, in memory that is taken once.
-
-    Attributes:
-        size: Most tokens that fit.
-        keys: One (B, heads, size, C / heads) tensor per layer, made when its first keys come.
-        values: Likewise.
-        length: P, tokens that are in.
-        first: (B, C), the first input of each sequence, which adaptive norms look at.
-    """
-
-    size: int
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    length: int = 0
-    first: Tensor | None = None
-
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values (B, heads, L, C / heads) of new tokens of one layer.
-
-        Returns:
-            Those of all P + L tokens.
-        """
-        if layer == len(self.keys):
-            batch, heads, _, channels = key.shape
-            self.keys.append(key.new_empty(batch, heads, self.size, channels))
-            self.values.append(value.new_empty(batch, heads, self.size, channels))
-        # Those of sequences that were not kept stay behind the others.
-        keys, values = self.keys[layer][: len(key)], self.values[layer][: len(value)]
-        end = self.length + key.shape[2]
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
-
-    def keep(self, rows: Tensor) -> None:
-        """Forget all sequences but those numbered ``rows``, (R,) int64; they move to the front."""
-        for part in (*self.keys, *self.values):
-            part[: len(rows), :, : self.length] = part[rows, :, : self.length]
-        if self.first is not None:
-            self.first = self.first[rows]
-
-    def clear(self) -> None:
-        """Forget all tokens; the memory serves as many sequences again, or fewer."""
-        self.length, self.first = 0, None
-
-
-class RotaryEmbedding(nn.Module):
-    """Rotations by row, column and depth, each on a third of the channels of a head.
-
-    Rotary embedding is that of Su et al. 2021 (arXiv:2104.09864), shared out among axes as in Heo
-    et al. 2024 (arXiv:2403.13298, section 3.1) with its lower base, since grids are short.
-
-    Args:
-        channels: E, even and at least 6.
-        base: Ratio of the highest to the lowest frequency.
-
-    Raises:
-        ValueError: The number of channels is odd, or too small.
-    """
-
-    frequency: Tensor
-    axis: Tensor
-
-    def __init__(self, channels: int, base: float = 100.0) -> None:
-        super().__init__()
-        if channels % 2 or channels < 6:
-            raise ValueError(
-                "rotary embedding turns pairs of channels, at least one for each of row, column "
-                f"and depth: n_embd / n_head must be even and at least 6, got {channels}"
-            )
-        pair = torch.arange(channels // 2)
-        share = (pair // 3).float() / ((channels // 2 + 2) // 3)
-        self.register_buffer("frequency", base**-share, persistent=False)
-        self.register_buffer("axis", pair % 3, persistent=False)
-
-    def forward(self, sites: Tensor | None, length: int) -> Tensor | None:
-        """Compute the rotations of L inputs.
-
-        Args:
-            sites: (B, S, 3) int64, places of the last S inputs; None if no input has one.
-            length: L. Inputs without a place are not turned.
-
-        Returns:
-            (2, B, 1, L, E / 2) float32, cosines and sines; None where nothing turns.
-        """
-        if sites is None:
-            return None
-        angles = sites[..., self.axis] * self.frequency
-        angles = F.pad(angles, (0, 0, length - sites.shape[1], 0))[:, None]
-        return torch.stack([angles.cos(), angles.sin()])
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn queries or keys (B, N, L, E) by (2, B, 1, L, E / 2) cosines and sines."""
-    cos, sin = rotation.unbind(0)
-    one, other = x.chunk(2, dim=-1)
-    return torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
-
-
-@dataclass
 class GPTConfig:
-    """Sizes and options of a `GPT`; with the defaults of all options, it is the original's.
+    """Sizes and options of a `GPT`; the defaults of all options give the original's.
 
     Attributes:
         vocab_size: V, number of different tokens.
@@ -127,16 +28,15 @@ class GPTConfig:
         embd_pdrop: Dropout of embeddings, in [0, 1).
         resid_pdrop: Dropout of each residual branch.
         attn_pdrop: Dropout of attention weights.
-        n_unmasked: First tokens that all see each other, such as a condition.
+        n_unmasked: First tokens that all attend to each other, such as a condition.
         site_shape: (rows, columns, depths) of the tables that embed each token's place; None for
-            none, as in the original.
-        rms_norm: Divide by the root mean square (Zhang and Sennrich 2019, arXiv:1910.07467) where
-            the original normalizes layers.
-        rotary: Turn queries and keys by their row, column and depth; see `RotaryEmbedding`.
+            no tables, as in the original.
+        rms_norm: RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) in place of LayerNorm.
+        rotary: Rotate queries and keys by row, column and depth (see `RotaryEmbedding`).
         qk_norm: Normalize queries and keys, which keeps attention from saturating (Dehghani et al.
             2023, arXiv:2302.05442, section 2).
-        swiglu: Gated units (Shazeer 2020, arXiv:2002.05202) of as many parameters in place of the
-            original's hidden layer.
+        swiglu: Gated units (Shazeer 2020, arXiv:2002.05202) in place of the original's hidden
+            layer, with about as many parameters.
         adaptive_norm: Scale, shift and gate every block by the first token, such as a class
             (Peebles and Xie 2023, arXiv:2212.09748; one layer for all blocks as in Chen et al.
             2023, arXiv:2310.00426, section 2.3).
@@ -184,13 +84,129 @@ class GPT1Config(GPTConfig):
     n_embd: int = 768
 
 
+class SiteEmbedding(nn.Module):
+    """Sum of learned vectors for the row, the column and the depth of a token's place."""
+
+    def __init__(self, shape: tuple[int, int, int], n_embd: int) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.tables = nn.ModuleList(nn.Embedding(size, n_embd) for size in shape)
+
+    def forward(self, sites: Tensor) -> Tensor:
+        """Embed places (B, L, 3) int64 as (B, L, C)."""
+        return sum(
+            (table(axis) for table, axis in zip(self.tables, sites.unbind(-1), strict=True)),
+            start=torch.zeros((), device=sites.device),
+        )
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotations by row, column and depth, each on a third of the channels of a head.
+
+    Rotary embedding (Su et al. 2021, arXiv:2104.09864), split among axes as in Heo et al. 2024
+    (arXiv:2403.13298, section 3.1), with their lower base because grids are short.
+
+    Args:
+        channels: E, even and at least 6.
+        base: Ratio of the highest to the lowest frequency.
+
+    Raises:
+        ValueError: The number of channels is odd or too small.
+    """
+
+    frequency: Tensor
+    axis: Tensor
+
+    def __init__(self, channels: int, base: float = 100.0) -> None:
+        super().__init__()
+        if channels % 2 or channels < 6:
+            raise ValueError(
+                "rotary embedding rotates pairs of channels, at least one each for row, column "
+                f"and depth: n_embd / n_head must be even and at least 6, got {channels}"
+            )
+        pair = torch.arange(channels // 2)
+        share = (pair // 3).float() / ((channels // 2 + 2) // 3)
+        self.register_buffer("frequency", base**-share, persistent=False)
+        self.register_buffer("axis", pair % 3, persistent=False)
+
+    def forward(self, sites: Tensor | None, length: int) -> Tensor | None:
+        """Compute the rotations of L inputs.
+
+        Args:
+            sites: (B, S, 3) int64, places of the last S inputs; None if no input has one.
+            length: L. Inputs without a place are not rotated.
+
+        Returns:
+            (2, B, 1, L, E / 2) float32, cosines and sines; None without places.
+        """
+        if sites is None:
+            return None
+        angles = sites[..., self.axis] * self.frequency  # (B, S, E / 2)
+        angles = F.pad(angles, (0, 0, length - sites.shape[1], 0))[:, None]  # (B, 1, L, E / 2)
+        return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate queries or keys (B, N, L, E) by cosines and sines (2, B, 1, L, E / 2)."""
+    cos, sin = rotation.unbind(0)
+    one, other = x.chunk(2, dim=-1)
+    return torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens so far, in memory that is allocated once.
+
+    Attributes:
+        size: Most tokens that fit.
+        keys: One (B, N, size, E) tensor per layer, allocated with the layer's first keys.
+        values: The same for values.
+        length: P, tokens stored.
+        first: (B, C), the first input of each sequence, which adaptive norms need.
+    """
+
+    size: int
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    length: int = 0
+    first: Tensor | None = None
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values (B, N, L, E) of new tokens of one layer.
+
+        Returns:
+            Keys and values of all P + L tokens.
+        """
+        if layer == len(self.keys):
+            batch, heads, _, channels = key.shape
+            self.keys.append(key.new_empty(batch, heads, self.size, channels))
+            self.values.append(value.new_empty(batch, heads, self.size, channels))
+        # After `keep`, the memory of dropped sequences stays behind that of the others.
+        keys, values = self.keys[layer][: len(key)], self.values[layer][: len(value)]
+        end = self.length + key.shape[2]
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all sequences except ``rows``, (R,) int64, which move to the front."""
+        for part in (*self.keys, *self.values):
+            part[: len(rows), :, : self.length] = part[rows, :, : self.length]
+        if self.first is not None:
+            self.first = self.first[rows]
+
+    def clear(self) -> None:
+        """Drop all tokens; the memory is reused by as many sequences, or fewer."""
+        self.length, self.first = 0, None
+
+
 class Context(NamedTuple):
-    """What blocks are told besides their input.
+    """Inputs of a block beside the tokens; each may be absent.
 
     Attributes:
         cache: Keys and values of the tokens before; extended by these.
-        rotation: (2, B, 1, L, C / heads / 2), see `RotaryEmbedding`.
-        modulation: (B, 6, C), what adaptive norms make of the first token.
+        rotation: (2, B, 1, L, E / 2), from `RotaryEmbedding`.
+        modulation: (B, 6, C), from which adaptive norms take scale, shift and gate.
     """
 
     cache: KVCache | None = None
@@ -198,11 +214,11 @@ class Context(NamedTuple):
     modulation: Tensor | None = None
 
 
-ALONE = Context()
+NO_CONTEXT = Context()
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head self-attention in which a token sees itself and the tokens before it."""
+    """Multi-head self-attention of each token to itself and the tokens before it."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -218,12 +234,12 @@ class CausalSelfAttention(nn.Module):
         self.n_unmasked = config.n_unmasked
         self.layer = layer
 
-    def forward(self, x: Tensor, context: Context = ALONE) -> Tensor:
-        """Mix tokens (B, L, C), which follow the P cached ones."""
+    def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
+        """Attend among tokens (B, L, C) and the P cached ones before them: (B, L, C)."""
         q, k, v = (
             rearrange(project(x), "b l (n c) -> b n l c", n=self.n_head)
             for project in (self.query, self.key, self.value)
-        )
+        )  # (B, N, L, E) each
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if context.rotation is not None:
@@ -244,7 +260,7 @@ class CausalSelfAttention(nn.Module):
         return self.resid_drop(self.proj(rearrange(mixed, "b n l c -> b l (n c)")))
 
     def _mask(self, length: int, past: int, device: torch.device) -> Tensor | None:
-        """Who sees whom, (L, P + L) bool; None for plain causal order or a single new token."""
+        """Return the mask (L, P + L) bool; None for plain causal order or a single new token."""
         if length == 1 or (past == 0 and self.n_unmasked == 0):
             return None
         row = torch.arange(past, past + length, device=device)[:, None]
@@ -259,11 +275,11 @@ class CausalSelfAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated hidden layer (arXiv:2002.05202) with about the parameters of one of 4 C units."""
+    """Gated hidden layer (arXiv:2002.05202), about as many parameters as one of 4 C units."""
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()
-        hidden = -(-8 * n_embd // 3 // 8) * 8  # two thirds of 4 C, in eights
+        hidden = -(-8 * n_embd // 3 // 8) * 8  # two thirds of 4 C, a multiple of 8
         self.gate = nn.Linear(n_embd, hidden)
         self.value = nn.Linear(n_embd, hidden)
         self.proj = nn.Linear(hidden, n_embd)
@@ -274,14 +290,14 @@ class SwiGLU(nn.Module):
 
 
 class AdaptiveBranches(nn.Module):
-    """Scales, shifts and gates the two branches of a block."""
+    """Scale, shift and gate of the two branches of a block."""
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()
         self.own = nn.Parameter(torch.zeros(6, n_embd))
 
     def forward(self, modulation: Tensor) -> tuple[Tensor, ...]:
-        """Turn (B, 6, C) for all blocks into scale, shift, gate of each branch, (B, 1, C)."""
+        """Add the block's own part to (B, 6, C): scale, shift, gate of each branch, (B, 1, C)."""
         return (self.own + modulation)[:, :, None].unbind(1)
 
 
@@ -306,7 +322,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(*hidden, nn.Dropout(config.resid_pdrop))
         self.adapt = AdaptiveBranches(config.n_embd) if config.adaptive_norm else None
 
-    def forward(self, x: Tensor, context: Context = ALONE) -> Tensor:
+    def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         """Transform tokens (B, L, C)."""
         if self.adapt is None:
             x = x + self.attn(self.ln1(x), context)
@@ -314,19 +330,3 @@ class Block(nn.Module):
         scale1, shift1, gate1, scale2, shift2, gate2 = self.adapt(context.modulation)
         x = x + gate1 * self.attn(self.ln1(x) * (1 + scale1) + shift1, context)
         return x + gate2 * self.mlp(self.ln2(x) * (1 + scale2) + shift2)
-
-
-class SiteEmbedding(nn.Module):
-    """Sum of learned vectors for the row, the column and the depth of a token's place."""
-
-    def __init__(self, shape: tuple[int, int, int], n_embd: int) -> None:
-        super().__init__()
-        self.shape = tuple(shape)
-        self.tables = nn.ModuleList(nn.Embedding(size, n_embd) for size in shape)
-
-    def forward(self, sites: Tensor) -> Tensor:
-        """Embed places (B, L, 3) int64 as (B, L, C)."""
-        return sum(
-            (table(axis) for table, axis in zip(self.tables, sites.unbind(-1), strict=True)),
-            start=torch.zeros((), device=sites.device),
-        )

@@ -1,14 +1,15 @@
-"""Draw token sequences from a prior's network: one loop for every network and every grammar.
+"""Generation token by token: prefill a decoder, filter its logits, sample, take the next step.
 
-Axis letters: B sequences, R rows (sequences that get a token now), S sites, T tokens of a site,
+One loop serves every network (a `PriorNetwork`) and every grammar (a `TokenSequence`).
+
+Axis letters: B sequences, R rows (the sequences that get a token now), S sites, T tokens of a site,
 L tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,195 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taming.modules.sequence.grammar import PAD, GrammarState, TokenSequence, by_site
+from taming.modules.transformer.network import PriorNetwork, Prompt
 
-
-class Prompt(NamedTuple):
-    """What is known before the first token is drawn.
-
-    Attributes:
-        rows: (R,) int64, ascending numbers of the sequences to be continued.
-        condition: (R, C) int64, at least one token each.
-        tokens: (R, L) int64, beginnings, -1 after the end of shorter ones.
-        states: Of shape (R, L + 1), where each of these tokens stands, and the one after them.
-        grid: (h, w) of the image.
-    """
-
-    rows: Tensor
-    condition: Tensor
-    tokens: Tensor
-    states: GrammarState
-    grid: tuple[int, int]
-
-
-class Turn(NamedTuple):
-    """The sequences that get a token now.
-
-    Attributes:
-        rows: (R,) int64, their ascending numbers.
-        logits: (R, V), of that token.
-    """
-
-    rows: Tensor
-    logits: Tensor
-
-
-class IncrementalDecoder(ABC):
-    """A network in the middle of several sequences. Those that have ended cost nothing.
-
-    Attributes:
-        taken: (R,) int64, tokens of each beginning that it has read; the others have to be told to
-            `advance` like new ones.
-        turn: Who is to get a token.
-    """
-
-    taken: Tensor
-    turn: Turn
-
-    @abstractmethod
-    def advance(self, rows: Tensor, tokens: Tensor, states: GrammarState) -> None:
-        """Read the tokens of a turn, and see whose turn is next.
-
-        Args:
-            rows: (R,) int64, those of ``turn.rows`` that go on after this token.
-            tokens: (R,) int64, the token that each has got.
-            states: Of shape (R,), where the next one stands.
-        """
-
-
-class GuidedDecoder(IncrementalDecoder):
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598, equation 6).
-
-    Args:
-        conditional: Knows the condition.
-        unconditional: Does not.
-        scale: 1 is the condition alone, 0 none, above 1 more than what was trained.
-    """
-
-    def __init__(
-        self, conditional: IncrementalDecoder, unconditional: IncrementalDecoder, scale: float
-    ) -> None:
-        self.conditional = conditional
-        self.unconditional = unconditional
-        self.scale = scale
-        self.taken = conditional.taken
-        self.turn = self._combine()
-
-    def _combine(self) -> Turn:
-        rows, logits = self.conditional.turn
-        without = self.unconditional.turn.logits
-        return Turn(rows, without + self.scale * (logits - without))
-
-    def advance(self, rows: Tensor, tokens: Tensor, states: GrammarState) -> None:
-        """See `IncrementalDecoder.advance`."""
-        self.conditional.advance(rows, tokens, states)
-        self.unconditional.advance(rows, tokens, states)
-        self.turn = self._combine()
-
-
-class GenerationState:
-    """What is written of each sequence, what it must read, and where it stands.
-
-    Args:
-        sequence: See `sample_tokens`, as all others.
-    """
-
-    def __init__(
-        self,
-        sequence: TokenSequence,
-        grid: tuple[int, int],
-        prefix: Tensor,
-        known: Tensor | None,
-        steps: int | None,
-        sites: int | None,
-    ) -> None:
-        self.sequence = sequence
-        self.grid = grid
-        self.sites = grid[0] * grid[1] if sites is None else sites
-        most = self.sites * sequence.site_tokens
-        given = (prefix >= 0).sum(dim=1)
-        self.stop = torch.full_like(given, most) if steps is None else given + steps
-        before = sequence.states(prefix)
-        kept = (prefix >= 0) & (before.site < self.sites)
-        if known is not None:
-            kept &= known[before.site.clamp(max=len(known) - 1)]
-        shape = self.sites, sequence.site_tokens
-        self.forced = by_site(prefix, before.site, before.depth, kept, shape)
-        # What is read at once: all before the first token that is to be drawn.
-        self.prefix = prefix.masked_fill((~kept).cumsum(dim=1) > 0, PAD)
-        self.states = sequence.states(F.pad(self.prefix, (0, 1), value=PAD))
-        self.count = (self.prefix >= 0).sum(dim=1)
-        self.state = GrammarState(*(f.gather(1, self.count[:, None])[:, 0] for f in self.states))
-        self.tokens = F.pad(self.prefix, (0, max(0, most - prefix.shape[1])), value=PAD)
-
-    def open_rows(self) -> Tensor:
-        """Numbers (R,) of the sequences that are not finished."""
-        return ((self.state.site < self.sites) & (self.count < self.stop)).nonzero()[:, 0]
-
-    def beginning(self, rows: Tensor, condition: Tensor) -> Prompt:
-        """What a network may read at once."""
-        states = GrammarState(*(field[rows] for field in self.states))
-        return Prompt(rows, condition[rows], self.prefix[rows], states, self.grid)
-
-    def take(self, rows: Tensor, amount: Tensor) -> None:
-        """Go back to the first ``amount`` (R,) tokens of the beginnings."""
-        self.count[rows] = amount
-        for field, states in zip(self.state, self.states, strict=True):
-            field[rows] = states[rows, amount]
-
-    def state_of(self, rows: Tensor) -> GrammarState:
-        """Where some sequences stand."""
-        return GrammarState(*(field[rows] for field in self.state))
-
-    def known_tokens(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The token (R,) that is given at the place of each sequence, and where none is, (R,)."""
-        site, depth, _ = self.state_of(rows)
-        token = self.forced[rows, site, depth]
-        return token, token < 0
-
-    def allowed(self, rows: Tensor) -> Tensor:
-        """Which tokens may come next, (R, V) bool."""
-        return self.sequence.allowed(self.state_of(rows))
-
-    def put(self, rows: Tensor, token: Tensor) -> Tensor:
-        """Write tokens (R,) down; returns which of these sequences go on, (R,) bool."""
-        self.tokens[rows, self.count[rows]] = token
-        self.count[rows] += 1
-        after = self.sequence.advance(self.state_of(rows), token)
-        for field, value in zip(self.state, after, strict=True):
-            field[rows] = value
-        return (self.state.site[rows] < self.sites) & (self.count[rows] < self.stop[rows])
-
-    def written(self) -> Tensor:
-        """Everything, (B, L) int64, -1 after each sequence's end."""
-        return self.tokens[:, : int(self.count.max())]
-
-
-class Network(Protocol):
-    """What a prior's network does; `GPT` and `TwoLevelGPT` are such."""
-
-    def predict(
-        self, condition: Tensor, tokens: Tensor, states: GrammarState, grid: tuple[int, int]
-    ) -> Tensor:
-        """Return logits (N, V) of the tokens of sequences, each from those before it."""
-        ...
-
-    def write(self, beginning: Prompt) -> IncrementalDecoder:
-        """Start to write sequences."""
-        ...
+# --- from logits to a token ----------------------------------------------------------------------
 
 
 class SamplingParams(NamedTuple):
-    """How tokens are drawn.
+    """How tokens are sampled.
 
     Attributes:
-        temperature: See `filter_logits`, as ``top_k``, ``top_p`` and ``min_p``.
-        top_k: Draw among the likeliest k.
-        top_p: Draw among the likeliest that together have this probability.
+        temperature: Divides the logits; above 0.
+        top_k: Sample among the k likeliest tokens; None for all.
+        top_p: Sample among the likeliest that together have this probability, in (0, 1].
         greedy: Take the likeliest token instead.
-        min_p: Draw among those at least this likely, relative to the likeliest.
-        guidance: Scale of classifier-free guidance; see `GuidedDecoder`. 1 for none.
-        generators: One source of random numbers for each sequence, so that what is drawn for it
-            does not depend on the others (see `generators_of`); None for torch's own.
+        min_p: Sample among those with at least this share, in [0, 1], of the likeliest's
+            probability.
+        guidance: Scale of classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598,
+            equation 6): 1 is the condition alone, 0 none, above 1 more than was trained.
+        generators: One source of random numbers per sequence (see `generators_of`), so that a
+            sample does not depend on the others; None for torch's global one.
     """
 
     temperature: float = 1.0
@@ -220,7 +51,7 @@ DEFAULT_SAMPLING = SamplingParams()
 
 
 def generators_of(seed: int, images: Iterable[int]) -> list[np.random.Generator]:
-    """Return a source of random numbers for each image number, the same in whatever batch."""
+    """Return a source of random numbers for each image number, the same in any batch."""
     return [np.random.default_rng([seed, number]) for number in images]
 
 
@@ -243,10 +74,17 @@ def filter_logits(
             likeliest (Nguyen et al. 2024, arXiv:2407.01082).
 
     Returns:
-        (..., V) with -inf for what was cut off; the likeliest token always stays.
+        (..., V), -inf where cut off; the likeliest token always stays.
 
     Raises:
         ValueError: A value is out of range.
+
+    Example:
+        >>> logits = torch.tensor([0.5, 0.3, 0.2]).log()
+        >>> filter_logits(logits, top_k=2).softmax(-1)
+        tensor([0.6250, 0.3750, 0.0000])
+        >>> filter_logits(logits, top_p=0.5).softmax(-1)
+        tensor([1., 0., 0.])
     """
     if not temperature > 0:  # so that nan is refused too
         raise ValueError(f"temperature must be above 0, got {temperature}")
@@ -272,116 +110,214 @@ def filter_logits(
     return logits
 
 
-def draw(logits: Tensor, drawing: SamplingParams, rows: Tensor) -> Tensor:
-    """Draw one token for each of some sequences.
+def sample_token(logits: Tensor, params: SamplingParams, rows: Tensor) -> Tensor:
+    """Sample one token for each of some sequences.
 
     Args:
-        logits: (R, V), -inf for what must not come.
-        drawing: How.
+        logits: (R, V), -inf for tokens that must not come.
+        params: Filters, and the sources of random numbers.
         rows: (R,) int64, numbers of the sequences.
 
     Returns:
         (R,) int64.
     """
     logits = filter_logits(
-        logits.float(), drawing.temperature, drawing.top_k, drawing.top_p, drawing.min_p
+        logits.float(), params.temperature, params.top_k, params.top_p, params.min_p
     )
-    if drawing.greedy:
+    if params.greedy:
         return logits.argmax(dim=-1)
-    if drawing.generators is None:
+    if params.generators is None:
         point = torch.rand(len(rows))
     else:
-        numbers = [drawing.generators[row].random(dtype=np.float32) for row in rows.tolist()]
+        numbers = [params.generators[row].random(dtype=np.float32) for row in rows.tolist()]
         point = torch.tensor(numbers)
-    # One number decides: how far along the tokens' probabilities, the likeliest first.
+    # The inverse of the cumulative distribution, the likeliest token first: one number per sample.
     ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     passed = ordered.cumsum(dim=-1) <= point.to(logits.device)[:, None]
     # Rounding may leave the sum of all below 1, and no impossible token may come of that.
     last = (ordered > 0).sum(dim=-1) - 1
-    return order.gather(1, torch.minimum(passed.sum(dim=-1), last)[:, None])[:, 0]
+    return order.gather(1, torch.minimum(passed.sum(dim=-1), last)[:, None])[:, 0]  # (R,)
 
 
-def grammatical(logits: Tensor, allowed: Tensor) -> Tensor:
-    """Forbid tokens that the grammar does not allow or, as a larger vocabulary may, know.
+def mask_logits(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Forbid tokens that the grammar does not allow here, or that it does not have.
 
     Args:
         logits: (..., V).
         allowed: (..., V or fewer) bool.
 
     Returns:
-        (..., V), -inf for what is forbidden.
+        (..., V), -inf for forbidden tokens.
     """
     allowed = F.pad(allowed, (0, logits.shape[-1] - allowed.shape[-1]), value=False)
     return logits.masked_fill(~allowed, -torch.inf)
 
 
+# --- the loop ------------------------------------------------------------------------------------
+
+
+def _at(states: GrammarState, index: Tensor | tuple[Tensor, Tensor]) -> GrammarState:
+    """Index all fields of grammar states alike."""
+    return GrammarState(*(field[index] for field in states))
+
+
+class GenerationState:
+    """The tokens of each sequence so far, those still given, and the grammar's state.
+
+    Args:
+        sequence: The grammar.
+        grid: (h, w) of the image.
+        given: (B, L0) int64, known tokens, -1 after the end of shorter sequences.
+        known: (S,) bool, sites whose given tokens are kept; None for all.
+        steps: Most tokens to add to each sequence; None for no limit.
+        sites: Sites after which a sequence is finished; None for all of the grid.
+
+    Attributes:
+        sampled: Most tokens that were sampled for a sequence.
+    """
+
+    def __init__(
+        self,
+        sequence: TokenSequence,
+        grid: tuple[int, int],
+        given: Tensor,
+        known: Tensor | None,
+        steps: int | None,
+        sites: int | None,
+    ) -> None:
+        self.sequence = sequence
+        self.sites = grid[0] * grid[1] if sites is None else sites
+        self.sampled = 0
+        most = self.sites * sequence.site_tokens
+        amount = (given >= 0).sum(dim=1)
+        self.stop = torch.full_like(amount, most) if steps is None else amount + steps
+        before = sequence.states(given)
+        kept = (given >= 0) & (before.site < self.sites)
+        if known is not None:
+            kept &= known[before.site.clamp(max=len(known) - 1)]
+        shape = self.sites, sequence.site_tokens
+        self.given = by_site(given, before.site, before.depth, kept, shape)  # (B, S, T)
+        # The prompt: all tokens before the first one that is to be sampled.
+        self.prompt_tokens = given.masked_fill((~kept).cumsum(dim=1) > 0, PAD)
+        self.prompt_states = sequence.states(F.pad(self.prompt_tokens, (0, 1), value=PAD))
+        self.count = (self.prompt_tokens >= 0).sum(dim=1)  # (B,)
+        everyone = torch.arange(len(given), device=given.device)
+        self.state = _at(self.prompt_states, (everyone, self.count))
+        self.tokens = F.pad(self.prompt_tokens, (0, max(0, most - given.shape[1])), value=PAD)
+
+    def unfinished(self) -> Tensor:
+        """Return the numbers (R,) of the sequences that are not finished."""
+        return ((self.state.site < self.sites) & (self.count < self.stop)).nonzero()[:, 0]
+
+    def prompt(self, rows: Tensor, condition: Tensor) -> Prompt:
+        """Return the prompt of sequences ``rows`` under conditions (B, C)."""
+        states = _at(self.prompt_states, rows)
+        return Prompt(rows, condition[rows], self.prompt_tokens[rows], states)
+
+    def rewind(self, rows: Tensor, amount: Tensor) -> None:
+        """Go back to the first ``amount`` (R,) tokens of the prompts."""
+        self._move(rows, _at(self.prompt_states, (rows, amount)))
+        self.count[rows] = amount
+
+    def _move(self, rows: Tensor, states: GrammarState) -> None:
+        for field, value in zip(self.state, states, strict=True):
+            field[rows] = value
+
+    def next_token(self, rows: Tensor, logits: Tensor, params: SamplingParams) -> Tensor:
+        """Return the next token (R,) of each sequence: the given one, or a sampled one."""
+        state = _at(self.state, rows)
+        token = self.given[rows, state.site, state.depth]
+        free = token < 0
+        if free.any():
+            allowed = self.sequence.allowed(_at(state, free))
+            token[free] = sample_token(mask_logits(logits[free], allowed), params, rows[free])
+            self.sampled += 1
+        return token
+
+    def append(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Append a token (R,) to each sequence; return (R,) bool, False where it is finished."""
+        self.tokens[rows, self.count[rows]] = tokens
+        self.count[rows] += 1
+        self._move(rows, self.sequence.advance(_at(self.state, rows), tokens))
+        return (self.state.site[rows] < self.sites) & (self.count[rows] < self.stop[rows])
+
+    def result(self) -> Tensor:
+        """Return the sequences (B, L) int64, -1 after each one's end."""
+        return self.tokens[:, : int(self.count.max())]
+
+    def finished_sites(self) -> int:
+        """Return the number of sites that are finished in all sequences."""
+        return int(self.state.site.min())
+
+    def tokens_of(self, sites: int) -> Tensor:
+        """Return the tokens (B, L) of the first sites, -1 after them."""
+        return self.tokens.masked_fill(self.sequence.states(self.tokens).site >= sites, PAD)
+
+
 @torch.no_grad()
-def sample_tokens(
-    model: Network,
+def generate(
+    network: PriorNetwork,
     condition: Tensor,
     sequence: TokenSequence,
     grid: tuple[int, int],
-    drawing: SamplingParams = DEFAULT_SAMPLING,
+    params: SamplingParams = DEFAULT_SAMPLING,
     prefix: Tensor | None = None,
     known: Tensor | None = None,
     steps: int | None = None,
     sites: int | None = None,
     without: Tensor | None = None,
-    callback: Callable[[int], None] | None = None,
+    callback: Callable[[GenerationState], None] | None = None,
 ) -> Tensor:
-    """Continue sequences token by token until each has written all its sites.
+    """Continue sequences token by token until each has all its sites.
 
-    Each sequence stands at its own place in its own grammar: what the grammar forbids there is
-    never drawn, and a sequence that is finished costs nothing more.
+    Each sequence is at its own place of its own grammar: tokens that the grammar forbids there are
+    never sampled, and a finished sequence costs nothing more.
 
     Args:
-        model: The network, in eval mode.
-        condition: (B, C) int64 tokens that come before all sequences; C is at least 1.
+        network: In eval mode.
+        condition: (B, C) int64 tokens before all sequences; C is at least 1.
         sequence: The grammar.
-        grid: (h, w) of the image to be written.
-        drawing: How tokens are drawn.
+        grid: (h, w) of the image.
+        params: How tokens are sampled.
         prefix: (B, L0) int64, known tokens, -1 after the end of shorter sequences.
-        known: (S,) bool, sites of which the prefix is kept, in the sequence's order; the others are
-            drawn anew. None keeps all.
-        steps: Most tokens to draw after each prefix; None for as many as it takes.
-        sites: Sites to write, those of the prefix included; None for all of the grid.
-        without: (B, C) int64, the condition that stands for none, needed for guidance.
-        callback: Called with the number of tokens that each sequence has drawn so far at most.
+        known: (S,) bool, sites of the prefix to keep, in the sequence's order; the others are
+            sampled anew. None keeps all.
+        steps: Most tokens to add to each prefix; None for no limit.
+        sites: Sites of a finished sequence, those of the prefix included; None for all of the grid.
+        without: (B, C) int64, what stands for no condition; guidance needs it.
+        callback: Called after each sampled token.
 
     Returns:
         (B, L) int64, prefix included, -1 after each sequence's end.
 
     Raises:
-        ValueError: A value is out of range, or guidance has nothing to compare with.
+        ValueError: A value is out of range, or guidance lacks ``without``.
     """
-    if drawing.guidance != 1 and without is None:
+    if params.guidance != 1 and without is None:
         raise ValueError(
-            f"guidance {drawing.guidance} needs a prior that was trained with condition_dropout"
+            f"guidance {params.guidance} needs a prior that was trained with condition_dropout"
         )
-    prefix = condition.new_empty(len(condition), 0) if prefix is None else prefix
-    paper = GenerationState(sequence, grid, prefix, known, steps, sites)
-    rows = paper.open_rows()
+    given = condition.new_empty(len(condition), 0) if prefix is None else prefix
+    state = GenerationState(sequence, grid, given, known, steps, sites)
+    rows = state.unfinished()
     if len(rows) == 0:
-        return paper.written()
-    start = paper.beginning(rows, condition)
-    writer = model.write(start)
-    if without is not None and drawing.guidance != 1:
-        writer = GuidedDecoder(
-            writer, model.write(start._replace(condition=without[rows])), drawing.guidance
-        )
-    paper.take(rows, writer.taken)
-    drawn = 0
+        return state.result()
+    guided = without is not None and params.guidance != 1
+    decoder, free = network.decoder(grid), network.decoder(grid) if guided else None
+    read = decoder.prefill(state.prompt(rows, condition))
+    if free is not None and without is not None:
+        free.prefill(state.prompt(rows, without))
+    state.rewind(rows, read)
     while True:
-        rows, logits = writer.turn
-        token, free = paper.known_tokens(rows)
-        if free.any():
-            allowed = grammatical(logits[free], paper.allowed(rows[free]))
-            token[free] = draw(allowed, drawing, rows[free])
-            drawn += 1
-            if callback is not None:
-                callback(drawn)
-        going_on = paper.put(rows, token)
-        if len(paper.open_rows()) == 0:
-            return paper.written()
+        rows, sampled, logits = decoder.rows, state.sampled, decoder.logits
+        if free is not None:
+            logits = free.logits + params.guidance * (logits - free.logits)
+        token = state.next_token(rows, logits, params)
+        going_on = state.append(rows, token)
+        if callback is not None and state.sampled > sampled:
+            callback(state)
+        if len(state.unfinished()) == 0:
+            return state.result()
         rows = rows[going_on]
-        writer.advance(rows, token[going_on], paper.state_of(rows))
+        for each in (decoder,) if free is None else (decoder, free):
+            each.step(rows, token[going_on], _at(state.state, rows))

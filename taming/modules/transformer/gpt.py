@@ -1,7 +1,7 @@
 """The decoder-only transformer of the priors, with the original's parameters and logits.
 
-Axis letters: B sequences, R rows (sequences that get a token now), L tokens, P cached tokens,
-C channels, V vocabulary, N tokens of all sequences.
+Axis letters: B sequences, R rows (the sequences that get a token now), S sites, L tokens, P cached
+tokens, E embeddings given, C channels, V vocabulary, N tokens of all sequences.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from taming.modules.transformer.blocks import (
     RotaryEmbedding,
     SiteEmbedding,
 )
-from taming.modules.transformer.generate import IncrementalDecoder, Prompt, Turn
+from taming.modules.transformer.network import IncrementalDecoder, PriorNetwork, Prompt
 
-WASTE = 0.1  # largest share of padding in what goes through a transformer
+WASTE = 0.1  # largest share of padding in a batch of sequences
 
 
 def length_groups(lengths: Tensor, waste: float = WASTE) -> list[Tensor]:
-    """Put sequences of about the same length together, so that little of a group is padding.
+    """Group sequences of about the same length, so that little of a group is padding.
 
     Args:
         lengths: (B,) int64, at least 1.
@@ -51,31 +51,26 @@ def length_groups(lengths: Tensor, waste: float = WASTE) -> list[Tensor]:
 
 
 def token_numbers(lengths: Tensor, rows: Tensor, longest: int) -> Tensor:
-    """Count the tokens of all sequences through: numbers (R, L) of those of some rows."""
+    """Return the numbers (R, L) of the tokens of ``rows``, all rows' tokens counted in turn."""
     first = lengths.cumsum(dim=0) - lengths
-    return first[rows, None] + torch.arange(longest, device=lengths.device)
+    return first[rows, None] + torch.arange(longest, device=lengths.device)  # (R, L)
 
 
 def init_weights(module: nn.Module) -> None:
-    """Normal of deviation 0.02 for matrices (GPT-2's choice), zero for biases."""
+    """Draw matrices from a normal of deviation 0.02 (GPT-2's choice); set biases to zero."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
 
 
-class Backbone(nn.Module):
+class Backbone(PriorNetwork):
     """Embeddings and blocks of a decoder-only transformer, up to the last normalization.
 
-    Args:
-        vocab_size: See `GPTConfig`, as all others.
-
-    Attributes:
-        site_order: (S,) int64, the raster number of the site that is written i-th, as in a
-            `Permuter`; None for raster order. Not part of the state.
+    The arguments are the fields of `GPTConfig`.
     """
 
-    site_order: Tensor | None
+    block_size: int
 
     def __init__(
         self,
@@ -96,26 +91,17 @@ class Backbone(nn.Module):
         adaptive_norm: bool = False,
     ) -> None:
         super().__init__()
-        config = GPTConfig(
-            vocab_size=vocab_size,
-            block_size=block_size,
-            n_layer=n_layer,
-            n_head=n_head,
-            n_embd=n_embd,
-            embd_pdrop=embd_pdrop,
-            resid_pdrop=resid_pdrop,
-            attn_pdrop=attn_pdrop,
-            n_unmasked=n_unmasked,
-            site_shape=site_shape,
-            rms_norm=rms_norm,
-            rotary=rotary,
-            qk_norm=qk_norm,
-            swiglu=swiglu,
-            adaptive_norm=adaptive_norm,
-        )
-        self.config = config
+        sizes = vocab_size, block_size, n_layer, n_head, n_embd
+        dropout = embd_pdrop, resid_pdrop, attn_pdrop
+        parts = rms_norm, rotary, qk_norm, swiglu, adaptive_norm
+        self.config = config = GPTConfig(*sizes, *dropout, n_unmasked, site_shape, *parts)
+        self.vocab_size = vocab_size
         self.block_size = block_size
-        self.register_buffer("site_order", None, persistent=False)
+        self.n_unmasked = n_unmasked
+        if site_shape is not None:
+            rows, columns, depths = site_shape
+            self.site_shape = rows, columns, depths
+        self.uses_sites = site_shape is not None or rotary
         self.tok_emb: nn.Module = nn.Embedding(vocab_size, n_embd)
         self.pos_emb = nn.Parameter(torch.zeros(1, block_size, n_embd))
         self.site_emb = None if site_shape is None else SiteEmbedding(site_shape, n_embd)
@@ -128,24 +114,19 @@ class Backbone(nn.Module):
         if self.modulate is not None:  # every block starts as the identity (arXiv:2212.09748)
             nn.init.zeros_(self.modulate.weight)
 
-    @property
-    def uses_sites(self) -> bool:
-        """Whether it looks at the places of tokens."""
-        return self.site_emb is not None or self.rotary is not None
-
     def places(self, states: GrammarState, grid: tuple[int, int]) -> Tensor:
-        """Row, column and depth (..., 3) of the tokens that states of shape (...) wait for."""
+        """Return row, column and depth (..., 3) of the next token in states of shape (...)."""
         if self.site_order is None:
             return place(states, grid)
         site = self.site_order[states.site.clamp(max=len(self.site_order) - 1)]
         return place(states._replace(site=site), grid)
 
     def get_block_size(self) -> int:
-        """Return the longest sequence that fits, conditions included."""
+        """Return ``block_size``; the original's method."""
         return self.block_size
 
     def new_cache(self) -> KVCache:
-        """Return an empty cache for sequences of up to the longest length."""
+        """Return an empty cache for up to ``block_size`` inputs."""
         return KVCache(self.block_size)
 
     def features(
@@ -155,7 +136,7 @@ class Backbone(nn.Module):
 
         Args:
             x: (B, L, C), which follow the cached ones.
-            sites: (B, S, 3) int64, place of the token that comes after each of the last S inputs.
+            sites: (B, S, 3) int64, place of the token that follows each of the last S inputs.
             cache: Keys and values of the inputs before; extended by these.
 
         Returns:
@@ -174,7 +155,7 @@ class Backbone(nn.Module):
         context = Context(cache, rotation, self._modulation(x, cache))
         x = x + self.pos_emb[:, past:end]
         if self.site_emb is not None and sites is not None:
-            x = x + F.pad(self.site_emb(sites), (0, 0, x.shape[1] - sites.shape[1], 0))
+            x = x + F.pad(self.site_emb(sites), (0, 0, x.shape[1] - sites.shape[1], 0))  # (B, L, C)
         x = self.drop(x)
         for block in self.blocks:
             x = block(x, context)
@@ -183,13 +164,13 @@ class Backbone(nn.Module):
         return self.ln_f(x)
 
     def _modulation(self, x: Tensor, cache: KVCache | None) -> Tensor | None:
-        """What adaptive norms make of the first input, (B, 6, C)."""
+        """Map the first input to the modulation of adaptive norms, (B, 6, C)."""
         if self.modulate is None:
             return None
         first = x[:, 0] if cache is None or cache.first is None else cache.first
         if cache is not None:
             cache.first = first
-        return self.modulate(F.silu(first)).unflatten(-1, (6, -1))
+        return self.modulate(F.silu(first)).unflatten(-1, (6, -1))  # (B, 6, C)
 
 
 class GPT(Backbone):
@@ -201,6 +182,13 @@ class GPT(Backbone):
         tied_head: Predict tokens with the weights that embed them (Press and Wolf 2017,
             arXiv:1608.05859).
         **sizes: Further fields of `GPTConfig`.
+
+    Example:
+        >>> gpt, tokens = GPT(vocab_size=9, block_size=8).eval(), torch.tensor([[3, 1, 4, 1]])
+        >>> cache = gpt.new_cache()
+        >>> parts = [gpt(token, cache=cache)[0] for token in tokens.split(1, dim=1)]
+        >>> torch.allclose(torch.cat(parts, dim=1), gpt(tokens)[0], atol=1e-5)
+        True
     """
 
     def __init__(
@@ -226,7 +214,7 @@ class GPT(Backbone):
             idx: (B, L) int64 tokens, which follow the cached ones.
             embeddings: (B, E, C) put before the tokens.
             targets: (B, E + L) int64 for a loss; -1 does not count.
-            sites: See `features`, as ``cache``.
+            sites: (B, S, 3) int64, place of the token that follows each of the last S inputs.
             cache: Keys and values of the tokens before; extended by these.
 
         Returns:
@@ -247,18 +235,9 @@ class GPT(Backbone):
     def predict(
         self, condition: Tensor, tokens: Tensor, states: GrammarState, grid: tuple[int, int]
     ) -> Tensor:
-        """Predict each token of sequences of different lengths from those before it.
+        """Predict each token from those before it (see `PriorNetwork.predict`).
 
-        Sequences of about the same length go through together, each seeing only itself.
-
-        Args:
-            condition: (B, L) int64, at least one token before each sequence.
-            tokens: (B, L) int64, -1 after each sequence's end.
-            states: Of shape (B, L), where each token stands.
-            grid: (h, w) of the image.
-
-        Returns:
-            (N, V) logits of the tokens that there are, one sequence after the other.
+        Sequences of about the same length go through together, each attending to itself alone.
         """
         present, before = tokens >= 0, condition.shape[1] - 1
         lengths, sites = present.sum(dim=1), self.places(states, grid) * present[..., None]
@@ -268,17 +247,13 @@ class GPT(Backbone):
             longest = int(lengths[rows[0]])
             x = self.tok_emb(inputs[rows, : before + longest])
             kept = present[rows, :longest]
-            parts.append(self.features(x, sites[rows, :longest])[:, before:][kept])
+            parts.append(self.features(x, sites[rows, :longest])[:, before:][kept])  # (n, C)
             numbers.append(token_numbers(lengths, rows, longest)[kept])
         return self.head(torch.cat(parts)[torch.cat(numbers).argsort()])
 
-    def inputs_of(self, sites: int, site_tokens: int) -> int:
-        """Return how many inputs an image of so many sites, of up to so many tokens, becomes."""
-        return sites * site_tokens
-
-    def write(self, beginning: Prompt) -> IncrementalDecoder:
-        """Start to write sequences."""
-        return GPTDecoder(self, beginning)
+    def decoder(self, grid: tuple[int, int]) -> IncrementalDecoder:
+        """Return a decoder with a cache of its own."""
+        return GPTDecoder(self, grid)
 
     @torch.no_grad()
     def forward_with_past(
@@ -294,16 +269,19 @@ class GPT(Backbone):
         `forward` with a cache needs no copy of the past.
 
         Args:
-            idx: See `forward`, as ``embeddings`` and ``targets``.
-            past: What earlier calls returned third, in order.
-            past_length: P, tokens in ``past``; there to be checked, and may be left out.
+            idx: (B, L) int64 tokens, which follow those of ``past``.
+            embeddings: (B, E, C) put before the tokens.
+            targets: (B, E + L) int64 for a loss; -1 does not count.
+            past: The third results of earlier calls, in order.
+            past_length: P, tokens in ``past``; None leaves it unchecked.
 
         Returns:
             logits, loss, and keys and values of these tokens (layers, 2, B, heads, L, C / heads).
 
         Raises:
-            ValueError: ``past`` holds another number of tokens than ``past_length``, adaptive norms
-                would have to know the first of them, or ``site_shape`` or ``rotary`` their places.
+            ValueError: ``past`` holds another number of tokens than ``past_length``; or the model
+                needs more than ``past`` holds: the first token itself (``adaptive_norm``), or
+                places (``site_shape``, ``rotary``).
         """
         if self.modulate is not None or self.uses_sites:
             raise ValueError(
@@ -328,41 +306,44 @@ class GPT(Backbone):
 
 
 class GPTDecoder(IncrementalDecoder):
-    """Writes sequences that advance together, token by token, with one cache.
+    """Decodes sequences that advance together, token by token, with one cache.
 
     Args:
         model: The transformer, in eval mode.
-        beginning: What is known; read at once as far as it goes in all sequences.
+        grid: (h, w) of the image.
     """
 
-    def __init__(self, model: GPT, beginning: Prompt) -> None:
+    def __init__(self, model: GPT, grid: tuple[int, int]) -> None:
         self.model = model
-        self.grid = beginning.grid
+        self.grid = grid
         self.cache = model.new_cache()
-        known = int((beginning.tokens >= 0).sum(dim=1).min())
-        self.taken = torch.full_like(beginning.rows, known)
-        inputs = torch.cat([beginning.condition, beginning.tokens[:, :known]], dim=1)
-        states = GrammarState(*(field[:, : known + 1] for field in beginning.states))
-        self.turn = self._read(beginning.rows, inputs, states)
 
-    def _read(self, rows: Tensor, inputs: Tensor, states: GrammarState) -> Turn:
-        """Read tokens (R, L), the last of which stand before those of ``states``."""
+    def prefill(self, prompt: Prompt) -> Tensor:
+        """Read the tokens that are known in all sequences."""
+        known = int((prompt.tokens >= 0).sum(dim=1).min())
+        inputs = torch.cat([prompt.condition, prompt.tokens[:, :known]], dim=1)
+        states = GrammarState(*(field[:, : known + 1] for field in prompt.states))
+        self._read(prompt.rows, inputs, states)
+        return torch.full_like(prompt.rows, known)
+
+    def _read(self, rows: Tensor, inputs: Tensor, states: GrammarState) -> None:
+        """Read tokens (R, L); ``states`` are those of the tokens after the last of them."""
         x = self.model.tok_emb(inputs)
         hidden = self.model.features(x, self.model.places(states, self.grid), self.cache)
-        return Turn(rows, self.model.head(hidden[:, -1]))
+        self.rows, self.logits = rows, self.model.head(hidden[:, -1])
 
-    def advance(self, rows: Tensor, tokens: Tensor, states: GrammarState) -> None:
-        """See `IncrementalDecoder.advance`."""
-        if len(rows) < len(self.turn.rows):
-            self.cache.keep(torch.searchsorted(self.turn.rows, rows))
-        self.turn = self._read(rows, tokens[:, None], GrammarState(*(f[:, None] for f in states)))
+    def step(self, rows: Tensor, tokens: Tensor, states: GrammarState) -> None:
+        """Read one token of each sequence; drop finished sequences from the cache."""
+        if len(rows) < len(self.rows):
+            self.cache.keep(torch.searchsorted(self.rows, rows))
+        self._read(rows, tokens[:, None], GrammarState(*(f[:, None] for f in states)))
 
 
 class CodeGPT(GPT):
     """A `GPT` whose inputs are vectors (B, L, in_channels), such as codes, rather than tokens.
 
     Args:
-        vocab_size: V, number of tokens it predicts.
+        vocab_size: V, number of tokens to predict.
         block_size: Longest sequence.
         in_channels: Channels of an input vector.
         **sizes: Further fields of `GPTConfig`.

@@ -1,4 +1,4 @@
-"""The transformer's names as the original had them: all in one module.
+"""The original's module: its names in one place, and its k-means of colours.
 
 Axis letters: B sequences, L tokens.
 """
@@ -21,7 +21,7 @@ from taming.modules.transformer.blocks import (
     KVCache,
     SiteEmbedding,
 )
-from taming.modules.transformer.generate import SamplingParams, sample_tokens
+from taming.modules.transformer.generate import SamplingParams, generate
 from taming.modules.transformer.gpt import GPT, CodeGPT
 from taming.modules.vqvae.codebook import k_means
 from taming.modules.vqvae.nearest import nearest_codes
@@ -37,7 +37,7 @@ class KMeans(nn.Module):
 
     Attributes:
         C: (K, C), the colours.
-        shape: (C, H, W) of the images that ``reverse`` makes where it is not told a shape.
+        shape: (C, H, W) of the images that ``reverse`` returns by default.
     """
 
     C: Tensor
@@ -53,7 +53,7 @@ class KMeans(nn.Module):
         self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
 
     def is_initialized(self) -> bool:
-        """Whether the colours were learned."""
+        """Return True if the colours were learned."""
         return bool(self.initialized)
 
     @torch.no_grad()
@@ -108,10 +108,10 @@ __all__ = [
 
 
 class DummyGPT(nn.Module):
-    """Stands in for a transformer where everything around it is to be tried.
+    """Stand-in for a transformer, to try out what surrounds it.
 
     Args:
-        add_value: What it adds to each token.
+        add_value: Added to each token.
     """
 
     def __init__(self, add_value: int = 1) -> None:
@@ -133,36 +133,36 @@ def sample_with_past(
     top_p: float | None = None,
     callback: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Draw the tokens that come after given ones.
+    """Sample the tokens that come after given ones.
 
     Args:
         x: (B, L) int64, at least one token.
         model: The transformer, in eval mode.
-        steps: Tokens to draw.
-        temperature: See `filter_logits`, as ``top_k`` and ``top_p``.
-        sample_logits: Draw; False takes the likeliest token.
-        top_k: Draw among the likeliest k.
-        top_p: Draw among the likeliest that together have this probability.
+        steps: Tokens to sample.
+        temperature: Divides the logits; above 0.
+        sample_logits: Sample; False takes the likeliest token.
+        top_k: Sample among the k likeliest.
+        top_p: Sample among the likeliest that together have this probability.
         callback: Called with the number of each token, from 0.
 
     Returns:
         (B, steps) int64, without those given.
 
     Raises:
-        ValueError: The model looks at places, which these tokens do not have.
+        ValueError: The model needs the places of tokens, which these do not have.
     """
     if model.uses_sites:
         raise ValueError(
-            "sample and sample_with_past know no places, which a model with site_shape or rotary "
-            "looks at; use taming.modules.transformer.generate.sample_tokens"
+            "sample and sample_with_past have no places of tokens, which a model with site_shape "
+            "or rotary needs; use taming.modules.transformer.generate.generate"
         )
-    return sample_tokens(
+    return generate(
         model,
         x,
         RasterSequence(model.config.vocab_size),
         (1, steps),
         SamplingParams(temperature, top_k, top_p, greedy=not sample_logits),
-        callback=None if callback is None else lambda drawn: callback(drawn - 1),
+        callback=None if callback is None else lambda state: callback(state.sampled - 1),
     )
 
 
@@ -174,10 +174,6 @@ def sample(
     sample: bool = False,
     top_k: int | None = None,
 ) -> Tensor:
-    """Continue given tokens; see `sample_with_past`.
-
-    Returns:
-        (B, L + steps) int64, with those given.
-    """
+    """Continue given tokens (B, L) by so many steps, as `sample_with_past`: (B, L + steps)."""
     drawn = sample_with_past(x, model, steps, temperature, sample, top_k)
     return torch.cat([x, drawn], dim=1)

@@ -12,10 +12,17 @@ from torch import Tensor, nn
 
 
 class Permuter(nn.Module):
-    """Reorders the second axis by a fixed permutation.
+    """Reordering of the second axis by a fixed permutation.
 
     Args:
         order: (S,) int64, ``order[i]`` is the raster number of the site that comes i-th.
+
+    Example:
+        >>> spiral = SpiralIn(2, 2)
+        >>> spiral(torch.tensor([[1, 2, 3, 4]]))
+        tensor([[4, 2, 1, 3]])
+        >>> spiral(spiral(torch.tensor([[1, 2, 3, 4]])), reverse=True)
+        tensor([[1, 2, 3, 4]])
     """
 
     forward_shuffle_idx: Tensor
@@ -25,6 +32,11 @@ class Permuter(nn.Module):
         super().__init__()
         self.register_buffer("forward_shuffle_idx", order)
         self.register_buffer("backward_shuffle_idx", torch.argsort(order))
+
+    @property
+    def order(self) -> Tensor | None:
+        """The order (S,); None for raster order."""
+        return self.forward_shuffle_idx
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
         """Bring sites (B, S, ...) from raster into sequence order, or back with ``reverse``.
@@ -41,16 +53,18 @@ class Permuter(nn.Module):
 class Identity(nn.Module):
     """Raster order, for any grid."""
 
-    def __init__(self) -> None:
+    order: Tensor | None = None
+
+    def __init__(self) -> None:  # the original's takes no arguments
         super().__init__()
 
     def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        """Return x as it is."""
+        """Return x unchanged."""
         return x
 
 
 def _grid(height: int, width: int) -> Tensor:
-    """Raster numbers (H, W)."""
+    """Return raster numbers (H, W)."""
     return torch.arange(height * width).reshape(height, width)
 
 
@@ -62,7 +76,7 @@ def _power_of_two(name: str, height: int, width: int) -> int:
 
 
 def _bits(height: int, levels: int) -> Tensor:
-    """Split a square grid in halves, level by level: axes are the bits of row, then of column."""
+    """Split a square grid in halves, level by level: axes are the bits of row, then column."""
     return _grid(height, height).reshape([2] * (2 * levels))
 
 
@@ -86,7 +100,7 @@ class ZCurve(Permuter):
 
 
 def _spiral(height: int, width: int) -> Tensor:
-    """Sites from the last one up the right side, round the border and inward."""
+    """Return the sites from the last one up the right side, round the border and inward."""
     grid, inward = _grid(height, width).rot90(2), []
     while grid.numel():
         # Take the left side of what remains from the top, then turn the next side to the left.
@@ -110,7 +124,7 @@ class SpiralOut(Permuter):
 
 
 class Random(Permuter):
-    """A random order that is the same in every process and every run."""
+    """A random order, the same in every process and every run."""
 
     def __init__(self, H: int, W: int) -> None:
         super().__init__(torch.from_numpy(np.random.RandomState(1).permutation(H * W)))

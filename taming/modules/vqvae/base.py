@@ -1,4 +1,4 @@
-"""The quantizer contract: its output, what all quantizers share, and the loss they train by.
+"""The quantizer contract: outputs, base classes, and the loss of van den Oord et al. 2017.
 
 Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
 """
@@ -6,22 +6,30 @@ Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from taming.modules.sequence.grammar import TokenSequence
+from taming.modules.sequence.notations import RasterSequence
+from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics
 from taming.util import NonFiniteError
+
+GridShape = tuple[int, int, int, int]  # (B, h, w, D)
+Quality = Callable[[Tensor], Tensor]  # codes (B, h, w, T) -> (B,)
 
 
 class LoopTrace(NamedTuple):
-    """How the loop of each site ended; the ``encodings`` of a loopy quantizer.
+    """End of the loop of each site.
 
     Attributes:
-        lengths: (B, h, w) int64 in [1, T], turns taken (and slots written).
-        distances: (B, h, w) float32, what was compared with the threshold at last (see `Path`).
+        lengths: (B, h, w) int64 in [1, T], number of codes.
+        distances: (B, h, w) float32, distance compared with the threshold in the last turn.
         within: (B, h, w) bool, False where T turns did not bring a code within the threshold.
     """
 
@@ -69,62 +77,170 @@ def vq_loss(codebook_term: Tensor, commitment: Tensor, beta: float, legacy: bool
     """Weigh the two terms of equation 3 of van den Oord et al. 2017 (arXiv:1711.00937).
 
     Args:
-        codebook_term: |sg(z) - e|^2, moves codes.
-        commitment: |z - sg(e)|^2, moves the encoder.
+        codebook_term: |sg(z) - e|^2, a scalar; moves the codes.
+        commitment: |z - sg(e)|^2, a scalar; moves the encoder.
         beta: Weight of the commitment.
         legacy: Put beta on the other term, as the original's checkpoints were trained.
-
-    Returns:
-        The loss, a scalar.
     """
     if legacy:
         return commitment + beta * codebook_term
     return beta * commitment + codebook_term
 
 
-class Quantizer(nn.Module, ABC):
-    """What every quantizer has in common.
+def is_plain(value: object) -> bool:
+    """Return True for None, numbers, strings, bools, and tuples or lists of them."""
+    if isinstance(value, (tuple, list)):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+class Part(nn.Module):
+    """Base class of quantizers and transforms, which decide together which codes an image gets.
+
+    Attributes:
+        not_in_identity: Names of plain attributes that play no part in that decision.
+    """
+
+    not_in_identity: tuple[str, ...] = ()
+
+    def identity(self) -> dict[str, object]:
+        """Collect all that decides which codes an image gets, except parameters and buffers.
+
+        By default the class name and all plain public attributes: one too many only invalidates a
+        token cache, one too few lets a stale cache pass.
+        """
+        plain = {k: v for k, v in vars(self).items() if not k.startswith("_") and is_plain(v)}
+        for name in ("training", *self.not_in_identity):
+            plain.pop(name, None)
+        return {"type": type(self).__name__, **plain}
+
+
+class Quantizer(Part, ABC):
+    """Base class of all quantizers.
 
     Args:
         n_e: K, number of codes.
         e_dim: D, channels of a latent.
 
     Attributes:
-        sequence: The token sequence in which a prior reads its codes by default.
-        learns_alone: Whether it learns while the decoder sees nothing of its codes.
+        sequence: Token sequence in which a prior reads the codes by default.
+        trains_without_decoder: True if the codes can be learned while the decoder still gets
+            continuous latents.
+        variable_rate: True if ``forward`` also takes ``threshold`` and ``max_codes``, each one
+            number or one per image, and `fewest_codes` is implemented.
+        names: Names of the levels, the top first; () for a single quantizer.
     """
 
     sequence: TokenSequence
-    learns_alone = True
+    trains_without_decoder = True
+    variable_rate: bool = False
+    names: tuple[str, ...] = ()
 
     def __init__(self, n_e: int, e_dim: int) -> None:
         super().__init__()
         if n_e < 1 or e_dim < 1:
             raise ValueError(f"n_e and e_dim must be at least 1, got n_e={n_e}, e_dim={e_dim}")
-        self.n_e = n_e
-        self.e_dim = e_dim
+        self.n_e, self.e_dim = n_e, e_dim
 
     @abstractmethod
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize latents z (B, D, h, w)."""
 
     @abstractmethod
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
-    ) -> Tensor:
+    def get_codebook_entry(self, indices: Tensor, shape: GridShape | None = None) -> Tensor:
         """Turn indices back into z_q; ``shape`` is (B, h, w, D) for indices that are flat."""
 
-    def followed(self) -> dict[str, Tensor]:
-        """Scalars of its state that are worth following while it trains, by name."""
+    def traces(self, output: Any) -> dict[str, LoopTrace]:
+        """Return the `LoopTrace` of each level of an output; that of a single quantizer is ""."""
+        return {}
+
+    def fewest_codes(self, z: Tensor, quality: Quality, target: Tensor) -> Tensor:
+        """Find the smallest ``max_codes`` (B,) with which each image reaches a target quality."""
+        raise NotImplementedError(f"{type(self).__name__} has a fixed rate")
+
+    def codebook_metrics(self) -> CodebookMetrics | HierarchyMetrics:
+        """Return a new metric that counts the codes of this quantizer."""
+        return CodebookMetrics(self.n_e, self.sequence.max_loops)
+
+    def tracked_scalars(self) -> dict[str, Tensor]:
+        """Return scalars of the quantizer's state to log while it trains, by name."""
         return {}
 
     def _rows(self, z: Tensor) -> Tensor:
         """Check z and lay its latents out as rows: (B, D, h, w) or (N, D) -> (N, D) float32."""
         if z.ndim not in (2, 4) or z.shape[1] != self.e_dim:
-            raise ValueError(
-                f"expected latents (B, {self.e_dim}, h, w) or (N, {self.e_dim}), "
-                f"got {tuple(z.shape)}"
-            )
+            expected = f"(B, {self.e_dim}, h, w) or (N, {self.e_dim})"
+            raise ValueError(f"expected latents {expected}, got {tuple(z.shape)}")
         if not torch.isfinite(z).all():
             raise NonFiniteError("the latents that reach the quantizer are not finite")
         return rearrange(z, "b d h w -> (b h w) d").float() if z.ndim == 4 else z.float()
+
+
+class SingleCodeQuantizer(Quantizer):
+    """Base class of the original's quantizers: one code per latent, and remapped indices.
+
+    Args:
+        n_e: K, number of codes.
+        e_dim: D, channels of a latent.
+        remap: Path of an ``.npy`` file of used codes; indices then number only those.
+        unknown_index: Index of an unused code under ``remap``: ``"random"``, ``"extra"`` (one
+            more index) or a number.
+
+    Attributes:
+        re_embed: Number of different indices.
+    """
+
+    not_in_identity = ("remap",)  # the codes it names are a buffer
+    used: Tensor
+
+    def __init__(
+        self, n_e: int, e_dim: int, remap: str | None = None, unknown_index: str | int = "random"
+    ) -> None:
+        super().__init__(n_e, e_dim)
+        if isinstance(unknown_index, str) and unknown_index not in ("random", "extra"):
+            raise ValueError(
+                f"unknown_index must be 'random', 'extra' or an index, got {unknown_index!r}"
+            )
+        self.remap, self.unknown_index, self.re_embed = remap, unknown_index, n_e
+        if remap is not None:
+            used = torch.from_numpy(np.load(remap)).long()
+            if len(used) == 0 or used.min() < 0 or used.max() >= n_e:
+                raise ValueError(f"remap: {remap} must name codes 0..{n_e - 1}, and at least one")
+            if isinstance(unknown_index, int) and not 0 <= unknown_index < len(used):
+                most = len(used) - 1  # of the numbers of used codes
+                raise ValueError(f"unknown_index must be in 0..{most}, got {unknown_index}")
+            self.register_buffer("used", used)
+            self.re_embed = len(self.used) + (unknown_index == "extra")
+            if unknown_index == "extra":
+                self.unknown_index = len(self.used)
+        self.sequence = RasterSequence(self.re_embed)
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """The codes (K, D)."""
+
+    def remap_to_used(self, indices: Tensor) -> Tensor:
+        """Number codes among the used ones; unused ones become ``unknown_index``. Any shape."""
+        table = self.used.new_full((self.n_e,), -1)
+        table[self.used] = torch.arange(len(self.used), device=table.device)
+        new = table[indices]
+        if self.unknown_index == "random":
+            other = torch.randint_like(new, self.re_embed)
+        else:
+            other = torch.full_like(new, int(self.unknown_index))
+        return torch.where(new < 0, other, new)
+
+    def unmap_to_all(self, indices: Tensor) -> Tensor:
+        """Turn indices among the used codes back into codes; the extra index becomes the first."""
+        return self.used[torch.where(indices >= len(self.used), 0, indices)]
+
+    def get_codebook_entry(self, indices: Tensor, shape: GridShape | None = None) -> Tensor:
+        """Look up indices (int64, any shape): z_q (B, D, h, w), or (N, D) without a shape."""
+        codes = indices.reshape(-1)
+        if len(wrong := codes[(codes < 0) | (codes >= self.re_embed)]):
+            raise ValueError(f"index {int(wrong[0])} is out of range 0..{self.re_embed - 1}")
+        if self.remap is not None:
+            codes = self.unmap_to_all(codes)
+        z_q = F.embedding(codes, self.codebook)
+        return z_q if shape is None else channels_second(z_q.view(shape))

@@ -1,4 +1,4 @@
-"""A codebook that starts from data, keeps every code in use and can learn by moving averages.
+"""A codebook that starts from data, revives unused codes and can learn by moving averages.
 
 Axis letters: K codes, D channels, M searched vectors.
 """
@@ -9,20 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taming.modules.distributed import of_first_rank, rows_of_all_ranks, sum_over_ranks
+from taming.modules.distributed import from_first_rank, rows_of_all_ranks, sum_over_ranks
 from taming.modules.vqvae.nearest import nearest_codes
 
 
 def k_means(vectors: Tensor, centers: Tensor, iterations: int = 10) -> Tensor:
-    """Lloyd's algorithm from given centers; a center that nothing is near to stays where it is.
+    """Run Lloyd's algorithm and return centers (K, D); one without vectors stays where it is.
 
     Args:
         vectors: (M, D) float32.
-        centers: (K, D) float32, the start; not changed.
+        centers: (K, D) float32, the initial centers; not changed.
         iterations: Rounds of assignment and averaging.
-
-    Returns:
-        (K, D) centers.
     """
     for _ in range(iterations):
         found = nearest_codes(vectors, centers).indices
@@ -32,29 +29,25 @@ def k_means(vectors: Tensor, centers: Tensor, iterations: int = 10) -> Tensor:
     return centers
 
 
+Running = tuple[Tensor, Tensor, Tensor]
+
+
 @torch.no_grad()
 def update_means(
-    means: Tensor,
-    counts: Tensor,
-    sums: Tensor,
-    votes: Tensor,
-    vectors: Tensor,
-    found: Tensor,
-    decay: float,
-    eps: float = 1e-5,
+    running: Running, votes: Tensor, vectors: Tensor, found: Tensor, decay: float, eps: float = 1e-5
 ) -> None:
-    """Move the running means of what is mapped to each code, with that of all ranks.
+    """Update the running mean of the vectors mapped to each code, over all ranks.
 
     Args:
-        means: (K, D) running means; changed in place, except where votes have all but run out.
-        counts: (K,) running votes; changed in place.
-        sums: (K, D) running sums; changed in place.
+        running: Running means (K, D), votes (K,) and sums (K, D), all changed in place; means only
+            where the votes are above ``eps``.
         votes: (K,) vectors mapped to each code now, on all ranks.
         vectors: (M, D) float32, vectors of this rank.
         found: (M,) int64, their codes.
         decay: Weight of the old values in (0, 1).
-        eps: Fewest votes by which a sum is divided.
+        eps: Smallest vote count by which a sum is divided.
     """
+    means, counts, sums = running
     totals = torch.zeros_like(sums).index_add_(0, found, vectors)
     counts.lerp_(votes, 1 - decay)
     sums.lerp_(sum_over_ranks(totals), 1 - decay)
@@ -63,11 +56,7 @@ def update_means(
 
 
 def check_precision(codebook: Tensor, vectors: Tensor) -> None:
-    """Refuse a codebook (K, D) that is not as precise as the vectors (M, D) it is to learn from.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Raise a ValueError if a codebook is of another dtype than the vectors it learns from."""
     if codebook.dtype != vectors.dtype:
         raise ValueError(
             f"the codebook is {codebook.dtype}, but latents are searched and averaged as "
@@ -77,11 +66,11 @@ def check_precision(codebook: Tensor, vectors: Tensor) -> None:
 
 
 class Codebook(nn.Module):
-    """K vectors, learned by gradient or by exponential moving averages of what is mapped to them.
+    """K vectors, learned by gradient or by exponential moving averages of vectors mapped to them.
 
     The moving-average update is that of van den Oord et al. 2017 (arXiv:1711.00937, appendix A.1)
-    with sums over all ranks. Randomness comes from the number of the step, so a resumed run draws
-    what the uninterrupted one would have, and all ranks draw the same.
+    with sums over all ranks. Random choices are seeded by the number of the step, so a resumed run
+    makes those of an uninterrupted one, and all ranks make the same.
 
     Args:
         n_e: K, number of codes.
@@ -91,8 +80,13 @@ class Codebook(nn.Module):
             share 1/K is replaced by a vector that is searched now; 0 never revives.
         usage_decay: Weight of the old value in the running share of use.
 
-    Raises:
-        ValueError: A size, decay or fraction is out of range.
+    Example:
+        >>> codebook, z = Codebook(n_e=4, e_dim=2, ema_decay=0.9), torch.randn(100, 2)
+        >>> codebook.initialize(z, fresh=True)
+        >>> found = nearest_codes(z, codebook.weight).indices
+        >>> codebook.learn(z, found, torch.ones(100))
+        >>> codebook(found).shape, int(codebook.steps)
+        (torch.Size([100, 2]), 1)
     """
 
     def __init__(
@@ -104,17 +98,13 @@ class Codebook(nn.Module):
         usage_decay: float = 0.98,
     ) -> None:
         super().__init__()
-        if n_e < 1 or e_dim < 1:
-            raise ValueError(f"n_e and e_dim must be at least 1, got n_e={n_e}, e_dim={e_dim}")
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"ema_decay must be in (0, 1), got {ema_decay}")
         if not 0 < usage_decay < 1:
             raise ValueError(f"usage_decay must be in (0, 1), got {usage_decay}")
         if not 0 <= revive_below < 1:
             raise ValueError(f"revive_below must be in [0, 1), got {revive_below}")
-        self.ema_decay = ema_decay
-        self.revive_below = revive_below
-        self.usage_decay = usage_decay
+        self.ema_decay, self.usage_decay, self.revive_below = ema_decay, usage_decay, revive_below
         start = torch.empty(n_e, e_dim).uniform_(-1 / n_e, 1 / n_e)
         self.weight = nn.Parameter(start, requires_grad=ema_decay is None)
         self.steps: Tensor
@@ -122,56 +112,55 @@ class Codebook(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("usage", torch.full((n_e,), 1 / n_e))
         if ema_decay is not None:
-            # Starting at one vote each for the present position, no code can be divided by zero.
+            # One vote each for the initial position, so that no sum is divided by zero.
             self.counts: Tensor
             self.sums: Tensor
             self.register_buffer("counts", torch.ones(n_e))
             self.register_buffer("sums", start.clone())
 
     @torch.no_grad()
-    def start_from(self, vectors: Tensor, fresh: bool) -> None:
+    def initialize(self, vectors: Tensor, fresh: bool) -> None:
         """Place the codes by k-means over the vectors of all ranks.
 
         Args:
             vectors: (M, D) float32.
-            fresh: Begin from a random choice of the vectors rather than from the present codes.
+            fresh: Start from randomly chosen vectors rather than from the present codes.
         """
-        # The amount must not depend on the rank; sixteen vectors a code settle its mean.
+        # All ranks must gather equally many; sixteen vectors per code settle its mean.
         pool = rows_of_all_ranks(self._sample(vectors, 16 * len(self.weight)))
         centers = self._sample(pool, len(self.weight)) if fresh else self.weight
-        # On GPUs, sums are not the same twice, and every rank must have the same codes.
-        means = of_first_rank(k_means(pool, centers))
+        # Sums on GPUs are not deterministic, and every rank must have the same codes.
+        means = from_first_rank(k_means(pool, centers))
         self._place(torch.arange(len(means), device=means.device), means)
 
     @torch.no_grad()
     def learn(self, targets: Tensor, found: Tensor, weights: Tensor) -> None:
-        """Take in one training step: usage, moving averages, revival of dead codes.
+        """Update usage and moving averages from one training step, and revive dead codes.
 
         Args:
-            targets: (M, D) float32, where the codes found would best be.
-            found: (M,) int64, codes that were found.
-            weights: (M,) float32, what each target counts in the averages.
+            targets: (M, D) float32, positions to which the codes found should move.
+            found: (M,) int64, codes found.
+            weights: (M,) float32, weight of each target in the averages.
         """
         found_and_weights = torch.stack([torch.ones_like(weights), weights], dim=1)
         totals = weights.new_zeros(len(self.weight), 2).index_add_(0, found, found_and_weights)
-        counts, votes = sum_over_ranks(totals).unbind(1)
+        counts, votes = sum_over_ranks(totals).unbind(1)  # (K,) each, in one all-reduce
         self.usage.lerp_(counts / counts.sum(), 1 - self.usage_decay)
         if self.ema_decay is not None:
-            weighted = targets * weights[:, None]
-            means = (self.weight, self.counts, self.sums)
-            update_means(*means, votes, weighted, found, self.ema_decay)
+            running = (self.weight, self.counts, self.sums)
+            update_means(running, votes, targets * weights[:, None], found, self.ema_decay)
         self._revive(targets)
         self.steps += 1
 
     def _revive(self, targets: Tensor) -> None:
-        """Move codes that have fallen out of use to where others are wanted now."""
+        """Move codes that have fallen out of use to randomly chosen targets (M, D)."""
         dead = (self.usage < self.revive_below / len(self.weight)).nonzero().squeeze(1)
         if len(dead) > 0:
             pool = rows_of_all_ranks(self._sample(targets, len(dead)))
             self._place(dead, self._sample(pool, len(dead)))
 
     def _place(self, codes: Tensor, vectors: Tensor) -> None:
-        """Put codes (M,) at vectors (M, D) float32, as if each had its fair share of use."""
+        """Put codes (M,) at vectors (M, D) float32 and reset their usage to the uniform share."""
         check_precision(self.weight, vectors)
         # Through .data: the step's backward pass does not need the old values.
         self.weight.data[codes] = vectors
@@ -181,11 +170,11 @@ class Codebook(nn.Module):
             self.sums[codes] = vectors
 
     def _sample(self, vectors: Tensor, amount: int) -> Tensor:
-        """Draw rows at random: without repetition where there are enough of them."""
+        """Choose rows of vectors (M, D) at random, repeating them only if M < amount."""
         generator = torch.Generator().manual_seed(int(self.steps))
-        order = torch.randperm(len(vectors), generator=generator)
-        repeats = -(-amount // len(vectors))
-        return vectors[order.repeat(repeats)[:amount].to(vectors.device)]
+        order = torch.randperm(len(vectors), generator=generator)  # (M,)
+        repeats = -(-amount // len(vectors))  # rounded up
+        return vectors[order.repeat(repeats)[:amount].to(vectors.device)]  # (amount, D)
 
     def forward(self, indices: Tensor) -> Tensor:
         """Look codes up: (...,) int64 -> (..., D)."""

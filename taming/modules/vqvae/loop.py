@@ -1,9 +1,34 @@
-"""The loop as its quantizer sees it: paths of latents, the searches on them, and what a turn does.
+"""The loop of one site: the path of a latent, the searches along it, and the transform of a turn.
 
-Slots of codes hold 0..K-1 for a codebook vector, K for the dummy D ("transformed, went round
-again") and -1 after the end of the loop.
+A latent z goes round the loop for at most T turns, n = 0..T-1. With r_0 = z, turn n is
 
-Axis letters: N latents, D channels, K codes, T turns, M searches.
+    k_n     = argmin_k |r_n - M_n e_k|          the nearest code wins
+    d_n     = |r_n - M_n e_{k_n}|               how far r_n is from that code
+    d_n <= tau, or n = T-1:  write k_n and end  here the site ends
+    otherwise:               write a code, transform r_n to r_{n+1}, go round again
+
+    Attract  writes D,    r_{n+1} = r_n + step (e_{k_n} - r_n),  z_q = e_{k_n},            M_n = 1
+    Cascade  writes k_n,  r_{n+1} = r_n - M_n e_{k_n},           z_q = sum_n M_n e_{k_n},  M_0 = 1
+
+The path does not depend on the threshold tau, which only decides where it is cut: `Path` lists, for
+every turn, the codes if the site ended there; `rate.lengths_within` finds the first within tau.
+
+A transform runs these turns in three methods, since each has something that the others lack:
+
+- ``search``: latents -> path, without gradient, for argmin has none. All K codes compete in every
+  turn, so most of the time is spent here; it stops once every site has ended. A beam keeps several
+  partial paths, so the codes up to turn n need not be the beginning of those up to turn n+1.
+- ``retrace``: latents and codes -> searches, with the graph of the codebook. The path is known by
+  now, so a turn costs a lookup. It lists query, code and target of each turn that a site took. The
+  loss, the codebook's averages and revival, and the transform itself learn from this list.
+- ``compose``: codes -> vectors, since a decoder has only codes. The quantizer's ``forward`` takes
+  z_q from here too, not from z minus the last residual: decoding then repeats the same sums in the
+  same order and gives the same z_q, bit for bit.
+
+Codes are 0..K-1 for a codebook vector, K for the dummy D ("transformed, went round again") and -1
+after the end.
+
+Axis letters: N latents, D channels, K codes, T turns, M searches, P partial paths.
 """
 
 from __future__ import annotations
@@ -16,19 +41,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taming.modules.vqvae.base import Part
 from taming.modules.vqvae.nearest import nearest_codes
 
 ABSENT = -1
+DepthShape = tuple[int, int] | None  # (T, D)
 
 
 class Path(NamedTuple):
-    """Where the loop of each latent may end.
+    """Possible ends of the loop of each latent.
 
     Attributes:
-        codes: (N, T, T) int64; ``codes[:, t]`` are the slots written if the loop ends at turn t.
-        distances: (N, T) float32, what is compared with the threshold at each turn: from where the
-            latent has come to the nearest code. In a `Cascade` this is |z - z_q|, before any depth
-            embedding. inf at turns after the one at which it was told to end.
+        codes: (N, T, T) int64; ``codes[:, n]`` are the codes written if the loop ends at turn n.
+        distances: (N, T) float32, compared with the threshold at each turn: from the transformed
+            latent to its nearest code. In a `Cascade` this is |z - z_q|, before any depth
+            embedding. inf at turns after the one at which the search ended.
     """
 
     codes: Tensor
@@ -39,44 +66,18 @@ class Path(NamedTuple):
         return self.codes[torch.arange(len(lengths), device=lengths.device), lengths - 1]
 
 
-def check_codes(codes: Tensor, n_e: int, dummies: bool) -> None:
-    """Refuse codes (N, T) with a site that has no code or goes on after its end.
-
-    Args:
-        codes: (N, T) int64.
-        n_e: K.
-        dummies: See `Transform`.
-
-    Raises:
-        ValueError: They are not codes that a loop writes.
-    """
-    last = (codes >= 0).sum(dim=1, keepdim=True) - 1
-    slot = torch.arange(codes.shape[1], device=codes.device)
-    is_code = (codes >= 0) & (codes < n_e)
-    body = (codes == n_e) if dummies else is_code
-    right = torch.where(slot < last, body, torch.where(slot == last, is_code, codes == ABSENT))
-    wrong = ~right.all(dim=1) | (last.squeeze(1) < 0)
-    if wrong.any():
-        site = int(wrong.nonzero()[0])
-        form = "D,D,A'" if dummies else "A1,A2,A3"
-        raise ValueError(
-            f"site {site} reads {codes[site].tolist()}, which is no sequence of the form "
-            f"{form} with codes 0..{n_e - 1}, D = {n_e} and -1 after the end"
-        )
-
-
 class Searches(NamedTuple):
-    """The searches by which codes were found: one per latent and turn for `Residual`.
+    """The searches by which codes were found: one per latent and turn for a `Cascade`.
 
     Attributes:
         sites: (M,) int64 in [0, N), the latent of each search.
         turns: (M,) int64 in [0, T), the turn of each search.
         queries: (M, D) float32, the vector that was searched, in the space of z.
-        found: (M,) int64 in [0, K), the code written.
+        found: (M,) int64 in [0, K), the code found.
         approximations: (M, D) float32, z_q if the loop ended there. Their gradient goes to the
-            code written last, since the loop is greedy.
-        targets: (M, D) float32, to where in the codebook the query pulls the code.
-        weights: (M,) float32, how far z_q moves with that code, squared.
+            code found last, since the loop is greedy.
+        targets: (M, D) float32, the position in the codebook to which the code should move.
+        weights: (M,) float32, squared length that z_q moves per unit of that code's movement.
     """
 
     sites: Tensor
@@ -88,12 +89,36 @@ class Searches(NamedTuple):
     weights: Tensor
 
 
-class Transform(nn.Module, ABC):
+def check_codes(codes: Tensor, n_e: int, dummies: bool) -> None:
+    """Raise a ValueError that names the first site of codes (N, T) that the loop never writes.
+
+    Args:
+        codes: (N, T) int64.
+        n_e: K.
+        dummies: True for the form ``D,D,A'``, False for ``A1,A2,A3``.
+    """
+    last = (codes >= 0).sum(dim=1, keepdim=True) - 1  # (N, 1)
+    turn = torch.arange(codes.shape[1], device=codes.device)  # (T,)
+    is_code = (codes >= 0) & (codes < n_e)
+    body = (codes == n_e) if dummies else is_code
+    right = torch.where(turn < last, body, torch.where(turn == last, is_code, codes == ABSENT))
+    wrong = ~right.all(dim=1) | (last.squeeze(1) < 0)  # (N,)
+    if wrong.any():
+        site = int(wrong.nonzero()[0])
+        form = "D,D,A'" if dummies else "A1,A2,A3"
+        raise ValueError(
+            f"site {site} has the codes {codes[site].tolist()}, which are not of the form {form} "
+            f"with codes 0..{n_e - 1}, D = {n_e} and -1 after the end"
+        )
+
+
+class Transform(Part, ABC):
     """One turn of the loop and its inverse.
 
     Args:
-        depth_embedding: (T, D) of learned vectors b_n, started at zero and added to z_q by the
-            number of turns n, which tells the decoder the count; None for none.
+        depth_embedding: (T, D) of learned vectors b_n, started at zero and added to z_q according
+            to the number of turns n, which lets the decoder see the length; None for none. In a
+            quantizer's ``transform_config``, true stands for its sizes.
 
     Attributes:
         dummies: True if a site reads ``D,D,A'`` (dummies, then its one code); False if every turn
@@ -101,50 +126,42 @@ class Transform(nn.Module, ABC):
     """
 
     dummies: bool
+    depth: nn.Parameter | None
 
-    def __init__(self, depth_embedding: tuple[int, int] | None = None) -> None:
+    def __init__(self, depth_embedding: DepthShape = None) -> None:
         super().__init__()
-        self.depth = None
-        if depth_embedding is not None:
-            self.depth = nn.Parameter(torch.zeros(*depth_embedding))
+        start = None if depth_embedding is None else nn.Parameter(torch.zeros(*depth_embedding))
+        self.register_parameter("depth", start)
 
     @abstractmethod
     def search(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
-        """Follow latents round the loop until a code is within the threshold.
+        """Find the path of each latent, at least to the turn that is within the threshold.
 
         Args:
             z: (N, D) float32 latents; not changed.
             codebook: (K, D) float32.
             threshold: (N,) float32, Euclidean distance in the space of z at which a loop ends.
-            max_loops: T, the last turn ends every loop.
+            max_loops: T; the last turn ends every loop.
 
         Returns:
-            The path; no gradient flows through it.
+            The path, without gradient.
         """
 
     @abstractmethod
     def retrace(self, z: Tensor, codes: Tensor, codebook: Tensor) -> Searches:
-        """List the searches by which latents z (N, D) were given their codes (N, T)."""
+        """List the searches by which latents z (N, D) got their codes (N, T), with gradient."""
 
     @abstractmethod
     def compose(self, codes: Tensor, codebook: Tensor) -> Tensor:
-        """Turn valid codes (N, T) into the vectors (N, D) that came nearest to the latents."""
+        """Turn valid codes (N, T) into the vectors (N, D) that they stand for, with gradient."""
 
     def decode(self, codes: Tensor, codebook: Tensor) -> Tensor:
-        """Turn valid codes (N, T) into z_q (N, D), with the depth embedding if there is one."""
+        """Turn valid codes (N, T) into z_q (N, D): `compose`, plus the depth embedding if any."""
         z_q = self.compose(codes, codebook)
         return z_q if self.depth is None else z_q + self.depth[(codes >= 0).sum(dim=1) - 1]
 
-    def check(self, e_dim: int, max_loops: int) -> None:
-        """Raise a ValueError for sizes D and T that it was not built for."""
-        if self.depth is not None and self.depth.shape != (max_loops, e_dim):
-            raise ValueError(
-                f"depth_embedding {tuple(self.depth.shape)} must be (max_loops, e_dim) = "
-                f"{(max_loops, e_dim)}"
-            )
-
-    def start(self, z: Tensor, searches: Searches, codebook: Tensor) -> None:
-        """Set what the transform learns from a first batch; nothing to do by default.
+    def initialize(self, z: Tensor, searches: Searches, codebook: Tensor) -> None:
+        """Initialize the transform's statistics from a first batch; by default, nothing.
 
         Args:
             z: (N, D) latents of the batch.
@@ -153,70 +170,52 @@ class Transform(nn.Module, ABC):
         """
 
     def learn(self, z: Tensor, searches: Searches, codebook: Tensor) -> None:
-        """Update what the transform learns from a training batch (see `start`)."""
+        """Update the transform's statistics from a training batch; arguments of `initialize`."""
 
 
 class Cascade(Transform):
-    """Subtract the nearest code and go on with what is left: r <- r - M_t e_k, writing k.
+    """Subtract the nearest code and go on with the residual: r <- r - M_n e_k, writing k.
 
-    All codes compete again in each turn, which sees the one codebook through a linear map M_t of
-    its own, M_0 = 1: what is left has another size and shape than the latents. A site decodes to
-    sum_t M_t e_{k_t}. The distance |r - M_t e_k| is |z - z_q|, so the threshold bounds the error
-    of every site that ends by itself. The greedy path does not depend on the threshold, which only
-    cuts it. With M_t = 1 this is residual quantization with a shared codebook (Lee et al. 2022,
-    arXiv:2203.01941).
+    All codes compete again in each turn, which sees the one codebook through a linear map M_n of
+    its own, since residuals have another size and shape than latents. The distance is |z - z_q|, so
+    the threshold bounds the error of every site that ends before the last turn. With M_n = 1 this
+    is residual quantization with a shared codebook (Lee et al. 2022, arXiv:2203.01941).
 
     Args:
         max_loops: T.
-        depth_embedding: See `Transform`.
-        beam: Partial paths kept for a latent in each turn. 1 takes the nearest code, and a shorter
+        depth_embedding: (T, D) of the depth embedding; None for none.
+        beam: Partial paths kept per latent in each turn. 1 takes the nearest code, and a shorter
             path is then the beginning of a longer one; more finds better paths, at that many times
-            the cost of the search.
-
-    Raises:
-        ValueError: ``beam`` is out of range.
+            the cost of the search. At least 1.
     """
 
     dummies = False
 
-    def __init__(
-        self, max_loops: int, depth_embedding: tuple[int, int] | None = None, beam: int = 1
-    ) -> None:
+    def __init__(self, max_loops: int, depth_embedding: DepthShape = None, beam: int = 1) -> None:
         super().__init__(depth_embedding)
         if beam < 1:
             raise ValueError(f"beam must be at least 1, got {beam}")
-        self.max_loops = max_loops
-        self.beam = beam
+        self.max_loops, self.beam = max_loops, beam
 
     @abstractmethod
     def project(self, codebook: Tensor, turn: int) -> Tensor:
-        """Map codes (K, D) as a turn sees them: M_t e."""
+        """Map codes (K, D) as a turn sees them: M_n e."""
 
     @abstractmethod
     def backproject(self, errors: Tensor, turn: int) -> tuple[Tensor, Tensor]:
-        """Map errors (M, D) of a turn to its codes: M_t^T times them, and |M_t|^2 / D, a scalar."""
-
-    def check(self, e_dim: int, max_loops: int) -> None:
-        """Raise a ValueError if it was built for another number of turns T (see `Transform`)."""
-        if self.max_loops != max_loops:
-            raise ValueError(
-                f"{type(self).__name__} has max_loops={self.max_loops}, but its quantizer "
-                f"{max_loops}"
-            )
-        super().check(e_dim, max_loops)
+        """Map errors (M, D) of a turn to its codes: M_n^T times them, and |M_n|^2 / D, a scalar."""
 
     @torch.no_grad()
     def search(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
-        """Follow latents round the loop; only those still in it are searched (see `Transform`)."""
+        """Find the path of each latent; a turn searches only those still in the loop."""
         codes = torch.full((len(z), max_loops, max_loops), ABSENT, device=z.device)
         distances = torch.full((len(z), max_loops), math.inf, device=z.device)
-        sites, residual = torch.arange(len(z), device=z.device), z[:, None]
+        sites, residual = torch.arange(len(z), device=z.device), z[:, None]  # (N,), (N, 1, D)
         written = torch.empty(len(z), 1, 0, dtype=torch.int64, device=z.device)
         for turn in range(max_loops):
-            residual, written, distance = self._extend(
-                residual, written, self.project(codebook, turn)
-            )
-            codes[sites, turn, : turn + 1] = written[:, 0]
+            seen = self.project(codebook, turn)
+            residual, written, distance = self._extend_beam(residual, written, seen)
+            codes[sites, turn, : turn + 1] = written[:, 0]  # the best of the beam
             distances[sites, turn] = distance[:, 0]
             on = distance[:, 0] > threshold[sites]
             if not on.any():
@@ -224,40 +223,42 @@ class Cascade(Transform):
             sites, written, residual = sites[on], written[on], residual[on]
         return Path(codes, distances)
 
-    def _extend(
+    def _extend_beam(
         self, residual: Tensor, written: Tensor, seen: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Take the best next codes of partial paths; P are kept of a latent, at most ``beam``.
+        """Extend each latent's P partial paths by a code; keep the best P' of them, <= ``beam``.
 
         Args:
             residual: (N, P, D).
-            written: (N, P, t) int64.
+            written: (N, P, n) int64, the codes of each path.
             seen: (K, D), the codebook as this turn sees it.
 
         Returns:
-            Residuals (N, P, D), codes written (N, P, t + 1) and distances (N, P), nearest first.
+            Residuals (N, P', D), codes (N, P', n + 1) and distances (N, P'), nearest first.
         """
         latents, paths, _ = residual.shape
         each = min(self.beam, len(seen))
-        found, distance = nearest_codes(residual.flatten(0, 1), seen, k=each)
+        # No path can have more than ``beam`` survivors, so its nearest codes suffice.
+        found, distance = nearest_codes(residual.flatten(0, 1), seen, k=each)  # (N P, each)
         kept = min(self.beam, paths * each)
-        distance, best = distance.view(latents, -1).topk(kept, largest=False)
-        code = found.view(latents, -1).gather(1, best)
-        parent = (best // each)[..., None]
-        residual = residual.take_along_dim(parent, dim=1) - seen[code]
+        distance, best = distance.view(latents, -1).topk(kept, largest=False)  # (N, P')
+        code = found.view(latents, -1).gather(1, best)  # (N, P')
+        parent = (best // each)[..., None]  # (N, P', 1), the path that each one extends
+        residual = residual.take_along_dim(parent, dim=1) - seen[code]  # (N, P', D)
         written = torch.cat([written.take_along_dim(parent, dim=1), code[..., None]], dim=2)
         return residual, written, distance
 
     def retrace(self, z: Tensor, codes: Tensor, codebook: Tensor) -> Searches:
-        """List the searches of each latent, one turn after the other (see `Transform`)."""
+        """List the searches of each latent, one turn after the other, with gradient."""
         sites, sums = torch.arange(len(z), device=z.device), torch.zeros_like(z)
         searches = []
         for turn in range(self.max_loops):
             on = codes[sites, turn] >= 0
-            sites, before = sites[on], sums[on].detach()
+            # Detached: the loop is greedy, so a turn's error moves that turn's code alone.
+            sites, before = sites[on], sums[on].detach()  # (M,), (M, D)
             found = codes[sites, turn]
             sums = before + F.embedding(found, self.project(codebook, turn))
-            # A code comes nearer to what it is to be down the gradient of |z - z_q|^2.
+            # A code moves toward its target down the gradient of |z - z_q|^2.
             pulls, weight = self.backproject(z[sites] - sums.detach(), turn)
             targets = codebook.detach()[found] + pulls / weight
             columns = (torch.full_like(sites, turn), z[sites] - before, found, sums, targets)
@@ -265,10 +266,10 @@ class Cascade(Transform):
         return Searches(*(torch.cat(column) for column in zip(*searches, strict=True)))
 
     def compose(self, codes: Tensor, codebook: Tensor) -> Tensor:
-        """Turn codes (N, T) into the sums of shape (N, D) (see `Transform`)."""
+        """Sum the codes (N, T) of each site as their turns saw them: (N, D), with gradient."""
         z_q = codebook.new_zeros(len(codes), codebook.shape[1])
         for turn, code in enumerate(codes.unbind(1)):
-            part = F.embedding(code.clamp(min=0), self.project(codebook, turn))
-            # Zero is added where the site has ended, which leaves its sum as it is, bit for bit.
+            part = F.embedding(code.clamp(min=0), self.project(codebook, turn))  # (N, D)
+            # Where the site has ended, zero is added, which leaves its sum bit for bit.
             z_q = z_q + part * (code >= 0)[:, None]
         return z_q

@@ -1,9 +1,8 @@
-"""Quantizers: latents -> codebook entries, with what training and decoding need.
+"""The loopy vector quantizer: each latent becomes a sequence of codes, as long as it needs.
 
-Every quantizer takes z (B, D, h, w) and returns ``z_q, loss, (perplexity, encodings, indices)``;
-``get_codebook_entry(indices)`` gives z_q back.
+The equations of the loop are in `taming.modules.vqvae.loop`.
 
-Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
+Axis letters: B images, D channels, h w grid, N = B h w latents, K codes, T turns.
 """
 
 from __future__ import annotations
@@ -18,8 +17,11 @@ from torch import Tensor
 
 from taming.modules.distributed import sum_over_ranks
 from taming.modules.sequence.notations import UnarySequence
+from taming.modules.vqvae import rate
 from taming.modules.vqvae.base import (
+    GridShape,
     LoopTrace,
+    Quality,
     Quantizer,
     QuantizerInfo,
     QuantizerOutput,
@@ -30,33 +32,46 @@ from taming.modules.vqvae.base import (
 )
 from taming.modules.vqvae.codebook import Codebook
 from taming.modules.vqvae.loop import Path, Searches, Transform, check_codes
+from taming.modules.vqvae.metrics import LoopMetrics
 from taming.modules.vqvae.nearest import nearest_codes
-from taming.modules.vqvae.rate import draw_budgets, lengths_within, per_image, threshold_for
-from taming.util import instantiate_from_config
+from taming.util import instantiate_with_sizes
+
+RESIDUAL = {"target": "taming.modules.vqvae.transforms.Residual"}
+Rate = float | Tensor | None  # one number for all images, or one for each (B,)
+
+
+def build_transform(config: Mapping[str, Any], max_loops: int, e_dim: int) -> Transform:
+    """Build a transform from ``{target, params}`` with T and D filled in where not stated."""
+    sizes: dict[str, Any] = {"max_loops": max_loops, "e_dim": e_dim}
+    params = dict(config.get("params") or {})
+    if depth := params.get("depth_embedding"):
+        sizes["depth_embedding"] = (max_loops, e_dim)
+        params["depth_embedding"] = (max_loops, e_dim) if depth is True else tuple(depth)
+    return instantiate_with_sizes({**config, "params": params}, sizes)
 
 
 class LoopyVectorQuantizer(Quantizer):
     """Quantizer that goes round a loop until a code is near enough: a sequence for each latent.
 
-    For a latent z, threshold tau and at most T turns, with r = z at first: let e_k be the code
-    nearest to r. If it is within tau, or this is turn T, write k and end the loop. Otherwise write
-    what the transform says (the dummy D = K, or k), transform r, and go round again. A latent's
-    path does not depend on tau, which only says where to stop.
+    Start with r = z. If the code e_k nearest to r is within the threshold tau, or this is turn T,
+    write k and end the loop. Otherwise write a code of the transform's choice (the dummy D = K, or
+    k), transform r, and go round again.
 
     Args:
         n_e: K, number of codes.
         e_dim: D, channels of a latent.
         beta: Weight of the commitment loss.
-        threshold: tau, Euclidean distance in the space of z at which a loop ends; may be inf. No
-            checkpoint changes it.
+        threshold: tau, Euclidean distance in the space of z at which a loop ends; may be inf. A
+            checkpoint does not change it.
         max_loops: T, most turns of a latent.
-        transform_config: ``{target, params}`` of a `Transform`.
-        target_length: Mean turns per latent in [1, T]: instead of a fixed ``threshold``, tau is
-            then steered to it while training and kept in the checkpoint.
-        length_range: Train one quantizer for all rates: each image of a training batch draws its
-            mean turns uniformly between these bounds in [1, T] and gets the threshold that gives
-            them. None trains with the quantizer's own threshold.
-        legacy: See `vq_loss`, of a codebook that learns by gradient.
+        transform_config: ``{target, params}`` of a `Transform`, by default `Residual`. T and D
+            follow from this quantizer; ``depth_embedding: true`` stands for (T, D).
+        target_length: Mean length in [1, T]: instead of a fixed ``threshold``, tau is then steered
+            to it while training and kept in the checkpoint.
+        length_range: Train one quantizer for all rates: the mean length of each image of a training
+            batch is sampled uniformly between these bounds in [1, T], and it gets the threshold
+            that gives it. None trains with the quantizer's own threshold.
+        legacy: Put beta on the codebook term instead, for a codebook that learns by gradient.
         ema_decay: Learn the codebook by moving averages of this decay; None by gradient.
         start_batches: Number of first training batches from which k-means places the codes.
         revive_below: Codes used less than this fraction of the uniform share are moved to
@@ -65,7 +80,21 @@ class LoopyVectorQuantizer(Quantizer):
     Raises:
         ValueError: An argument is out of range, or not exactly one of ``threshold`` and
             ``target_length`` is given.
+
+    Example:
+        >>> quantizer = LoopyVectorQuantizer(n_e=16, e_dim=4, threshold=0.5, max_loops=3).eval()
+        >>> z_q, loss, (_, trace, codes) = quantizer(torch.randn(2, 4, 8, 8))
+        >>> codes.shape, bool((trace.lengths == (codes >= 0).sum(dim=-1)).all())
+        (torch.Size([2, 8, 8, 3]), True)
+        >>> torch.equal(quantizer.get_codebook_entry(codes), z_q)
+        True
+        >>> cheap = quantizer(torch.randn(2, 4, 8, 8), max_codes=80)
+        >>> bool((cheap.info.encodings.lengths.sum(dim=(1, 2)) <= 80).all())
+        True
     """
+
+    variable_rate = True
+    not_in_identity = ("beta", "legacy", "target_length", "length_range", "start_batches")
 
     def __init__(
         self,
@@ -91,21 +120,14 @@ class LoopyVectorQuantizer(Quantizer):
             raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
         if target_length is not None and not 1 <= target_length <= max_loops:
             raise ValueError(f"target_length must be in [1, {max_loops}], got {target_length}")
-        drawn = list(length_range or (1.0, 1.0))
-        if len(drawn) != 2 or not 1 <= drawn[0] <= drawn[1] <= max_loops:
-            raise ValueError(f"length_range must be two bounds in [1, {max_loops}], got {drawn}")
-        if transform_config is None:
-            residual = "taming.modules.vqvae.transforms.Residual"
-            transform_config = {"target": residual, "params": {"max_loops": max_loops}}
-        self.beta = beta
-        self.legacy = legacy
-        self.max_loops = max_loops
-        self.target_length = target_length
-        self.length_range = length_range
+        bounds = list(length_range or (1.0, 1.0))
+        if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= max_loops:
+            raise ValueError(f"length_range must be two bounds in [1, {max_loops}], got {bounds}")
+        self.beta, self.legacy, self.max_loops = beta, legacy, max_loops
+        self.target_length, self.length_range = target_length, length_range
         self.start_batches = start_batches
         self.embedding = Codebook(n_e, e_dim, ema_decay, revive_below)
-        self.transform: Transform = instantiate_from_config(transform_config)
-        self.transform.check(e_dim, max_loops)
+        self.transform = build_transform(transform_config or RESIDUAL, max_loops, e_dim)
         self.sequence = UnarySequence(n_e, max_loops, dummies=self.transform.dummies)
         self.threshold: Tensor
         self.latent_std: Tensor
@@ -113,68 +135,46 @@ class LoopyVectorQuantizer(Quantizer):
         self.register_buffer("threshold", start)
         self.register_buffer("latent_std", torch.ones(()))
 
-    def forward(
-        self,
-        z: Tensor,
-        threshold: float | Tensor | None = None,
-        max_tokens: int | Tensor | None = None,
-    ) -> QuantizerOutput:
+    def forward(self, z: Tensor, threshold: Rate = None, max_codes: Rate = None) -> QuantizerOutput:
         """Quantize latents, each with as many turns as it needs.
 
         Args:
             z: (B, D, h, w) or (N, D); not changed.
-            threshold: tau, one for all or one per image (B,); None takes the quantizer's own, or
-                while training what ``length_range`` says.
-            max_tokens: Instead: most slots written for an image, one for all or one per image;
-                each image gets the smallest threshold that keeps it.
+            threshold: tau; None takes the quantizer's own or, while training with a
+                ``length_range``, samples a budget per image.
+            max_codes: Instead: most codes of an image, at least one per site; each image gets the
+                smallest threshold that keeps to it.
 
         Returns:
             z_q like z, float32; loss; info with a `LoopTrace` (fields (B, h, w) or (N,)) and
             indices (B, h, w, T) or (N, T).
 
         Raises:
-            ValueError: Both a threshold and a number of tokens are given, a threshold is negative
-                or no number, or there are fewer tokens than sites.
+            ValueError: Both threshold and max_codes are given, a threshold is negative or NaN, or
+                max_codes is smaller than the number of sites.
         """
-        flat = self._rows(z)
+        flat = self._rows(z)  # (N, D)
         rows = flat.detach()
         if self.training and self.embedding.steps < self.start_batches:
             self._start_from_data(rows, len(z))
-        path, tau = self._follow(rows, len(z), threshold, max_tokens)
-        lengths = lengths_within(path.distances, tau)
-        codes = path.end_at(lengths)
+        path, tau = self._find_paths(rows, len(z), threshold, max_codes)
+        lengths = rate.lengths_within(path.distances, tau)  # (N,): here each site ends
+        codes = path.end_at(lengths)  # (N, T)
         z_q = straight_through(flat, self.transform.decode(codes, self.embedding.weight.detach()))
         searches = self.transform.retrace(rows, codes, self.embedding.weight)
         loss = self._loss(flat, searches)
-        last = path.distances.gather(1, lengths[:, None] - 1).squeeze(1)
-        trace = LoopTrace(lengths, last, last <= tau)
+        last = path.distances.gather(1, lengths[:, None] - 1).squeeze(1)  # (N,)
+        trace = LoopTrace(*(self._grid(x, z) for x in (lengths, last, last <= tau)))
         if self.training:
             self._learn(rows, searches)
             if threshold is None:
-                self._steer(path.distances)
-        info = QuantizerInfo(
-            code_perplexity(searches.found, self.n_e),
-            LoopTrace(*(self._grid(field, z) for field in trace)),
-            self._grid(codes, z),
-        )
+                self._steer_threshold(path.distances)
+        perplexity = code_perplexity(searches.found, self.n_e)
+        info = QuantizerInfo(perplexity, trace, self._grid(codes, z))
         z_q = self._grid(z_q, z)
         return QuantizerOutput(z_q if z.ndim == 2 else channels_second(z_q), loss, info)
 
-    @torch.no_grad()
-    def whole_path(self, z: Tensor) -> Path:
-        """Follow latents (B, D, h, w) or (N, D) through all turns, wherever they may end then."""
-        rows = self._rows(z).detach()
-        return self._walk(rows, rows.new_zeros(len(rows)))
-
-    @staticmethod
-    def thresholds(path: Path, tokens: Tensor) -> Tensor:
-        """Thresholds (N,) at which the images of a path write no more than ``tokens`` (B,)."""
-        distances = path.distances.unflatten(0, (len(tokens), -1))
-        return threshold_for(distances, tokens).repeat_interleave(distances.shape[1])
-
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
-    ) -> Tensor:
+    def get_codebook_entry(self, indices: Tensor, shape: GridShape | None = None) -> Tensor:
         """Turn codes back into latents: exactly the z_q of `forward` in eval mode.
 
         Args:
@@ -185,58 +185,76 @@ class LoopyVectorQuantizer(Quantizer):
             z_q (B, D, h, w), or (N, D) for codes (N, T) without a shape.
 
         Raises:
-            ValueError: The codes are not ones that the loop writes.
+            ValueError: The loop never writes such codes.
         """
         grid = indices.shape[:-1] if shape is None else shape[:3]
         if indices.numel() != math.prod(grid) * self.max_loops:
-            raise ValueError(f"codes {tuple(indices.shape)} are not {self.max_loops} for each site")
-        codes = indices.reshape(-1, self.max_loops)
+            got = tuple(indices.shape)
+            raise ValueError(f"expected {self.max_loops} codes for each site, got the shape {got}")
+        codes = indices.reshape(-1, self.max_loops)  # (N, T)
         check_codes(codes, self.n_e, self.transform.dummies)
         z_q = self.transform.decode(codes, self.embedding.weight)
         z_q = z_q.reshape(*grid, self.e_dim)
         return z_q if len(grid) == 1 else channels_second(z_q)
 
-    def followed(self) -> dict[str, Tensor]:
-        """Threshold relative to the latents' spread; nothing of an infinite one."""
-        relative = self.threshold / self.latent_std
-        return {} if relative.isinf() else {"relative_threshold": relative}
+    # --- rate ------------------------------------------------------------------------------------
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Load (see `nn.Module`), except that a threshold fixed by the configuration stays."""
-        if self.target_length is None:
-            state_dict[f"{prefix}threshold"] = self.threshold
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    @torch.no_grad()
+    def whole_path(self, z: Tensor) -> Path:
+        """Find the path of latents (B, D, h, w) or (N, D) through all turns."""
+        rows = self._rows(z).detach()
+        return self._search(rows, rows.new_zeros(len(rows)))
 
-    def _follow(
-        self,
-        rows: Tensor,
-        images: int,
-        threshold: float | Tensor | None,
-        max_tokens: int | Tensor | None,
+    @torch.no_grad()
+    def fewest_codes(self, z: Tensor, quality: Quality, target: Tensor) -> Tensor:
+        """Find the smallest ``max_codes`` of each image with which it reaches a target quality.
+
+        Args:
+            z: (B, D, h, w) latents.
+            quality: Codes (B, h, w, T) -> quality (B,) of the images decoded from them.
+            target: (B,), the quality wanted.
+
+        Returns:
+            (B,) int64; T codes for every site where nothing reaches the target.
+        """
+        path = self.whole_path(z)  # searched once, then cut to each budget
+
+        def quality_within(max_codes: Tensor) -> Tensor:
+            tau = rate.threshold_for(path.distances, max_codes)
+            codes = path.end_at(rate.lengths_within(path.distances, tau))
+            return quality(self._grid(codes, z))
+
+        return rate.fewest_codes(quality_within, target, z[0, 0].numel(), self.max_loops)
+
+    def _find_paths(
+        self, rows: Tensor, images: int, threshold: Rate = None, max_codes: Rate = None
     ) -> tuple[Path, Tensor]:
-        """Walk latents (N, D) as far as they may have to go; the path and tau (N,) of each."""
-        if threshold is not None and max_tokens is not None:
-            raise ValueError("give a threshold or max_tokens, not both")
+        """Find the path of latents (N, D), as long as needed, and the tau (N,) that cuts it."""
+        if threshold is not None and max_codes is not None:
+            raise ValueError("give a threshold or max_codes, not both")
         sites = len(rows) // images
-        if threshold is None and max_tokens is None and self.training and self.length_range:
-            max_tokens = draw_budgets(images, sites, self.length_range, rows.device)
-        if max_tokens is None:
+        if threshold is None and max_codes is None and self.training and self.length_range:
+            max_codes = rate.sample_budgets(images, sites, self.length_range, rows.device)
+        if max_codes is None:
             tau = torch.as_tensor(self.threshold if threshold is None else threshold)
             if threshold is not None and not (tau >= 0).all():
                 raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
-            tau = per_image("threshold", tau.to(rows), images).repeat_interleave(sites)
-            return self._walk(rows, tau), tau
+            tau = rate.expand_per_image("threshold", tau.to(rows), images).repeat_interleave(sites)
+            return self._search(rows, tau), tau
         path = self.whole_path(rows)
-        tokens = per_image("max_tokens", torch.as_tensor(max_tokens, device=rows.device), images)
-        return path, self.thresholds(path, tokens)
+        budgets = torch.as_tensor(max_codes, device=rows.device)
+        budgets = rate.expand_per_image("max_codes", budgets, images)
+        return path, rate.threshold_for(path.distances, budgets)
 
-    def _walk(self, rows: Tensor, tau: Tensor) -> Path:
-        """Follow latents (N, D) until they are within tau (N,)."""
+    def _search(self, rows: Tensor, tau: Tensor) -> Path:
+        """Find the path of latents (N, D) until they are within tau (N,)."""
         return self.transform.search(rows, self.embedding.weight.detach(), tau, self.max_loops)
+
+    # --- learning --------------------------------------------------------------------------------
 
     def _loss(self, z: Tensor, searches: Searches) -> Tensor:
         """Codebook and commitment loss, averaged over all turns of the sites in the loop."""
-        latents = z[searches.sites]
+        latents = z[searches.sites]  # (M, D)
         commitment = F.mse_loss(searches.approximations.detach(), latents)
         if self.embedding.ema_decay is not None:
             return self.beta * commitment
@@ -247,18 +265,18 @@ class LoopyVectorQuantizer(Quantizer):
     def _start_from_data(self, rows: Tensor, images: int) -> None:
         """Place codes by k-means over the latents, then the threshold and the transform's turns."""
         first = self.embedding.steps == 0
-        self.embedding.start_from(rows, fresh=bool(first))
+        self.embedding.initialize(rows, fresh=bool(first))
         if first and self.target_length is not None:
             self.threshold.copy_(self._mean(nearest_codes(rows, self.embedding.weight).distances))
-        for _ in range(self.max_loops - 1):
-            path, tau = self._follow(rows, images, None, None)
-            codes = path.end_at(lengths_within(path.distances, tau))
+        for _ in range(self.max_loops - 1):  # a turn's size depends on the turns before it
+            path, tau = self._find_paths(rows, images)
+            codes = path.end_at(rate.lengths_within(path.distances, tau))
             searches = self.transform.retrace(rows, codes, self.embedding.weight.detach())
-            self.transform.start(rows, searches, self.embedding.weight.detach())
+            self.transform.initialize(rows, searches, self.embedding.weight.detach())
 
     @torch.no_grad()
     def _learn(self, rows: Tensor, searches: Searches) -> None:
-        """Update what is neither trained by gradient nor steered."""
+        """Update the latents' spread and all that learns by running statistics."""
         spread = (rows - self._mean(rows)).square().sum(dim=1)
         momentum = 0.0 if self.embedding.steps == 0 else 0.99
         self.latent_std.lerp_(self._mean(spread).sqrt(), 1 - momentum)
@@ -266,15 +284,38 @@ class LoopyVectorQuantizer(Quantizer):
         self.embedding.learn(searches.targets, searches.found, searches.weights)
 
     @torch.no_grad()
-    def _steer(self, distances: Tensor) -> None:
-        """Move the threshold toward the one that gives the mean turns wanted."""
+    def _steer_threshold(self, distances: Tensor) -> None:
+        """Move the threshold toward the one that gives ``target_length``."""
         if self.target_length is not None:
-            lengths = lengths_within(distances, self.threshold.expand(len(distances)))
+            lengths = rate.lengths_within(distances, self.threshold.expand(len(distances)))
             # 5% a step for each turn too many settles in tens of steps and does not overshoot.
             excess = self._mean(lengths.float()) - self.target_length
             moved = self.threshold * torch.exp(0.05 * excess.clamp(-1, 1))
             # No factor leads away from 0, where all latents of a batch are the same.
             self.threshold.copy_(torch.maximum(moved, 1e-3 * self.latent_std))
+
+    def traces(self, output: Any) -> dict[str, LoopTrace]:
+        """Return the trace of an output of `forward` under the name ""."""
+        return {"": output.info.encodings}
+
+    def codebook_metrics(self) -> LoopMetrics:
+        """Return a new metric that also counts the sites that ran into the last turn."""
+        return LoopMetrics(self.n_e, self.max_loops)
+
+    def tracked_scalars(self) -> dict[str, Tensor]:
+        """Return the threshold relative to the latents' spread, unless it is infinite."""
+        relative = self.threshold / self.latent_std
+        return {} if relative.isinf() else {"relative_threshold": relative}
+
+    def identity(self) -> dict[str, object]:
+        """Add the transform's identity."""
+        return {**super().identity(), "transform": self.transform.identity()}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load as `nn.Module` does, but keep a threshold that the configuration fixes."""
+        if self.target_length is None:
+            state_dict[f"{prefix}threshold"] = self.threshold
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @staticmethod
     def _mean(values: Tensor) -> Tensor:

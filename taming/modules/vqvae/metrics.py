@@ -1,18 +1,17 @@
-"""What a quantizer did over an epoch, summed over batches and processes.
+"""Codebook statistics over an epoch, summed over batches and processes, and pictures of lengths.
 
-Axis letters: B images, D channels, h w grid, K codes, T turns.
+Axis letters: B images, D channels, h w grid, H W image, K codes, T turns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
-
-from taming.modules.vqvae.base import LoopTrace, Quantizer, QuantizerOutput
-from taming.modules.vqvae.hierarchy import Hierarchy
 
 
 class CodebookMetrics(Metric):
@@ -20,7 +19,7 @@ class CodebookMetrics(Metric):
 
     Args:
         n_e: K, number of codes.
-        max_loops: T, slots per site.
+        max_loops: T, most codes per site.
     """
 
     full_state_update = False
@@ -32,51 +31,47 @@ class CodebookMetrics(Metric):
 
     def __init__(self, n_e: int, max_loops: int) -> None:
         super().__init__()
-        self.n_e = n_e
-        self.max_loops = max_loops
+        self.n_e, self.max_loops = n_e, max_loops
         self.add_state("codes", torch.zeros(n_e, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("lengths", torch.zeros(max_loops + 1, dtype=torch.int64), "sum")
         self.add_state("error", torch.zeros(()), dist_reduce_fx="sum")  # MPS has no float64
         self.add_state("beyond", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, z: Tensor, quantized: QuantizerOutput) -> None:
+    def update(self, z: Tensor, quantized: Any) -> None:
         """Add a batch.
 
         Args:
             z: (B, D, h, w) latents.
-            quantized: What the quantizer made of them.
+            quantized: `QuantizerOutput` of the latents.
         """
-        slots = quantized.info.indices.reshape(-1, self.max_loops)
-        written = slots[(slots >= 0) & (slots < self.n_e)]
-        self.codes += torch.bincount(written, minlength=self.n_e)
-        lengths = (slots >= 0).sum(dim=1)
-        self.lengths += torch.bincount(lengths, minlength=self.max_loops + 1)
+        codes = quantized.info.indices.reshape(-1, self.max_loops)  # (B h w, T)
+        real = codes[(codes >= 0) & (codes < self.n_e)]  # without dummies and absent ones
+        self.codes += torch.bincount(real, minlength=self.n_e)
+        self.lengths += torch.bincount((codes >= 0).sum(dim=1), minlength=self.max_loops + 1)
         self.error += (z.detach().float() - quantized.z_q.detach()).square().mean(1).sum()
-        if isinstance(quantized.info.encodings, LoopTrace):
-            self.beyond += (~quantized.info.encodings.within).sum()
         self.images += len(z)
 
     def compute(self) -> dict[str, Tensor]:
-        """Summarize all that was added.
+        """Summarize all batches.
 
         Returns:
             usage: Share of the K codes that occur, in [0, 1].
             perplexity: Exponential of the codes' entropy, in [1, K].
-            mean_length: Slots written per site, in [1, T].
-            codes_per_image: Slots written per image.
+            mean_length: Codes per site, in [1, T].
+            codes_per_image: Codes per image.
             never_within_threshold: Share of sites that ran into T turns, in [0, 1].
             quantization_error: Mean square of z - z_q per channel.
             codes, lengths: (K,) and (T + 1,) int64, how often each occurs.
         """
         share = self.codes.float() / self.codes.sum()
         sites = self.lengths.sum()
-        slots = (self.lengths * torch.arange(self.max_loops + 1, device=sites.device)).sum()
+        total = (self.lengths * torch.arange(self.max_loops + 1, device=sites.device)).sum()
         return {
             "usage": (self.codes > 0).float().mean(),
             "perplexity": torch.special.entr(share).sum().exp(),
-            "mean_length": slots / sites,
-            "codes_per_image": slots / self.images,
+            "mean_length": total / sites,
+            "codes_per_image": total / self.images,
             "never_within_threshold": self.beyond / sites,
             "quantization_error": self.error / sites,
             "codes": self.codes,
@@ -84,38 +79,35 @@ class CodebookMetrics(Metric):
         }
 
 
+class LoopMetrics(CodebookMetrics):
+    """`CodebookMetrics` of a loopy quantizer, whose encodings are a `LoopTrace`."""
+
+    def update(self, z: Tensor, quantized: Any) -> None:
+        """Add a batch; also count the sites that never came within the threshold."""
+        super().update(z, quantized)
+        self.beyond += (~quantized.info.encodings.within).sum()
+
+
 class HierarchyMetrics(nn.Module):
-    """The same for each level of a hierarchy, with the level's name before each value's.
+    """Metrics of a hierarchy's levels, from level name -> metric; values are ``{level}_{name}``."""
 
-    Args:
-        hierarchy: The quantizers.
-    """
-
-    def __init__(self, hierarchy: Hierarchy) -> None:
+    def __init__(self, levels: Mapping[str, CodebookMetrics | HierarchyMetrics]) -> None:
         super().__init__()
-        self.levels = {
-            name: CodebookMetrics(level.n_e, level.sequence.max_loops)
-            for name, level in zip(hierarchy.names, hierarchy.levels, strict=True)
-        }
+        self.levels = dict(levels)
         self.registered = nn.ModuleList(self.levels.values())
 
     @property
     def update_called(self) -> bool:
-        """Whether anything was added since the last reset."""
+        """True if a batch was added since the last reset."""
         return any(metrics.update_called for metrics in self.levels.values())
 
     def update(self, z: Tensor, quantized: Any) -> None:
-        """Add a batch.
-
-        Args:
-            z: What went into the hierarchy; the latents of each level are in its output.
-            quantized: A `HierarchyOutput`.
-        """
+        """Add a batch; z is unused, for a `HierarchyOutput` has the latents of every level."""
         for name, level in quantized.info.encodings.items():
             self.levels[name].update(level.z, level.quantized)
 
     def compute(self) -> dict[str, Tensor]:
-        """Summarize all that was added: ``{level}_{name}`` of each value of `CodebookMetrics`."""
+        """Summarize all batches: ``{level}_{name}`` of each value of `CodebookMetrics`."""
         return {
             f"{level}_{name}": value
             for level, metrics in self.levels.items()
@@ -123,13 +115,25 @@ class HierarchyMetrics(nn.Module):
         }
 
     def reset(self) -> None:
-        """Forget all that was added."""
+        """Forget all batches."""
         for metrics in self.levels.values():
             metrics.reset()
 
 
-def codebook_metrics(quantizer: Quantizer) -> CodebookMetrics | HierarchyMetrics:
-    """Return what counts the codes of a quantizer."""
-    if isinstance(quantizer, Hierarchy):
-        return HierarchyMetrics(quantizer)
-    return CodebookMetrics(quantizer.n_e, quantizer.sequence.max_loops)
+def length_heat_map(lengths: Tensor, max_loops: int, size: tuple[int, int]) -> Tensor:
+    """Colour each site by its length: dark for one turn, bright for the most.
+
+    Args:
+        lengths: (B, h, w) int64 in [1, max_loops].
+        max_loops: T, the length of the brightest colour.
+        size: (H, W) of the picture.
+
+    Returns:
+        (B, 3, H, W) float32 in [-1, 1].
+    """
+    import matplotlib  # slow, and only pictures need it
+
+    share = (lengths.cpu() - 1).float() / max(max_loops - 1, 1)
+    colours = matplotlib.colormaps["inferno"](share.numpy())[..., :3]
+    picture = torch.from_numpy(colours).float().permute(0, 3, 1, 2) * 2 - 1  # (B, 3, h, w)
+    return F.interpolate(picture, size=size, mode="nearest").to(lengths.device)

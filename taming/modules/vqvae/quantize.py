@@ -1,6 +1,9 @@
-"""The original's quantizers that take the nearest code, learned by gradient or by averages.
+"""The original's quantizers: one code per latent.
 
-Axis letters: B images, D channels, h w grid, N latents, K codes.
+`VectorQuantizer2` and `VectorQuantizer` learn the codebook by gradient, `EMAVectorQuantizer` by
+moving averages; `GumbelQuantize` samples codes from scores. `LoopyVectorQuantizer` is re-exported.
+
+Axis letters: B images, C input channels, D channels of a code, h w grid, N latents, K codes.
 """
 
 from __future__ import annotations
@@ -9,123 +12,24 @@ import math
 from abc import abstractmethod
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taming.modules.distributed import sum_over_ranks
-from taming.modules.sequence.notations import RasterSequence
 from taming.modules.vqvae.base import (
-    Quantizer,
     QuantizerInfo,
     QuantizerOutput,
+    SingleCodeQuantizer,
     channels_second,
     code_perplexity,
     straight_through,
     vq_loss,
 )
 from taming.modules.vqvae.codebook import check_precision, update_means
-from taming.modules.vqvae.loopy import LoopyVectorQuantizer
+from taming.modules.vqvae.loopy import LoopyVectorQuantizer as LoopyVectorQuantizer
 from taming.modules.vqvae.nearest import nearest_codes
 from taming.util import NonFiniteError
-
-__all__ = [
-    "EMAVectorQuantizer",
-    "EmbeddingEMA",
-    "GumbelQuantize",
-    "LoopyVectorQuantizer",
-    "VectorQuantizer",
-    "VectorQuantizer2",
-]
-
-
-class PlainQuantizer(Quantizer):
-    """A quantizer with one code per latent.
-
-    Args:
-        n_e: K, number of codes.
-        e_dim: D, channels of a latent.
-        remap: Path of an ``.npy`` file of used codes: indices then count only those.
-        unknown_index: What an unused code becomes under ``remap``: ``"random"``, ``"extra"`` (one
-            more index) or an index.
-
-    Attributes:
-        re_embed: Number of different indices.
-
-    Raises:
-        ValueError: ``unknown_index`` is none of these, or ``remap`` names codes that do not exist.
-    """
-
-    used: Tensor
-
-    def __init__(
-        self, n_e: int, e_dim: int, remap: str | None = None, unknown_index: str | int = "random"
-    ) -> None:
-        super().__init__(n_e, e_dim)
-        if isinstance(unknown_index, str) and unknown_index not in ("random", "extra"):
-            raise ValueError(
-                f"unknown_index must be 'random', 'extra' or an index, got {unknown_index!r}"
-            )
-        self.remap = remap
-        self.re_embed = n_e
-        self.unknown_index = unknown_index
-        if remap is not None:
-            used = torch.from_numpy(np.load(remap)).long()
-            if len(used) == 0 or used.min() < 0 or used.max() >= n_e:
-                raise ValueError(f"remap: {remap} must name codes 0..{n_e - 1}, and at least one")
-            if isinstance(unknown_index, int) and not 0 <= unknown_index < len(used):
-                raise ValueError(
-                    f"unknown_index {unknown_index} is none of the {len(used)} used codes' numbers"
-                )
-            self.register_buffer("used", used)
-            self.re_embed = len(self.used) + (unknown_index == "extra")
-            if unknown_index == "extra":
-                self.unknown_index = len(self.used)
-        self.sequence = RasterSequence(self.re_embed)
-
-    @property
-    @abstractmethod
-    def codebook(self) -> Tensor:
-        """The codes (K, D)."""
-
-    def remap_to_used(self, indices: Tensor) -> Tensor:
-        """Count codes among the used ones; unused ones become ``unknown_index``. Any shape."""
-        table = self.used.new_full((self.n_e,), -1)
-        table[self.used] = torch.arange(len(self.used), device=table.device)
-        new = table[indices]
-        if self.unknown_index == "random":
-            other = torch.randint_like(new, self.re_embed)
-        else:
-            other = torch.full_like(new, int(self.unknown_index))
-        return torch.where(new < 0, other, new)
-
-    def unmap_to_all(self, indices: Tensor) -> Tensor:
-        """Turn indices among the used codes back into codes; the extra index becomes the first."""
-        return self.used[torch.where(indices >= len(self.used), 0, indices)]
-
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
-    ) -> Tensor:
-        """Look indices up.
-
-        Args:
-            indices: int64, any shape of as many indices as latents.
-            shape: (B, h, w, D) of the wanted grid; None gives (N, D).
-
-        Returns:
-            z_q (B, D, h, w), or (N, D) without a shape.
-
-        Raises:
-            ValueError: There is no such index.
-        """
-        codes = indices.reshape(-1)
-        if len(wrong := codes[(codes < 0) | (codes >= self.re_embed)]):
-            raise ValueError(f"index {int(wrong[0])} is none of 0..{self.re_embed - 1}")
-        if self.remap is not None:
-            codes = self.unmap_to_all(codes)
-        z_q = F.embedding(codes, self.codebook)
-        return z_q if shape is None else channels_second(z_q.view(shape))
 
 
 class EmbeddingEMA(nn.Module):
@@ -134,8 +38,8 @@ class EmbeddingEMA(nn.Module):
     Args:
         num_tokens: K, number of codes.
         codebook_dim: D, channels of a code.
-        decay: Weight of the old averages.
-        eps: Fewest votes by which a code's sum is divided.
+        decay: Weight of the old averages in (0, 1).
+        eps: Smallest vote count by which a code's sum is divided.
     """
 
     cluster_size: Tensor
@@ -145,32 +49,40 @@ class EmbeddingEMA(nn.Module):
         self, num_tokens: int, codebook_dim: int, decay: float = 0.99, eps: float = 1e-5
     ) -> None:
         super().__init__()
-        self.decay = decay
-        self.eps = eps
+        self.decay, self.eps = decay, eps
         start = torch.randn(num_tokens, codebook_dim)
         self.weight = nn.Parameter(start, requires_grad=False)
-        # One vote each for where they stand: starting from none, as the original did, the first
-        # step divides by next to nothing and throws the codes far away.
+        # One vote each for the initial position. With none, as in the original, the first step
+        # divides by almost zero and throws the codes far away.
         self.register_buffer("cluster_size", torch.ones(num_tokens))
         self.register_buffer("embed_avg", start.clone())
 
     @torch.no_grad()
     def learn(self, rows: Tensor, codes: Tensor) -> None:
-        """Take in latents (N, D) float32 and the codes (N,) they were mapped to, on all ranks."""
+        """Update from latents (N, D) float32 and the codes (N,) nearest to them, on all ranks."""
         check_precision(self.weight, rows)
         votes = sum_over_ranks(torch.bincount(codes, minlength=len(self.weight)).float())
-        means = (self.weight, self.cluster_size, self.embed_avg)
-        update_means(*means, votes, rows, codes, self.decay, self.eps)
+        running = (self.weight, self.cluster_size, self.embed_avg)
+        update_means(running, votes, rows, codes, self.decay, self.eps)
 
     def forward(self, embed_id: Tensor) -> Tensor:
         """Look codes up: (...,) int64 -> (..., D)."""
         return F.embedding(embed_id, self.weight)
 
 
-class NearestQuantizer(PlainQuantizer):
-    """A quantizer that gives each latent the nearest code; subclasses say how codes are learned."""
+class NearestQuantizer(SingleCodeQuantizer):
+    """Base class of quantizers that map each latent to its nearest code.
 
+    Attributes:
+        embedding: Holds ``weight``, the codes (K, D).
+        sane_index_shape: True to return indices as (B, h, w) rather than flat.
+    """
+
+    not_in_identity = ("remap", "beta", "sane_index_shape", "legacy")
     embedding: nn.Embedding | EmbeddingEMA
+    sane_index_shape = False
+    _perplexity = True
+    _flat_shape: tuple[int, ...] = (-1,)
 
     @property
     def codebook(self) -> Tensor:
@@ -178,22 +90,12 @@ class NearestQuantizer(PlainQuantizer):
         return self.embedding.weight
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantize latents.
-
-        Args:
-            z: (B, D, h, w).
-
-        Returns:
-            z_q like z; loss; info, whose indices are described at each class.
-
-        Raises:
-            ValueError: z has another shape.
-        """
+        """Quantize latents z (B, D, h, w); the shape of the indices is described at each class."""
         if z.ndim != 4:
             raise ValueError(f"expected latents (B, {self.e_dim}, h, w), got {tuple(z.shape)}")
-        rows = self._rows(z)
-        codes = nearest_codes(rows, self.codebook).indices
-        entries = self.embedding(codes)
+        rows = self._rows(z)  # (N, D)
+        codes = nearest_codes(rows, self.codebook).indices  # (N,)
+        entries = self.embedding(codes)  # (N, D)
         loss = self._loss(rows, entries)
         if self.training:
             self._learn(rows.detach(), codes)
@@ -204,50 +106,15 @@ class NearestQuantizer(PlainQuantizer):
     def _loss(self, rows: Tensor, entries: Tensor) -> Tensor:
         """Compute the loss of latents (N, D) and their codes (N, D)."""
 
-    @abstractmethod
-    def _info(self, codes: Tensor, z: Tensor) -> QuantizerInfo:
-        """Say what is known of the codes (N,) of latents z (B, D, h, w)."""
-
     def _learn(self, rows: Tensor, codes: Tensor) -> None:
-        """Update what is not learned by gradient; by default, nothing."""
-
-
-def gradient_loss(rows: Tensor, entries: Tensor, beta: float, legacy: bool) -> Tensor:
-    """Return `vq_loss` of latents (N, D) and the codes (N, D) nearest to them."""
-    codebook_term = F.mse_loss(entries, rows.detach())
-    return vq_loss(codebook_term, F.mse_loss(entries.detach(), rows), beta, legacy)
-
-
-def gradient_codebook(n_e: int, e_dim: int) -> nn.Embedding:
-    """Return codes (K, D) uniform in [-1/K, 1/K], to be learned by gradient."""
-    embedding = nn.Embedding(n_e, e_dim)
-    nn.init.uniform_(embedding.weight, -1 / n_e, 1 / n_e)
-    return embedding
-
-
-class VectorQuantizer(NearestQuantizer):
-    """The original's first quantizer: `VectorQuantizer2` that also returns who took which code.
-
-    Indices are (N, 1). ``encodings`` is one-hot, (N, K) float32: with many codes it fills the
-    memory, which the other quantizers avoid.
-
-    Args:
-        n_e: K, number of codes.
-        e_dim: D, channels of a latent.
-        beta: Weight of the codebook loss, as under ``legacy`` in `vq_loss`.
-    """
-
-    def __init__(self, n_e: int, e_dim: int, beta: float) -> None:
-        super().__init__(n_e, e_dim)
-        self.beta = beta
-        self.embedding = gradient_codebook(n_e, e_dim)
-
-    def _loss(self, rows: Tensor, entries: Tensor) -> Tensor:
-        return gradient_loss(rows, entries, self.beta, legacy=True)
+        """Update codes that do not learn by gradient; by default, nothing."""
 
     def _info(self, codes: Tensor, z: Tensor) -> QuantizerInfo:
-        encodings = F.one_hot(codes, self.n_e).to(z.dtype)
-        return QuantizerInfo(code_perplexity(codes, self.n_e), encodings, codes[:, None])
+        """Describe the codes (N,) of latents z (B, D, h, w)."""
+        perplexity = code_perplexity(codes, self.n_e) if self._perplexity else None
+        indices = codes if self.remap is None else self.remap_to_used(codes)
+        shape = (len(z), *z.shape[2:]) if self.sane_index_shape else self._flat_shape
+        return QuantizerInfo(perplexity, None, indices.reshape(shape))
 
 
 class VectorQuantizer2(NearestQuantizer):
@@ -259,11 +126,21 @@ class VectorQuantizer2(NearestQuantizer):
         n_e: K, number of codes.
         e_dim: D, channels of a latent.
         beta: Weight of the commitment loss (see `vq_loss` for ``legacy``).
-        remap: See `PlainQuantizer`.
-        unknown_index: See `PlainQuantizer`.
+        remap: Path of an ``.npy`` file of used codes; indices then number only those.
+        unknown_index: Index of an unused code: ``"random"``, ``"extra"`` or a number.
         sane_index_shape: Return indices as (B, h, w) rather than flat.
         legacy: Put beta on the codebook term, as the original's checkpoints were trained.
+
+    Example:
+        >>> quantizer = VectorQuantizer2(n_e=16, e_dim=4, beta=0.25, sane_index_shape=True)
+        >>> z_q, loss, (_, _, indices) = quantizer(torch.randn(2, 4, 8, 8))
+        >>> indices.shape
+        torch.Size([2, 8, 8])
+        >>> torch.equal(quantizer.get_codebook_entry(indices, (2, 8, 8, 4)), z_q)
+        True
     """
+
+    _perplexity = False
 
     def __init__(
         self,
@@ -276,20 +153,39 @@ class VectorQuantizer2(NearestQuantizer):
         legacy: bool = True,
     ) -> None:
         super().__init__(n_e, e_dim, remap, unknown_index)
-        self.beta = beta
-        self.legacy = legacy
-        self.sane_index_shape = sane_index_shape
-        self.embedding = gradient_codebook(n_e, e_dim)
+        self.beta, self.legacy, self.sane_index_shape = beta, legacy, sane_index_shape
+        if remap is not None:
+            self._flat_shape = (-1, 1)
+        self.embedding = nn.Embedding(n_e, e_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / n_e, 1 / n_e)
 
     def _loss(self, rows: Tensor, entries: Tensor) -> Tensor:
-        return gradient_loss(rows, entries, self.beta, self.legacy)
+        codebook_term = F.mse_loss(entries, rows.detach())
+        commitment = F.mse_loss(entries.detach(), rows)
+        return vq_loss(codebook_term, commitment, self.beta, self.legacy)
+
+
+class VectorQuantizer(VectorQuantizer2):
+    """The original's first quantizer: also returns the perplexity and one-hot codes.
+
+    Indices are (N, 1). ``encodings`` are one-hot, (N, K) of z's type: with many codes they fill
+    the memory, which the other quantizers avoid.
+
+    Args:
+        n_e: K, number of codes.
+        e_dim: D, channels of a latent.
+        beta: Weight of the codebook loss, as under ``legacy`` in `vq_loss`.
+    """
+
+    _perplexity = True
+    _flat_shape = (-1, 1)
+
+    def __init__(self, n_e: int, e_dim: int, beta: float) -> None:
+        super().__init__(n_e, e_dim, beta)
 
     def _info(self, codes: Tensor, z: Tensor) -> QuantizerInfo:
-        if self.remap is not None:
-            codes = self.remap_to_used(codes)[:, None]
-        if self.sane_index_shape:
-            codes = codes.reshape(len(z), *z.shape[2:])
-        return QuantizerInfo(None, None, codes)
+        one_hot = F.one_hot(codes, self.n_e).to(z.dtype)  # (N, K)
+        return super()._info(codes, z)._replace(encodings=one_hot)
 
 
 class EMAVectorQuantizer(NearestQuantizer):
@@ -301,11 +197,18 @@ class EMAVectorQuantizer(NearestQuantizer):
         n_embed: K, number of codes.
         embedding_dim: D, channels of a latent.
         beta: Weight of the commitment loss, which is all of the loss.
-        decay: See `EmbeddingEMA`.
-        eps: See `EmbeddingEMA`.
-        remap: See `PlainQuantizer`.
-        unknown_index: See `PlainQuantizer`.
+        decay: Weight of the old averages in (0, 1).
+        eps: Smallest vote count by which a code's sum is divided.
+        remap: Path of an ``.npy`` file of used codes; indices then number only those.
+        unknown_index: Index of an unused code: ``"random"``, ``"extra"`` or a number.
         sane_index_shape: Return indices as (B, h, w) rather than flat.
+
+    Example:
+        >>> quantizer = EMAVectorQuantizer(n_embed=16, embedding_dim=4, beta=0.25, decay=0.9)
+        >>> before = quantizer.codebook.clone()
+        >>> z_q, loss, (perplexity, _, indices) = quantizer.train()(torch.randn(2, 4, 8, 8))
+        >>> indices.shape, torch.equal(quantizer.codebook, before)
+        (torch.Size([128]), False)
     """
 
     def __init__(
@@ -320,8 +223,7 @@ class EMAVectorQuantizer(NearestQuantizer):
         sane_index_shape: bool = False,
     ) -> None:
         super().__init__(n_embed, embedding_dim, remap, unknown_index)
-        self.beta = beta
-        self.sane_index_shape = sane_index_shape
+        self.beta, self.sane_index_shape = beta, sane_index_shape
         self.embedding: EmbeddingEMA = EmbeddingEMA(n_embed, embedding_dim, decay, eps)
 
     def _loss(self, rows: Tensor, entries: Tensor) -> Tensor:
@@ -330,35 +232,36 @@ class EMAVectorQuantizer(NearestQuantizer):
     def _learn(self, rows: Tensor, codes: Tensor) -> None:
         self.embedding.learn(rows, codes)
 
-    def _info(self, codes: Tensor, z: Tensor) -> QuantizerInfo:
-        perplexity = code_perplexity(codes, self.n_e)
-        if self.remap is not None:
-            codes = self.remap_to_used(codes)
-        if self.sane_index_shape:
-            codes = codes.reshape(len(z), *z.shape[2:])
-        return QuantizerInfo(perplexity, None, codes)
 
+class GumbelQuantize(SingleCodeQuantizer):
+    """Score every code and sample one by the Gumbel-softmax trick; in eval mode, take the best.
 
-class GumbelQuantize(PlainQuantizer):
-    """Scores every code, then draws one by the Gumbel-softmax trick; in eval mode, the best one.
+    The straight-through estimator is that of Jang et al. 2017 (arXiv:1611.01144, section 2.2).
 
     Args:
         num_hiddens: C, channels of the input.
         embedding_dim: D, channels of a code.
         n_embed: K, number of codes.
-        straight_through: Draw single codes in training; otherwise mixtures of them.
+        straight_through: Sample single codes in training; otherwise mixtures of them.
         kl_weight: Weight of the divergence of the scores from the uniform distribution.
-        temp_init: Temperature of the draw, above 0, until somebody sets ``temperature``.
+        temp_init: Initial ``temperature``, above 0.
         use_vqinterface: Return the indices inside a `QuantizerInfo`; otherwise by themselves.
-        remap: See `PlainQuantizer`; the codes that are not used are then never drawn.
-        unknown_index: See `PlainQuantizer`.
-        legacy: Draw in eval mode too, as the original did.
+        remap: Path of an ``.npy`` file of used codes; the others are then never sampled.
+        unknown_index: Index of an unused code: ``"random"``, ``"extra"`` or a number.
+        legacy: Sample in eval mode too, as the original did.
 
     Attributes:
-        temperature: Of the draw. It is not part of the state: `GumbelVQ` derives it from the step.
+        temperature: Not part of the state, since `GumbelVQ` derives it from the step.
+
+    Example:
+        >>> quantizer = GumbelQuantize(num_hiddens=8, embedding_dim=4, n_embed=16).eval()
+        >>> z_q, loss, (_, _, indices) = quantizer(torch.randn(2, 8, 5, 5))
+        >>> z_q.shape, indices.shape
+        (torch.Size([2, 4, 5, 5]), torch.Size([2, 5, 5]))
     """
 
-    learns_alone = False
+    trains_without_decoder = False
+    not_in_identity = ("remap", "straight_through", "kl_weight", "temperature", "use_vqinterface")
 
     def __init__(
         self,
@@ -375,11 +278,9 @@ class GumbelQuantize(PlainQuantizer):
     ) -> None:
         super().__init__(n_embed, embedding_dim, remap, unknown_index)
         self.n_embed, self.embedding_dim = n_embed, embedding_dim  # the original's names
-        self.straight_through = straight_through
-        self.kl_weight = kl_weight
-        self.temperature = temp_init
+        self.straight_through, self.legacy = straight_through, legacy
+        self.kl_weight, self.temperature = kl_weight, temp_init
         self.use_vqinterface = use_vqinterface
-        self.legacy = legacy
         self.proj = nn.Conv2d(num_hiddens, n_embed, 1)
         self.embed = nn.Embedding(n_embed, embedding_dim)
 
@@ -393,7 +294,7 @@ class GumbelQuantize(PlainQuantizer):
 
         Args:
             z: (B, C, h, w).
-            temp: Temperature of this draw; None for ``temperature``.
+            temp: Temperature of this call; None for ``temperature``.
             return_logits: Return the scores (B, K, h, w) too, as a fourth value.
 
         Returns:
@@ -402,7 +303,8 @@ class GumbelQuantize(PlainQuantizer):
         if not torch.isfinite(z).all():
             raise NonFiniteError("the latents that reach the quantizer are not finite")
         with torch.autocast(z.device.type, enabled=False):
-            logits = self._score(z.float())
+            logits = self.proj(z.float())  # (B, K, h, w), under remap of the used codes only
+            logits = logits if self.remap is None else logits[:, self.used]
             z_q, indices = self._choose(logits, self.temperature if temp is None else temp)
         log_q = logits.log_softmax(dim=1)
         divergence = (log_q.exp() * (log_q + math.log(self.n_e))).sum(dim=1).mean()
@@ -412,17 +314,12 @@ class GumbelQuantize(PlainQuantizer):
         output = QuantizerOutput(z_q, loss, QuantizerInfo(None, None, indices))
         return (*output, logits) if return_logits else output
 
-    def _score(self, z: Tensor) -> Tensor:
-        """Score latents (B, C, h, w): (B, K, h, w), under ``remap`` of the used codes only."""
-        logits = self.proj(z)
-        return logits if self.remap is None else logits[:, self.used]
-
     def _choose(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Draw, or pick, codes: z_q (B, D, h, w) and indices (B, h, w)."""
+        """Sample, or take the best, codes: z_q (B, D, h, w) and indices (B, h, w)."""
         codes = self.codebook if self.remap is None else self.codebook[self.used]
         if not self.training and not self.legacy:
             indices = logits.argmax(dim=1)
             return channels_second(F.embedding(indices, codes)), indices
         hard = self.straight_through or not self.training
-        choice = F.gumbel_softmax(logits, temperature, hard=hard, dim=1)
+        choice = F.gumbel_softmax(logits, temperature, hard=hard, dim=1)  # (B, K, h, w)
         return torch.einsum("bkhw,kd->bdhw", choice, codes), choice.argmax(dim=1)

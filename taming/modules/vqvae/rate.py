@@ -1,6 +1,7 @@
-"""Rate control: from distances along the loop to numbers of turns, and back to thresholds.
+"""Rate control: from distances along the loop to lengths, and from budgets back to thresholds.
 
-A token of an image is a slot that its loops write, so a site costs as many tokens as turns.
+A budget is a number of codes per image. A turn writes one code, dummies included, so a site's
+length is its number of turns.
 
 Axis letters: N latents, B images, S sites of an image, T turns.
 """
@@ -14,21 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def per_image(name: str, value: Tensor, images: int) -> Tensor:
-    """Give each image its value: (B,) of one number for all, or of one for each.
-
-    Args:
-        name: Of the value, for the message.
-        value: A scalar, (1,) or (B,).
-        images: B.
-
-    Raises:
-        ValueError: There are as many values as neither.
-    """
+def expand_per_image(name: str, value: Tensor, images: int) -> Tensor:
+    """Expand one number to (B,); raise a ValueError if it is not one, nor one for each image."""
     if value.ndim > 1 or value.numel() not in (1, images):
-        raise ValueError(
-            f"{name} is one number or one for each of {images} images, got {tuple(value.shape)}"
-        )
+        expected = f"one number or one for each of {images} images"
+        raise ValueError(f"{name} must be {expected}, got the shape {tuple(value.shape)}")
     return value.expand(images)
 
 
@@ -36,46 +27,48 @@ def lengths_within(distances: Tensor, threshold: Tensor) -> Tensor:
     """Count the turns until a code is within the threshold; T if none ever is.
 
     Args:
-        distances: (N, T), see `Path`.
+        distances: (N, T), distances of a `Path`.
         threshold: (N,).
 
     Returns:
         (N,) int64 in [1, T].
     """
-    within = distances[:, :-1] <= threshold[:, None]
-    ends = F.pad(within, (0, 1), value=True)
+    within = distances[:, :-1] <= threshold[:, None]  # (N, T - 1)
+    ends = F.pad(within, (0, 1), value=True)  # (N, T): the last turn ends every loop
     return ends.int().argmax(dim=1) + 1
 
 
-def threshold_for(distances: Tensor, tokens: Tensor) -> Tensor:
-    """Find the smallest threshold at which an image writes no more tokens than wanted.
+def threshold_for(distances: Tensor, max_codes: Tensor) -> Tensor:
+    """Find the smallest threshold at which an image has no more codes than wanted.
 
     A site goes past turn t as long as the smallest distance so far is above the threshold. So an
-    image's tokens are S plus the number of running minima (of all turns but the last) above it,
+    image's codes are S plus the number of running minima (of all turns but the last) above it,
     and its threshold is one of those minima: no search is needed.
 
     Args:
-        distances: (B, S, T) along whole paths.
-        tokens: (B,) int64, at least S.
+        distances: (N, T) along the whole paths of N = B S latents.
+        max_codes: (B,) int64, at least S.
 
     Returns:
-        (B,) thresholds.
+        (N,) thresholds, the same for all sites of an image.
 
     Raises:
-        ValueError: An image would get fewer tokens than it has sites, or part of one.
+        ValueError: A budget is smaller than the number of sites, or not a whole number.
     """
+    distances = distances.unflatten(0, (len(max_codes), -1))  # (B, S, T)
     sites = distances.shape[1]
-    if tokens.is_floating_point():
-        raise ValueError(f"an image's tokens are a whole number, got {tokens.tolist()}")
-    if (tokens < sites).any():
+    if max_codes.is_floating_point():
+        raise ValueError(f"max_codes must be a whole number, got {max_codes.tolist()}")
+    if (max_codes < sites).any():
         raise ValueError(
-            f"an image of {sites} sites needs at least {sites} tokens, got {int(tokens.min())}"
+            f"an image of {sites} sites needs at least {sites} codes, got {int(max_codes.min())}"
         )
-    minima = distances.cummin(dim=2).values[..., :-1].flatten(1)
-    # The zero stands for "no threshold": where every turn may be taken.
-    ordered = F.pad(minima.sort(dim=1, descending=True).values, (0, 1))
-    further = (tokens - sites).clamp(max=minima.shape[1])
-    return ordered.gather(1, further[:, None]).squeeze(1)
+    minima = distances.cummin(dim=2).values[..., :-1].flatten(1)  # (B, S (T - 1))
+    # The threshold 0 at the end is for budgets in which every site may take every turn.
+    ordered = F.pad(minima.sort(dim=1, descending=True).values, (0, 1))  # (B, S (T - 1) + 1)
+    # With the m-th largest minimum (from 0) as threshold, at most m minima are above it.
+    further = (max_codes - sites).clamp(max=minima.shape[1])  # (B,), codes beyond one per site
+    return ordered.gather(1, further[:, None]).squeeze(1).repeat_interleave(sites)
 
 
 def fewest_codes(
@@ -85,13 +78,13 @@ def fewest_codes(
     max_loops: int,
     probes: int = 8,
 ) -> Tensor:
-    """Find, for each image by itself, how few tokens reach a quality.
+    """Find the smallest budget of each image that reaches a quality.
 
-    Probes upward until the quality is reached, then bisects below: what is returned was seen to
-    reach it, even where the quality does not rise with every token.
+    Probes upward until the quality is reached, then bisects below. A returned budget was measured
+    to reach it, even where the quality does not rise with every code.
 
     Args:
-        quality: Tokens (B,) -> quality (B,) of the images encoded with them.
+        quality: Budgets (B,) -> quality (B,) of the images encoded within them.
         target: (B,), the quality wanted.
         sites: S.
         max_loops: T.
@@ -117,13 +110,9 @@ def fewest_codes(
     return enough
 
 
-def draw_budgets(
+def sample_budgets(
     images: int, sites: int, lengths: tuple[float, float], device: torch.device
 ) -> Tensor:
-    """Draw the tokens of each image: a mean length uniform in ``lengths``, times its sites.
-
-    Returns:
-        (B,) int64.
-    """
+    """Sample a budget (B,) int64: a mean length uniform in ``lengths``, times an image's sites."""
     mean = torch.empty(images, device=device).uniform_(*lengths)
     return (mean * sites).round().long()

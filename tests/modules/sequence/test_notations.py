@@ -4,14 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from taming.modules.sequence.grammar import GrammarState, by_site
-from taming.modules.sequence.notations import (
-    RasterSequence,
-    RunLengthSequence,
-    TokenSequence,
-    UnarySequence,
-    place,
-)
+from taming.modules.sequence.grammar import GrammarState, TokenSequence, by_site, place
+from taming.modules.sequence.notations import RasterSequence, RunLengthSequence, UnarySequence
 
 GRID = (3, 4)
 K = 5
@@ -75,7 +69,7 @@ def test_states_equal_advancing_token_by_token(
         mask = sequence.allowed(state)
         assert torch.equal(mask[here], allowed[here, position])
         assert mask[here].gather(1, token[here, None]).all()
-        assert torch.equal(place(state, GRID)[here], sequence.sites(tokens, GRID)[here, position])
+        assert torch.equal(place(state, GRID)[here], place(states, GRID)[here, position])
 
 
 @pytest.mark.parametrize("sequence, dummies, turns", CASES)

@@ -8,11 +8,11 @@ from taming.modules.sequence.notations import RasterSequence, RunLengthSequence,
 from taming.modules.transformer.blocks import KVCache
 from taming.modules.transformer.generate import (
     SamplingParams,
-    draw,
     filter_logits,
+    generate,
     generators_of,
-    grammatical,
-    sample_tokens,
+    mask_logits,
+    sample_token,
 )
 from taming.modules.transformer.gpt import GPT, Backbone
 from taming.modules.transformer.two_level import NOT_WITHIN_SITES, TwoLevelGPT
@@ -45,7 +45,7 @@ def predicted(network, condition: Tensor, sequence, tokens: Tensor) -> Tensor:
     """Logits (N, V) of sequences, without a cache."""
     states = sequence.states(tokens)
     logits = network.predict(condition, tokens, states, GRID)
-    return grammatical(logits, sequence.allowed(states)[tokens >= 0])
+    return mask_logits(logits, sequence.allowed(states)[tokens >= 0])
 
 
 @every_network
@@ -55,7 +55,7 @@ def predicted(network, condition: Tensor, sequence, tokens: Tensor) -> Tensor:
 )
 def test_every_sample_decodes(levels: int, sequence, filters: dict) -> None:
     condition = torch.randint(12, (8, 2))
-    tokens = sample_tokens(model(levels), condition, sequence, GRID, SamplingParams(2.0, **filters))
+    tokens = generate(model(levels), condition, sequence, GRID, SamplingParams(2.0, **filters))
     assert sequence.decode(tokens, GRID).shape == (8, *GRID, sequence.max_loops)
 
 
@@ -63,7 +63,7 @@ def test_every_sample_decodes(levels: int, sequence, filters: dict) -> None:
 @every_sequence
 def test_cached_sampling_takes_the_likeliest_token_of_whole_sequences(levels, sequence) -> None:
     network, condition = model(levels), torch.randint(12, (4, 2))
-    tokens = sample_tokens(network, condition, sequence, GRID, GREEDY)
+    tokens = generate(network, condition, sequence, GRID, GREEDY)
     logits = predicted(network, condition, sequence, tokens)
     assert torch.equal(logits.argmax(-1), tokens[tokens >= 0])
 
@@ -78,18 +78,18 @@ def test_cached_logits_equal_uncached(
     levels: int, sequence, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, condition = model(levels, **dict.fromkeys(options, True)), torch.randint(12, (5, 2))
-    tokens = sample_tokens(network, condition, sequence, GRID, SamplingParams(3.0))
+    tokens = generate(network, condition, sequence, GRID, SamplingParams(3.0))
     cached: list[list[Tensor]] = [[] for _ in tokens]
 
-    def follow(logits: Tensor, drawing: SamplingParams, rows: Tensor) -> Tensor:
+    def follow(logits: Tensor, params: SamplingParams, rows: Tensor) -> Tensor:
         """Take the tokens that there are, and keep the logits."""
         places = [len(cached[row]) for row in rows.tolist()]
         for row, part in zip(rows.tolist(), logits, strict=True):
             cached[row].append(part)
         return tokens[rows, places]
 
-    monkeypatch.setattr("taming.modules.transformer.generate.draw", follow)
-    assert torch.equal(sample_tokens(network, condition, sequence, GRID), tokens)
+    monkeypatch.setattr("taming.modules.transformer.generate.sample_token", follow)
+    assert torch.equal(generate(network, condition, sequence, GRID), tokens)
     whole = predicted(network, condition, sequence, tokens)
     together = torch.stack([part for row in cached for part in row])
     torch.testing.assert_close(together, whole, rtol=1e-5, atol=1e-5)
@@ -116,10 +116,10 @@ def test_unknown_sizes_of_the_depth_transformer_are_refused() -> None:
 @every_sequence
 def test_completion_keeps_what_is_known_whatever_its_length(levels, sequence) -> None:
     network, condition = model(levels), torch.randint(12, (6, 1))
-    tokens = sample_tokens(network, condition, sequence, GRID)
+    tokens = generate(network, condition, sequence, GRID)
     known = torch.randint(1, 5, (6, 1))
     prefix = tokens.masked_fill(sequence.states(tokens).site >= known, -1)
-    completed = sample_tokens(network, condition, sequence, GRID, prefix=prefix)
+    completed = generate(network, condition, sequence, GRID, prefix=prefix)
     assert sequence.decode(completed, GRID).shape[0] == 6
     width = min(prefix.shape[1], completed.shape[1])
     kept = prefix[:, :width] >= 0
@@ -132,12 +132,12 @@ def test_completion_keeps_what_is_known_whatever_its_length(levels, sequence) ->
 def test_a_mask_keeps_the_sites_that_it_names(levels: int, sequence, known: str) -> None:
     network, condition = model(levels), torch.randint(12, (5, 1))
     mask = torch.tensor([digit == "1" for digit in known])
-    given = sample_tokens(network, condition, sequence, GRID, SamplingParams(3.0))
-    drawn = sample_tokens(network, condition, sequence, GRID, prefix=given, known=mask)
+    given = generate(network, condition, sequence, GRID, SamplingParams(3.0))
+    drawn = generate(network, condition, sequence, GRID, prefix=given, known=mask)
     before, after = (sequence.decode(tokens, GRID).flatten(1, 2) for tokens in (given, drawn))
     assert torch.equal(before[:, mask], after[:, mask])
     assert mask.all() or not torch.equal(before[:, ~mask], after[:, ~mask])
-    greedy = sample_tokens(network, condition, sequence, GRID, GREEDY, prefix=given, known=mask)
+    greedy = generate(network, condition, sequence, GRID, GREEDY, prefix=given, known=mask)
     free = ~mask[sequence.states(greedy).site.clamp(max=5)][greedy >= 0]
     likeliest = predicted(network, condition, sequence, greedy).argmax(-1)
     assert torch.equal(likeliest[free], greedy[greedy >= 0][free])
@@ -147,11 +147,11 @@ def test_a_mask_keeps_the_sites_that_it_names(levels: int, sequence, known: str)
 def test_known_halves_go_in_at_once_or_one_by_one_with_the_same_result(levels: int) -> None:
     network, condition = model(levels), torch.randint(12, (2, 1))
     sequence = UnarySequence(K, T, False)
-    tokens = sample_tokens(network, condition, sequence, GRID, GREEDY)
+    tokens = generate(network, condition, sequence, GRID, GREEDY)
     prefix = tokens[:1, :4].repeat(2, 1)
-    together = sample_tokens(network, condition, sequence, GRID, GREEDY, prefix)
+    together = generate(network, condition, sequence, GRID, GREEDY, prefix)
     prefix[1, 1:] = -1
-    ragged = sample_tokens(network, condition, sequence, GRID, GREEDY, prefix)
+    ragged = generate(network, condition, sequence, GRID, GREEDY, prefix)
     width = min(together.shape[1], ragged.shape[1])
     assert torch.equal(together[0, :width], ragged[0, :width])
 
@@ -162,8 +162,8 @@ def test_what_a_seed_gives_does_not_depend_on_the_batch(levels: int, sequence) -
     network, condition = model(levels), torch.randint(12, (5, 1))
 
     def drawn(images: list[int]) -> Tensor:
-        drawing = SamplingParams(generators=generators_of(7, images))
-        tokens = sample_tokens(network, condition[images], sequence, GRID, drawing)
+        params = SamplingParams(generators=generators_of(7, images))
+        tokens = generate(network, condition[images], sequence, GRID, params)
         return sequence.decode(tokens, GRID)
 
     together = drawn([0, 1, 2, 3, 4])
@@ -186,7 +186,7 @@ def test_finished_sequences_cost_nothing(levels: int, sequence) -> None:
     count("main", network.blocks)
     if levels == 2:
         count("depth", network.depth.blocks)
-    tokens = sample_tokens(network, condition, sequence, GRID, SamplingParams(2.0))
+    tokens = generate(network, condition, sequence, GRID, SamplingParams(2.0))
     lengths = (tokens >= 0).sum(dim=1)
     assert sequence.site_tokens == 1 or lengths.unique().numel() > 1
     if levels == 1:  # the last token of a sequence need not be read
@@ -201,24 +201,24 @@ def test_guidance_goes_from_no_condition_to_the_condition_and_beyond(levels: int
     condition, without = torch.randint(11, (4, 1)), torch.full((4, 1), 11)
 
     def guided(scale: float) -> Tensor:
-        drawing = SamplingParams(greedy=True, guidance=scale)
-        return sample_tokens(network, condition, sequence, GRID, drawing, without=without)
+        params = SamplingParams(greedy=True, guidance=scale)
+        return generate(network, condition, sequence, GRID, params, without=without)
 
-    assert torch.equal(guided(1.0), sample_tokens(network, condition, sequence, GRID, GREEDY))
-    assert torch.equal(guided(0.0), sample_tokens(network, without, sequence, GRID, GREEDY))
+    assert torch.equal(guided(1.0), generate(network, condition, sequence, GRID, GREEDY))
+    assert torch.equal(guided(0.0), generate(network, without, sequence, GRID, GREEDY))
     beyond = guided(3.0)
     present, plain = beyond >= 0, predicted(network, condition, sequence, beyond)
     other = predicted(network, without, sequence, beyond)
     likeliest = torch.where(plain.isfinite(), other + 3 * (plain - other), -torch.inf).argmax(-1)
     assert torch.equal(likeliest, beyond[present])
     with pytest.raises(ValueError, match="guidance 2.0 needs a prior .* condition_dropout"):
-        sample_tokens(network, condition, sequence, GRID, SamplingParams(guidance=2.0))
+        generate(network, condition, sequence, GRID, SamplingParams(guidance=2.0))
 
 
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([0.1, 0.0, 0.6, 0.3]).log()
     rows = torch.arange(4000)
-    drawn = draw(
+    drawn = sample_token(
         logits.expand(4000, -1), SamplingParams(generators=generators_of(0, range(4000))), rows
     )
     torch.testing.assert_close(drawn.bincount(minlength=4) / 4000, logits.exp(), rtol=0, atol=0.03)
@@ -228,14 +228,14 @@ def test_draws_follow_the_probabilities() -> None:
 def test_steps_and_callback_count_drawn_tokens() -> None:
     counts: list[int] = []
     prefix = torch.tensor([[1, 2]])
-    tokens = sample_tokens(
+    tokens = generate(
         model(),
         torch.zeros(1, 1).long(),
         RasterSequence(K),
         GRID,
         prefix=prefix,
         steps=3,
-        callback=counts.append,
+        callback=lambda state: counts.append(state.sampled),
     )
     assert tokens.shape == (1, 5) and counts == [1, 2, 3]
 
@@ -244,9 +244,9 @@ def test_steps_and_callback_count_drawn_tokens() -> None:
 @every_sequence
 def test_steps_are_those_of_each_sequence_whatever_its_beginning(levels: int, sequence) -> None:
     network, condition = model(levels), torch.randint(12, (2, 1))
-    prefix = sample_tokens(network, condition, sequence, GRID)[:, :3]
+    prefix = generate(network, condition, sequence, GRID)[:, :3]
     prefix[1, 1:] = -1
-    tokens = sample_tokens(network, condition, sequence, GRID, prefix=prefix, steps=2)
+    tokens = generate(network, condition, sequence, GRID, prefix=prefix, steps=2)
     assert (tokens >= 0).sum(dim=1).tolist() == [5, 3]
 
 
@@ -260,7 +260,7 @@ def test_memory_for_keys_is_taken_once(levels: int, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Backbone, "new_cache", count)
     condition, sequence = torch.randint(12, (4, 1)), UnarySequence(K, T, False)
-    sample_tokens(model(levels), condition, sequence, GRID, SamplingParams(2.0))
+    generate(model(levels), condition, sequence, GRID, SamplingParams(2.0))
     assert len(taken) == levels
 
 

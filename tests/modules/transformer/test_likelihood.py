@@ -8,7 +8,7 @@ from modules.transformer.test_generate import MODERN, K, every_network, every_se
 from torch import Tensor
 
 from taming.modules.sequence.notations import RasterSequence, RunLengthSequence, UnarySequence
-from taming.modules.transformer.generate import SamplingParams, grammatical, sample_tokens
+from taming.modules.transformer.generate import SamplingParams, generate, mask_logits
 from taming.modules.transformer.gpt import length_groups
 
 TINY = [
@@ -37,7 +37,7 @@ def nats(network, condition: Tensor, sequence, tokens: Tensor, grid: tuple[int, 
     """-log p (B,) of sequences."""
     states, present = sequence.states(tokens), tokens >= 0
     logits = network.predict(condition.expand(len(tokens), -1), tokens, states, grid)
-    logits = grammatical(logits, sequence.allowed(states)[present])
+    logits = mask_logits(logits, sequence.allowed(states)[present])
     picked = logits.log_softmax(-1).gather(-1, tokens[present][:, None])[:, 0]
     return -torch.zeros(len(tokens)).index_add(0, present.nonzero()[:, 0], picked.float())
 
@@ -57,7 +57,7 @@ def test_the_probabilities_of_all_images_sum_to_one(levels: int, sequence) -> No
 @every_sequence
 def test_an_image_is_as_likely_alone_as_among_others(levels: int, sequence) -> None:
     network, condition = model(levels), torch.randint(12, (9, 2))
-    tokens = sample_tokens(network, condition, sequence, (2, 3), SamplingParams(2.0))
+    tokens = generate(network, condition, sequence, (2, 3), SamplingParams(2.0))
     with torch.no_grad():
         together = nats(network, condition, sequence, tokens, (2, 3))
         for row in range(9):
@@ -70,7 +70,7 @@ def test_an_image_is_as_likely_alone_as_among_others(levels: int, sequence) -> N
 def test_a_token_sees_its_past_alone(levels: int) -> None:
     network, sequence = model(levels), RunLengthSequence(K, 3, dummies=False)
     condition = torch.randint(12, (1, 2))
-    tokens = sample_tokens(network, condition, sequence, (2, 3), SamplingParams(2.0))
+    tokens = generate(network, condition, sequence, (2, 3), SamplingParams(2.0))
     states = sequence.states(tokens)
 
     def logits(inputs: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def test_mixed_precision_is_nearly_as_good(levels: int, options: tuple[str, ...]
     network, sequence = model(levels, **dict.fromkeys(options, True)), UnarySequence(K, 3, False)
     condition = torch.randint(12, (6, 1))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        tokens = sample_tokens(network, condition, sequence, (2, 3))
+        tokens = generate(network, condition, sequence, (2, 3))
         rough = nats(network, condition, sequence, tokens, (2, 3))
     assert sequence.decode(tokens, (2, 3)).shape == (6, 2, 3, 3)
     with torch.no_grad():

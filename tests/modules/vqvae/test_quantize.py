@@ -1,55 +1,70 @@
-"""Laws of the quantizers, and equality with the original's recorded outputs."""
+"""The original's quantizers: its numbers and index shapes, and its bugs, which are gone."""
 
-import math
+import copy
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support.original import load_golden
 
-from taming.modules.vqvae.codebook import Codebook
-from taming.modules.vqvae.quantize import LoopyVectorQuantizer, VectorQuantizer2
-from taming.util import NonFiniteError
+from taming.modules.vqvae import codebook, quantize
+from taming.modules.vqvae.quantize import (
+    EMAVectorQuantizer,
+    GumbelQuantize,
+    VectorQuantizer,
+    VectorQuantizer2,
+)
 
-K, D, T = 16, 4, 5
-TRANSFORMS = {
-    "residual": None,
-    "attract": {"target": "taming.modules.vqvae.transforms.Attract", "params": {"step": 0.4}},
-    "attract-depth": {
-        "target": "taming.modules.vqvae.transforms.Attract",
-        "params": {"step": 0.4, "depth_embedding": (T, D)},
-    },
-    "residual-beam": {
-        "target": "taming.modules.vqvae.transforms.Residual",
-        "params": {"max_loops": T, "beam": 3},
-    },
-    "linear": {
-        "target": "taming.modules.vqvae.transforms.LinearResidual",
-        "params": {"max_loops": T, "e_dim": D},
-    },
-    "residual-depth": {
-        "target": "taming.modules.vqvae.transforms.Residual",
-        "params": {"max_loops": T, "depth_embedding": (T, D)},
-    },
+K, D, B, H, W = 16, 4, 2, 3, 5
+USED = np.array([7, 2, 11])
+
+
+@pytest.fixture
+def remap(tmp_path) -> str:
+    np.save(tmp_path / "used.npy", USED)
+    return str(tmp_path / "used.npy")
+
+
+def ema(**kwargs) -> EMAVectorQuantizer:
+    return EMAVectorQuantizer(K, D, beta=0.25, **kwargs)
+
+
+# Kind -> how it is built (with or without the file of used codes), and the shape of its indices.
+SHAPES = {
+    "vq": (lambda _: VectorQuantizer(K, D, 0.25), (B * H * W, 1)),
+    "vq2": (lambda _: VectorQuantizer2(K, D, 0.25), (B * H * W,)),
+    "vq2-remap": (lambda remap: VectorQuantizer2(K, D, 0.25, remap), (B * H * W, 1)),
+    "vq2-sane": (lambda _: VectorQuantizer2(K, D, 0.25, sane_index_shape=True), (B, H, W)),
+    "vq2-remap-sane": (
+        lambda remap: VectorQuantizer2(K, D, 0.25, remap, sane_index_shape=True),
+        (B, H, W),
+    ),
+    "gumbel": (lambda _: GumbelQuantize(D, D, K), (B, H, W)),
+    "gumbel-remap": (lambda remap: GumbelQuantize(D, D, K, remap=remap), (B, H, W)),
+    "ema": (lambda _: ema(), (B * H * W,)),
+    "ema-remap": (lambda remap: ema(remap=remap), (B * H * W,)),
+    "ema-sane": (lambda _: ema(sane_index_shape=True), (B, H, W)),
 }
-every_transform = pytest.mark.parametrize("transform", list(TRANSFORMS))
+every_kind = pytest.mark.parametrize("kind", list(SHAPES))
 
 
-def loopy(transform: str = "residual", threshold: float = 0.8, **kwargs) -> LoopyVectorQuantizer:
-    """A small quantizer in eval mode with a random codebook (and scales, and depth vectors)."""
-    quantizer = LoopyVectorQuantizer(
-        K, D, 0.25, threshold, T, TRANSFORMS[transform], start_batches=0, **kwargs
-    ).eval()
-    with torch.no_grad():
-        quantizer.embedding.weight.normal_()
-        for name, tensor in quantizer.transform.state_dict().items():
-            if name == "scales":
-                tensor[1:].uniform_(0.2, 0.8)
-            elif name == "maps":
-                tensor[1:] += 0.5 * torch.randn(T - 1, D, D)
-            elif name == "depth":
-                tensor.normal_()
+def build(kind: str, remap: str):
+    """A quantizer in eval mode whose latents fall on many codes."""
+    quantizer = SHAPES[kind][0](remap).eval()
+    torch.nn.init.normal_(quantizer.codebook)
     return quantizer
+
+
+def test_first_quantizer_equals_the_original(shared) -> None:
+    golden = load_golden(shared, "vq1")
+    quant, loss, (perplexity, encodings, indices) = golden.build()(golden.io["z"])
+    assert torch.equal(indices, golden.io["indices"])
+    torch.testing.assert_close(quant, golden.io["quant"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, golden.io["loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(perplexity, golden.io["perplexity"], rtol=1e-5, atol=0)
+    assert torch.equal(encodings.argmax(dim=1), indices[:, 0])
+    assert (encodings.sum(dim=1) == 1).all()
 
 
 @pytest.mark.parametrize("name", ["vq2_legacy", "vq2_fixed", "vq2_sane", "vq2_remap"])
@@ -81,376 +96,109 @@ def test_remap_is_inverted_on_used_codes(unknown, tmp_path) -> None:
     assert torch.equal(new, kept)
 
 
-@every_transform
-def test_infinite_threshold_is_vector_quantizer_2(transform: str) -> None:
-    quantizer = loopy(transform.removesuffix("-depth"), math.inf)
-    plain = VectorQuantizer2(K, D, 0.25, legacy=False)
-    with torch.no_grad():
-        plain.embedding.weight.copy_(quantizer.embedding.weight)
-    z = torch.randn(2, D, 3, 4)
-    loopy_out, plain_out = quantizer(z), plain(z)
-    assert torch.equal(loopy_out.info.indices[..., 0].flatten(), plain_out.info.indices)
-    assert (loopy_out.info.indices[..., 1:] == -1).all()
-    assert torch.equal(loopy_out.z_q, plain_out.z_q)
-    torch.testing.assert_close(loopy_out.loss, plain_out.loss)
+@pytest.mark.reported(18)
+@every_kind
+def test_index_shapes_are_the_originals_and_decode(kind: str, remap: str) -> None:
+    quantizer, z = build(kind, remap), torch.randn(B, D, H, W)
+    z_q, _, (_, _, indices) = quantizer(z)
+    assert indices.shape == SHAPES[kind][1] and indices.dtype == torch.int64
+    assert quantizer.re_embed == (len(USED) if "remap" in kind else K)
+    assert indices.min() >= 0 and indices.max() < quantizer.re_embed
+    entry = quantizer.get_codebook_entry(indices, (B, H, W, D))
+    assert torch.equal(quantizer.get_codebook_entry(indices.flatten(), (B, H, W, D)), entry)
+    rows = quantizer.get_codebook_entry(indices)
+    assert torch.equal(rows, entry.permute(0, 2, 3, 1).flatten(0, 2))
+    if "remap" not in kind or "gumbel" in kind:
+        assert torch.equal(entry, z_q)
+    else:
+        used = torch.isin(quantizer.get_codebook_entry(indices), quantizer.codebook[quantizer.used])
+        assert used.all()
 
 
-def test_zero_threshold_is_fixed_depth_residual_quantization() -> None:
-    rvq = pytest.importorskip("vector_quantize_pytorch").ResidualVQ
-    quantizer = loopy(threshold=0.0)
-    quantizer.transform.scales.fill_(1.0)
-    peer = rvq(dim=D, codebook_size=K, num_quantizers=T, shared_codebook=True).eval()
-    with torch.no_grad():
-        for layer in peer.layers:
-            layer._codebook.embed.copy_(quantizer.embedding.weight[None])
-            layer._codebook.initted.fill_(True)
-    z = torch.randn(30, D)
-    z_q, codes, _ = peer(z[None])
-    out = quantizer(z)
-    assert torch.equal(out.info.indices, codes[0])
-    torch.testing.assert_close(out.z_q, z_q[0])
+@every_kind
+def test_sequence_counts_the_indices_that_there_are(kind: str, remap: str) -> None:
+    quantizer = build(kind, remap)
+    assert (quantizer.n_e, quantizer.e_dim) == (K, D)
+    assert quantizer.sequence.vocab_size == quantizer.re_embed
+    names = {"vq": ["embedding.weight"], "gu": ["proj.weight", "proj.bias", "embed.weight"]}
+    names["em"] = ["embedding.weight", "embedding.cluster_size", "embedding.embed_avg"]
+    expected = names[kind[:2]] + ["used"] * ("remap" in kind)
+    assert sorted(quantizer.state_dict()) == sorted(expected)
 
 
-@every_transform
-@pytest.mark.parametrize("shape", [(3, D, 4, 5), (17, D)])
-def test_codes_decode_exactly_and_the_input_stays(transform: str, shape: tuple) -> None:
-    quantizer, z = loopy(transform), torch.randn(shape)
-    kept = z.clone()
-    out = quantizer(z)
-    assert torch.equal(z, kept)
-    assert torch.equal(quantizer.get_codebook_entry(out.info.indices), out.z_q)
-    assert out.info.indices.shape == (*z.shape[:1], *z.shape[2:], T)
-    assert out.info.indices.dtype == torch.int64
-    lengths = (out.info.indices >= 0).sum(-1)
-    assert torch.equal(lengths, out.info.encodings.lengths)
-    assert lengths.unique().numel() > 1
+def test_unknown_index_must_be_one(remap: str) -> None:
+    with pytest.raises(ValueError, match="'random', 'extra' or an index, got 'rnd'"):
+        VectorQuantizer2(K, D, 0.25, remap, unknown_index="rnd")
 
 
-@every_transform
-def test_gradient_goes_straight_through(transform: str) -> None:
-    quantizer, z = loopy(transform), torch.randn(2, D, 3, 3, requires_grad=True)
-    weight = torch.randn(2, D, 3, 3)
-    (quantizer(z).z_q * weight).sum().backward()
-    assert torch.equal(z.grad, weight)
+def test_codes_that_do_not_exist_are_refused(remap: str, tmp_path) -> None:
+    for quantizer in (ema(), VectorQuantizer2(K, D, 0.25, remap), GumbelQuantize(D, D, K)):
+        for wrong in (-1, quantizer.re_embed):
+            with pytest.raises(ValueError, match=rf"index {wrong} .* 0..{quantizer.re_embed - 1}"):
+                quantizer.get_codebook_entry(torch.tensor([0, wrong]))
+    with pytest.raises(ValueError, match="unknown_index must be in 0..2.* got -5"):
+        VectorQuantizer2(K, D, 0.25, remap, unknown_index=-5)
+    np.save(tmp_path / "wrong.npy", np.array([3, K]))
+    with pytest.raises(ValueError, match=rf"wrong.npy must name codes 0..{K - 1}"):
+        VectorQuantizer2(K, D, 0.25, str(tmp_path / "wrong.npy"))
 
 
-@every_transform
-def test_an_image_is_quantized_as_if_it_were_alone(transform: str) -> None:
-    quantizer, z = loopy(transform), torch.randn(4, D, 3, 3)
-    whole = quantizer(z).info.indices
-    assert torch.equal(whole, torch.cat([quantizer(image[None]).info.indices for image in z]))
-    thresholds = torch.tensor([0.0, 0.5, 1.0, math.inf])
-    each = quantizer(z, thresholds).info.indices
-    assert torch.equal(each[3:], quantizer(z[3:], thresholds[3]).info.indices)
+def test_latents_without_a_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected latents \(B, 4, h, w\), got \(10, 4\)"):
+        ema()(torch.randn(10, D))
 
 
-@every_transform
-def test_a_lower_threshold_gives_no_fewer_tokens(transform: str) -> None:
-    quantizer, image = loopy(transform), torch.randn(1, D, 3, 3)
-    thresholds = torch.tensor([0.0, 0.5, 1.0, math.inf])
-    tokens = (quantizer(image.expand(4, -1, -1, -1), thresholds).info.indices >= 0).sum((1, 2, 3))
-    assert (tokens.diff() <= 0).all() and tokens[0] > tokens[3]
-
-
-def test_sites_that_ran_into_the_last_turn_are_told() -> None:
-    quantizer = loopy(threshold=0.3)
-    z = torch.randn(2, D, 6, 6) * 3
-    trace = quantizer(z).info.encodings
-    assert (trace.lengths[~trace.within] == T).all()
-    assert torch.equal(trace.within, trace.distances <= 0.3)
-    assert 0 < trace.within.sum() < trace.within.numel()
-
-
-@pytest.mark.parametrize("codes", [[-1] * T, [K] * T, [0, -1, 0, -1, -1], [K + 1, -1, -1, -1, -1]])
-@every_transform
-def test_codes_the_loop_never_writes_are_refused(transform: str, codes: list) -> None:
-    with pytest.raises(ValueError, match="no sequence of the form"):
-        loopy(transform).get_codebook_entry(torch.tensor([codes]))
-
-
-@pytest.mark.parametrize("ema_decay", [None, 0.9])
-@every_transform
-def test_training_fits_clusters_and_uses_every_code(transform: str, ema_decay) -> None:
-    centers = torch.randn(4, D) * 5
-    quantizer = LoopyVectorQuantizer(
-        K, D, 0.25, 1.0, T, TRANSFORMS[transform], ema_decay=ema_decay, start_batches=2
-    ).train()
-    optimizer = torch.optim.Adam(quantizer.parameters(), 1e-2)
-    for _ in range(60):
-        z = centers[torch.randint(4, (64,))] + 0.1 * torch.randn(64, D)
-        out = quantizer(z)
-        optimizer.zero_grad()
-        if out.loss.requires_grad:
-            out.loss.backward()
-            optimizer.step()
-    out = quantizer.eval()(centers)
-    assert (out.z_q - centers).norm(dim=1).max() < 0.5
-    assert (quantizer.embedding.usage > 0).all()
-
-
-@pytest.mark.reported(20)
-def test_dead_codes_are_revived_from_what_is_searched() -> None:
-    quantizer = LoopyVectorQuantizer(K, D, 0.25, math.inf, 2, start_batches=0).train()
-    with torch.no_grad():
-        quantizer.embedding.weight.copy_(100 + torch.randn(K, D))
-    z = torch.randn(256, D)
-    for _ in range(400):
-        quantizer(z)
-    assert quantizer.eval()(z).info.indices[:, 0].unique().numel() >= 0.9 * K
-
-
-def test_a_revived_code_counts_as_used() -> None:
-    codebook = Codebook(4, 1, revive_below=0.5)
-    codebook.usage[2] = 0
-    targets, everyone = torch.arange(10.0, 14.0)[:, None], torch.tensor([0, 1, 3, 3])
-    codebook.learn(targets, everyone, torch.ones(4))
-    assert codebook.weight[2] in targets and codebook.usage[2] == 1 / 4
-    revived = codebook.weight[2].clone()
-    codebook.learn(targets + 10, everyone, torch.ones(4))
-    assert torch.equal(codebook.weight[2], revived)
-
-
-def test_a_later_start_begins_from_the_present_codes() -> None:
-    codebook = Codebook(K, 1, ema_decay=0.9)
-    places = 10 * torch.randperm(K).float()[:, None]
-    codebook.weight.copy_(places)
-    codebook.start_from((places + torch.tensor([[-1.0, 1.0]])).reshape(-1, 1), fresh=False)
-    assert torch.equal(codebook.weight, places)
-
-
-def test_the_first_batch_sets_the_threshold() -> None:
-    quantizer = LoopyVectorQuantizer(K, D, max_loops=T, target_length=T, start_batches=1).train()
-    z = 100 * torch.randn(500, D)
-    quantizer(z)
-    nearest = torch.cdist(z, quantizer.embedding.weight).amin(dim=1).mean()
-    assert quantizer.threshold == pytest.approx(nearest.item(), rel=0.06)  # steered once since
-
-
-def test_the_first_batch_sets_the_sizes_of_all_turns() -> None:
-    quantizer = LoopyVectorQuantizer(K, D, threshold=0.0, max_loops=T, start_batches=1).train()
-    z = torch.randn(500, D)
-    quantizer(z)
-    kept = quantizer.transform.scales.clone()
-    quantizer(z)  # finds the same sizes
-    assert (kept[1:] < 0.9).all()
-    torch.testing.assert_close(quantizer.transform.scales, kept, rtol=1e-5, atol=0)
-
-
-def test_a_batch_moves_the_threshold_by_5_percent_at_most_and_not_if_it_has_its_own() -> None:
-    quantizer = loopy(threshold=None, target_length=1.0).train()
-    quantizer.threshold.fill_(0.01)  # all turns everywhere: T - 1 too many
-    z = torch.randn(200, D)
-    quantizer(z, threshold=0.3)
-    assert quantizer.threshold == torch.tensor(0.01)
-    quantizer.latent_std.fill_(1.0)
-    quantizer(z)
-    assert quantizer.threshold.item() == pytest.approx(0.01 * math.exp(0.05), rel=1e-4)
-
-
-def test_codes_that_nothing_finds_stay_where_they_are() -> None:
-    codebook = Codebook(2, 1, ema_decay=0.8, revive_below=0.0)
-    codebook.start_from(torch.tensor([[-5.0], [5.0]]), fresh=True)
-    weight = codebook.weight.clone()
-    found = weight.argmax(dim=0).expand(4)
-    for _ in range(600):  # until votes for the other one are too few to divide by
-        codebook.learn(torch.full((4, 1), 5.0), found, torch.ones(4))
-    torch.testing.assert_close(codebook.weight, weight)
-
-
-def test_a_codebook_of_few_digits_is_refused() -> None:
+def test_averages_of_few_digits_are_refused() -> None:
     with pytest.raises(ValueError, match="codebook is torch.bfloat16.*train with --precision"):
-        LoopyVectorQuantizer(K, D, threshold=1.0).bfloat16().train()(torch.randn(64, D))
+        ema().bfloat16().train()(torch.randn(B, D, H, W))
 
 
-def test_target_length_steers_the_threshold_and_is_kept() -> None:
-    quantizer = LoopyVectorQuantizer(K, D, max_loops=T, target_length=2.5).train()
-    for _ in range(200):
-        out = quantizer(torch.randn(200, D))
-    assert abs(out.info.encodings.lengths.float().mean() - 2.5) < 0.3
-    other = LoopyVectorQuantizer(K, D, max_loops=T, target_length=2.5)
-    other.load_state_dict(quantizer.state_dict())
-    assert torch.equal(other.threshold, quantizer.threshold)
+def test_averages_after_a_step_lie_between_start_and_latents() -> None:
+    quantizer, z = ema(decay=0.75).train(), torch.randn(B, D, H, W)
+    start = quantizer.codebook.clone()
+    rows = z.permute(0, 2, 3, 1).flatten(0, 2)
+    z_q, loss, (_, _, codes) = quantizer(z)
+    torch.testing.assert_close(z_q.permute(0, 2, 3, 1).flatten(0, 2), start[codes])
+    torch.testing.assert_close(loss, 0.25 * F.mse_loss(start[codes], rows))
+    for code in range(K):
+        mine = rows[codes == code]
+        expected = (0.75 * start[code] + 0.25 * mine.sum(0)) / (0.75 + 0.25 * len(mine))
+        torch.testing.assert_close(quantizer.codebook[code], expected)
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0])
-@pytest.mark.parametrize("transform", ["residual", "linear"])
-def test_a_steered_threshold_leaves_zero(transform: str, value: float) -> None:
-    transform_config = TRANSFORMS[transform]
-    quantizer = LoopyVectorQuantizer(
-        K, D, max_loops=T, target_length=2.5, transform_config=transform_config
-    ).train()
-    quantizer(torch.full((200, D), value))  # all on one code
-    for _ in range(300):
-        out = quantizer(torch.randn(200, D))
-    assert abs(out.info.encodings.lengths.float().mean() - 2.5) < 0.3
+@pytest.mark.reported(15)
+def test_averages_reach_the_means_of_clusters() -> None:
+    centers = torch.randn(4, D) * 5
+    quantizer = ema(decay=0.9).train()
+    with torch.no_grad():
+        quantizer.embedding.weight[:4] = centers + 1
+        quantizer.embedding.embed_avg[:4] = centers + 1
+    for _ in range(100):
+        rows = centers[torch.arange(400) % 4] + 0.1 * torch.randn(400, D)
+        quantizer(rows.T.reshape(1, D, 20, 20))
+    assert (quantizer.codebook[:4] - centers).abs().max() < 0.05
 
 
-@every_transform
-def test_tokens_are_never_more_than_wanted_and_as_many_as_can_be(transform: str) -> None:
-    quantizer, z = loopy(transform), torch.randn(6, D, 4, 4)
-    wanted = torch.tensor([16, 17, 30, 50, 16 * T, 999])
-    trace = quantizer(z, max_tokens=wanted).info.encodings
-    tokens = trace.lengths.sum((1, 2))
-    assert (tokens <= wanted).all()
-    assert tokens[-1] == tokens[-2] and tokens[0] == 16
-    # A site's distance may fall below several thresholds at once, so one turn more of one site may
-    # be out of reach; but no more than that is lost.
-    assert (tokens[1:4] >= wanted[1:4] - T + 1).all()
-    one_by_one = [quantizer(z[i : i + 1], max_tokens=int(wanted[i])) for i in range(6)]
-    assert torch.equal(trace.lengths, torch.cat([o.info.encodings.lengths for o in one_by_one]))
+def test_averages_do_not_move_in_eval_mode_nor_by_gradient() -> None:
+    quantizer, z = ema().eval(), torch.randn(B, D, H, W, requires_grad=True)
+    before = copy.deepcopy(quantizer.state_dict())
+    quantizer(z).loss.backward()
+    assert z.grad is not None and not any(p.requires_grad for p in quantizer.parameters())
+    torch.testing.assert_close(quantizer.state_dict(), before, rtol=0, atol=0)
 
 
-@every_transform
-def test_tokens_are_met_by_a_threshold(transform: str) -> None:
-    quantizer, z = loopy(transform), torch.randn(1, D, 4, 4)
-    out = quantizer(z, max_tokens=40)
-    trace = out.info.encodings
-    tau = trace.distances[trace.within].max()
-    assert torch.equal(quantizer(z, threshold=tau).info.indices, out.info.indices)
-    assert (trace.lengths[~trace.within] == T).all()
-
-
-def test_fewer_tokens_than_sites_are_refused() -> None:
-    with pytest.raises(ValueError, match="of 16 sites needs at least 16 tokens, got 15"):
-        loopy()(torch.randn(2, D, 4, 4), max_tokens=15)
-    with pytest.raises(ValueError, match="a threshold or max_tokens, not both"):
-        loopy()(torch.randn(2, D, 4, 4), threshold=1.0, max_tokens=20)
-    with pytest.raises(ValueError, match="tokens are a whole number"):
-        loopy()(torch.randn(2, D, 4, 4), max_tokens=20.5)
-    for name, values in (("threshold", torch.ones(3)), ("max_tokens", torch.full((3,), 20))):
-        with pytest.raises(ValueError, match=rf"{name} is one number or one for each of 2 images"):
-            loopy()(torch.randn(2, D, 4, 4), **{name: values})
-
-
-def test_lengths_are_drawn_per_image_in_training_only() -> None:
-    plain, drawn = loopy(threshold=0.8), loopy(threshold=0.8, length_range=(1.5, 3.0))
-    drawn.load_state_dict(plain.state_dict())
-    z = torch.randn(64, D, 4, 4)
-    assert torch.equal(plain(z).info.indices, drawn(z).info.indices)
-    per_image = drawn.train()(z).info.encodings.lengths.float().mean((1, 2))
-    assert per_image.min() < 1.7 and 2.7 < per_image.max() <= 3.0
-    assert per_image.std() > plain.train()(z).info.encodings.lengths.float().mean((1, 2)).std()
-
-
-def test_the_threshold_is_steered_while_lengths_are_drawn() -> None:
-    quantizer = LoopyVectorQuantizer(
-        K, D, max_loops=T, target_length=2.5, length_range=(1.0, float(T))
-    ).train()
-    for _ in range(200):
-        quantizer(torch.randn(20, D, 3, 3))
-    lengths = quantizer.eval()(torch.randn(20, D, 3, 3)).info.encodings.lengths
-    assert abs(lengths.float().mean() - 2.5) < 0.4
-
-
-def test_latent_std_is_the_distance_of_latents_from_their_mean() -> None:
-    quantizer = loopy().train()
-    for _ in range(3):
-        quantizer(5.0 + 2.0 * torch.randn(4000, D))
-    torch.testing.assert_close(quantizer.latent_std, torch.tensor(4.0), rtol=0.05, atol=0)
-
-
-def test_training_is_repeatable_from_its_state() -> None:
-    batches = [torch.randn(64, D) for _ in range(6)]
-
-    def run(stop: int | None) -> LoopyVectorQuantizer:
-        torch.manual_seed(1)
-        quantizer = LoopyVectorQuantizer(K, D, 0.25, 0.5, T, ema_decay=0.9, revive_below=0.5)
-        for step, batch in enumerate(batches):
-            if step == stop:
-                state = quantizer.state_dict()
-                torch.manual_seed(99)
-                quantizer = LoopyVectorQuantizer(
-                    K, D, 0.25, 0.5, T, ema_decay=0.9, revive_below=0.5
-                )
-                quantizer.load_state_dict(state)
-            quantizer(batch)
-        return quantizer
-
-    for key, value in run(None).state_dict().items():
-        assert torch.equal(value, run(3).state_dict()[key]), key
-
-
-@pytest.mark.reported(13)
-@every_transform
-def test_quantizing_is_float32_under_autocast(transform: str) -> None:
-    quantizer, z = loopy(transform), torch.randn(2, D, 3, 3, dtype=torch.bfloat16)
-    expected = quantizer(z.float())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = quantizer(z)
-        entry = quantizer.get_codebook_entry(out.info.indices)
-    assert out.z_q.dtype == torch.float32
-    assert torch.equal(out.info.indices, expected.info.indices)
-    assert torch.equal(out.z_q, expected.z_q)
-    assert torch.equal(entry, out.z_q)
-
-
-@pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        ({"n_e": 0}, "n_e and e_dim must be at least 1"),
-        ({"max_loops": 0}, "max_loops must be at least 1, got 0"),
-        ({"threshold": -1.0}, "threshold must be a distance of at least 0, got -1.0"),
-        ({"threshold": float("nan")}, "threshold must be"),
-        ({"threshold": None}, "exactly one of threshold and target_length"),
-        ({"threshold": None, "target_length": 9}, r"target_length must be in \[1, 4\], got 9"),
-        ({"ema_decay": 1.0}, "ema_decay must be in"),
-        (
-            {"length_range": (0.5, 2)},
-            r"length_range must be two bounds in \[1, 4\], got \[0.5, 2\]",
-        ),
-        ({"length_range": (3, 2)}, "length_range must be"),
-        ({"length_range": (1, 2, 3)}, "length_range must be two bounds"),
-        (
-            {
-                "transform_config": {
-                    "target": "taming.modules.vqvae.transforms.Residual",
-                    "params": {"max_loops": 3},
-                }
-            },
-            "Residual has max_loops=3, but its quantizer 4",
-        ),
-        (
-            {"max_loops": 2, "transform_config": TRANSFORMS["attract-depth"]},
-            r"depth_embedding \(5, 4\) must be \(max_loops, e_dim\) = \(2, 4\)",
-        ),
-        ({"revive_below": -1.0}, "revive_below must be in"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(kwargs: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LoopyVectorQuantizer(**{"n_e": K, "e_dim": D, "threshold": 1.0, **kwargs})
-
-
-def test_codes_of_another_number_of_turns_are_refused() -> None:
-    with pytest.raises(ValueError, match=rf"codes \(2, 4, 4\) are not {T} for each site"):
-        loopy().get_codebook_entry(torch.zeros(2, 4, 4, dtype=torch.int64), (2, 4, 4, D))
-
-
-def test_latents_of_the_wrong_shape_or_value_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected latents \(B, 4, h, w\).*got \(2, 3, 4, 4\)"):
-        loopy()(torch.randn(2, 3, 4, 4))
-    with pytest.raises(NonFiniteError, match="not finite"):
-        loopy()(torch.full((2, D, 2, 2), float("nan")))
-
-
-@pytest.mark.parametrize("threshold", [-0.1, math.nan])
-def test_a_threshold_that_is_no_distance_is_refused(threshold: float) -> None:
-    with pytest.raises(ValueError, match="threshold must be a distance of at least 0, got"):
-        loopy()(torch.randn(1, D, 2, 2), threshold=threshold)
-
-
-def test_the_threshold_is_followed_in_units_of_the_latents_spread() -> None:
-    quantizer = loopy(threshold=0.8)
-    quantizer.latent_std.fill_(1.6)
-    assert quantizer.followed() == {"relative_threshold": torch.tensor(0.5)}
-    assert loopy(threshold=math.inf).followed() == {}  # which JSON could not hold
-
-
-def test_a_fixed_threshold_outlives_a_checkpoint_and_a_steered_one_comes_with_it() -> None:
-    trained = LoopyVectorQuantizer(K, D, threshold=0.8, max_loops=T).state_dict()
-    fixed = LoopyVectorQuantizer(K, D, threshold=0.3, max_loops=T)
-    steered = LoopyVectorQuantizer(K, D, target_length=2.0, max_loops=T)
-    for quantizer in (fixed, steered):
-        assert quantizer.load_state_dict(trained).missing_keys == []
-    assert fixed.threshold == torch.tensor(0.3) and steered.threshold == torch.tensor(0.8)
-    assert trained["threshold"] == torch.tensor(0.8)
+def test_averages_are_those_of_all_ranks(monkeypatch) -> None:
+    whole, z = ema().train(), torch.randn(4, D, H, W)
+    ranks = [copy.deepcopy(whole) for _ in range(2)]
+    whole(z)
+    seen: list[torch.Tensor] = []
+    for module in (quantize, codebook):
+        monkeypatch.setattr(module, "sum_over_ranks", lambda part: seen.append(part) or part)
+    for rank, part in zip(ranks, z.split(2), strict=True):
+        copy.deepcopy(rank)(part)
+    total = {a.shape: a + b for a, b in zip(seen[:2], seen[2:], strict=True)}
+    for module in (quantize, codebook):
+        monkeypatch.setattr(module, "sum_over_ranks", lambda part: total[part.shape])
+    for rank, part in zip(ranks, z.split(2), strict=True):
+        rank(part)
+        torch.testing.assert_close(rank.state_dict(), whole.state_dict())

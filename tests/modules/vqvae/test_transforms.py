@@ -170,7 +170,7 @@ def whole_paths(transform: Transform, z: Tensor, codebook: Tensor) -> Searches:
 def test_scales_bring_residuals_to_the_size_of_the_latents() -> None:
     z, codebook, residual = torch.randn(500, D) * 3, torch.randn(K, D) * 3, Residual(T)
     for _ in range(T):
-        residual.start(z, whole_paths(residual, z, codebook), codebook)
+        residual.initialize(z, whole_paths(residual, z, codebook), codebook)
     searches = whole_paths(residual, z, codebook)
     for turn in range(T):
         size = (searches.queries[searches.turns == turn] / residual.scales[turn]).square().mean()
@@ -185,7 +185,7 @@ def test_turns_that_no_latent_took_keep_their_sizes() -> None:
     residual.scales = torch.linspace(1, 0.5, T)
     kept = residual.scales.clone()
     ended_at_once = residual.search(z, codebook, torch.full((50,), math.inf), T).codes[:, 0]
-    residual.start(z, residual.retrace(z, ended_at_once, codebook), codebook)
+    residual.initialize(z, residual.retrace(z, ended_at_once, codebook), codebook)
     assert torch.equal(residual.scales, kept)
 
 
@@ -196,7 +196,7 @@ def test_maps_become_the_least_squares_fit_and_beat_scales() -> None:
     for transform in (Residual(T), LinearResidual(T, D)):
         for step in range(150):
             searches = whole_paths(transform, z, codebook)
-            (transform.start if step < T else transform.learn)(z, searches, codebook)
+            (transform.initialize if step < T else transform.learn)(z, searches, codebook)
         searches = whole_paths(transform, z, codebook)
         last = searches.approximations[searches.turns == T - 1]
         errors.append((z - last).square().mean())
@@ -217,7 +217,7 @@ def test_maps_stay_small_where_codes_hardly_differ_and_latents_move() -> None:
         z = torch.randn(64, 8) * axes * (1 + 0.2 * math.sin(step / 20))
         codes = transform.search(z, codebook, torch.full((64,), 0.5), 5).codes
         searches = transform.retrace(z, codes[:, -1], codebook)
-        (transform.start if step < 4 else transform.learn)(z, searches, codebook)
+        (transform.initialize if step < 4 else transform.learn)(z, searches, codebook)
     assert torch.linalg.matrix_norm(transform.maps, ord=2).max() < 2
 
 

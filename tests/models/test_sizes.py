@@ -1,8 +1,13 @@
-"""A transformer that cannot take its tokens is refused, before anything is trained if possible."""
+"""Sizes of a prior's network follow from its parts; stated ones that do not fit are refused."""
+
+from typing import Any
 
 import pytest
 import torch
 from models.test_cond_transformer import prior, tokenizer_config
+
+from taming.models.cond_transformer import Net2NetTransformer
+from taming.modules.transformer.network import PriorNetwork
 
 
 def labels(amount: int) -> dict:
@@ -52,7 +57,7 @@ ITSELF = {"cond_stage_config": "__is_first_stage__", "cond_stage_key": "image"}
             "max_loops=3, dummies=True, but the tokenizer has n_e=16, max_loops=3, dummies=False",
         ),
         (
-            {"first_stage_config": {"target": "models.test_fit.prior"}},
+            {"first_stage_config": {"target": "models.test_sizes.prior"}},
             "first_stage_config must name a tokenizer, .* got a Net2NetTransformer",
         ),
         ({"cond_stage_config": "first_stage"}, "expected a block with a 'target'"),
@@ -83,6 +88,69 @@ def test_sequences_are_refused_at_the_first_batch_however_short() -> None:
         prior("plain", {"block_size": 126}, **ITSELF)(flat, flat)
     with pytest.raises(ValueError, match="n_unmasked 65 goes beyond the condition's 64"):
         prior("plain", {"n_unmasked": 65}, **ITSELF)(flat, flat)
+
+
+def network_of(target: str, stated: dict, **kwargs: Any) -> PriorNetwork:
+    """The network of a prior, of these stated sizes alone."""
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8} | stated
+    config = {"target": f"taming.modules.transformer.{target}", "params": sizes}
+    kind = kwargs.pop("kind", "residual")
+    return Net2NetTransformer(
+        config,
+        **{
+            "first_stage_config": tokenizer_config(kind),
+            "cond_stage_config": "__is_unconditional__",
+            **kwargs,
+        },
+    ).transformer
+
+
+@pytest.mark.parametrize(
+    ("target", "stated", "kwargs", "expected"),
+    [
+        ("mingpt.GPT", {}, {}, (17, 1 + 64 * 3, None)),
+        ("mingpt.GPT", {"site_shape": True}, {}, (17, 1 + 64 * 3, (8, 8, 3))),
+        ("mingpt.GPT", {"site_shape": [4, 4, 3]}, {}, (17, 1 + 16 * 3, (4, 4, 3))),
+        ("mingpt.GPT", {}, {"kind": "plain", **ITSELF}, (16, 64 + 64, None)),
+        ("mingpt.GPT", {}, labels(20) | {"condition_dropout": 0.1}, (21, 1 + 64 * 3, None)),
+        ("mingpt.GPT", {"vocab_size": 99, "block_size": 999}, {}, (99, 999, None)),
+        ("two_level.TwoLevelGPT", {"depth": {}}, {}, (17, 1 + 64, (8, 8, 3))),
+    ],
+)
+def test_sizes_follow_from_the_parts(
+    target: str, stated: dict, kwargs: dict, expected: tuple
+) -> None:
+    network = network_of(target, stated, **kwargs)
+    assert (network.vocab_size, network.block_size, network.site_shape) == expected
+
+
+def test_a_size_that_only_the_data_determine_must_be_stated() -> None:
+    stage = {
+        "target": "taming.models.dummy_cond_stage.DummyCondStage",
+        "params": {"conditional_key": "objects_bbox"},
+    }
+    layouts = {"cond_stage_config": stage, "cond_stage_key": "objects_bbox"}
+    with pytest.raises(ValueError, match="vocab_size .* must be stated: .* DummyCondStage"):
+        network_of("mingpt.GPT", {"block_size": 400}, **layouts)
+    with pytest.raises(ValueError, match="block_size .* must be stated: .* DummyCondStage"):
+        network_of("mingpt.GPT", {"vocab_size": 92}, **layouts)
+    with pytest.raises(ValueError, match="block_size .* must be stated: .* VQModel"):
+        network_of("mingpt.GPT", {}, kind="plain", **ITSELF, downsample_cond_size=8)
+    assert network_of("mingpt.GPT", {"vocab_size": 92, "block_size": 400}, **layouts)
+
+
+class Silent:
+    """A condition stage as the original's were, which answers nothing."""
+
+    def eval(self) -> None: ...
+
+    def encode(self, c: torch.Tensor) -> tuple:
+        return c, None, (None, None, c)
+
+
+def test_a_condition_stage_that_does_not_answer_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="Silent lacks condition_vocab_size, condition_length"):
+        prior(cond_stage_config={"target": "models.test_sizes.Silent"})
 
 
 @torch.no_grad()

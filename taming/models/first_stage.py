@@ -1,0 +1,142 @@
+"""The questions that priors, scripts and pictures ask of a tokenizer.
+
+Axis letters: B images, C channels, H W image, h w grid, T turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from taming.modules.diffusionmodules.model import Encoder
+from taming.modules.vqvae.base import Quantizer
+from taming.modules.vqvae.metrics import length_heat_map
+
+
+class FirstStage:
+    """Codes, sizes and pictures of a model that has an ``encoder`` and a quantizer.
+
+    A prior takes such a model as its first stage, or as its condition stage if each image has the
+    same number of tokens.
+
+    Attributes:
+        value_range: Smallest and largest value of an input.
+        colorize: (3, C, 1, 1) projection to colours, or None.
+    """
+
+    value_range = (-1.0, 1.0)
+    encoder: Encoder
+    quantize: Quantizer
+    colorize: Tensor | None
+    encode: Any
+    decode: Any
+
+    # --- codes -----------------------------------------------------------------------------------
+
+    @property
+    def levels(self) -> dict[str, Quantizer]:
+        """Quantizers by the name of their level, the top first; "" names the only one."""
+        return {"": self.quantize}
+
+    def codes_by_level(self, quantized: Any) -> dict[str, Tensor]:
+        """Return the codes (B, h, w, T) int64 in what ``encode`` returned, by level name."""
+        batch, _, h, w = quantized.z_q.shape
+        return {"": quantized.info.indices.reshape(batch, h, w, -1)}
+
+    def encode_to_codes(self, x: Tensor, **rate: Any) -> Any:
+        """Encode images as codes.
+
+        Args:
+            x: (B, C, H, W) in `value_range`.
+            **rate: At most one argument of ``encode`` that sets a rate.
+
+        Returns:
+            (B, h, w, T) int64, or a tuple of the codes of all levels, the top first.
+        """
+        codes = tuple(self.codes_by_level(self.encode(x, **rate)).values())
+        return codes[0] if len(codes) == 1 else codes
+
+    # --- sizes -----------------------------------------------------------------------------------
+
+    @property
+    def factor(self) -> int:
+        """Side in pixels of a site, of the top level if there are several."""
+        return self.encoder.factor
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of sites (h, w) of a training image."""
+        side = self.encoder.resolution // self.factor
+        return side, side
+
+    @property
+    def condition_vocab_size(self) -> int:
+        """Number of different tokens of a condition."""
+        return self.quantize.sequence.vocab_size
+
+    @property
+    def condition_length(self) -> int:
+        """Number of tokens of a condition that has the size of a training image.
+
+        Raises:
+            ValueError: Conditions would differ in length.
+        """
+        if self.quantize.sequence.max_loops > 1:
+            raise ValueError(
+                f"the condition's {type(self.quantize).__name__} has sequences of different "
+                "lengths; a condition needs one code for each site, as from VectorQuantizer2"
+            )
+        return self.grid[0] * self.grid[1]
+
+    # --- pictures --------------------------------------------------------------------------------
+
+    def as_input(self, x_rec: Tensor) -> Tensor:
+        """Bring decoded images (B, C, H, W) into the form of an input: unchanged by default."""
+        return x_rec
+
+    def code_pictures(self, quantized: Any, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Show the lengths at each level whose sites take several turns.
+
+        Args:
+            quantized: Result of ``encode``.
+            size: (H, W) in pixels.
+
+        Returns:
+            Name -> (B, 3, H, W) in [-1, 1].
+        """
+        codes = self.codes_by_level(quantized)
+        return {
+            f"{name}_lengths" if name else "lengths": length_heat_map(trace.lengths, turns, size)
+            for name, trace in self.quantize.traces(quantized).items()
+            if (turns := codes[name].shape[-1]) > 1
+        }
+
+    def condition_pictures(
+        self, c: Tensor, quant_c: Tensor, size: tuple[int, int], datasets: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Show conditions and their reconstructions: name -> (B, 3, H, W).
+
+        Args:
+            c: (B, C, H, W) images that are conditions.
+            quant_c: z_q that ``encode`` returned for them.
+            size: Not used: the pictures have the size of the conditions.
+            datasets: Not used.
+        """
+        images = {"conditioning": c, "conditioning_rec": self.as_input(self.decode(quant_c))}
+        return {name: self.to_rgb(image) for name, image in images.items()}
+
+    def to_rgb(self, x: Tensor) -> Tensor:
+        """Colour images (B, C, H, W): grey if C is 1, a fixed random projection if not 3.
+
+        Raises:
+            ValueError: There is no projection for that many channels.
+        """
+        if x.shape[1] in (1, 3):
+            return x.expand(-1, 3, -1, -1)
+        if self.colorize is None:
+            raise ValueError(f"set colorize_nlabels={x.shape[1]} to show {x.shape[1]} channels")
+        x = F.conv2d(x, self.colorize)
+        return 2 * (x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) - 1
