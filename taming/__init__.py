@@ -1,1 +1,33 @@
-"""VQGAN image tokenizers with a loopy quantizer, and autoregressive priors over their tokens."""
+"""An image tokenizer with a loopy quantizer, and autoregressive priors over its tokens.
+
+>>> import taming
+>>> tokenizer = taming.load("logs/<tokenizer>")  # doctest: +SKIP
+>>> codes = tokenizer.encode("photo.jpg", max_codes=2000)  # doctest: +SKIP
+>>> tokenizer.decode(codes).save("again.png")  # doctest: +SKIP
+>>> taming.load("logs/<prior>").sample(16, seed=0, top_p=0.95)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taming.generator import Generator, load
+    from taming.tokenizer import Codes, Tokenizer
+
+__all__ = ["Codes", "Generator", "Tokenizer", "load"]
+
+# Imported on first use, so that ``import taming`` does not load torch.
+_HOMES = {
+    "Codes": "taming.tokenizer",
+    "Generator": "taming.generator",
+    "Tokenizer": "taming.tokenizer",
+    "load": "taming.generator",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'taming' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

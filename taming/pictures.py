@@ -1,16 +1,124 @@
 """Pictures from image tensors, for scripts and reports.
 
-Axis letters: B images, H W image.
+Axis letters: B pictures, C channels, H W picture.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
+
+T = TypeVar("T")
+Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+
+
+def decode(file: Any, convert: Callable[[Image.Image], T]) -> T:
+    """Open a picture file and convert it.
+
+    Args:
+        file: A path, or an open binary file.
+        convert: Function of the opened PIL image.
+
+    Raises:
+        ValueError: The file is missing, truncated, or not a picture that Pillow can decode.
+    """
+    try:
+        with Image.open(file) as image:
+            return convert(image)
+    # A damaged file makes Pillow raise OSError, SyntaxError, struct.error, EOFError and others.
+    except Exception as error:
+        raise ValueError(f"cannot be decoded as an image: {error}") from error
+
+
+def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
+    """Convert a PIL image of any mode to RGB.
+
+    Args:
+        image: Grey, palette, CMYK, transparent, ...; 16-bit grey is scaled, not clipped, to 8 bits.
+        upright: Apply the EXIF orientation.
+    """
+    if upright:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).clip(0, 65535) / 257
+        image = Image.fromarray(grey.round().astype(np.uint8))
+    if image.mode == "P":
+        image = image.convert("RGBA")  # straight to RGB, transparent palettes raise a warning
+    return image.convert("RGB")
+
+
+def to_tensor(picture: Picture, channels: int = 3) -> Tensor:
+    """Turn a picture of any kind into an image tensor.
+
+    Args:
+        picture: A path; a PIL image; an array (H, W) or (H, W, C); or a tensor (H, W) or (C, H, W).
+            Integers must be uint8 or uint16 and use the whole range; floats must lie in [-1, 1].
+            Files are turned upright by their EXIF orientation.
+        channels: C, channels wanted. Files and PIL images are converted to 3 (RGB) or 1 (grey); an
+            array or tensor of one channel serves for three.
+
+    Returns:
+        (C, H, W) float32 in [-1, 1].
+
+    Raises:
+        ValueError: The file is not an image, the array has another number of axes or channels, or a
+            value is out of range.
+
+    Example:
+        >>> to_tensor(np.full((2, 3, 3), 255, np.uint8)).unique()
+        tensor([1.])
+        >>> to_tensor(torch.zeros(4, 5)).shape
+        torch.Size([3, 4, 5])
+    """
+    if isinstance(picture, Tensor):
+        values = picture.detach().cpu()
+        values = values[None] if values.ndim == 2 else values  # (C, H, W)
+    elif isinstance(picture, np.ndarray):
+        array = picture[..., None] if picture.ndim == 2 else picture
+        values = torch.from_numpy(np.ascontiguousarray(array)).movedim(-1, 0)  # (C, H, W)
+    else:
+        is_open = isinstance(picture, Image.Image)
+        image = to_rgb(picture) if is_open else _decode_named(picture)
+        values = pil_to_tensor(image.convert("L") if channels == 1 else image)
+    if values.ndim != 3 or 0 in values.shape:
+        raise ValueError(
+            "expected a picture as an array (H, W) or (H, W, C) or a tensor (H, W) or (C, H, W), "
+            f"got the shape {tuple(getattr(picture, 'shape', values.shape))}"
+        )
+    if values.shape[0] == 1:
+        values = values.expand(channels, -1, -1)
+    if values.shape[0] != channels:
+        raise ValueError(f"expected a picture of {channels} channels, got {values.shape[0]}")
+    if values.dtype == torch.bool:
+        return values.float() * 2 - 1
+    if values.dtype in (torch.uint8, torch.uint16):
+        return values.double().div(torch.iinfo(values.dtype).max / 2).sub(1).float()
+    if not values.is_floating_point():
+        raise ValueError(
+            f"a picture of integers must be uint8 or uint16, got {values.dtype}, of unknown range"
+        )
+    if not (values.abs() <= 1).all():  # False for NaN as well
+        raise ValueError(
+            f"floats of a picture must lie in [-1, 1], got {values.min():.4g} to {values.max():.4g}"
+        )
+    return values.float()
+
+
+def _decode_named(path: Any) -> Image.Image:
+    """Decode a file in RGB; an error names it."""
+    try:
+        return decode(path, to_rgb)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
 
 
 def to_picture(image: Tensor) -> Image.Image:

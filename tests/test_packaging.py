@@ -15,7 +15,10 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("taming/**/*.py"))
+SOURCES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("taming/**/*.py"), ROOT / "taming/py.typed"]
+)
 
 
 def test_every_folder_is_a_package() -> None:

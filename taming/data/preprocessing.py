@@ -14,11 +14,12 @@ from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from taming.pictures import decode, to_rgb
 from taming.util import DataError
 
 File = str | os.PathLike[str] | IO[bytes]
@@ -59,15 +60,6 @@ def error_context(what: str) -> Iterator[None]:
         raise DataError(f"{what}: {error}") from error
 
 
-def _decode(file: File, convert: Callable[[Image.Image], Tensor]) -> Tensor:
-    try:
-        with Image.open(file) as image:
-            return convert(image)
-    # A damaged file makes Pillow raise OSError, SyntaxError, struct.error, EOFError and others.
-    except Exception as error:
-        raise ValueError(f"cannot be decoded as an image: {error}") from error
-
-
 def decode_image(file: File, upright: bool = True) -> Tensor:
     """Decode an image file of any format that Pillow reads, and convert it to RGB.
 
@@ -83,20 +75,7 @@ def decode_image(file: File, upright: bool = True) -> Tensor:
         ValueError: The file is missing, truncated or not an image.
     """
 
-    def convert(image: Image.Image) -> Tensor:
-        return F.pil_to_tensor(_to_rgb(ImageOps.exif_transpose(image) if upright else image))
-
-    return _decode(file, convert)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # Pillow would clip 16-bit grey at 255 and turn nearly every picture white.
-        grey = np.asarray(image).clip(0, 65535) / 257
-        image = Image.fromarray(grey.round().astype(np.uint8))
-    if image.mode == "P":
-        image = image.convert("RGBA")  # transparent palettes warn if converted straight to RGB
-    return image.convert("RGB")
+    return decode(file, lambda image: F.pil_to_tensor(to_rgb(image, upright)))
 
 
 def decode_mask(file: File) -> Tensor:
@@ -114,7 +93,7 @@ def decode_mask(file: File) -> Tensor:
             raise ValueError(f"expected one class number per pixel, found colours ({image.mode})")
         return F.pil_to_tensor(image)
 
-    return _decode(file, convert)
+    return decode(file, convert)
 
 
 def decode_depth(file: File) -> Tensor:
@@ -134,7 +113,7 @@ def decode_depth(file: File) -> Tensor:
         scaled = (depth - depth.min()) / max(1e-8, depth.max() - depth.min())
         return torch.from_numpy(2 * scaled - 1)[None]
 
-    return _decode(file, convert)
+    return decode(file, convert)
 
 
 def read_pair(image: str, other: str, decode: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ from einops import repeat
 from torch import Tensor
 from tqdm import tqdm
 
-from taming.modules.transformer.generate import SamplingParams
+from taming.modules.transformer.generate import SamplingParams as SamplingParams
+from taming.modules.transformer.generate import generators_of as generators_of
 
 Grid = tuple[int, int]
 

@@ -1,0 +1,183 @@
+"""The tokenizer for people: pictures of any kind and size to codes, and back.
+
+Axis letters: B pictures, C channels, H W picture, h w grid, T turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from taming.models.vqgan import VQModel
+from taming.pictures import Picture, to_picture, to_tensor
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The codes of one picture.
+
+    Attributes:
+        indices: (h, w, T) int64: 0..K-1 for a codebook vector, K for the dummy D, -1 after the end
+            of a site's loop. A VQ-VAE-2 has one such tensor for each level, the top first.
+        size: (H, W) of the picture in pixels.
+    """
+
+    indices: Tensor | tuple[Tensor, ...]
+    size: tuple[int, int]
+
+    @property
+    def levels(self) -> tuple[Tensor, ...]:
+        """Indices (h, w, T) of each level; of most tokenizers, there is one."""
+        return self.indices if isinstance(self.indices, tuple) else (self.indices,)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of codes of each site of the finest level, (h, w) int64 in [1, T]."""
+        return (self.levels[-1] >= 0).sum(dim=-1)
+
+    def __len__(self) -> int:
+        return sum(int((level >= 0).sum()) for level in self.levels)
+
+
+class Tokenizer:
+    """Turns pictures into codes and codes into pictures, with a trained `VQModel`.
+
+    A picture is a path, a PIL image, a NumPy array (H, W), (H, W, C) or a tensor (C, H, W); arrays
+    of integers are scaled from their whole range, arrays of floats lie in [-1, 1]. Its sides need
+    not fit the grid: it is extended by reflection to whole sites and cut back when it is decoded.
+
+    Args:
+        model: The model, in any mode; it is switched to evaluation.
+        batch_size: Largest number of pictures of one size that go through the model together.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> from taming.models.vqgan import VQModel
+        >>> sizes = dict(double_z=False, z_channels=4, resolution=16, in_channels=3, out_ch=3)
+        >>> sizes |= dict(ch=32, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[])
+        >>> loss = {"target": "taming.modules.losses.DummyLoss"}
+        >>> tokenizer = Tokenizer(VQModel(sizes, loss, n_embed=8, embed_dim=4))
+        >>> codes = tokenizer.encode(np.zeros((20, 15, 3), np.uint8))
+        >>> codes.indices.shape, codes.size, len(codes)
+        (torch.Size([10, 8, 1]), (20, 15), 80)
+        >>> tokenizer.decode(codes).size
+        (15, 20)
+    """
+
+    def __init__(self, model: VQModel, batch_size: int = 16) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.batch_size = batch_size
+
+    def to(self, device: torch.device | str) -> Tokenizer:
+        """Move the model to a device; return the tokenizer."""
+        self.model.to(device)
+        return self
+
+    @property
+    def channels(self) -> int:
+        """C, channels of a picture."""
+        return self.model.encoder.conv_in.in_channels
+
+    @overload
+    def encode(self, pictures: Picture, **rate: float | None) -> Codes: ...
+    @overload
+    def encode(self, pictures: Sequence[Picture], **rate: float | None) -> list[Codes]: ...
+
+    @torch.no_grad()
+    def encode(self, pictures: Any, **rate: float | None) -> Any:
+        """Encode pictures.
+
+        Args:
+            pictures: One picture, or several of any sizes.
+            **rate: At most one of ``max_codes`` (largest number of codes of a picture),
+                ``target_psnr`` (in dB, reached with as few codes as possible) and ``threshold``
+                (distance at which a loop ends), for a tokenizer of variable rate.
+
+        Returns:
+            The `Codes` of each picture: one for one picture, a list for several.
+
+        Raises:
+            ValueError: Something is not a picture or has other channels than the model's, the rate
+                cannot be met, or the tokenizer has a fixed rate.
+        """
+        if not isinstance(pictures, (list, tuple)):
+            return self.encode([pictures], **rate)[0]
+        images = [to_tensor(picture, self.channels) for picture in pictures]
+        padded = [_pad(image, self.model.factor) for image in images]
+        codes: list[Codes | None] = [None] * len(images)
+        for numbers in _by_shape(padded, self.batch_size):
+            x = torch.stack([padded[number] for number in numbers]).to(self.model.device)
+            found = self.model.encode_to_codes(x, **rate)
+            for place, number in enumerate(numbers):
+                own = (
+                    tuple(level[place].cpu() for level in found)
+                    if isinstance(found, tuple)
+                    else found[place].cpu()
+                )
+                codes[number] = Codes(own, (images[number].shape[1], images[number].shape[2]))
+        return codes
+
+    @overload
+    def decode(self, codes: Codes) -> Image.Image: ...
+    @overload
+    def decode(self, codes: Sequence[Codes]) -> list[Image.Image]: ...
+
+    @torch.no_grad()
+    def decode(self, codes: Any) -> Any:
+        """Decode codes to pictures.
+
+        Args:
+            codes: The `Codes` of one picture, or of several.
+
+        Returns:
+            PIL images: one for one, a list for several.
+
+        Raises:
+            ValueError: They are not codes of this tokenizer.
+        """
+        if isinstance(codes, Codes):
+            return self.decode([codes])[0]
+        pictures: list[Image.Image | None] = [None] * len(codes)
+        for numbers in _by_shape([own.levels[-1] for own in codes], self.batch_size):
+            levels: Any = [
+                torch.stack(level).to(self.model.device)
+                for level in zip(*(codes[number].levels for number in numbers), strict=True)
+            ]
+            single = isinstance(codes[numbers[0]].indices, Tensor)
+            images = self.model.decode_code(levels[0] if single else levels)
+            for number, picture in zip(numbers, decoded_pictures(self.model, images), strict=True):
+                height, width = codes[number].size
+                pictures[number] = picture.crop((0, 0, width, height))
+        return pictures
+
+
+def decoded_pictures(model: VQModel, images: Tensor) -> list[Image.Image]:
+    """Turn decoded images (B, C, H, W) into pictures; other than 3 channels are coloured."""
+    shown = images if images.shape[1] == 3 else model.to_rgb(model.as_input(images))
+    return [to_picture(image) for image in shown]
+
+
+def _pad(image: Tensor, site: int) -> Tensor:
+    """Extend an image (C, H, W) by reflection to multiples of the side of a site."""
+    height, width = image.shape[1:]
+    right, below = -width % site, -height % site
+    if right >= width or below >= height:  # too small to be reflected so far
+        return F.pad(image[None], (0, right, 0, below), mode="replicate")[0]
+    return F.pad(image[None], (0, right, 0, below), mode="reflect")[0]
+
+
+def _by_shape(tensors: Sequence[Tensor], most: int) -> list[list[int]]:
+    """Group the numbers of tensors of one shape, at most so many in a group."""
+    groups: dict[torch.Size, list[list[int]]] = {}
+    for number, tensor in enumerate(tensors):
+        own = groups.setdefault(tensor.shape, [[]])
+        if len(own[-1]) == most:
+            own.append([])
+        own[-1].append(number)
+    return [group for groups_of_shape in groups.values() for group in groups_of_shape]

@@ -1,0 +1,46 @@
+"""Every example of docs/extending.md trains."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.runs import run_main
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs/extending.md").read_text(encoding="utf-8")
+# The name in the first comment of a block -> its text.
+FILES = dict(re.findall(r"```(?:python|yaml)\n# (\S+\.(?:py|yaml))(.*?)```", PAGE, re.DOTALL))
+LONGEST = 30  # lines of an example
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder with all files of the page, from which modules can be imported."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(f"#{text}", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in FILES:
+        monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
+    return tmp_path
+
+
+def train(folder: Path, *configs: str) -> Path:
+    """Train for three steps; return the run."""
+    run_main(
+        folder, "--base", *configs, "-t", "--max_steps", "3", "--accelerator", "cpu", "-n", "x"
+    )
+    return max((folder / "logs").iterdir())
+
+
+def test_examples_are_short() -> None:
+    for name, text in FILES.items():
+        assert name.endswith(".yaml") or len(text.strip().splitlines()) <= LONGEST, name
+
+
+@pytest.mark.parametrize("more", [[], ["my_loop.yaml"], ["my_data.yaml"]], ids=str)
+def test_trains(folder: Path, more: list[str]) -> None:
+    run = train(folder, "my_tokenizer.yaml", *more)
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 3
+    assert list(run.glob("images/train/reconstructions_*.png"))
