@@ -82,7 +82,7 @@ class Options:
         seed: Seed of all random number generators.
         project: Name of the Weights & Biases project.
         wandb: Log to Weights & Biases.
-        scale_lr: Multiply the learning rate by accumulation, devices and batch size.
+        scale_lr: Multiply the learning rate by accumulation, devices, nodes and batch size.
         trainer: Trainer arguments given as flags, old spellings included.
         dotlist: ``key=value`` items.
     """
@@ -186,7 +186,7 @@ def _build_parser(trainer_types: Mapping[str, Sequence[str]]) -> argparse.Argume
     add("--no-test", **off, help="skip the test after training")
     add("-d", "--debug", **off, help="open a debugger at an error")
     add("-s", "--seed", type=int, default=23, help="random seed (default: 23)")
-    rate = "learning rate = accumulate x devices x batch size x base rate (default: true)"
+    rate = "learning rate = accumulate x devices x nodes x batch size x base (default: true)"
     add("--scale_lr", **on, help=rate)
     add("--wandb", **off, help="log to Weights & Biases as well")
     add("-p", "--project", default="taming", help="Weights & Biases project (default: taming)")

@@ -340,7 +340,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 def learning_rate_scale(experiment: Experiment, devices: int) -> int:
-    """Return the images per optimizer step: accumulated batches x devices x batch size.
+    """Return the images per optimizer step: accumulation x devices x nodes x batch size.
 
     Raises:
         ValueError: The ``data`` block has no batch size.
@@ -351,7 +351,7 @@ def learning_rate_scale(experiment: Experiment, devices: int) -> int:
         raise ValueError("data.params.batch_size is missing; set it, or pass --scale_lr false")
     scale = accumulate * devices * batch_size
     logger.info(
-        "learning rate = %s x base: %s (accumulate) x %s (devices) x %s (batch size)",
+        "learning rate = %s x base: %s (accumulate) x %s (devices x nodes) x %s (batch size)",
         *(scale, accumulate, devices, batch_size),
     )
     return scale
