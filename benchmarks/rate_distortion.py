@@ -130,9 +130,8 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--quick", dest="plan", action="store_const", const="quick")
-    which.add_argument("--standard", dest="plan", action="store_const", const="standard")
-    which.add_argument("--full", dest="plan", action="store_const", const="full")
+    for name in PLANS:
+        which.add_argument(f"--{name}", dest="plan", action="store_const", const=name)
     parser.add_argument("--train", help="Parquet file or folder of training images")
     parser.add_argument("--test", help="Parquet file or folder of held-out images")
     parser.add_argument("-o", "--outdir", type=Path, help="default: results/rate_distortion/PLAN")
@@ -158,9 +157,8 @@ def main() -> None:
     options.outdir.mkdir(parents=True, exist_ok=True)
     data = {key: getattr(options, key) for key in ("train", "test", "precision", "no_prior")}
     claim(options.outdir / "race.json", {**asdict(plan), **data}, free=("seeds", "names"))
-    gpus = torch.cuda.device_count()
     cores = os.cpu_count() or 1
-    workers = options.workers or (1 if gpus else cores)
+    workers = options.workers or (1 if torch.cuda.is_available() else cores)
     options.threads = max(1, cores // workers)
     table = options.outdir / "measurements.csv"
     rows = load_rows(table)

@@ -72,7 +72,7 @@ class VQVAE2(VQModel):
     @property
     def levels(self) -> dict[str, Quantizer]:
         """Quantizers by the name of their level, the top first."""
-        return dict(zip(self.quantize.names, self.quantize.levels, strict=True))
+        return self.quantize.by_name
 
     def codes_by_level(self, quantized: HierarchyOutput) -> dict[str, Tensor]:
         """Return the codes (B, h_l, w_l, T_l) in what ``encode`` returned, by level name."""
