@@ -19,7 +19,7 @@ from taming.models.gan import ManualOptimization
 from taming.modules.diffusionmodules.model import Decoder, Encoder, check_ddconfig
 from taming.modules.losses.base import DISCRIMINATOR, GENERATOR, AutoencoderLoss, check_finite
 from taming.modules.util import start_orthogonal, tensor_of
-from taming.modules.vqvae.base import Quantizer, QuantizerOutput
+from taming.modules.vqvae.base import GridShape, Quantizer, QuantizerOutput
 from taming.modules.vqvae.metrics import SplitMetrics
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from taming.util import instantiate_from_config, instantiate_with_sizes
@@ -198,7 +198,7 @@ class VQModel(ManualOptimization, FirstStage):
         """Decode z_q (B, D, h, w) to images (B, C, H, W), roughly in [-1, 1]."""
         return self.decoder(self.post_quant_conv(quant))
 
-    def decode_code(self, code_b: Tensor, shape: tuple[int, int, int, int] | None = None) -> Tensor:
+    def decode_code(self, code_b: Tensor, shape: GridShape | None = None) -> Tensor:
         """Decode codes to images (B, C, H, W).
 
         Args:

@@ -329,10 +329,8 @@ def _check_arguments(config: LoadedConfig, path: str, params: Any, target: str) 
             end = f"{target} takes no {name!r}{nearest(str(name), parameters)}"
             raise config.error(where, f"unknown key {where}: {end}")
         if name in _SPLATTED and isinstance(value, Mapping):
-            valid: dict[str, Any] = {}
-            for receiver in _SPLATTED[name]:
-                valid |= parameters_of(get_obj_from_str(receiver))[0]
-            check_keys(config, where, value, list(valid))
+            receivers = [parameters_of(get_obj_from_str(r))[0] for r in _SPLATTED[name]]
+            check_keys(config, where, value, [key for taken in receivers for key in taken])
         _check_value(config, where, value)
         if name not in parameters:  # it is one of **kwargs
             continue
