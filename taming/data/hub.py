@@ -229,7 +229,7 @@ class DownloadedImages(LabelledImages, ABC):
 
     @abstractmethod
     def remedy(self, root: Path) -> str:
-        """Return where to get the original files and where to put them."""
+        """Return the address of the original files and the folder for them."""
 
 
 class CIFAR10(DownloadedImages):

@@ -165,7 +165,7 @@ def build_trainer(
 def _plugins(given: Any) -> list[Any]:
     """Return the given plugins, and Slurm's environment without Lightning's requeueing.
 
-    That looks for its checkpoint in the folder of the first start; `LastCheckpoint` saves instead.
+    Requeueing expects its checkpoint in the folder of the first start; `LastCheckpoint` saves one.
     """
     plugins = [*given] if isinstance(given, list | tuple) else [given] if given else []
     has_own = any(isinstance(plugin, environments.ClusterEnvironment) for plugin in plugins)
