@@ -183,7 +183,7 @@ class VQModel(ManualOptimization, FirstStage):
 
     @torch.no_grad()
     def _fewest_codes(self, target_psnr: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        """Find the fewest codes (B,) with which images (B, C, H, W) reach PSNRs in dB, () or (B,)."""
+        """Find the fewest codes (B,) with which images reach a PSNR, () or (B,), in dB."""
         if self.training:
             raise ValueError("target_psnr needs the model in eval mode: a search must not train it")
         low, high = self.value_range
