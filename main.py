@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_console()
     quiet_lightning()
     sys.path.append(os.getcwd())
-    # What ends in one line: any wrong value before training begins, and these errors after.
+    # Errors that end in one line: any wrong value before training begins, fewer kinds after.
     mistakes: tuple[type[Exception], ...] = (ValueError, OSError)
     try:
         experiment = load(options)

@@ -37,7 +37,7 @@ from taming.models.vqgan import VQModel
 from taming.modules.vqvae.metrics import length_heat_map
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.pictures import save_picture, tile, to_picture
-from taming.run.cli import choose_device, run
+from taming.run.cli import choose_device, run, script_parser
 from taming.run.folder import model_from_run
 
 logger = logging.getLogger("taming.benchmark")
@@ -204,9 +204,7 @@ def load(options: argparse.Namespace) -> tuple[VQModel, int]:
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = script_parser(__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("-r", "--resume", help="run of a loopy tokenizer")
     which.add_argument("--race", type=Path, help="results of rate_distortion.py with loopy-one")
@@ -215,7 +213,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="side of the images in pixels")
     parser.add_argument("-n", type=int, default=1000, help="number of images")
     parser.add_argument("-o", "--outdir", type=Path, default=Path("results/adaptivity"))
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser.parse_args()
 
 

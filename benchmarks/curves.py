@@ -5,8 +5,8 @@ python benchmarks/curves.py val/psnr logs/<run> logs/<run> -o curves.png
 
 from __future__ import annotations
 
-import argparse
 import csv
+from argparse import ArgumentParser, RawTextHelpFormatter
 from pathlib import Path
 
 import matplotlib
@@ -35,9 +35,7 @@ def _rows(file: Path, key: str) -> list[tuple[int, float]]:
 
 def main() -> None:
     """Save the figure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("key", help="name of the value, such as val/psnr")
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("-o", "--output", default="results/curves.png", type=Path)

@@ -9,7 +9,7 @@ scaled by a number (`Residual`) or mapped by a matrix (`LinearResidual`), around
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, RawTextHelpFormatter
 
 import matplotlib
 import torch
@@ -79,9 +79,7 @@ def draw_cascade(
 
 def main() -> None:
     """Save the figure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("file", help="picture to save")
     options = parser.parse_args()
     matplotlib.use("agg")

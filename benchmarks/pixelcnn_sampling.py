@@ -2,9 +2,9 @@
 
 python benchmarks/pixelcnn_sampling.py --grid 8 16
 
-Compares three ways to draw the same codes, at the sizes of configs/pixelcnn_cifar10.yaml unless
-told otherwise: the whole grid for each site; only the rows down to the site's own; and
-`PixelCNN.sample`, which goes over each row and each site once.
+Compares three ways to sample the same codes, by default at the sizes of
+configs/pixelcnn_cifar10.yaml: the whole grid for each site; only the rows down to the site's own;
+and `PixelCNN.sample`, which goes over each row and each site once.
 
 Axis letters: B images, h w grid, T turns, V values.
 """
@@ -15,6 +15,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,11 +33,6 @@ Sampler = Callable[[PixelCNN, Tensor, Tensor], Tensor]
 def sample_symbol(logits: Tensor) -> Tensor:
     """Sample symbols (B,) from logits (B, V)."""
     return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(1)
-
-
-def sample_kept(net: PixelCNN, codes: Tensor, labels: Tensor) -> Tensor:
-    """Sample codes (B, h, w, T) by `PixelCNN.sample`."""
-    return net.sample(codes, labels, sample_symbol)
 
 
 @torch.no_grad()
@@ -65,15 +61,10 @@ def sample_anew(net: PixelCNN, codes: Tensor, labels: Tensor, crop: bool = False
     return codes
 
 
-def sample_cropped(net: PixelCNN, codes: Tensor, labels: Tensor) -> Tensor:
-    """Sample codes as `sample_anew` does without the rows below a site's own."""
-    return sample_anew(net, codes, labels, crop=True)
-
-
 SAMPLERS: dict[str, Sampler] = {
     "whole grid": sample_anew,
-    "cropped": sample_cropped,
-    "kept": sample_kept,
+    "cropped": partial(sample_anew, crop=True),
+    "kept": lambda net, codes, labels: net.sample(codes, labels, sample_symbol),
 }
 
 

@@ -20,10 +20,10 @@ python benchmarks/priors.py --full --precision bf16-mixed
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import time
+from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -97,7 +97,7 @@ SIZES = {  # quick: minutes in all; standard: half an hour per prior on a CPU co
 }
 
 
-def open_images(sizes: Sizes, options: argparse.Namespace) -> tuple[Any, Any]:
+def open_images(sizes: Sizes, options: Namespace) -> tuple[Any, Any]:
     """Open the training images and the held-out images to measure."""
     side = sizes.tokenizer.ddconfig["resolution"]
     train = images_of(options.train, "train", side, train=True)
@@ -105,21 +105,20 @@ def open_images(sizes: Sizes, options: argparse.Namespace) -> tuple[Any, Any]:
     return train, last(test, sizes.tokenizer.test_images)
 
 
-def tokenizer_of(sizes: Sizes, train: Any, options: argparse.Namespace) -> VQModel:
+def tokenizer_of(sizes: Sizes, train: Any, options: Namespace) -> VQModel:
     """Train the tokenizer and set it to two turns per site on average."""
     plan = sizes.tokenizer
     contender = contenders(plan.codes, plan.channels)["loopy-2"]
     model = trained_tokenizer(plan, contender, 0, train, options.outdir, options.precision)
     side = plan.ddconfig["resolution"]
-    still = images_of(options.train, "train", side, train=False)
-    still = first(still, plan.calibration_images)
+    still = first(images_of(options.train, "train", side, train=False), plan.calibration_images)
     images = [model.get_input(b, "image").to(model.device) for b in loader(still, 100)]
     model.quantize.threshold = threshold_for_mean(model, images, 2.0)
     return model
 
 
 def trained_prior(
-    name: str, sizes: Sizes, tokenizer: VQModel, train: Any, options: argparse.Namespace
+    name: str, sizes: Sizes, tokenizer: VQModel, train: Any, options: Namespace
 ) -> tuple[Any, float]:
     """Train a prior, or load an earlier result; return it and the minutes of training."""
     pl.seed_everything(0, verbose=False)
@@ -194,7 +193,7 @@ def report(rows: list[Row], references: Row) -> str:
     return "\n".join(lines)
 
 
-def compare(sizes: Sizes, names: list[str], options: argparse.Namespace) -> list[Row]:
+def compare(sizes: Sizes, names: list[str], options: Namespace) -> list[Row]:
     """Train and measure all priors; save ``measurements.json`` and ``report.md``."""
     data = {"train": options.train, "test": options.test, "precision": options.precision}
     claim(options.outdir / "priors.json", {**asdict(sizes), **data})
@@ -230,9 +229,7 @@ def compare(sizes: Sizes, names: list[str], options: argparse.Namespace) -> list
 
 def main() -> None:
     """Parse the command line, run the comparison, and log the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     for name in SIZES:
         which.add_argument(f"--{name}", dest="sizes", action="store_const", const=name)

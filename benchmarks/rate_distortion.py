@@ -15,11 +15,11 @@ log-likelihood of a small transformer trained on the sequences, lengths included
 
 from __future__ import annotations
 
-import argparse
 import csv
 import logging
 import multiprocessing
 import os
+from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -77,7 +77,7 @@ def settings(
         yield str(length)
 
 
-def train_base(plan: Plan, seed: int, options: argparse.Namespace, threads: int) -> None:
+def train_base(plan: Plan, seed: int, options: Namespace, threads: int) -> None:
     """Train the autoencoder from which all contenders of a seed start."""
     torch.set_num_threads(threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -85,7 +85,7 @@ def train_base(plan: Plan, seed: int, options: argparse.Namespace, threads: int)
     trained_base(plan, seed, train, options.outdir, options.precision)
 
 
-def race(plan: Plan, name: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def race(plan: Plan, name: str, seed: int, options: Namespace) -> list[dict[str, Any]]:
     """Train one contender with one seed and measure it at all of its rates."""
     torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -124,15 +124,12 @@ def race(plan: Plan, name: str, seed: int, options: argparse.Namespace) -> list[
     return rows
 
 
-def parse() -> argparse.Namespace:
+def parse() -> Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--quick", dest="plan", action="store_const", const="quick")
-    which.add_argument("--standard", dest="plan", action="store_const", const="standard")
-    which.add_argument("--full", dest="plan", action="store_const", const="full")
+    for name in PLANS:
+        which.add_argument(f"--{name}", dest="plan", action="store_const", const=name)
     parser.add_argument("--train", help="Parquet file or folder of training images")
     parser.add_argument("--test", help="Parquet file or folder of held-out images")
     parser.add_argument("-o", "--outdir", type=Path, help="default: results/rate_distortion/PLAN")
@@ -158,9 +155,8 @@ def main() -> None:
     options.outdir.mkdir(parents=True, exist_ok=True)
     data = {key: getattr(options, key) for key in ("train", "test", "precision", "no_prior")}
     claim(options.outdir / "race.json", {**asdict(plan), **data}, free=("seeds", "names"))
-    gpus = torch.cuda.device_count()
     cores = os.cpu_count() or 1
-    workers = options.workers or (1 if gpus else cores)
+    workers = options.workers or (1 if torch.cuda.is_available() else cores)
     options.threads = max(1, cores // workers)
     table = options.outdir / "measurements.csv"
     rows = load_rows(table)
@@ -174,8 +170,7 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         # All autoencoders first: otherwise two contenders would train the same one at once.
-        untrained = {s for name, s in wanted if not (options.outdir / f"{name}-{s}.pt").exists()}
-        seeds = sorted(untrained)
+        seeds = sorted({s for n, s in wanted if not (options.outdir / f"{n}-{s}.pt").exists()})
         threads = max(options.threads, cores // max(1, len(seeds)))  # one seed takes all cores
         bases = [pool.submit(train_base, plan, seed, options, threads) for seed in seeds]
         for finished in tqdm(as_completed(bases), total=len(bases), desc="autoencoders"):

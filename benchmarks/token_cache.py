@@ -10,13 +10,13 @@ an epoch depends on the transformer's share of a step.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from race.classifier import endless
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -24,16 +24,11 @@ from tqdm import tqdm
 from taming.data.tokens import TokenCache
 from taming.data.utils import custom_collate
 from taming.models.prior import Prior, is_cached
-from taming.run.cli import choose_device, run
+from taming.run.cli import choose_device, run, script_parser
 from taming.run.folder import data_from_run, model_from_run
 
 logger = logging.getLogger("taming.benchmark")
 Work = Callable[[Mapping[str, Any]], None]  # on a batch
-
-
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a batch to a device."""
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def seconds_per_image(loader: DataLoader[Any], batches: int, work: Work) -> float:
@@ -67,7 +62,8 @@ def training_step_of(model: Prior) -> Work:
     optimizer = configured[0][0] if isinstance(configured, tuple) else configured
 
     def step(batch: Mapping[str, Any]) -> None:
-        nats, lengths = model.likelihood(model.tokenize_batch(on_device(batch, model.device)))
+        batch = move_data_to_device(batch, model.device)
+        nats, lengths = model.likelihood(model.tokenize_batch(batch))
         optimizer.zero_grad()
         (nats.sum() / lengths.sum()).backward()
         optimizer.step()
@@ -77,13 +73,10 @@ def training_step_of(model: Prior) -> Work:
 
 def main() -> None:
     """Time both data sets and print the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("-r", "--resume", required=True, help="run of the prior")
     parser.add_argument("--cache", required=True, help="token cache of its training images")
     parser.add_argument("--batches", type=int, default=50, help="number of batches to time")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     options = parser.parse_args()
     data, model = data_from_run(options.resume), model_from_run(options.resume)
     data.setup("fit")
@@ -94,7 +87,7 @@ def main() -> None:
     model = model.to(choose_device(options.device)).train()
 
     def tokenize(batch: Mapping[str, Any]) -> None:
-        model.tokenize_batch(on_device(batch, model.device))
+        model.tokenize_batch(move_data_to_device(batch, model.device))
 
     cached = TokenCache(options.cache)
     loaders = [

@@ -41,7 +41,7 @@ def load_checkpoint(
     """Load a checkpoint onto the CPU.
 
     Args:
-        path: File written by ``torch.save`` or Lightning (versions 1 and 2).
+        path: File saved by ``torch.save`` or Lightning (versions 1 and 2).
         trust_checkpoint: Also load objects of any class; such a file can run arbitrary code while
             it is loaded.
         lazy: Map the file into memory, so that unused tensors, such as those of optimizers, are

@@ -40,7 +40,6 @@ class LambdaWarmUpCosineScheduler:
         self.lr_max = lr_max
         self.lr_start = lr_start
         self.max_decay_steps = max_decay_steps
-        self.verbosity_interval = verbosity_interval
 
     def schedule(self, n: int) -> float:
         """Return the value at step n."""

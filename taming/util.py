@@ -1,4 +1,4 @@
-"""Small helpers for all parts: objects from target paths, signatures, downloads, lookups."""
+"""Helpers for all parts: objects from target paths, signatures, downloads, lookups."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -192,7 +193,7 @@ def instantiate_with_sizes(config: Mapping[str, Any], sizes: Mapping[str, Any]) 
         Linear(in_features=3, out_features=5, bias=True)
     """
     if not isinstance(config, Mapping) or "target" not in config:
-        return instantiate_from_config(config)  # which names the mistake
+        return instantiate_from_config(config)  # raises the error
     taken, _ = parameters_of(get_obj_from_str(config["target"]))
     stated = config.get("params") or {}
     derived = {name: size for name, size in sizes.items() if name in taken}
@@ -228,7 +229,7 @@ def download(url: str, local_path: str | os.PathLike[str], chunk_size: int = 1 <
     """
     target = Path(local_path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the target and renamed, so that parallel processes never see a partial file.
+    # Saved beside the target and renamed, so that parallel processes never see a partial file.
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
@@ -241,7 +242,7 @@ def download(url: str, local_path: str | os.PathLike[str], chunk_size: int = 1 <
             if file.tell() < total:
                 raise ConnectionError(f"got {file.tell()} of {total} bytes")
         os.replace(part, target)
-    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+    except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as error:
         raise ConnectionError(
             f"cannot download {url} ({error}); without a network connection, download it elsewhere "
             f"and copy it to {target}"
@@ -349,7 +350,7 @@ class DataError(ValueError):
 
 
 class WriteError(OSError):
-    """A file of a run cannot be written; the message names it."""
+    """A file of a run cannot be saved; the message names it."""
 
 
 class NonFiniteError(RuntimeError):

@@ -188,7 +188,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(path, monkeyp
         raise error
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(WriteError, match=rf"{path} cannot be written, \d+ bytes .*{error}"):
+    with pytest.raises(WriteError, match=rf"{path} cannot be saved, \d+ bytes .*{error}"):
         SafeCheckpointIO().save_checkpoint({"a": 2}, path)
     assert torch.load(path) == {"a": 1} and list(path.parent.iterdir()) == [path]
 

@@ -54,6 +54,19 @@ class Breaks(BaseHTTPRequestHandler):
         pass
 
 
+class BreaksChunk(Breaks):
+    """Announces a chunk of 100 bytes, sends 10 and hangs up."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"64\r\n" + b"x" * 10)
+        self.close_connection = True
+
+
 @pytest.fixture
 def address(tmp_path):
     """Web address of the folder ``remote``, which holds the file ``weights.bin``."""
@@ -132,9 +145,12 @@ def test_failed_download_says_what_to_fetch_and_where_to_put_it(tmp_path, addres
     assert list(target.parent.iterdir()) == []
 
 
-def test_interrupted_download_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("server", "message"), [(Breaks, "10 of 100 bytes"), (BreaksChunk, "IncompleteRead")]
+)
+def test_interrupted_download_leaves_nothing(tmp_path, server, message):
     target = tmp_path / "cache" / "weights.bin"
-    with serve(Breaks) as url, pytest.raises(ConnectionError, match="10 of 100 bytes"):
+    with serve(server) as url, pytest.raises(ConnectionError, match=message):
         download(f"{url}/weights.bin", target)
     assert list(target.parent.iterdir()) == []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ class Contender:
     name: str
     group: str
     quantizer: Mapping[str, Any]
-    lengths: tuple[float, ...] | None = field(default=None)
+    lengths: tuple[float, ...] | None = None
     beam: int | None = None
     from_scratch: bool = False
 

@@ -59,8 +59,8 @@ def complete(model: Any, x: Tensor, labels: Tensor) -> dict[str, Any]:
     some = torch.rand(h, w, generator=torch.Generator().manual_seed(0)).to(x.device) < 0.5
     codes = [complete_codes(model, given, labels, known) for known in (upper, some)]
     moved = [(c != given).any(dim=3)[:, k] for c, k in zip(codes, (upper, some), strict=True)]
-    drawn, rebuilt = (model.decode_codes(c).clamp(-1, 1) for c in (codes[0], given))
+    sampled, rebuilt = (model.decode_codes(c).clamp(-1, 1) for c in (codes[0], given))
     half = x.shape[2] // 2
-    images = (rebuilt, paste(drawn, rebuilt, upper), drawn)
+    images = (rebuilt, paste(sampled, rebuilt, upper), sampled)
     psnr = [mean_psnr(i[:, :, :half], x[:, :, :half]) for i in images]
     return {"changed": [float(m.float().mean()) for m in moved], "known_half": psnr}

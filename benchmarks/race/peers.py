@@ -14,6 +14,7 @@ from torch import Tensor
 
 from taming.modules.sequence.notations import RasterSequence, UnarySequence
 from taming.modules.vqvae.base import (
+    GridShape,
     Quantizer,
     QuantizerInfo,
     QuantizerOutput,
@@ -110,9 +111,7 @@ class ResidualVQ(Quantizer):
         )
         return QuantizerOutput(z_q, losses.sum() / used, info)
 
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
-    ) -> Tensor:
+    def get_codebook_entry(self, indices: Tensor, shape: GridShape | None = None) -> Tensor:
         """Look up indices (B, h, w, T): z_q (B, D, h, w)."""
         batch, h, w, _ = indices.shape
         z_q = self.inner.get_output_from_indices(indices.flatten(1, 2))
@@ -140,8 +139,6 @@ class FSQ(Quantizer):
         info = QuantizerInfo(code_perplexity(indices, self.n_e), None, indices)
         return QuantizerOutput(z_q, z.new_zeros(()), info)
 
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
-    ) -> Tensor:
+    def get_codebook_entry(self, indices: Tensor, shape: GridShape | None = None) -> Tensor:
         """Look up indices (B, h, w, 1): z_q (B, D, h, w)."""
         return self.inner.indices_to_codes(indices[..., 0])

@@ -147,14 +147,6 @@ def comparison(rows: Sequence[Point], peers: Sequence[Point], group: str) -> str
     return "\n".join(lines)
 
 
-def verdicts(rows: Sequence[Point], points: Sequence[Point]) -> list[str]:
-    """Compare both loopy groups with each peer and control, at its codes and at its bits."""
-    return [
-        comparison(rows, [p for p in points if p["group"] != group], group)
-        for group in (ONE, DEDICATED)
-    ]
-
-
 def plot(points: Sequence[Point], file: Path) -> None:
     """Plot PSNR and SSIM against codes and bits per image, one line per group."""
     import matplotlib
@@ -196,7 +188,9 @@ def write_report(rows: Sequence[Point], plan: Any, folder: Path) -> None:
         f"{plan.steps} with each quantizer, of {plan.batch_size} images; "
         f"{plan.test_images} held-out images; {len({row['seed'] for row in rows})} seed(s)"
     )
-    text = "\n\n".join([head, table(points), *verdicts(rows, points)])
+    peers = {group: [p for p in points if p["group"] != group] for group in (ONE, DEDICATED)}
+    gains = [comparison(rows, others, group) for group, others in peers.items()]
+    text = "\n\n".join([head, table(points), *gains])
     (folder / "report.md").write_text(text + "\n")
     plot(points, folder / "rate_distortion.png")
     logger.info("%s\n\nsaved in %s", text, folder)

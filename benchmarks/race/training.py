@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch.utils.data import DataLoader, Subset
 
 from race.contenders import Contender, contenders
@@ -183,7 +184,7 @@ def bits_per_image(model: Prior, data: DataLoader) -> float:
     """Return the mean negative log-likelihood of the tokens of an image, in bits."""
     total, images = 0.0, 0
     for batch in data:
-        batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        batch = move_data_to_device(batch, model.device)
         nats, _ = model.likelihood(model.tokenize_batch(batch))
         total, images = total + float(nats.sum()), images + len(nats)
     return total / images / math.log(2)

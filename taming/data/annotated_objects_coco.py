@@ -29,7 +29,7 @@ class AnnotatedObjectsCoco(AnnotatedObjectsDataset):
         legacy_group_bit: Never mark crowds as groups in the token sequences
             (``use_group_parameter``): the original meant to mark them but did not, and its
             published models depend on it. False marks them.
-        **options: Other arguments of :class:`AnnotatedObjectsDataset`.
+        **options: Other arguments of `AnnotatedObjectsDataset`.
 
     Raises:
         FileNotFoundError: A part of the folder does not exist.

@@ -60,7 +60,7 @@ class AnnotatedObjectsDataset(Dataset[dict[str, Any]], ABC):
     """Images with annotated objects; subclasses read the files of a data set.
 
     Items have those of the following that ``keys`` names: the data set's description of the image
-    (``file_name`` and others); ``annotations``, a list of :class:`Annotation`; ``image``,
+    (``file_name`` and others); ``annotations``, a list of `Annotation`; ``image``,
     (H, W, 3) float32 in [-1, 1], ``image_path``, ``crop_bbox`` (left, top, width and height of the
     crop as fractions of the image) and ``flipped``; ``objects_bbox`` and
     ``objects_center_points``, int64 tokens of the objects in the crop.
@@ -71,7 +71,7 @@ class AnnotatedObjectsDataset(Dataset[dict[str, Any]], ABC):
         min_object_area: Drop objects whose box covers at most this fraction of the image.
         min_objects_per_image: Drop images with fewer objects.
         max_objects_per_image: Drop images with more objects.
-        crop_method: "none", "center", "random-1d" or "random-2d", as for :func:`build_crop`.
+        crop_method: "none", "center", "random-1d" or "random-2d", as for `build_crop`.
         random_flip: Mirror pictures with probability 1/2.
         no_tokens: Vocabulary size of the token sequences.
         use_group_parameter: Mark groups of objects in the sequences.
@@ -85,7 +85,7 @@ class AnnotatedObjectsDataset(Dataset[dict[str, Any]], ABC):
             inside.
 
     Attributes:
-        description_keys: Keys of the dictionary that :meth:`describe` returns.
+        description_keys: Keys of the dictionary that `describe` returns.
         categories: Categories in use, by id.
         category_ids: Their ids, by number.
         category_number: Their numbers, by id.
@@ -179,7 +179,7 @@ class AnnotatedObjectsDataset(Dataset[dict[str, Any]], ABC):
     def _picture(self, path: Path) -> dict[str, Any]:
         with error_context(f"image {path}"):
             picture = decode_image(path, upright=False)
-        view = self.crop.draw(*picture.shape[-2:])
+        view = self.crop.view(*picture.shape[-2:])
         return {
             "image_path": str(path),
             "image": torch.from_numpy(to_unit_range(view.apply(picture))),
@@ -229,7 +229,7 @@ def _within(
     kept = {i: objects for i, objects in grouped.items() if least <= len(objects) <= most}
     if not kept:
         raise ValueError(
-            f"none of the {len(grouped)} images has {least} to {most} objects of sufficient area; "
+            f"no image of {len(grouped)} has {least} to {most} objects of sufficient area; "
             f"change min_objects_per_image, max_objects_per_image or min_object_area"
         )
     return kept

@@ -37,7 +37,7 @@ class AnnotatedObjectsOpenImages(AnnotatedObjectsDataset):
         split: "train", "validation" or "test".
         use_additional_parameters: Mark objects that are occluded, depicted or seen from inside in
             the token sequences.
-        **options: Other arguments of :class:`AnnotatedObjectsDataset`.
+        **options: Other arguments of `AnnotatedObjectsDataset`.
 
     Raises:
         FileNotFoundError: A part of the folder does not exist.

@@ -41,11 +41,11 @@ class PicturePaths(Dataset[dict[str, Any]], ABC):
         random_crop: Crop at random instead of at the centre.
         labels: Item key -> one value per file.
         random_flip: Mirror pictures with probability 1/2.
-        random_scale: [lo, hi]: draw the short side from [lo * size, hi * size] before cropping.
+        random_scale: [lo, hi]: sample the short side from [lo * size, hi * size] before cropping.
         allow_upscale: Enlarge pictures smaller than the crop instead of refusing them.
         antialias: Rescale with antialiasing; the original does not.
-        on_error: What to do with a picture that cannot be read or is too small: "raise" a
-            ValueError that names it, or "skip" it with a warning and use the next one.
+        on_error: For a picture that cannot be read or is too small: "raise" a ValueError that
+            names it, or "skip" it with a warning and use the next one.
 
     Attributes:
         skipped: Positions of the files skipped so far in this process.
@@ -103,7 +103,7 @@ class PicturePaths(Dataset[dict[str, Any]], ABC):
                 logger.warning(
                     "skipped %d pictures so far; the latest: %s", len(self.skipped), error
                 )
-        raise ValueError(f"none of the {len(self)} pictures can be used")
+        raise ValueError(f"all {len(self)} pictures were skipped")
 
     def labels_of(self, position: int) -> dict[str, Any]:
         """Return the path and the labels of a picture without reading it."""
@@ -113,7 +113,7 @@ class PicturePaths(Dataset[dict[str, Any]], ABC):
         path = self.labels["file_path_"][position]
         with error_context(f"image {path}"):
             picture = self.read(path)
-            view = self.crop.draw(*picture.shape[-2:])
+            view = self.crop.view(*picture.shape[-2:])
         image = to_unit_range(view.apply(picture, antialias=self.antialias))
         return {"image": image, **self.labels_of(position)}
 

@@ -109,7 +109,7 @@ class CocoBase(Dataset[dict[str, Any]]):
         image_path = os.path.join(self.images, name)
         map_path = os.path.join(self.maps, mask_name(name))
         image, segmentation = read_pair(image_path, map_path, self.decode_map)
-        view = self.crop.draw(*image.shape[-2:])
+        view = self.crop.view(*image.shape[-2:])
         captions = self.captions[image_id]
         with error_context(f"map {map_path}"):
             segmentation = self.encode_map(view.apply(segmentation, InterpolationMode.NEAREST))

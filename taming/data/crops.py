@@ -1,4 +1,4 @@
-"""Crops: each class draws a view (rescaling, crop and flip) for a picture of a given size.
+"""Crops: each class chooses a view (rescaling, crop and flip) of a picture of a given size.
 
 Random choices use torch's global generator, so seeding torch repeats them.
 """
@@ -17,16 +17,16 @@ from taming.data.preprocessing import View, scale_short_side
 class Crop(Protocol):
     """Interface of the crops."""
 
-    def draw(self, height: int, width: int) -> View:
-        """Draw the view of a picture with ``height`` rows and ``width`` columns."""
+    def view(self, height: int, width: int) -> View:
+        """Return the view of a picture with ``height`` rows and ``width`` columns."""
         ...
 
 
-def _draw_flip(random_flip: bool) -> bool:
+def _sample_flip(random_flip: bool) -> bool:
     return random_flip and bool(torch.rand(()) < 0.5)
 
 
-def _draw_offset(room: int, random_crop: bool) -> int:
+def _sample_offset(room: int, random_crop: bool) -> int:
     return int(torch.randint(room + 1, ())) if random_crop else room // 2
 
 
@@ -39,8 +39,8 @@ class SquareCrop:
             must be enlarged to contain the square.
         random_crop: Crop at random instead of at the centre.
         random_flip: Mirror pictures with probability 1/2.
-        random_scale: (lo, hi) with 1 <= lo <= hi: draw the short side from [lo * size, hi * size];
-            None makes it ``size``.
+        random_scale: (lo, hi) with 1 <= lo <= hi: sample the short side from
+            [lo * size, hi * size]; None makes it ``size``.
         allow_upscale: Enlarge pictures whose short side is too small. False keeps their
             resolution, and refuses a picture smaller than the square.
         crop_size: Side of the square in pixels; by default ``size``. With neither, pictures stay
@@ -65,13 +65,13 @@ class SquareCrop:
             if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
                 raise ValueError(f"random_scale must be [lo, hi] with 1 <= lo <= hi, got {bounds}")
 
-    def draw(self, height: int, width: int) -> View:
-        """Draw the view of a picture with ``height`` rows and ``width`` columns.
+    def view(self, height: int, width: int) -> View:
+        """Return the view of a picture with ``height`` rows and ``width`` columns.
 
         Raises:
             ValueError: The picture is smaller than the square and ``allow_upscale`` is off.
         """
-        flip = _draw_flip(self.random_flip)
+        flip = _sample_flip(self.random_flip)
         side = self.crop_size or self.size
         if not side:
             return View((height, width), 0, 0, height, width, flip)
@@ -80,12 +80,12 @@ class SquareCrop:
                 f"{width}x{height} pixels are fewer than the crop of {side}x{side}; "
                 f"remove the picture, choose a smaller size, or set allow_upscale: true"
             )
-        short_side = self._draw_short_side(min(height, width), side)
+        short_side = self._choose_short_side(min(height, width), side)
         scaled = scale_short_side(height, width, short_side)
-        top, left = (_draw_offset(length - side, self.random_crop) for length in scaled)
+        top, left = (_sample_offset(length - side, self.random_crop) for length in scaled)
         return View(scaled, top, left, side, side, flip)
 
-    def _draw_short_side(self, short_side: int, side: int) -> float:
+    def _choose_short_side(self, short_side: int, side: int) -> float:
         if not self.size:
             return max(short_side, side)
         lo, hi = (self.size * scale for scale in self.random_scale or (1, 1))
@@ -99,7 +99,7 @@ class RandomSquare:
     """Crop a square of random side at random, then rescale it.
 
     Attributes:
-        size: Side of the result in pixels. The side of the square is drawn between ``size`` and
+        size: Side of the result in pixels. The side of the square is sampled between ``size`` and
             the picture's short side; smaller pictures are enlarged.
         random_flip: Mirror pictures with probability 1/2.
     """
@@ -107,17 +107,17 @@ class RandomSquare:
     size: int
     random_flip: bool = False
 
-    def draw_side(self, short_side: int) -> int:
-        """Draw the side in pixels of the square to crop from a picture with this short side."""
+    def sample_side(self, short_side: int) -> int:
+        """Sample the side in pixels of the square to crop from a picture with this short side."""
         return int(torch.randint(min(self.size, short_side), short_side + 1, ()))
 
-    def draw(self, height: int, width: int) -> View:
-        """Draw the view of a picture with ``height`` rows and ``width`` columns."""
+    def view(self, height: int, width: int) -> View:
+        """Return the view of a picture with ``height`` rows and ``width`` columns."""
         short_side = min(height, width)
-        enlarged = self.size * short_side / self.draw_side(short_side)
+        enlarged = self.size * short_side / self.sample_side(short_side)
         scaled = scale_short_side(height, width, enlarged)
-        top, left = (_draw_offset(length - self.size, random_crop=True) for length in scaled)
-        return View(scaled, top, left, self.size, self.size, _draw_flip(self.random_flip))
+        top, left = (_sample_offset(length - self.size, random_crop=True) for length in scaled)
+        return View(scaled, top, left, self.size, self.size, _sample_flip(self.random_flip))
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Stretch:
     size: int
     random_flip: bool = False
 
-    def draw(self, height: int, width: int) -> View:
-        """Draw the view of a picture with ``height`` rows and ``width`` columns."""
-        flip = _draw_flip(self.random_flip)
+    def view(self, height: int, width: int) -> View:
+        """Return the view of a picture with ``height`` rows and ``width`` columns."""
+        flip = _sample_flip(self.random_flip)
         return View((self.size, self.size), 0, 0, self.size, self.size, flip)

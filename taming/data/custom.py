@@ -53,7 +53,7 @@ class CustomTrain(ImagePaths):
     Args:
         size: Side of the square crops in pixels.
         training_images_list_file: Text file, one path per line.
-        **options: Options of :class:`~taming.data.base.PicturePaths`, such as ``random_crop``.
+        **options: Options of `PicturePaths`, such as ``random_crop``.
     """
 
     def __init__(self, size: int, training_images_list_file: str, **options: Any) -> None:
@@ -66,7 +66,7 @@ class CustomTest(ImagePaths):
     Args:
         size: Side of the square crops in pixels.
         test_images_list_file: Text file, one path per line.
-        **options: Options of :class:`~taming.data.base.PicturePaths`, such as ``antialias``.
+        **options: Options of `PicturePaths`, such as ``antialias``.
     """
 
     def __init__(self, size: int, test_images_list_file: str, **options: Any) -> None:
@@ -150,7 +150,7 @@ class ImageFolder(ImagePaths):
         recursive: Include subfolders.
         allow_upscale: Enlarge images smaller than ``size`` instead of refusing them.
         antialias: Rescale with antialiasing, which large photographs need.
-        **options: Other options of :class:`~taming.data.base.PicturePaths`.
+        **options: Other options of `PicturePaths`.
 
     Raises:
         FileNotFoundError: The folder does not exist or contains no image.
@@ -198,7 +198,7 @@ def _select_split(
     selected = [path for path in paths if is_held_out(path, validation_fraction) == held_out]
     if not selected:
         raise ValueError(
-            f"none of the {len(paths)} images below {root} falls into the {split} split with "
+            f"the {split} split of the {len(paths)} images below {root} is empty with "
             f"validation_fraction={validation_fraction}; change the fraction or add images"
         )
     return selected

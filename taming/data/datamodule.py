@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from taming.data.utils import custom_collate
 from taming.util import instantiate_from_config
 
-# Stage -> the splits that it needs; other stages need all, for a test may follow a fit.
+# Stage -> the splits that it needs; other stages need all, since a test may follow a fit.
 _SPLITS_OF = {"validate": ("validation",), "test": ("test",)}
 
 
@@ -53,7 +53,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         train: Block of the training set; its items are shuffled.
         validation: Block of the validation set.
         test: Block of the test set.
-        wrap: Wrap the data sets in :class:`WrappedDataset`.
+        wrap: Wrap the data sets in `WrappedDataset`.
         num_workers: Number of loader processes; by default two per item of a batch, at most one
             per CPU that this process may use.
 

@@ -121,7 +121,7 @@ class FacesHQBase(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item, number = self.data[index]
         height, width, _ = item["image"].shape
-        view = self.crop.draw(height, width)
+        view = self.crop.view(height, width)
         item = {**item, "image": _cut(item["image"], view), "class": number}
         if self.coord:
             positions = np.arange(height * width).reshape(height, width, 1) / (height * width)

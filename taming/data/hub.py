@@ -137,7 +137,7 @@ class LabelledImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         picture, label = self.rows[range(len(self))[index]]
-        view = self.crop.draw(*picture.shape[-2:])
+        view = self.crop.view(*picture.shape[-2:])
         item: dict[str, Any] = {"image": to_unit_range(view.apply(picture))}
         if label is not None:
             item["class_label"] = np.int64(label)
@@ -229,7 +229,7 @@ class DownloadedImages(LabelledImages, ABC):
 
     @abstractmethod
     def remedy(self, root: Path) -> str:
-        """Return where to get the original files and where to put them."""
+        """Return the address of the original files and the folder for them."""
 
 
 class CIFAR10(DownloadedImages):

@@ -1,9 +1,8 @@
-"""Crops and flips of single pictures that also return what they did.
+"""Crops and flips of single pictures that also return their parameters.
 
 They take Pillow images or tensors (C, H, W), crop at the picture's own resolution, and use torch's
-global random generator. The data sets use :class:`~taming.data.preprocessing.View` instead, which
-also rescales and applies to several pictures at once. Boxes are left, top, width and height as
-fractions of the picture.
+global random generator. The data sets use `View` instead, which also rescales and applies to
+several pictures at once. Boxes are left, top, width and height as fractions of the picture.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def _size(image: Image) -> tuple[int, int]:
 
 
 def _cut(image: Image, crop: Crop) -> tuple[BoundingBox, Image]:
-    view = crop.draw(*_size(image))
+    view = crop.view(*_size(image))
     shown = F.crop(cast(Tensor, image), view.top, view.left, view.height, view.width)
     return view.bbox, shown
 
@@ -74,7 +73,7 @@ class Random2dCropReturnCoordinates:
 
     def __call__(self, image: Image) -> tuple[BoundingBox, Image]:
         """Return the box of the square, and the square."""
-        side = self.crop.draw_side(min(_size(image)))
+        side = self.crop.sample_side(min(_size(image)))
         return _cut(image, SquareCrop(None, random_crop=True, crop_size=side))
 
 

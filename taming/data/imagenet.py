@@ -1,6 +1,6 @@
 """ImageNet under the original's names: plain, with depth maps, at lower resolution, with edges.
 
-Files below the data root besides those of :mod:`taming.data.imagenet_base`:
+Files below the data root besides those of `taming.data.imagenet_base`:
 ``imagenet_depth/{train,val}/<synset>/*.png``, one map per image, whose RGBA bytes are float32
 (``scripts/extract_depth.py`` makes them); for the examples with depth ``drin_examples.txt``,
 ``drin_images`` and ``drin_depth``.
@@ -40,7 +40,7 @@ RIN = "30-32, 33-37, 151-268, 281-285, 80-100, 365-382, 389-397, 118-121, 300-31
 
 def _item(image_path: str, depth_path: str, crop: Crop) -> dict[str, np.ndarray]:
     image, depth = read_pair(image_path, depth_path, decode_depth)
-    view = crop.draw(*image.shape[-2:])
+    view = crop.view(*image.shape[-2:])
     return {"image": to_unit_range(view.apply(image)), "depth": view.apply(depth)[0].numpy()}
 
 
@@ -49,7 +49,7 @@ class BaseWithDepth(Dataset[dict[str, Any]]):
 
     Args:
         sub_indices: Class numbers to keep, such as "30-32, 80"; None keeps all.
-        config: ``root``: folder of ImageNet, as for :class:`ImageNetTrain`; other keys are ignored.
+        config: ``root``: folder of ImageNet, as for `ImageNetTrain`; other keys are ignored.
         size: Length of the rescaled short side and side of the square crops in pixels. With
             ``random_crop``, crops are mirrored with probability 1/2.
         random_crop: Crop at random instead of at the centre.
@@ -174,7 +174,7 @@ class ImageNetWithDegraded(Dataset[dict[str, Any]], ABC):
         size: Length of the rescaled short side in pixels; None keeps the resolution.
         crop_size: Side of the square crops in pixels; by default ``size``.
         random_crop: Crop at random instead of at the centre.
-        config: Options of :class:`ImageNetBase`, such as ``root``, the folder of ImageNet.
+        config: Options of `ImageNetBase`, such as ``root``, the folder of ImageNet.
     """
 
     images: ClassVar[type[ImageNetBase]]
@@ -201,7 +201,7 @@ class ImageNetWithDegraded(Dataset[dict[str, Any]], ABC):
         item = self.base.labels_of(index)
         with error_context(f"image {item['file_path_']}"):
             picture = shrink(self.base.read(item["file_path_"]), self.hr_factor)
-        view = self.crop.draw(*picture.shape[-2:])
+        view = self.crop.view(*picture.shape[-2:])
         if (degraded := self.degrade(picture)) is not None:
             item["lr"] = view.apply(degraded).movedim(0, -1).contiguous().numpy()  # (H, W, 3)
         return {"image": to_unit_range(view.apply(picture)), **item}
@@ -217,7 +217,7 @@ class ImageNetScale(ImageNetWithDegraded):
         up_factor: Factor by which ``lr`` was shrunk and enlarged; None leaves ``lr`` out.
         hr_factor: Divisor of the image's own sides, applied first.
         keep_mode: Interpolation that enlarges ``lr``: nearest, bilinear or bicubic.
-        config: Options of :class:`ImageNetBase`, such as ``root``, the folder of ImageNet.
+        config: Options of `ImageNetBase`, such as ``root``, the folder of ImageNet.
     """
 
     def __init__(

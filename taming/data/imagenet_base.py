@@ -118,8 +118,8 @@ class ImageNetBase(ImagePaths):
         relpaths = self._select(found, config.get("sub_indices"))
         if not relpaths:
             raise ValueError(
-                f"none of the {len(found)} images in {images} belongs to the classes that "
-                f"sub_indices selects: {config.get('sub_indices')!r}"
+                f"sub_indices {config.get('sub_indices')!r} selects no class of the {len(found)} "
+                f"images in {images}"
             )
         super().__init__(
             [os.path.join(images, path) for path in relpaths],

@@ -68,7 +68,7 @@ class PhotosTrain(Dataset[dict[str, Any]]):
     Args:
         size: Side of the square crops in pixels.
         length: Number of items; item i shows photograph i modulo their number.
-        scale: (lo, hi): draw the photograph's short side from [lo * size, hi * size], but never
+        scale: (lo, hi): sample the photograph's short side from [lo * size, hi * size], but never
             above its own resolution.
         flip: Mirror crops with probability 1/2.
         hue: Largest rotation of the colour circle, in [0, 0.5] of it: seven photographs contain
@@ -101,7 +101,7 @@ class PhotosTrain(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         number = range(self.length)[index] % len(self.photos)
         photo = self.photos[number]
-        view = self.crop.draw(*photo.shape[-2:])
+        view = self.crop.view(*photo.shape[-2:])
         crop = view.apply(photo, antialias=True)
         if self.hue:
             crop = adjust_hue(crop, float(torch.empty(()).uniform_(-self.hue, self.hue)))
@@ -133,7 +133,7 @@ def _spread(side: int, size: int) -> list[int]:
 class PhotosValidation(Dataset[dict[str, Any]]):
     """Fixed grid of crops of the held-out photographs, coarsest scale first.
 
-    Items are as in :class:`PhotosTrain`; neighbouring items show different photographs.
+    Items are as in `PhotosTrain`; neighbouring items show different photographs.
 
     Args:
         size: Side of the square crops in pixels.

@@ -52,7 +52,7 @@ def error_context(what: str) -> Iterator[None]:
     """Re-raise a ValueError as a `DataError` whose message starts with ``what``.
 
     Args:
-        what: What is being read, such as "image a.png".
+        what: Name of the file that is read, such as "image a.png".
     """
     try:
         yield
@@ -74,7 +74,6 @@ def decode_image(file: File, upright: bool = True) -> Tensor:
     Raises:
         ValueError: The file is missing, truncated or not an image.
     """
-
     return decode(file, lambda image: F.pil_to_tensor(to_rgb(image, upright)))
 
 
@@ -122,7 +121,7 @@ def read_pair(image: str, other: str, decode: Callable[[str], Tensor]) -> tuple[
     Args:
         image: Path of the image.
         other: Path of the map.
-        decode: Decodes the map, such as :func:`decode_mask`.
+        decode: Decodes the map, such as `decode_mask`.
 
     Returns:
         The image (3, H, W) uint8, and the decoded map.
@@ -175,7 +174,7 @@ def resize(
     Args:
         picture: (C, H, W), any dtype; uint8 for BOX and LANCZOS.
         size: (rows, columns) of the result.
-        interpolation: One of :data:`INTERPOLATIONS`.
+        interpolation: One of `INTERPOLATIONS`.
         antialias: Average over all pixels that one new pixel covers.
 
     Returns:

@@ -60,7 +60,7 @@ class SegmentationPaths(Dataset[dict[str, Any]]):
         image, mask = read_pair(item["file_path_"], item["segmentation_path_"], decode_mask)
         if self.shift_segmentation:
             mask = mask + 1  # uint8: 255 wraps to 0
-        view = self.crop.draw(*image.shape[-2:])
+        view = self.crop.view(*image.shape[-2:])
         item["image"] = to_unit_range(view.apply(image, self.interpolation))
         with error_context(f"map {item['segmentation_path_']}"):
             mask = view.apply(mask, InterpolationMode.NEAREST)

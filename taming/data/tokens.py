@@ -106,16 +106,16 @@ class TokenCacheWriter:
             values = {name: column[number] for name, column in columns.items()}
             self.rows.append({"tokens": sequence, **values})
         while len(self.rows) >= self.images_per_file:
-            self._write_file(self.rows[: self.images_per_file])
+            self._save_file(self.rows[: self.images_per_file])
             self.rows = self.rows[self.images_per_file :]
 
     def close(self) -> None:
-        """Write the remaining images and rename the folder to its final name."""
+        """Save the remaining images and rename the folder to its final name."""
         if self.rows:
-            self._write_file(self.rows)
+            self._save_file(self.rows)
         self.unfinished.rename(self.folder)
 
-    def _write_file(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _save_file(self, rows: Sequence[Mapping[str, Any]]) -> None:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         tokens = pa.array(columns.pop("tokens"), self.type)
         batch = pa.RecordBatch.from_pydict({"tokens": tokens, **columns})
@@ -151,7 +151,7 @@ class TokenCache(Dataset[dict[str, Any]]):
     def __init__(self, path: str) -> None:
         self.files = sorted(Path(path).glob("*.arrow"))
         if not self.files:
-            raise FileNotFoundError(f"{path} holds no token cache; scripts/encode.py writes one")
+            raise FileNotFoundError(f"{path} holds no token cache; scripts/encode.py makes one")
         infos = [_info_of(file, _open(file).schema) for file in self.files]
         if any(info != infos[0] for info in infos):
             raise ValueError(f"{path} holds files of different token caches; encode it again")

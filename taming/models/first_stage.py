@@ -1,4 +1,4 @@
-"""The questions that priors, scripts and pictures ask of a tokenizer.
+"""Codes, sizes and pictures of a tokenizer, for priors and scripts.
 
 Axis letters: B images, C channels, H W image, h w grid, T turns.
 """

@@ -19,9 +19,9 @@ from taming.models.gan import ManualOptimization
 from taming.modules.diffusionmodules.model import Decoder, Encoder, check_ddconfig
 from taming.modules.losses.base import DISCRIMINATOR, GENERATOR, AutoencoderLoss, check_finite
 from taming.modules.util import start_orthogonal, tensor_of
-from taming.modules.vqvae.base import Quantizer, QuantizerOutput
+from taming.modules.vqvae.base import GridShape, Quantizer, QuantizerOutput
+from taming.modules.vqvae.metrics import SplitMetrics
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
-from taming.modules.vqvae.telemetry import CodebookTelemetry
 from taming.util import instantiate_from_config, instantiate_with_sizes
 
 # Arguments of VQModel for the default quantizer, which a quantizer_config replaces.
@@ -39,7 +39,7 @@ def build_quantizer(
     if config is None:
         return VectorQuantizer2(n_embed, embed_dim, **arguments)
     if lost := [name for name, value in arguments.items() if value != DEFAULTS[name]]:
-        raise ValueError(f"{', '.join(lost)}: give it in quantizer_config.params")
+        raise ValueError(f"{', '.join(lost)}: set it in quantizer_config.params")
     sizes = {"n_e": n_embed, "n_embed": n_embed, "e_dim": embed_dim, "embedding_dim": embed_dim}
     return instantiate_with_sizes(config, {**sizes, "num_hiddens": embed_dim})
 
@@ -117,7 +117,8 @@ class VQModel(ManualOptimization, FirstStage):
             raise ValueError(
                 f"{type(self.quantize).__name__} learns from the decoder and has no quantize_start"
             )
-        self.codebook = CodebookTelemetry(self.quantize)
+        splits = ("train", "val")
+        self.codebook = SplitMetrics({s: self.quantize.codebook_metrics() for s in splits})
         self.val_psnr = PeakSignalNoiseRatio(data_range=self.value_range[1] - self.value_range[0])
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
@@ -154,10 +155,10 @@ class VQModel(ManualOptimization, FirstStage):
         target_psnr: float | Tensor | None = None,
         max_tokens: int | Tensor | None = None,
     ) -> QuantizerOutput:
-        """Encode images (B, C, H, W) in [-1, 1]: ``quant, loss, (perplexity, encodings, indices)``.
+        """Encode images: ``quant, loss, (perplexity, encodings, indices)``.
 
         Args:
-            x: Images.
+            x: (B, C, H, W) in [-1, 1].
             threshold: Distance at which a loop ends, in the space of z (`quantize.latent_std` is
                 the latents' standard deviation); one for all or one per image (B,), as below.
             max_codes: Largest number of codes of an image.
@@ -168,8 +169,9 @@ class VQModel(ManualOptimization, FirstStage):
             ValueError: More than one rate is given, or the quantizer's rate is fixed.
         """
         z = self.encode_to_prequant(x)  # (B, D, h, w)
-        max_codes = max_tokens if max_codes is None else max_codes
         rates = {"threshold": threshold, "max_codes": max_codes, "target_psnr": target_psnr}
+        if max_tokens is not None:
+            rates["max_codes" if max_codes is None else "max_tokens"] = max_tokens
         rates = {name: rate for name, rate in rates.items() if rate is not None}
         if len(rates) > 1:
             raise ValueError(f"give one of threshold, max_codes and target_psnr, got {[*rates]}")
@@ -181,7 +183,7 @@ class VQModel(ManualOptimization, FirstStage):
 
     @torch.no_grad()
     def _fewest_codes(self, target_psnr: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        """Find the fewest codes (B,) with which images (B, C, H, W) reach a PSNR in dB."""
+        """Find the fewest codes (B,) with which images reach a PSNR, () or (B,), in dB."""
         if self.training:
             raise ValueError("target_psnr needs the model in eval mode: a search must not train it")
         low, high = self.value_range
@@ -190,13 +192,13 @@ class VQModel(ManualOptimization, FirstStage):
             x_rec = self.as_input(self.decode_code(codes)).clamp(low, high)
             return peak_signal_noise_ratio(x_rec, x, high - low, reduction="none", dim=(1, 2, 3))
 
-        return self.quantize.fewest_codes(z, psnr, target_psnr.to(x).expand(len(x)))
+        return self.quantize.fewest_codes(z, psnr, target_psnr.to(x))
 
     def decode(self, quant: Tensor) -> Tensor:
         """Decode z_q (B, D, h, w) to images (B, C, H, W), roughly in [-1, 1]."""
         return self.decoder(self.post_quant_conv(quant))
 
-    def decode_code(self, code_b: Tensor, shape: tuple[int, int, int, int] | None = None) -> Tensor:
+    def decode_code(self, code_b: Tensor, shape: GridShape | None = None) -> Tensor:
         """Decode codes to images (B, C, H, W).
 
         Args:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from taming.models.first_stage import FirstStage
 from taming.models.vqgan import VQModel
-from taming.modules.vqvae.base import Quantizer, QuantizerInfo, QuantizerOutput
+from taming.modules.vqvae.base import GridShape, Quantizer, QuantizerInfo, QuantizerOutput
 from taming.modules.vqvae.hierarchy import Hierarchy, HierarchyOutput, extend_stack
 from taming.util import instantiate_from_config
 
@@ -72,7 +72,7 @@ class VQVAE2(VQModel):
     @property
     def levels(self) -> dict[str, Quantizer]:
         """Quantizers by the name of their level, the top first."""
-        return dict(zip(self.quantize.names, self.quantize.levels, strict=True))
+        return self.quantize.by_name
 
     def codes_by_level(self, quantized: HierarchyOutput) -> dict[str, Tensor]:
         """Return the codes (B, h_l, w_l, T_l) in what ``encode`` returned, by level name."""
@@ -200,7 +200,7 @@ class Level(nn.Module, FirstStage):
         """Decode the stack of this or a higher level to images (B, C, H, W)."""
         return self.model.decode_stack(quant)
 
-    def decode_code(self, code_b: Tensor, shape: tuple[int, int, int, int] | None = None) -> Tensor:
+    def decode_code(self, code_b: Tensor, shape: GridShape | None = None) -> Tensor:
         """Decode codes of the top level to images (B, C, H, W), without the levels below.
 
         Args:

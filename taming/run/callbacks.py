@@ -59,7 +59,7 @@ class SetupCallback(Callback):
         self.lightning_config = lightning_config
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the folders and files, on the first process only."""
+        """Create the folders and save the files, on the first process only."""
         if not trainer.is_global_zero:
             return
         for folder in self.folders:
@@ -73,7 +73,7 @@ class RngState(Callback):
     """Save the states of the random number generators in every checkpoint.
 
     A run that was interrupted at the end of an epoch then continues with the same batches and noise
-    as an uninterrupted one. All processes are seeded alike, so those of the first one serve all.
+    as an uninterrupted one. All processes have the same seed, so the first one's states suffice.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,7 +227,7 @@ class MonitorCheck(Callback):
 
 
 class ImageLogger(Callback):
-    """Write grids of pictures to ``images/{train,val}``, TensorBoard and Weights & Biases.
+    """Log grids of pictures to ``images/{train,val}``, TensorBoard and Weights & Biases.
 
     The pictures come from the model's ``log_images(batch, split)``, which returns name -> tensor
     (B, 3, H, W), float, in [-1, 1]; models without it are skipped. Training goes on exactly as
@@ -238,7 +238,7 @@ class ImageLogger(Callback):
         max_images: Pictures per grid; 0 turns the callback off.
         clamp: Clamp values beyond [-1, 1] instead of scaling the grid to fit.
         increase_log_steps: Log at steps 1, 2, 4, 8, ... up to ``batch_frequency`` too.
-        logdir: Folder of the run; None writes no files.
+        logdir: Folder of the run; None saves no files.
 
     Raises:
         ValueError: ``batch_frequency`` is below 1.

@@ -1,4 +1,4 @@
-"""Command lines: that of ``main.py``, and what the programs in ``scripts/`` share."""
+"""Command lines of ``main.py`` and of the programs in ``scripts/``."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ main.py -b CONFIG [CONFIG ...] -t [options] [key=value ...]
 
 _DESCRIPTION = """\
 Train the model that one or more YAML files describe. Several files are merged from left to right,
-then key=value items override single keys, such as model.params.n_embed=64. A run writes to
-logs/<time>_<name>/{checkpoints,configs,images}."""
+then key=value items override single keys, such as model.params.n_embed=64. A run is saved
+in logs/<time>_<name>/{checkpoints,configs,images}."""
 
 _TRAINER_DESCRIPTION = """\
 Any other argument of lightning.pytorch.Trainer is taken as --name value. Values are YAML."""
 
-# The common arguments of the Trainer. The others are left to its documentation, since reading them
-# off its signature takes the seconds in which torch is imported.
+# The common arguments of the Trainer, for --help. Reading all of them from its signature would
+# import torch, which takes seconds.
 _TRAINER_HELP = {
     "gpus": "'0,' is GPU 0, '0,1' GPUs 0 and 1, 2 any two, -1 all, 0 the CPU (in PowerShell, quote "
     "a value with a comma)",
@@ -56,7 +56,7 @@ _TRAINER_HELP = {
     "limit_val_batches": "batches of a validation (int), or share of them (float)",
     "limit_test_batches": "batches of the test (int), or share of them (float)",
     "log_every_n_steps": "steps between logged values",
-    "fast_dev_run": "run one batch of everything and write nothing",
+    "fast_dev_run": "run one batch of everything and save nothing",
     "deterministic": "use deterministic algorithms",
     "enable_progress_bar": "show a progress bar (default: true)",
 }
@@ -78,7 +78,7 @@ class Options:
         trust_checkpoint: Allow that checkpoint to hold objects of any class.
         train: Train; otherwise only test.
         no_test: Skip the test after training.
-        debug: Open a debugger at an error, and write a new run to ``logs/debug_runs``.
+        debug: Open a debugger at an error; a new run is saved in ``logs/debug_runs``.
         seed: Seed of all random number generators.
         project: Name of the Weights & Biases project.
         wandb: Log to Weights & Biases.

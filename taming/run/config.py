@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -110,7 +110,7 @@ def load_config(
     """Merge YAML files from left to right, then overrides, then ``key=value`` items.
 
     Mappings are merged key by key and lists are replaced, as OmegaConf does. A later ``target``
-    thus meets the earlier ``params``; `check_block` names those that it does not take. Old
+    thus keeps the earlier ``params``; `check_block` reports those that it does not take. Old
     spellings are translated (`taming.run.legacy`).
 
     Args:
@@ -180,13 +180,15 @@ def _record(value: Any, name: str, path: str, origins: dict[str, str]) -> None:
     """Record the file that set a value and everything inside it."""
     if path:
         origins[path] = name
-    items: Any = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    for key, item in items:
+    for key, item in _entries(value):
         _record(item, name, f"{path}.{key}" if path else str(key), origins)
+
+
+def _entries(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Return the keys and values of a mapping, or the positions and items of a list."""
+    if isinstance(value, Mapping):
+        return value.items()
+    return enumerate(value) if isinstance(value, list) else ()
 
 
 def merge_block(default: Mapping[str, Any], block: Any) -> Any:
@@ -215,7 +217,7 @@ def callback_blocks(lightning: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def check_experiment(config: LoadedConfig, train: bool) -> None:
-    """Check a whole configuration before anything of it is built.
+    """Check a whole configuration before building any part of it.
 
     Whole floats such as 1e4 become ints where a target takes an int.
 
@@ -327,10 +329,8 @@ def _check_arguments(config: LoadedConfig, path: str, params: Any, target: str) 
             end = f"{target} takes no {name!r}{nearest(str(name), parameters)}"
             raise config.error(where, f"unknown key {where}: {end}")
         if name in _SPLATTED and isinstance(value, Mapping):
-            valid: dict[str, Any] = {}
-            for receiver in _SPLATTED[name]:
-                valid |= parameters_of(get_obj_from_str(receiver))[0]
-            check_keys(config, where, value, list(valid))
+            receivers = [parameters_of(get_obj_from_str(r))[0] for r in _SPLATTED[name]]
+            check_keys(config, where, value, [key for taken in receivers for key in taken])
         _check_value(config, where, value)
         if name not in parameters:  # it is one of **kwargs
             continue
@@ -344,12 +344,9 @@ def _check_value(config: LoadedConfig, path: str, value: Any) -> None:
     """Check the ``{target, params}`` blocks anywhere inside a value."""
     if isinstance(value, Mapping) and _is_meant_as_block(value):
         check_block(config, path, value)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _check_value(config, f"{path}.{key}", item)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _check_value(config, f"{path}.{index}", item)
+        return
+    for key, item in _entries(value):
+        _check_value(config, f"{path}.{key}", item)
 
 
 def _is_meant_as_block(value: Mapping[str, Any]) -> bool:
@@ -358,7 +355,7 @@ def _is_meant_as_block(value: Mapping[str, Any]) -> bool:
 
 
 def _to_type(config: LoadedConfig, path: str, value: Any, names: Sequence[str]) -> Any:
-    """Refuse a value that has none of the types of its argument; 1e4 becomes an int."""
+    """Refuse a value whose type does not fit its argument; 1e4 becomes an int."""
     if not set(names) <= set(_FITTING) or any(type(value) in _FITTING[name] for name in names):
         return value
     if "int" in names and isinstance(value, float) and value.is_integer():

@@ -40,7 +40,7 @@ def _process_number() -> int:
 
 
 class PreparationError(ValueError):
-    """Training could not begin because of a mistake of the user."""
+    """Training could not begin because of a user error."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class RunDir:
     def start_time(self) -> str:
         """Return the time that names the files of this start of the run.
 
-        The newest file counts, so it is later than the times of all earlier starts, even if the
-        clock was set back: by another time zone, or at the end of summer time.
+        It is later than the times of all earlier starts, even if the clock was set back: by
+        another time zone, or at the end of summer time.
         """
         earliest = datetime.now()
         for path in self.saved_configs:
@@ -168,7 +168,7 @@ class Experiment:
     """A checked configuration, and the run that is started or resumed with it.
 
     Attributes:
-        run: Folder that everything is written to.
+        run: Folder in which everything is saved.
         checkpoint: Checkpoint to continue from; None starts anew.
         model: The ``model`` block.
         data: The ``data`` block.

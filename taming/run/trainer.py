@@ -34,7 +34,7 @@ from taming.util import WriteError, get_obj_from_str, instantiate_from_config, p
 
 logger = logging.getLogger(__name__)
 
-# Messages of Lightning about what is as it should be.
+# Messages of Lightning about intended behaviour.
 _KNOWN_WARNINGS = (
     r".*does not have many workers",
     r"Consider setting `persistent_workers=True`",  # a resumed run needs new ones each epoch
@@ -165,7 +165,7 @@ def build_trainer(
 def _plugins(given: Any) -> list[Any]:
     """Return the given plugins, and Slurm's environment without Lightning's requeueing.
 
-    That looks for its checkpoint in the folder of the first start; `LastCheckpoint` saves instead.
+    Requeueing expects its checkpoint in the folder of the first start; `LastCheckpoint` saves one.
     """
     plugins = [*given] if isinstance(given, list | tuple) else [given] if given else []
     has_own = any(isinstance(plugin, environments.ClusterEnvironment) for plugin in plugins)
@@ -182,7 +182,8 @@ def hand_over_optimization(arguments: Mapping[str, Any], model: LightningModule)
         ValueError: The model has no such attributes, or a value is out of range.
     """
     given = {name: arguments[name] for name in _MANUAL if arguments.get(name) is not None}
-    batches, algorithm = (given.get(name) for name in _MANUAL[::2])
+    batches = given.get("accumulate_grad_batches")
+    algorithm = given.get("gradient_clip_algorithm")
     if batches is not None and (not isinstance(batches, int) or batches < 1):
         raise ValueError(f"accumulate_grad_batches must be an int of at least 1, got {batches!r}")
     if algorithm not in (None, "norm", "value"):
@@ -200,7 +201,7 @@ def hand_over_optimization(arguments: Mapping[str, Any], model: LightningModule)
 def build_loggers(experiment: Experiment) -> list[Logger]:
     """Build the CSV and TensorBoard loggers, Weights & Biases on request, and a configured one.
 
-    They write to ``csv/<start time>/metrics.csv``, ``tensorboard`` and ``wandb``. The params of the
+    They log to ``csv/<start time>/metrics.csv``, ``tensorboard`` and ``wandb``. The params of the
     ``lightning.logger`` block are merged into those of the logger with the same target.
 
     Raises:
@@ -292,13 +293,13 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Write a file beside an earlier one of that name, and then replace it.
+        """Save to a file beside the target, then rename it.
 
-        So a full disk or a kill leaves the earlier file, unlike Lightning's copy from the system's
-        temporary folder. Addresses such as ``s3://...`` are left to Lightning.
+        A full disk or a kill thus leaves the earlier file, unlike with Lightning's copy from the
+        system's temporary folder. Addresses such as ``s3://...`` are left to Lightning.
 
         Raises:
-            WriteError: The file cannot be written; names it and the free space.
+            WriteError: The file cannot be saved; names it and the free space.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, str(path), storage_options)
@@ -312,7 +313,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # the latter is torch's on a full disk
             free = shutil.disk_usage(path.parent).free
             raise WriteError(
-                f"the checkpoint {path} cannot be written, {free} bytes are free there ({error})"
+                f"the checkpoint {path} cannot be saved, {free} bytes are free there ({error})"
             ) from error
         finally:
             part.unlink(missing_ok=True)
@@ -363,7 +364,7 @@ def fit(
     """Train, from a checkpoint if there is one.
 
     Raises:
-        PreparationError: Something was wrong before the data could be read.
+        PreparationError: Training failed before the data could be read.
     """
     if checkpoint is not None:
         logger.info(
@@ -392,7 +393,7 @@ def test(
 
 
 def quiet_lightning() -> None:
-    """Hide Lightning's advertisements, and its warnings about what is as it should be."""
+    """Hide Lightning's advertisements, and its warnings about intended behaviour."""
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):

@@ -155,7 +155,7 @@ def test_invalid_splits_are_refused(tmp_path):
         ImageFolder(str(tmp_path), split="val")
     with pytest.raises(ValueError, match="between 0 and 1, got 5"):
         ImageFolder(str(tmp_path), split="train", validation_fraction=5)
-    with pytest.raises(ValueError, match="none of the 1 images below .* falls into the validation"):
+    with pytest.raises(ValueError, match="the validation split of the 1 images below .* is empty"):
         ImageFolder(str(tmp_path), split="validation", validation_fraction=1e-9)
 
 

@@ -107,7 +107,7 @@ def test_a_skipped_file_at_the_end_is_replaced_by_the_first(files, truncated):
 
 
 def test_an_error_if_nothing_can_be_read(truncated):
-    with pytest.raises(ValueError, match="none of the 2 pictures can be used"):
+    with pytest.raises(ValueError, match="all 2 pictures were skipped"):
         ImagePaths([truncated, truncated], on_error="skip")[0]
 
 

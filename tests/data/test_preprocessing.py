@@ -141,7 +141,7 @@ def test_unit_range_spans_minus_one_to_one():
 def test_one_view_keeps_image_and_mask_aligned():
     classes = torch.zeros(1, 24, 36, dtype=torch.uint8)
     classes[:, :, 18:] = 200
-    view = SquareCrop(12, True, True).draw(24, 36)
+    view = SquareCrop(12, True, True).view(24, 36)
     mask = view.apply(classes, InterpolationMode.NEAREST)
     assert set(mask.unique().tolist()) <= {0, 200}
     torch.testing.assert_close(mask, view.apply(classes))
@@ -174,7 +174,7 @@ def test_a_view_has_the_box_that_it_shows(crop):
         (torch.arange(60) + 0.5) / 60, (torch.arange(45) + 0.5) / 45, indexing="ij"
     )
     for _ in range(10):
-        view = crop.draw(60, 45)
+        view = crop.view(60, 45)
         left, top, width, height = view.bbox
         shown = view.apply(torch.stack([columns, rows]))[:, 1:-1, 1:-1]
         places = (torch.arange(1, 15) + 0.5) / 16

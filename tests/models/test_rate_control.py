@@ -109,6 +109,10 @@ def test_what_bisection_finds_reaches_the_target_though_quality_goes_up_and_down
 def test_rates_that_make_no_sense_are_refused(model, x) -> None:
     with pytest.raises(ValueError, match="one of threshold, max_codes and target_psnr"):
         model.encode(x, threshold=1.0, max_codes=100)
+    with pytest.raises(ValueError, match="got .*max_codes.*max_tokens"):
+        model.encode(x, max_codes=100, max_tokens=200)
+    with pytest.raises(ValueError, match="target quality must be .* each of 5 images"):
+        model.encode(x, target_psnr=torch.tensor([20.0, 30.0]))
     with pytest.raises(ValueError, match="64 sites.* 64 .*3"):
         model.encode(x, max_codes=3)
     plain = VQModel(DDCONFIG, PLAIN, 16, 4)

@@ -179,8 +179,8 @@ def test_beta_reaches_the_right_term() -> None:
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"quantizer_config": LOOPY, "remap": "used.npy"}, "remap: give it in quantizer_config"),
-        ({"quantizer_config": LOOPY, "legacy": False}, "legacy: give it in quantizer_config"),
+        ({"quantizer_config": LOOPY, "remap": "used.npy"}, "remap: set it in quantizer_config"),
+        ({"quantizer_config": LOOPY, "legacy": False}, "legacy: set it in quantizer_config"),
         ({"ddconfig": {**DDCONFIG, "double_z": True}}, "needs double_z: false"),
         (
             {"ddconfig": {k: v for k, v in DDCONFIG.items() if k != "double_z"}},

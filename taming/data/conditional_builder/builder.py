@@ -117,7 +117,7 @@ class ObjectsConditionalBuilder(ABC, Generic[Place]):
 
     @abstractmethod
     def place_from_tokens(self, tokens: Sequence[int]) -> Place:
-        """Invert :meth:`tokens_from_place`, up to the rounding to the grid."""
+        """Invert `tokens_from_place`, up to the rounding to the grid."""
 
     @abstractmethod
     def draw_object(self, brush: Brush, place: Place, label: str, color: Color) -> None:
@@ -157,7 +157,7 @@ class ObjectsConditionalBuilder(ABC, Generic[Place]):
         return annotation.category_no + self.no_object_classes * flags
 
     def representation_to_annotation(self, representation: int) -> Annotation:
-        """Invert :meth:`object_representation`; all other fields are empty."""
+        """Invert `object_representation`; all other fields are empty."""
         flags, category_no = divmod(representation, self.no_object_classes)
         return Annotation(
             area=0.0,
@@ -207,7 +207,7 @@ class ObjectsConditionalBuilder(ABC, Generic[Place]):
     def inverse_build(
         self, conditional: Tensor
     ) -> tuple[list[tuple[int, Place]], BoundingBox | None]:
-        """Invert :meth:`build`, up to the rounding to the grid.
+        """Invert `build`, up to the rounding to the grid.
 
         Args:
             conditional: Tokens (embedding_dim,) int64.

@@ -46,7 +46,7 @@ def check_finite(values: Mapping[str, Tensor]) -> None:
 
 
 class Reconstructions(NamedTuple):
-    """A batch as a loss sees it, in float32.
+    """Arguments of a loss, in float32.
 
     Attributes:
         images: (B, C, H, W) inputs.
@@ -79,7 +79,7 @@ class AutoencoderLoss(nn.Module, ABC):
         self.discriminator = None
 
     def fetch_weights(self) -> None:
-        """Load pretrained weights unless a checkpoint has brought them; by default there are none.
+        """Load pretrained weights, if the loss has any, unless a checkpoint had them.
 
         Called when training starts rather than in the constructor: a resumed run has them already.
         """

@@ -143,8 +143,8 @@ class LPIPS(nn.Module):
 
     Args:
         use_dropout: Name the heads' weights as in the original with dropout; nothing is dropped.
-        pretrained: Let `fetch_weights` load the weights, unless a checkpoint brings them first;
-            otherwise they stay random.
+        pretrained: Let `fetch_weights` load the weights, unless a checkpoint had them; otherwise
+            they stay random.
         weights: Path of the linear heads (``vgg.pth``); None takes the environment variable
             TAMING_LPIPS, or downloads them.
         vgg_weights: Path of torchvision's VGG16 weights; None takes the environment variable
@@ -170,7 +170,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def fetch_weights(self) -> LPIPS:
-        """Load the pretrained weights unless a checkpoint has brought them; return self.
+        """Load the pretrained weights unless a checkpoint had them; return self.
 
         Raises:
             ConnectionError: A download fails; names the address and the path to put the file at.
@@ -186,8 +186,8 @@ class LPIPS(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        brought = {prefix + "lin4.model.1.weight", prefix + "lin4.model.0.weight"}
-        self.needs_weights &= brought.isdisjoint(state_dict)
+        heads = {prefix + "lin4.model.1.weight", prefix + "lin4.model.0.weight"}
+        self.needs_weights &= heads.isdisjoint(state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property

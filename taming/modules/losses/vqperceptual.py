@@ -94,13 +94,13 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
         disc_weight: Factor of the generator's adversarial loss, beside the adaptive weight.
         perceptual_weight: Factor of LPIPS; 0 does not build its network.
         use_actnorm: Normalise the discriminator by `ActNorm` instead of batch norm.
-        disc_conditional: Show ``cond`` to the discriminator.
+        disc_conditional: Condition the discriminator on ``cond``.
         disc_ndf: Channels of the discriminator's first layer.
         disc_loss: "hinge" or "vanilla".
         disc_ramp_steps: Generator steps after ``disc_start`` over which the generator's adversarial
             term grows linearly from 0, while the discriminator already trains at full weight.
         max_d_weight: Upper bound of the adaptive weight.
-        perceptual_pretrained: Fetch the weights of LPIPS; False if a checkpoint brings them.
+        perceptual_pretrained: Fetch the weights of LPIPS; False if a checkpoint holds them.
         distance: Pixel distance: "l1" as in the original, or "l2", which learns colours sooner.
 
     Raises:
@@ -151,12 +151,12 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
         ).apply(weights_init)
 
     def fetch_weights(self) -> None:
-        """Load the weights of LPIPS, unless a checkpoint has brought them."""
+        """Load the weights of LPIPS, unless a checkpoint had them."""
         if self.perceptual_loss is not None:
             self.perceptual_loss.fetch_weights()
 
     def generator_loss(self, batch: Reconstructions) -> LossAndLogs:
-        """Compute what the autoencoder minimises: equation 6, with a perceptual distance."""
+        """Compute the autoencoder's loss: equation 6, with a perceptual distance."""
         rec_loss, p_loss = self.reconstruction_loss(batch.images, batch.fakes)
         g_loss = -self.judge(batch.fakes, batch.cond).mean()
         d_weight = self.weigh_adversary(rec_loss, g_loss, batch.last_layer)
@@ -176,7 +176,7 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
         }
 
     def discriminator_loss(self, batch: Reconstructions) -> LossAndLogs:
-        """Compute what the discriminator minimises; no gradient reaches the autoencoder."""
+        """Compute the discriminator's loss; no gradient reaches the autoencoder."""
         logits_real = self.judge(batch.images.detach(), batch.cond)
         logits_fake = self.judge(batch.fakes.detach(), batch.cond)
         factor = adopt_weight(self.disc_factor, batch.global_step, threshold=self.disc_start)

@@ -59,7 +59,7 @@ class UnarySequence(TokenSequence):
         return (tokens == self.n_e) | (is_code & (depth == self.max_loops - 1))
 
     def states(self, tokens: Tensor) -> GrammarState:
-        """Compute states from the distance to the last token that surely ended a site."""
+        """Compute states from the distance to the last token that certainly ended a site."""
         position = torch.arange(tokens.shape[1], device=tokens.device)  # (L,)
         # With dummies that token is a code. Without, it is a D: since then there were only codes,
         # T for each full site, so the distance modulo T is the place within the present one.

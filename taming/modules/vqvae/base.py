@@ -89,13 +89,13 @@ def vq_loss(codebook_term: Tensor, commitment: Tensor, beta: float, legacy: bool
 
 def is_plain(value: object) -> bool:
     """Return True for None, numbers, strings, bools, and tuples or lists of them."""
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple | list):
         return all(map(is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 class Part(nn.Module):
-    """Base class of quantizers and transforms, which decide together which codes an image gets.
+    """Base class of quantizers and transforms, which together decide the codes of an image.
 
     Attributes:
         not_in_identity: Names of plain attributes that play no part in that decision.
@@ -104,7 +104,7 @@ class Part(nn.Module):
     not_in_identity: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, object]:
-        """Collect all that decides which codes an image gets, except parameters and buffers.
+        """Collect the settings that decide an image's codes, besides parameters and buffers.
 
         By default the class name and all plain public attributes: one too many only invalidates a
         token cache, one too few lets a stale cache pass.

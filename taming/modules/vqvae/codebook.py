@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from taming.modules.distributed import from_first_rank, rows_of_all_ranks, sum_over_ranks
 from taming.modules.vqvae.nearest import nearest_codes
 
+USAGE_DECAY = 0.98  # weight of the old value in the running share of use
+
 
 def k_means(vectors: Tensor, centers: Tensor, iterations: int = 10) -> Tensor:
     """Run Lloyd's algorithm and return centers (K, D); one without vectors stays where it is.
@@ -77,8 +79,7 @@ class Codebook(nn.Module):
         e_dim: D, channels of a code.
         ema_decay: Weight of the old averages in (0, 1); None trains ``weight`` by gradient.
         revive_below: A code whose running share of use falls under this fraction of the uniform
-            share 1/K is replaced by a vector that is searched now; 0 never revives.
-        usage_decay: Weight of the old value in the running share of use.
+            share 1/K is replaced by a vector of the current batch; 0 never revives.
 
     Example:
         >>> codebook, z = Codebook(n_e=4, e_dim=2, ema_decay=0.9), torch.randn(100, 2)
@@ -95,16 +96,13 @@ class Codebook(nn.Module):
         e_dim: int,
         ema_decay: float | None = None,
         revive_below: float = 0.05,
-        usage_decay: float = 0.98,
     ) -> None:
         super().__init__()
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"ema_decay must be in (0, 1), got {ema_decay}")
-        if not 0 < usage_decay < 1:
-            raise ValueError(f"usage_decay must be in (0, 1), got {usage_decay}")
         if not 0 <= revive_below < 1:
             raise ValueError(f"revive_below must be in [0, 1), got {revive_below}")
-        self.ema_decay, self.usage_decay, self.revive_below = ema_decay, usage_decay, revive_below
+        self.ema_decay, self.revive_below = ema_decay, revive_below
         start = torch.empty(n_e, e_dim).uniform_(-1 / n_e, 1 / n_e)
         self.weight = nn.Parameter(start, requires_grad=ema_decay is None)
         self.steps: Tensor
@@ -145,7 +143,7 @@ class Codebook(nn.Module):
         found_and_weights = torch.stack([torch.ones_like(weights), weights], dim=1)
         totals = weights.new_zeros(len(self.weight), 2).index_add_(0, found, found_and_weights)
         counts, votes = sum_over_ranks(totals).unbind(1)  # (K,) each, in one all-reduce
-        self.usage.lerp_(counts / counts.sum(), 1 - self.usage_decay)
+        self.usage.lerp_(counts / counts.sum(), 1 - USAGE_DECAY)
         if self.ema_decay is not None:
             running = (self.weight, self.counts, self.sums)
             update_means(running, votes, targets * weights[:, None], found, self.ema_decay)

@@ -13,9 +13,9 @@ A latent z goes round the loop for at most T turns, n = 0..T-1. With r_0 = z, tu
 The path does not depend on the threshold tau, which only decides where it is cut: `Path` lists, for
 every turn, the codes if the site ended there; `rate.lengths_within` finds the first within tau.
 
-A transform runs these turns in three methods, since each has something that the others lack:
+A transform implements these turns as three methods:
 
-- ``search``: latents -> path, without gradient, for argmin has none. All K codes compete in every
+- ``search``: latents -> path, without gradient: argmin has none. All K codes compete in every
   turn, so most of the time is spent here; it stops once every site has ended. A beam keeps several
   partial paths, so the codes up to turn n need not be the beginning of those up to turn n+1.
 - ``retrace``: latents and codes -> searches, with the graph of the codebook. The path is known by
@@ -90,7 +90,7 @@ class Searches(NamedTuple):
 
 
 def check_codes(codes: Tensor, n_e: int, dummies: bool) -> None:
-    """Raise a ValueError that names the first site of codes (N, T) that the loop never writes.
+    """Raise a ValueError that names the first site of codes (N, T) that no loop produces.
 
     Args:
         codes: (N, T) int64.

@@ -75,7 +75,7 @@ class LoopyVectorQuantizer(Quantizer):
         ema_decay: Learn the codebook by moving averages of this decay; None by gradient.
         start_batches: Number of first training batches from which k-means places the codes.
         revive_below: Codes used less than this fraction of the uniform share are moved to
-            vectors that are searched now; 0 never.
+            vectors of the current batch; 0 never moves any.
 
     Raises:
         ValueError: An argument is out of range, or not exactly one of ``threshold`` and
@@ -185,7 +185,7 @@ class LoopyVectorQuantizer(Quantizer):
             z_q (B, D, h, w), or (N, D) for codes (N, T) without a shape.
 
         Raises:
-            ValueError: The loop never writes such codes.
+            ValueError: The loop cannot produce such codes.
         """
         grid = indices.shape[:-1] if shape is None else shape[:3]
         if indices.numel() != math.prod(grid) * self.max_loops:
@@ -212,11 +212,12 @@ class LoopyVectorQuantizer(Quantizer):
         Args:
             z: (B, D, h, w) latents.
             quality: Codes (B, h, w, T) -> quality (B,) of the images decoded from them.
-            target: (B,), the quality wanted.
+            target: The quality wanted, one for all images or one for each (B,).
 
         Returns:
             (B,) int64; T codes for every site where nothing reaches the target.
         """
+        target = rate.expand_per_image("the target quality", target, len(z))
         path = self.whole_path(z)  # searched once, then cut to each budget
 
         def quality_within(max_codes: Tensor) -> Tensor:
@@ -276,7 +277,7 @@ class LoopyVectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def _learn(self, rows: Tensor, searches: Searches) -> None:
-        """Update the latents' spread and all that learns by running statistics."""
+        """Update the latents' spread, the transform and the codebook by running statistics."""
         spread = (rows - self._mean(rows)).square().sum(dim=1)
         momentum = 0.0 if self.embedding.steps == 0 else 0.99
         self.latent_std.lerp_(self._mean(spread).sqrt(), 1 - momentum)

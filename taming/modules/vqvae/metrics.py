@@ -88,36 +88,71 @@ class LoopMetrics(CodebookMetrics):
         self.beyond += (~quantized.info.encodings.within).sum()
 
 
-class HierarchyMetrics(nn.Module):
-    """Metrics of a hierarchy's levels, from level name -> metric; values are ``{level}_{name}``."""
+class NamedMetrics(nn.Module):
+    """Several metrics, each under a name.
 
-    def __init__(self, levels: Mapping[str, CodebookMetrics | HierarchyMetrics]) -> None:
+    Args:
+        metrics: Name -> metric.
+    """
+
+    def __init__(self, metrics: Mapping[str, CodebookMetrics | HierarchyMetrics]) -> None:
         super().__init__()
-        self.levels = dict(levels)
-        self.registered = nn.ModuleList(self.levels.values())
+        self.metrics = dict(metrics)
+        self.registered = nn.ModuleList(self.metrics.values())  # so that they change device
+
+
+class HierarchyMetrics(NamedMetrics):
+    """Metrics of a hierarchy's levels, by level."""
 
     @property
     def update_called(self) -> bool:
         """True if a batch was added since the last reset."""
-        return any(metrics.update_called for metrics in self.levels.values())
+        return any(metrics.update_called for metrics in self.metrics.values())
 
     def update(self, z: Tensor, quantized: Any) -> None:
-        """Add a batch; z is unused, for a `HierarchyOutput` has the latents of every level."""
+        """Add a batch; z is not used: a `HierarchyOutput` holds the latents of every level."""
         for name, level in quantized.info.encodings.items():
-            self.levels[name].update(level.z, level.quantized)
+            self.metrics[name].update(level.z, level.quantized)
 
     def compute(self) -> dict[str, Tensor]:
         """Summarize all batches: ``{level}_{name}`` of each value of `CodebookMetrics`."""
         return {
             f"{level}_{name}": value
-            for level, metrics in self.levels.items()
+            for level, metrics in self.metrics.items()
             for name, value in metrics.compute().items()
         }
 
     def reset(self) -> None:
         """Forget all batches."""
-        for metrics in self.levels.values():
+        for metrics in self.metrics.values():
             metrics.reset()
+
+
+class SplitMetrics(NamedMetrics):
+    """Metrics of training and of validation over an epoch, by split."""
+
+    def update(self, split: str, z: Tensor, quantized: Any) -> None:
+        """Add a batch: latents z and the quantizer's output for them."""
+        self.metrics[split].update(z, quantized)
+
+    def pop(self, split: str, others: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return scalars and others by ``{split}/{name}`` and reset; {} if nothing was counted."""
+        metrics = self.metrics[split]
+        if not metrics.update_called:  # a run resumed at the very end of an epoch
+            return {}
+        scalars = {name: value for name, value in metrics.compute().items() if value.ndim == 0}
+        metrics.reset()
+        return {f"{split}/{name}": value for name, value in (scalars | others).items()}
+
+    def histograms(self) -> dict[str, Tensor]:
+        """Return counts of codes (K,) and lengths (T + 1,) so far by ``{split}/{name}``."""
+        return {
+            f"{split}/{name}": value
+            for split, metrics in self.metrics.items()
+            if metrics.update_called
+            for name, value in metrics.compute().items()
+            if value.ndim == 1
+        }
 
 
 def length_heat_map(lengths: Tensor, max_loops: int, size: tuple[int, int]) -> Tensor:

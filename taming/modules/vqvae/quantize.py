@@ -75,7 +75,7 @@ class NearestQuantizer(SingleCodeQuantizer):
 
     Attributes:
         embedding: Holds ``weight``, the codes (K, D).
-        sane_index_shape: True to return indices as (B, h, w) rather than flat.
+        sane_index_shape: True for indices (B, h, w) rather than flat ones.
     """
 
     not_in_identity = ("remap", "beta", "sane_index_shape", "legacy")
@@ -90,7 +90,7 @@ class NearestQuantizer(SingleCodeQuantizer):
         return self.embedding.weight
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantize latents z (B, D, h, w); the shape of the indices is described at each class."""
+        """Quantize latents z (B, D, h, w); each class states the shape of its indices."""
         if z.ndim != 4:
             raise ValueError(f"expected latents (B, {self.e_dim}, h, w), got {tuple(z.shape)}")
         rows = self._rows(z)  # (N, D)

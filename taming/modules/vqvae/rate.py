@@ -1,6 +1,6 @@
 """Rate control: from distances along the loop to lengths, and from budgets back to thresholds.
 
-A budget is a number of codes per image. A turn writes one code, dummies included, so a site's
+A budget is a number of codes per image. A turn adds one code, dummies included, so a site's
 length is its number of turns.
 
 Axis letters: N latents, B images, S sites of an image, T turns.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def expand_per_image(name: str, value: Tensor, images: int) -> Tensor:
-    """Expand one number to (B,); raise a ValueError if it is not one, nor one for each image."""
+    """Expand one number, or one per image, to (B,); raise a ValueError for any other shape."""
     if value.ndim > 1 or value.numel() not in (1, images):
         expected = f"one number or one for each of {images} images"
         raise ValueError(f"{name} must be {expected}, got the shape {tuple(value.shape)}")
@@ -76,7 +76,6 @@ def fewest_codes(
     target: Tensor,
     sites: int,
     max_loops: int,
-    probes: int = 8,
 ) -> Tensor:
     """Find the smallest budget of each image that reaches a quality.
 
@@ -88,7 +87,6 @@ def fewest_codes(
         target: (B,), the quality wanted.
         sites: S.
         max_loops: T.
-        probes: Steps of the upward search.
 
     Returns:
         (B,) int64 in [S, S T]; S T where nothing reaches the target.
@@ -97,7 +95,7 @@ def fewest_codes(
     failed = torch.full(target.shape, sites - 1, device=target.device)
     enough = torch.full_like(failed, most)
     found = torch.zeros_like(failed, dtype=torch.bool)
-    for probe in torch.linspace(sites, most, probes + 1).long().tolist():
+    for probe in torch.linspace(sites, most, 9).long().tolist():
         reached = ~found & (quality(torch.full_like(failed, probe)) >= target)
         enough = torch.where(reached, probe, enough)
         found |= reached
