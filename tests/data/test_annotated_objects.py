@@ -186,7 +186,7 @@ def test_images_and_objects_are_filtered(coco):
     assert len(coco(max_objects_per_image=2)) == 1
     assert [a.category_id for a in coco(min_object_area=0.25)[0]["annotations"]] == ["10"]
     with pytest.raises(
-        ValueError, match="none of the 2 images has 9 to 30 .* min_objects_per_image"
+        ValueError, match="none of the 2 images .*9 to 30 .*min_objects_per_image"
     ):
         coco(min_objects_per_image=9)
 
@@ -233,9 +233,9 @@ def test_without_image_nothing_is_cropped(coco):
 def test_unknown_keys_and_splits_are_refused(coco, open_images):
     with pytest.raises(ValueError, match="keys .*'bbox'; valid: .*objects_bbox"):
         coco(keys=["bbox"])
-    with pytest.raises(ValueError, match="keys has 'flipped', which needs 'image'"):
+    with pytest.raises(ValueError, match="'flipped', .*'image'"):
         coco(keys=["flipped"])
-    with pytest.raises(ValueError, match="split must be 'train' or 'validation' for COCO"):
+    with pytest.raises(ValueError, match="split .*'train' or 'validation'"):
         coco(split="test")
     with pytest.raises(ValueError, match="split must be one of train, validation, test"):
         open_images(split="val")
