@@ -45,7 +45,7 @@ def test_a_race_measures_every_rate_and_is_reported(plan, parquet, tmp_path) -> 
         if row["group"] == "loopy, one checkpoint":
             assert row["tokens"] / 64 == pytest.approx(float(row["length"]), abs=0.3)
             assert row["prior_bits"] > 0
-        if row["group"] == "control: fixed depth":  # no token says where a site ends
+        if row["group"] == "control: fixed depth":  # no token marks the end of a site
             turns = int(row["length"])
             bits = 64 * turns * math.log2(16 + (turns > 1))  # one code for each site needs no end
             assert row["raw_bits"] == pytest.approx(bits)

@@ -22,7 +22,7 @@ from taming.util import WriteError
 
 
 class Payload:
-    """A class of the user's own, which no safe reader knows."""
+    """A class of the user's own, which no safe reader rebuilds."""
 
 
 class CutShort(Callback):

@@ -113,22 +113,16 @@ def test_every_level_is_evaluated(tiny_runs: TinyRuns, tmp_path: Path) -> None:
 def test_every_level_is_counted_in_a_reconstruction(
     tiny_runs: TinyRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, image, out = (
-        tiny_runs.of("vqvae2_cifar10.yaml"),
-        tmp_path / "image.png",
-        tmp_path / "out",
-    )
+    model = tiny_runs.of("vqvae2_cifar10.yaml")
+    image, out = tmp_path / "image.png", tmp_path / "out"
     Image.effect_noise((21, 18), 50).convert("RGB").save(image)
     call("reconstruct", "-r", model, image, "-o", out)
     assert {path.name for path in out.iterdir()} == {
         *("image.png", "image_compare.png", "reconstructions.json")
     }
     assert read_pixels(out / "image.png").shape == (16, 16, 3)  # whole sites of the top level
-    assert read_pixels(out / "image_compare.png").shape == (
-        20,
-        3 * 18 + 2,
-        3,
-    )  # what the top says too
+    shown = read_pixels(out / "image_compare.png")  # the top level's picture too
+    assert shown.shape == (20, 3 * 18 + 2, 3)
     (values,) = json.loads((out / "reconstructions.json").read_text()).values()
     assert values["sites"] == values["codes"] == values["tokens"] == 4 + 16
     assert values["bits"] == pytest.approx(20 * math.log2(8))

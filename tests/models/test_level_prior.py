@@ -139,7 +139,7 @@ def test_the_class_is_that_of_the_top_and_guides_it() -> None:
     }
     assert not torch.equal(draw[3, 1.0][0], draw[7, 1.0][0])
     assert not torch.equal(draw[3, 1.0][0], draw[3, 3.0][0])
-    # At a scale of 0 only what it says without a class is left; the bottom follows the top.
+    # At a scale of 0 only its unconditional prediction is left; the bottom follows the top.
     for one, other in zip(draw[3, 0.0], draw[7, 0.0], strict=True):
         assert torch.equal(one, other)
     alone = [level_prior("top", "ema", "flat"), priors[1]]

@@ -80,7 +80,7 @@ def work(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    """What each of two processes has learned, by case."""
+    """The states that each of two processes has learned, by case."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(work, (folder,), nprocs=2)
     return [torch.load(folder / f"{rank}") for rank in range(2)]
