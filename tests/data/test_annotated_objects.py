@@ -185,9 +185,7 @@ def test_images_and_objects_are_filtered(coco):
     assert len(coco(min_objects_per_image=2)) == 1
     assert len(coco(max_objects_per_image=2)) == 1
     assert [a.category_id for a in coco(min_object_area=0.25)[0]["annotations"]] == ["10"]
-    with pytest.raises(
-        ValueError, match="none of the 2 images .*9 to 30 .*min_objects_per_image"
-    ):
+    with pytest.raises(ValueError, match="none of the 2 images .*9 to 30 .*min_objects_per_image"):
         coco(min_objects_per_image=9)
 
 

@@ -22,6 +22,7 @@ from support.models import (
 from taming.models.vqvae2 import VQVAE2, Level
 from taming.modules.vqvae.hierarchy import Hierarchy
 
+
 def model(*kinds: str) -> VQVAE2:
     return spread_codes(VQVAE2(**vqvae2_config(*kinds)["params"]))
 

@@ -208,9 +208,7 @@ def test_splatted_mappings_are_checked(write):
     ddconfig = "ch: 32, out_ch: 3, ch_mult: [1], num_res_blocks: 1, attn_resolutions: [], "
     ddconfig += "in_channels: 3, resolution: 8, z_channels: 4, double_z: false"
     check(write, vqmodel.format(ddconfig))
-    with pytest.raises(
-        ConfigError, match=r"ddconfig\.num_res_block; .*'num_res_blocks'"
-    ):
+    with pytest.raises(ConfigError, match=r"ddconfig\.num_res_block; .*'num_res_blocks'"):
         check(write, vqmodel.format(ddconfig + ", num_res_block: 3"))
 
 
