@@ -58,6 +58,22 @@ class Generator:
 
     Raises:
         ValueError: The prior takes another condition than a class.
+
+    Example:
+        >>> from taming.models.cond_transformer import Net2NetTransformer
+        >>> sizes = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": []}
+        >>> sizes |= {"resolution": 8, "z_channels": 8, "in_channels": 3, "out_ch": 3}
+        >>> loss = {"target": "taming.modules.losses.reconstruction.ReconstructionLoss"}
+        >>> params = {"ddconfig": sizes | {"double_z": False}, "lossconfig": loss}
+        >>> params |= {"n_embed": 16, "embed_dim": 4}
+        >>> tokenizer = {"target": "taming.models.vqgan.VQModel", "params": params}
+        >>> gpt = {"target": "taming.modules.transformer.gpt.GPT", "params": {"n_embd": 8}}
+        >>> generator = Generator(Net2NetTransformer(gpt, tokenizer, "__is_unconditional__"))
+        >>> pictures = generator.sample(2, seed=1, top_k=5)
+        >>> [picture.size for picture in pictures]
+        [(8, 8), (8, 8)]
+        >>> len(generator.tokenizer.encode(pictures[0]))
+        16
     """
 
     def __init__(self, model: Prior, batch_size: int = 16) -> None:

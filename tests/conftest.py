@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 if TYPE_CHECKING:
+    from race.plans import Plan
     from support.runs import TinyRuns
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -37,3 +41,26 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> TinyRuns:
     from support.runs import TinyRuns  # imports the whole house, which most tests do not need
 
     return TinyRuns(tmp_path_factory.mktemp("tiny_runs"))
+
+
+@pytest.fixture(scope="session")
+def plan() -> Plan:
+    """The quick plan of the benchmarks at tiny sizes."""
+    from race.plans import PLANS
+
+    sizes = {"base_steps": 2, "steps": 2, "prior_steps": 2, "batch_size": 4, "test_images": 6}
+    ddconfig = {**PLANS["quick"].ddconfig, "ch": 8, "ch_mult": [1, 1, 1], "z_channels": 8}
+    return replace(
+        PLANS["quick"], ddconfig=ddconfig, channels=8, codes=16, calibration_images=6, **sizes
+    )
+
+
+@pytest.fixture(scope="session")
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve random images in CIFAR-10's form."""
+    from support.data import write_parquet
+
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)
+    file = tmp_path_factory.mktemp("data") / "images.parquet"
+    write_parquet(file, map(Image.fromarray, pixels))
+    return file

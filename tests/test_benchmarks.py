@@ -1,54 +1,26 @@
 """The benchmarks run, and count what they say they count."""
 
 import argparse
-import io
 import json
 import math
 import sys
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 
 import adaptivity
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from adaptivity import rank_correlation, site_statistics
-from PIL import Image
 from race.contenders import contenders
 from race.measure import code_bits, cut_by, fixed_length, shuffled_lengths, usage
 from race.peers import FSQ, ResidualVQ
-from race.plans import PLANS, Plan, images_of
+from race.plans import PLANS, images_of
 from race.report import average, cell, codes_at, margins, quality_at, savings, write_report
 from race.training import BASE, build_tokenizer, trained_base, trained_tokenizer
 from rate_distortion import FIELDS, collect, load_rows, race
 from scipy.stats import spearmanr
 
 from taming.modules.vqvae.base import Quantizer
-
-
-@pytest.fixture(scope="module")
-def plan() -> Plan:
-    sizes = {"base_steps": 2, "steps": 2, "prior_steps": 2, "batch_size": 4, "test_images": 6}
-    ddconfig = {**PLANS["quick"].ddconfig, "ch": 8, "ch_mult": [1, 1, 1], "z_channels": 8}
-    return replace(
-        PLANS["quick"], ddconfig=ddconfig, channels=8, codes=16, calibration_images=6, **sizes
-    )
-
-
-@pytest.fixture(scope="module")
-def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve random images in CIFAR-10's form."""
-    generator, rows = np.random.default_rng(0), []
-    for label in range(12):
-        buffer = io.BytesIO()
-        Image.fromarray(generator.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
-        rows.append({"img": {"bytes": buffer.getvalue(), "path": None}, "label": label % 10})
-    file = tmp_path_factory.mktemp("data") / "images.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), file)
-    return file
 
 
 def test_a_race_measures_every_rate_and_is_reported(plan, parquet, tmp_path) -> None:
@@ -73,7 +45,7 @@ def test_a_race_measures_every_rate_and_is_reported(plan, parquet, tmp_path) -> 
         if row["group"] == "loopy, one checkpoint":
             assert row["tokens"] / 64 == pytest.approx(float(row["length"]), abs=0.3)
             assert row["prior_bits"] > 0
-        if row["group"] == "control: fixed depth":  # no token says where a site ends
+        if row["group"] == "control: fixed depth":  # no token marks the end of a site
             turns = int(row["length"])
             bits = 64 * turns * math.log2(16 + (turns > 1))  # one code for each site needs no end
             assert row["raw_bits"] == pytest.approx(bits)

@@ -1,10 +1,11 @@
-"""The table of compatibility tells the truth, and every target of the original is here."""
+"""The table of compatibility is right, and every target of the original is here."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.compatibility import Recorder, Row, check_target, table
+from support import runs
+from support.compatibility import Recorder, Row, check_target, table, watched
 from support.original import TARGETS
 
 
@@ -14,11 +15,18 @@ def test_a_target_of_the_original_is_here(target: str) -> None:
     assert check_target(target, TARGETS[target]).failures == ()
 
 
-def test_what_is_not_here_is_told() -> None:
+def test_what_is_missing_is_named() -> None:
     row = check_target("taming.models.vqgan.VQModell", "")
     assert not row.passed and "VQModell" in row.failures[0]
     row = check_target("taming.models.vqgan.VQModel", "n_embed nothing")
     assert row.failures == ("takes no 'nothing'",)
+
+
+def test_calls_of_scripts_are_noted() -> None:
+    recorder = Recorder()
+    with watched(recorder), pytest.raises(ModuleNotFoundError):
+        runs.call("nothing")
+    assert recorder.used[""] == {("script", "nothing")}
 
 
 def report(test: str, outcome: str) -> Any:
@@ -50,7 +58,7 @@ def test_a_row_passes_if_all_its_tests_do() -> None:
     assert recorder.row("golden", "never opened") == Row("golden", "never opened", 0)
 
 
-def test_the_table_says_what_failed() -> None:
+def test_the_table_names_what_failed() -> None:
     rows = [Row("golden", "a", 2), Row("script", "b", 0), Row("target", "c", 1, ("it is gone",))]
     lines = table(rows).splitlines()
     assert [line.split()[-1] for line in lines[1:3]] == ["pass", "checked)"]

@@ -1,6 +1,8 @@
 """Every recipe that ships is valid, trains, shows itself, resumes, and fits its partner."""
 
+import re
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from support.runs import CONDITION_OF, CONFIGS, ORIGINALS, TOKENIZER_OF, TinyRuns, run_main, shipped
 
-from taming.run.config import check_experiment, load_config
+from taming.run.config import ConfigError, check_experiment, load_config
 from taming.run.folder import model_from_run
 
 every_config = pytest.mark.parametrize("name", shipped())
@@ -16,7 +18,14 @@ every_config = pytest.mark.parametrize("name", shipped())
 
 @every_config
 def test_is_valid_as_shipped(name: str) -> None:
-    check_experiment(load_config([CONFIGS / name]), train=True)
+    config = load_config([CONFIGS / name])
+    expected = deepcopy(config.values)
+    check_experiment(config, train=True)
+    for block in ("model", "data"):
+        assert config.values[block] == expected[block]
+        key = f"{block}.params.{next(iter(expected[block]['params']))}x"
+        with pytest.raises(ConfigError, match=rf"command line: .*{re.escape(key)}\b"):
+            check_experiment(load_config([CONFIGS / name], [f"{key}=1"]), train=True)
 
 
 def last(run: Path) -> dict[str, Any]:

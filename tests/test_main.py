@@ -100,7 +100,7 @@ def test_resume_continues_and_keeps_the_best_three(folder, caplog):
     assert only_run() == run and last(run)["global_step"] == 20
     assert len(list(run.glob("checkpoints/epoch=*"))) == 3
     assert len(list(run.glob("configs/*-project.yaml"))) == 3
-    assert "optimizers keep the learning rates stored there" in caplog.text
+    assert "learning rates stored there" in caplog.text
 
 
 def test_resume_from_checkpoint_in_a_new_run(folder):
@@ -136,7 +136,7 @@ def test_stops_at_max_steps_with_a_checkpoint(folder):
 def test_a_checkpoint_that_does_not_fit_is_a_mistake(folder, capsys):
     program.main(["-b", "toy.yaml", "-t", *CPU])
     error = fails(["-r", str(only_run()), "-t", "model.params.width=9"], capsys)
-    assert error.startswith(str(only_run() / "checkpoints/last.ckpt does not fit the model:"))
+    assert error.startswith(str(only_run() / "checkpoints/last.ckpt does not fit"))
     assert "net.0.weight" in error and error.count("\n") == 1
 
 

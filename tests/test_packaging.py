@@ -1,4 +1,4 @@
-"""What is installed is all of the package, and it works from any folder."""
+"""The installed package is whole, and it works from any folder."""
 
 import ast
 import os

@@ -62,7 +62,7 @@ def test_impossible_colours_are_refused(capsys: pytest.CaptureFixture[str], tmp_
     Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
     for colours in (0, 7):
         message = fails(capsys, "quantize_colours", "a.png", "-k", colours)
-        assert f"must be in 1..6, got {colours}" in message
+        assert re.search(rf"1\.\.6, .*{colours}", message)
     (tmp_path / "b.png").write_text("no image")
     assert "b.png" in fails(capsys, "quantize_colours", "b.png")
 
@@ -92,11 +92,11 @@ def test_only_tokenizers_of_one_code_group(
     tiny_runs: TinyRuns, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, message in (
-        ("vqvae_cifar10.yaml", "up to 16 codes per image"),
-        ("pixelcnn_cifar10.yaml", "holds a PixelCNNPrior, not a tokenizer"),
-        ("vqvae2_cifar10.yaml", "codes at several scales are not one sequence"),
+        ("vqvae_cifar10.yaml", "16 codes"),
+        ("pixelcnn_cifar10.yaml", "PixelCNNPrior, .*tokenizer"),
+        ("vqvae2_cifar10.yaml", "several scales"),
     ):
-        assert message in fails(capsys, "group_by_code", "-r", tiny_runs.of(name))
+        assert re.search(message, fails(capsys, "group_by_code", "-r", tiny_runs.of(name)))
 
 
 # --- VQ-VAE-2 ------------------------------------------------------------------------------------
@@ -113,22 +113,16 @@ def test_every_level_is_evaluated(tiny_runs: TinyRuns, tmp_path: Path) -> None:
 def test_every_level_is_counted_in_a_reconstruction(
     tiny_runs: TinyRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, image, out = (
-        tiny_runs.of("vqvae2_cifar10.yaml"),
-        tmp_path / "image.png",
-        tmp_path / "out",
-    )
+    model = tiny_runs.of("vqvae2_cifar10.yaml")
+    image, out = tmp_path / "image.png", tmp_path / "out"
     Image.effect_noise((21, 18), 50).convert("RGB").save(image)
     call("reconstruct", "-r", model, image, "-o", out)
     assert {path.name for path in out.iterdir()} == {
         *("image.png", "image_compare.png", "reconstructions.json")
     }
     assert read_pixels(out / "image.png").shape == (16, 16, 3)  # whole sites of the top level
-    assert read_pixels(out / "image_compare.png").shape == (
-        20,
-        3 * 18 + 2,
-        3,
-    )  # what the top says too
+    shown = read_pixels(out / "image_compare.png")  # the top level's picture too
+    assert shown.shape == (20, 3 * 18 + 2, 3)
     (values,) = json.loads((out / "reconstructions.json").read_text()).values()
     assert values["sites"] == values["codes"] == values["tokens"] == 4 + 16
     assert values["bits"] == pytest.approx(20 * math.log2(8))
@@ -175,10 +169,10 @@ def test_runs_that_are_no_priors_of_all_levels_are_refused(
     top, bottom = (tiny_runs.of(f"vqvae2_{level}_prior.yaml") for level in LEVELS)
     for runs, message in (
         ((bottom, top), "from the top down"),
-        ((top,), "got 1 priors with the levels ['top']"),
-        ((tiny_runs.of("vqvae2_cifar10.yaml"),), "holds a VQVAE2, not a prior of one level"),
+        ((top,), r"1 prior.*\['top'\]"),
+        ((tiny_runs.of("vqvae2_cifar10.yaml"),), "VQVAE2, .*prior"),
     ):
-        assert message in fails(capsys, "sample_hierarchy", "-r", *runs)
+        assert re.search(message, fails(capsys, "sample_hierarchy", "-r", *runs))
 
 
 # --- curves --------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from urllib.parse import urlencode
 import numpy as np
 import pytest
 import torch
-from models.test_cond_transformer import prior
 from PIL import Image
 from support.browser import chromium
+from support.models import prior
 from support.runs import TinyRuns, call, fails
 
 from scripts.sample_conditional import Studio, Wish

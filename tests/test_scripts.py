@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import token_cache
 import torch
-from models.test_conditions import tokenizer as grey_tokenizer
 from omegaconf import OmegaConf
 from PIL import Image
-from support.models import GPT
+from support.models import GPT, vqmodel_config
 from support.runs import CONFIGS, TRAINER, TinyRuns, call, fails, read_pixels, run_main
 
 from scripts.reconstruct import files_of, unique_names
@@ -363,7 +362,7 @@ def test_without_guidance_classes_do_not_matter(
 def test_samples_of_a_grey_tokenizer_are_written(
     photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    grey = Net2NetTransformer(GPT, grey_tokenizer(1), "__is_unconditional__").eval()
+    grey = Net2NetTransformer(GPT, vqmodel_config(1), "__is_unconditional__").eval()
     monkeypatch.setattr("scripts.sample.model_from_run", lambda run: grey)
     call("sample", "-r", "run", "-n", 1, "-o", tmp_path)
     picture = read_pixels(tmp_path / "000000.png")

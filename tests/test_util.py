@@ -113,7 +113,7 @@ def test_instantiate_passes_params_and_lets_arguments_win():
     assert instantiate_from_config({"target": "builtins.dict", "params": None}) == {}
     with pytest.raises(ValueError, match=r"'target'.*\['params'\]"):
         instantiate_from_config({"params": {}})
-    with pytest.raises(ValueError, match="a block with a 'target', got 'builtins.dict'"):
+    with pytest.raises(ValueError, match="'target', .*'builtins.dict'"):
         instantiate_from_config("builtins.dict")
 
 
@@ -171,7 +171,7 @@ def test_retrieve_names_what_is_missing_or_gives_the_default(key):
 
 
 def test_published_weights_need_a_known_name(tmp_path) -> None:
-    with pytest.raises(ValueError, match="published weights are vgg_lpips; got 'vgg'"):
+    with pytest.raises(ValueError, match="vgg_lpips; .*'vgg'"):
         get_ckpt_path("vgg", tmp_path)
 
 

@@ -35,6 +35,26 @@ class LowerLevelPrior(Net2NetTransformer):
 
     Raises:
         ValueError: The level is the top, or the parts do not fit each other.
+
+    Example:
+        >>> between = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": []}
+        >>> sizes = between | {"resolution": 16, "z_channels": 8, "in_channels": 3, "out_ch": 3}
+        >>> ema = {"target": "taming.modules.vqvae.quantize.EMAVectorQuantizer"}
+        >>> ema |= {"params": {"n_embed": 16, "embedding_dim": 4, "beta": 0.25}}
+        >>> levels = {"target": "taming.modules.vqvae.hierarchy.Hierarchy"}
+        >>> levels |= {"params": {"quantizers": {"top": ema, "bottom": ema}}}
+        >>> levels["params"]["ddconfig"] = between | {"resolution": 8}
+        >>> loss = {"target": "taming.modules.losses.reconstruction.ReconstructionLoss"}
+        >>> params = {"ddconfig": sizes | {"double_z": False}, "lossconfig": loss}
+        >>> params |= {"n_embed": 32, "embed_dim": 8, "quantizer_config": levels}
+        >>> model = {"target": "taming.models.vqvae2.VQVAE2", "params": params}
+        >>> level = {"target": "taming.models.vqvae2.Level"}
+        >>> level |= {"params": {"model_config": model, "level": "bottom"}}
+        >>> gpt = {"target": "taming.modules.transformer.gpt.GPT", "params": {"n_embd": 8}}
+        >>> prior = LowerLevelPrior(gpt, level).eval()
+        >>> batch = prior.tokenize_batch({"image": torch.zeros(2, 16, 16, 3)})
+        >>> batch.condition.shape, batch.codes.shape  # all codes of the top; (B, h, w, T)
+        (torch.Size([2, 16]), torch.Size([2, 8, 8, 1]))
     """
 
     first_stage_model: Level

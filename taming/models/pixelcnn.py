@@ -56,6 +56,19 @@ class PixelCNNPrior(Prior):
 
     Raises:
         ValueError: The condition is not a class.
+
+    Example:
+        >>> sizes = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": []}
+        >>> sizes |= {"resolution": 8, "z_channels": 8, "in_channels": 3, "out_ch": 3}
+        >>> loss = {"target": "taming.modules.losses.reconstruction.ReconstructionLoss"}
+        >>> params = {"ddconfig": sizes | {"double_z": False}, "lossconfig": loss}
+        >>> params |= {"n_embed": 16, "embed_dim": 4}
+        >>> tokenizer = {"target": "taming.models.vqgan.VQModel", "params": params}
+        >>> stacks = {"target": "taming.modules.pixelcnn.stacks.GatedStacks"}
+        >>> stacks |= {"params": {"channels": 8, "layers": 2}}
+        >>> prior = PixelCNNPrior(tokenizer, stacks).eval()
+        >>> prior.sample_codes(torch.tensor([[0], [0]])).shape  # (B, h, w, T)
+        torch.Size([2, 4, 4, 1])
     """
 
     def __init__(

@@ -231,9 +231,9 @@ def test_without_image_nothing_is_cropped(coco):
 def test_unknown_keys_and_splits_are_refused(coco, open_images):
     with pytest.raises(ValueError, match="keys .*'bbox'; valid: .*objects_bbox"):
         coco(keys=["bbox"])
-    with pytest.raises(ValueError, match="keys has 'flipped', which needs 'image'"):
+    with pytest.raises(ValueError, match="'flipped', .*'image'"):
         coco(keys=["flipped"])
-    with pytest.raises(ValueError, match="split must be 'train' or 'validation' for COCO"):
+    with pytest.raises(ValueError, match="split .*'train' or 'validation'"):
         coco(split="test")
     with pytest.raises(ValueError, match="split must be one of train, validation, test"):
         open_images(split="val")

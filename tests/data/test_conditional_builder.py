@@ -173,10 +173,10 @@ def test_unused_places_hold_the_last_token_and_too_many_objects_are_dropped(capl
 
 
 def test_invalid_vocabularies_and_lengths_are_refused():
-    with pytest.raises(ValueError, match="no_tokens is 256, but 128 categories .* need 257"):
+    with pytest.raises(ValueError, match="no_tokens .*256, .*128 categories .*257"):
         build(no_object_classes=128, use_group_parameter=True)
     assert build(no_object_classes=127, use_group_parameter=True).none == 255
-    with pytest.raises(ValueError, match=r"expected 15 tokens, got shape \(14,\)"):
+    with pytest.raises(ValueError, match=r"15 tokens, .*\(14,\)"):
         build().inverse_build(torch.zeros(14, dtype=torch.long))
 
 

@@ -40,7 +40,7 @@ def test_without_size_the_square_is_cut_at_the_pictures_own_resolution():
 
 def test_the_square_may_be_smaller_than_the_rescaled_picture():
     assert SquareCrop(16, crop_size=8).view(32, 64) == ((16, 32), 4, 12, 8, 8, False)
-    with pytest.raises(ValueError, match="crop_size 16 must not exceed size 8"):
+    with pytest.raises(ValueError, match="crop_size 16 .*size 8"):
         SquareCrop(8, crop_size=16)
 
 
@@ -85,7 +85,7 @@ def test_size_none_leaves_pictures_whole():
 
 
 def test_a_picture_smaller_than_the_crop_is_refused_or_enlarged():
-    with pytest.raises(ValueError, match="10x6 pixels are fewer than the crop of 8x8.*upscale"):
+    with pytest.raises(ValueError, match="10x6 .*8x8.*upscale"):
         SquareCrop(8, allow_upscale=False).view(6, 10)
     assert SquareCrop(8).view(6, 10).scaled == (8, 13)
 

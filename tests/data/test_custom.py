@@ -53,7 +53,7 @@ def test_lists_in_another_encoding_are_refused(tmp_path):
 
 
 def test_missing_and_empty_lists_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="list of images .*none.txt does not exist"):
+    with pytest.raises(FileNotFoundError, match="none.txt does not exist"):
         CustomTest(8, str(tmp_path / "none.txt"))
     with pytest.raises(ValueError, match="list of images .*empty.txt is empty"):
         CustomTest(8, write_list(tmp_path / "empty.txt", ""))
@@ -70,7 +70,7 @@ def test_images_smaller_than_the_crop(tmp_path, kind):
             return CustomTrain(16, listed, **options)
         return ImageFolder(root, 16, **options)
 
-    with pytest.raises(ValueError, match="a.png: 12x10 pixels are fewer than the crop of 16x16"):
+    with pytest.raises(ValueError, match="a.png: 12x10 .*16x16"):
         build(allow_upscale=False)[0]
     assert build(allow_upscale=True)[0]["image"].shape == (16, 16, 3)
     save(tmp_path / "b.png", (20, 20))
@@ -145,7 +145,7 @@ def test_missing_and_imageless_folders_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="folder .*nowhere does not exist"):
         ImageFolder(str(tmp_path / "nowhere"))
     (tmp_path / "a.txt").touch()
-    with pytest.raises(FileNotFoundError, match=r"no image \(\.jpg, .*\) was found in or below"):
+    with pytest.raises(FileNotFoundError, match=r"no image \(\.jpg, .*\) "):
         ImageFolder(str(tmp_path))
 
 

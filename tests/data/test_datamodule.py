@@ -104,7 +104,7 @@ def test_a_stage_builds_what_it_needs(trainer):
 @few_workers
 @few_batches
 def test_fit_needs_no_validation_split(trainer):
-    with pytest.warns(UserWarning, match="have no `val_dataloader`. Skipping val loop"):
+    with pytest.warns(UserWarning, match="val_dataloader"):
         trainer.fit(Sum(), DataModuleFromConfig(2, train=block(4), num_workers=0))
     assert trainer.global_step == 2
 
@@ -156,12 +156,12 @@ def test_an_empty_data_set_is_named():
 
 
 def test_fit_without_a_training_split_names_the_missing_block(trainer):
-    with pytest.raises(ValueError, match="needs a data.params.train block"):
+    with pytest.raises(ValueError, match="data.params.train"):
         trainer.fit(Sum(), DataModuleFromConfig(2, validation=block(3), num_workers=0))
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="at least one of the blocks train, validation, test"):
+    with pytest.raises(ValueError, match="train, validation, test"):
         DataModuleFromConfig(2)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         DataModuleFromConfig(0, block(1))

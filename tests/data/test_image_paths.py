@@ -58,7 +58,7 @@ def test_items_hold_image_path_and_labels(files):
 
 
 def test_labels_must_fit(files):
-    with pytest.raises(ValueError, match="'class_label' has 2 values for 3 files"):
+    with pytest.raises(ValueError, match="'class_label' .*2 values .*3 files"):
         ImagePaths(files, labels={"class_label": [5, 6]})
 
 
@@ -112,7 +112,7 @@ def test_an_error_if_nothing_can_be_read(truncated):
 
 
 def test_images_smaller_than_the_crop_are_named_unless_they_may_be_enlarged(files):
-    with pytest.raises(ValueError, match="10.png: 12x10 pixels are fewer than the crop of 16x16"):
+    with pytest.raises(ValueError, match="10.png: 12x10 .*16x16"):
         ImagePaths(files, size=16, allow_upscale=False)[0]
     assert ImagePaths(files, size=16)[0]["image"].shape == (16, 16, 3)
 

@@ -42,7 +42,7 @@ def test_random_squares_of_small_pictures_are_as_large_as_these():
 
 @pytest.mark.parametrize("crop", CROPS[:2])
 def test_pictures_smaller_than_the_crop_are_refused(crop):
-    with pytest.raises(ValueError, match="7x9 pixels are fewer than the crop of 8x8"):
+    with pytest.raises(ValueError, match="7x9 .*8x8"):
         crop(torch.zeros(3, 9, 7))
 
 

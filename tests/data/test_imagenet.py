@@ -47,7 +47,7 @@ def test_invalid_indices_are_refused(text):
 
 
 def test_backward_ranges_are_refused():
-    with pytest.raises(ValueError, match="the range 4-2 in '1, 4-2' runs backwards"):
+    with pytest.raises(ValueError, match="4-2 .*'1, 4-2'"):
         str_to_indices("1, 4-2")
 
 
@@ -81,7 +81,7 @@ def test_sub_indices_choose_classes_and_renumber_them(root):
     assert {int(item["class_label"]) for item in items} == {0, 1}
     with pytest.raises(ValueError, match="sub_indices .* selects no class of the 8 images in"):
         ImageNetValidation({"sub_indices": "5"})
-    with pytest.raises(ValueError, match="index_synset.yaml has no class 400; it has 400 classes"):
+    with pytest.raises(ValueError, match="index_synset.yaml .*class 400.* 400 classes"):
         ImageNetValidation({"sub_indices": "400"})
 
 
@@ -126,7 +126,7 @@ def test_the_error_for_a_missing_folder_names_its_source(tmp_path):
 
 
 def test_unknown_keys_are_refused(root):
-    with pytest.raises(ValueError, match=r"unknown keys \{'sise'\}; valid: .*'size'"):
+    with pytest.raises(ValueError, match=r"\{'sise'\}; .*'size'"):
         ImageNetTrain({"sise": 8})
 
 
@@ -144,7 +144,7 @@ def test_depth_is_cut_like_its_image(root, variant, options):
 def test_depth_maps_may_lie_elsewhere(root, tmp_path):
     (tmp_path / "imagenet_depth").rename(tmp_path / "other")
     assert len(ImageNetTrainWithDepth(root=str(tmp_path / "other"))) == 8
-    with pytest.raises(FileNotFoundError, match="get depth maps of ImageNet from scripts/extract"):
+    with pytest.raises(FileNotFoundError, match="depth maps .*scripts/extract"):
         ImageNetTrainWithDepth()
 
 
@@ -194,7 +194,7 @@ def test_images_may_be_divided_first_and_need_no_coarser_version(root):
     item = ImageNetScaleValidation(hr_factor=2)[0]
     assert item["image"].shape == (10, 15, 3)
     assert "lr" not in item
-    with pytest.raises(ValueError, match=r"n01_0.JPEG: \(20, 30\) pixels cannot be divided by 21"):
+    with pytest.raises(ValueError, match=r"n01_0.JPEG: \(20, 30\) .* 21"):
         ImageNetScaleValidation(hr_factor=21)[0]
 
 

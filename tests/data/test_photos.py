@@ -70,14 +70,14 @@ def test_tiles_cover_the_whole_photograph(shape, scale):
 
 
 def test_photographs_are_never_enlarged():
-    with pytest.raises(ValueError, match="size must be 1 to 427, the short side of rocket.jpg"):
+    with pytest.raises(ValueError, match="size .*427, .*rocket.jpg"):
         PhotosTrain(size=450)
-    with pytest.raises(ValueError, match="size must be 1 to 300, the short side of chelsea.png"):
+    with pytest.raises(ValueError, match="size .*300, .*chelsea.png"):
         PhotosValidation(size=512)
 
 
 def test_a_validation_set_longer_than_its_grid_is_refused():
-    with pytest.raises(ValueError, match="length is 1000, but .* only 18 crops of 128 pixels"):
+    with pytest.raises(ValueError, match="length .*1000, .*18 crops .*128 pixels"):
         PhotosValidation(size=128, length=1000)
 
 
@@ -99,5 +99,5 @@ def test_turned_colours_keep_the_brightness_of_grey_and_repeat_by_seed():
     assert not np.array_equal(turned, draw(0.0))
     # A turn of the colour circle keeps the largest and the smallest channel of each pixel.
     np.testing.assert_allclose(turned.max(-1), draw(0.0).max(-1), atol=2 / 127.5)
-    with pytest.raises(ValueError, match=r"hue must be in \[0, 0.5\], got 0.7"):
+    with pytest.raises(ValueError, match=r"hue .*\[0, 0.5\], .*0.7"):
         PhotosTrain(size=32, hue=0.7)

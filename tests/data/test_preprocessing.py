@@ -82,7 +82,7 @@ def test_masks_hold_class_numbers(mode):
 
 
 def test_masks_in_colour_are_refused():
-    with pytest.raises(ValueError, match=r"one class number per pixel, found colours \(RGB\)"):
+    with pytest.raises(ValueError, match=r"class number .*RGB"):
         decode_mask(encoded(Image.new("RGB", (2, 2))))
 
 
@@ -92,7 +92,7 @@ def test_depth_is_read_from_bytes_and_rescaled():
     torch.testing.assert_close(decode_depth(encoded(image)), torch.tensor([[[-1.0, 0.0, 1.0]]]))
     flat = Image.fromarray(np.full((2, 2, 1), 3, "<f4").view(np.uint8))
     assert (decode_depth(encoded(flat)) == -1).all()
-    with pytest.raises(ValueError, match="stored as RGBA, found L"):
+    with pytest.raises(ValueError, match="RGBA, .*L"):
         decode_depth(encoded(Image.new("L", (2, 2))))
 
 
@@ -128,7 +128,7 @@ def test_one_hot_inverts_by_argmax_and_refuses_classes_beyond():
     assert indicators.dtype == np.float32
     assert (indicators.sum(-1) == 1).all()
     np.testing.assert_array_equal(indicators.argmax(-1), mask[0])
-    with pytest.raises(ValueError, match="holds class 3, but there are only 3 labels"):
+    with pytest.raises(ValueError, match="class 3, .*3 labels"):
         one_hot(mask, 3)
 
 

@@ -90,7 +90,7 @@ def test_what_was_interrupted_is_no_cache(tmp_path: Path) -> None:
     writer.add(sequences(), {})  # two files' worth, and one image more
     with pytest.raises(FileNotFoundError, match="holds no token cache"):
         TokenCache(str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="cache.unfinished .* unfinished token cache; remove"):
+    with pytest.raises(ValueError, match="cache.unfinished .*remove"):
         TokenCacheWriter(tmp_path / "cache", INFO, 300)
     writer.close()
     assert [file.name for file in tmp_path.iterdir()] == ["cache"]
@@ -98,7 +98,7 @@ def test_what_was_interrupted_is_no_cache(tmp_path: Path) -> None:
 
 
 def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere holds no token cache; scripts/encode.py"):
+    with pytest.raises(FileNotFoundError, match="nowhere .*scripts/encode.py"):
         TokenCache("nowhere")
     tokens = sequences()
     write(tmp_path / "a", tokens)
@@ -106,7 +106,7 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
         write(tmp_path / "a", tokens)
     write(tmp_path / "b", tokens, info=INFO._replace(fingerprint="def"))
     (tmp_path / "b/00000.arrow").rename(tmp_path / "a/00009.arrow")
-    with pytest.raises(ValueError, match="holds files of different token caches"):
+    with pytest.raises(ValueError, match="different token caches"):
         TokenCache(str(tmp_path / "a"))
     whole = (tmp_path / "b/00001.arrow").read_bytes()
     (tmp_path / "b/00001.arrow").write_bytes(whole[: len(whole) // 2])

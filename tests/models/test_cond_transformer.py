@@ -5,69 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import DDCONFIG, GPT, LOOPY, PLAIN, images, trainer
+from support.models import TRANSFORMS, every_tokenizer, images, prior, tokenizer_config, trainer
 from support.original import load_golden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
 from taming.data.utils import custom_collate
-from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.prior import fingerprint
 from taming.modules.vqvae.transforms import Residual
 from taming.util import NonFiniteError
-
-TRANSFORMS = {
-    "residual": {},
-    "attract": {
-        "transform_config": {
-            "target": "taming.modules.vqvae.transforms.Attract",
-            "params": {"step": 0.5},
-        }
-    },
-    "plain": None,
-}
-every_tokenizer = pytest.mark.parametrize("kind", list(TRANSFORMS))
-
-
-def tokenizer_config(kind: str) -> dict:
-    params = {"ddconfig": DDCONFIG, "lossconfig": PLAIN, "n_embed": 16, "embed_dim": 4}
-    if TRANSFORMS[kind] is not None:
-        loopy = {**LOOPY["params"], "start_batches": 0, "threshold": 0.3, **TRANSFORMS[kind]}
-        params["quantizer_config"] = {**LOOPY, "params": loopy}
-    return {"target": "taming.models.vqgan.VQModel", "params": params}
-
-
-TWO_LEVEL = {
-    "target": "taming.modules.transformer.two_level.TwoLevelGPT",
-    "params": {
-        **GPT["params"],
-        "site_shape": (8, 8, 4),
-        "depth": {"n_layer": 1, "n_head": 2, "n_embd": 8},
-    },
-}
-
-
-def prior(
-    kind: str = "residual", gpt: dict | None = None, levels: int = 1, **kwargs
-) -> Net2NetTransformer:
-    """A small prior whose tokenizer spreads latents over its codes."""
-    sites = {"site_shape": (8, 8, 4)} if kind != "plain" else {}
-    config = GPT if levels == 1 else TWO_LEVEL
-    config = {**config, "params": {**config["params"], **sites, **(gpt or {})}}
-    built = Net2NetTransformer(
-        config,
-        **{
-            "first_stage_config": tokenizer_config(kind),
-            "cond_stage_config": "__is_unconditional__",
-            **kwargs,
-        },
-    )
-    with torch.no_grad():
-        quantize = built.first_stage_model.quantize
-        codes = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
-        quantize.embedding.weight.copy_(codes * 0.5)
-    return built
 
 
 @pytest.mark.parametrize("name", ["net2net_class", "net2net_uncond"])
@@ -278,7 +225,7 @@ class Toy(Residual):
         (
             {
                 "transform_config": {
-                    "target": "models.test_cond_transformer.Toy",
+                    "target": f"{__name__}.Toy",
                     "params": {"max_loops": 3},
                 }
             },

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import DDCONFIG, GPT, PLAIN, trainer
+from support.models import GPT, trainer, vqmodel_config
 from torch.utils.data import DataLoader
 
 from taming.models.cond_transformer import Net2NetTransformer
@@ -14,22 +14,14 @@ from taming.models.dummy_cond_stage import DummyCondStage
 from taming.models.vqgan import VQSegmentationModel
 
 BCE = {"target": "taming.modules.losses.segmentation.BCELossWithQuant"}
-
-
-def tokenizer(channels: int = 3, **kwargs: Any) -> dict[str, Any]:
-    ddconfig = {**DDCONFIG, "in_channels": channels, "out_ch": channels}
-    params = {"ddconfig": ddconfig, "lossconfig": PLAIN, "n_embed": 16, "embed_dim": 4, **kwargs}
-    return {"target": "taming.models.vqgan.VQModel", "params": params}
-
-
-SEGMENTATION = tokenizer(5, n_labels=5, lossconfig=BCE, image_key="segmentation")
+SEGMENTATION = vqmodel_config(5, n_labels=5, lossconfig=BCE, image_key="segmentation")
 SEGMENTATION["target"] = "taming.models.vqgan.VQSegmentationModel"
 IMAGES = {"conditioning", "conditioning_rec"}
 
 # Key of the condition -> its stage, the tokens it takes, and the pictures it has.
 CONDITIONS = {
     "image": ("__is_first_stage__", 64, IMAGES),
-    "depth": (tokenizer(1), 64, IMAGES),
+    "depth": (vqmodel_config(1), 64, IMAGES),
     "segmentation": (SEGMENTATION, 64, IMAGES),
     "coord": (
         {
@@ -102,7 +94,8 @@ class Data(pl.LightningDataModule):
 
 
 def prior(key: str, **kwargs: Any) -> Net2NetTransformer:
-    return Net2NetTransformer(GPT, tokenizer(), CONDITIONS[key][0], cond_stage_key=key, **kwargs)
+    stages = vqmodel_config(), CONDITIONS[key][0]
+    return Net2NetTransformer(GPT, *stages, cond_stage_key=key, **kwargs)
 
 
 @pytest.mark.reported(23)
@@ -143,7 +136,7 @@ def test_segmentations_are_shown_with_their_likeliest_labels() -> None:
 def test_a_prior_over_segmentations_shows_them_in_colours() -> None:
     """Its tokenizer's, whatever the condition's stage, and likeliest labels in place of logits."""
     model = Net2NetTransformer(
-        GPT, SEGMENTATION, tokenizer(), first_stage_key="segmentation", cond_stage_key="image"
+        GPT, SEGMENTATION, vqmodel_config(), first_stage_key="segmentation", cond_stage_key="image"
     ).eval()
     batch = next(iter(Data().train_dataloader()))
     pictures, stage = model.log_images(batch), model.first_stage_model
@@ -156,9 +149,10 @@ def test_a_prior_over_segmentations_shows_them_in_colours() -> None:
 
 
 def test_samples_of_a_grey_tokenizer_are_shown_in_three_channels() -> None:
-    model = Net2NetTransformer(GPT, tokenizer(1), "__is_unconditional__", first_stage_key="depth")
-    grey = torch.rand(2, 1, 16, 16)
-    assert torch.equal(model.show(grey), grey.expand(-1, 3, -1, -1))
+    grey = vqmodel_config(1)
+    model = Net2NetTransformer(GPT, grey, "__is_unconditional__", first_stage_key="depth")
+    x = torch.rand(2, 1, 16, 16)
+    assert torch.equal(model.show(x), x.expand(-1, 3, -1, -1))
     batch = next(iter(Data().train_dataloader()))
     assert {p.shape for p in model.eval().log_images(batch).values()} == {(2, 3, 16, 16)}
 

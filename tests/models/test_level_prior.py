@@ -4,8 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from models.test_vqvae2 import NAMES, every_pair, level_config, pictures, spread_codes
-from support.models import GPT, images, trainer
+from support.models import (
+    GPT,
+    LEVELS,
+    every_pair,
+    images,
+    level_config,
+    pictures,
+    spread_codes,
+    trainer,
+)
 
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.level_prior import LowerLevelPrior, check_priors, sample_levels
@@ -19,7 +27,7 @@ CLASSES = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10
 
 def level_prior(name: str, *kinds: str, **sizes: Any) -> Net2NetTransformer:
     """A small prior over a level; its tokenizer is the same each time."""
-    side = 8 >> NAMES[len(kinds)][::-1].index(name)
+    side = 8 >> LEVELS[len(kinds)][::-1].index(name)
     gpt = {**GPT["params"], "block_size": 400, "site_shape": (side, side, 3), **sizes}
     config = {**GPT, "params": gpt}, level_config(name, *kinds)
     torch.manual_seed(0)
@@ -89,7 +97,7 @@ def test_one_pass_of_the_tokenizer_sees_what_two_would(kinds: tuple[str, ...]) -
     "kinds", [("ema", "flat"), ("loopy", "loopy"), ("loopy", "flat", "ema")], ids="-".join
 )
 def test_each_level_is_drawn_given_those_above(kinds: tuple[str, ...], top: str) -> None:
-    lower = [level_prior(name, *kinds) for name in NAMES[len(kinds)][1:]]
+    lower = [level_prior(name, *kinds) for name in LEVELS[len(kinds)][1:]]
     highest = level_prior("top", *kinds) if top == "transformer" else pixelcnn_prior(*kinds)
     priors = [highest, *lower]
     first, again, other = (
@@ -131,11 +139,11 @@ def test_the_class_is_that_of_the_top_and_guides_it() -> None:
     }
     assert not torch.equal(draw[3, 1.0][0], draw[7, 1.0][0])
     assert not torch.equal(draw[3, 1.0][0], draw[3, 3.0][0])
-    # At a scale of 0 only what it says without a class is left; the bottom follows the top.
+    # At a scale of 0 only its unconditional prediction is left; the bottom follows the top.
     for one, other in zip(draw[3, 0.0], draw[7, 0.0], strict=True):
         assert torch.equal(one, other)
     alone = [level_prior("top", "ema", "flat"), priors[1]]
-    with pytest.raises(ValueError, match="guidance 3.0 needs .* that of no level was"):
+    with pytest.raises(ValueError, match="guidance 3.0 needs .*level"):
         sample_levels(alone, START, SamplingParams(guidance=3.0))
 
 
@@ -162,7 +170,7 @@ def moved() -> Net2NetTransformer:
 
 def test_priors_that_do_not_belong_together_are_refused() -> None:
     kinds = ("ema", "flat")
-    top, bottom = (level_prior(name, *kinds) for name in NAMES[2])
+    top, bottom = (level_prior(name, *kinds) for name in LEVELS[2])
     plain = Net2NetTransformer(
         {**GPT, "params": {**GPT["params"], "site_shape": (8, 8, 3)}},
         level_config("bottom", *kinds),
@@ -183,9 +191,9 @@ def test_priors_of_levels_that_do_not_fit_are_refused() -> None:
     kinds = ("loopy", "flat")
     with pytest.raises(TypeError, match="downsample_cond_size"):  # would do nothing
         LowerLevelPrior(GPT, level_config("bottom", *kinds), downsample_cond_size=4)
-    with pytest.raises(ValueError, match="needs a taming.models.vqvae2.Level below the top"):
+    with pytest.raises(ValueError, match="taming.models.vqvae2.Level below the top"):
         LowerLevelPrior(GPT, level_config("top", *kinds))
-    with pytest.raises(ValueError, match="vocab_size 16 is too small: .*Level writes .* up to 16$"):
+    with pytest.raises(ValueError, match="vocab_size 16 .*Level .* 16$"):
         level_prior("bottom", *kinds, vocab_size=16)
-    with pytest.raises(ValueError, match="up to 16, and condition_dropout needs one more"):
+    with pytest.raises(ValueError, match="16, .*condition_dropout"):
         LowerLevelPrior(GPT, level_config("bottom", *kinds), condition_dropout=0.1)

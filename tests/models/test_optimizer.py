@@ -3,8 +3,7 @@
 from typing import Any
 
 import pytest
-from models.test_cond_transformer import prior
-from support.models import DDCONFIG, GAN
+from support.models import DDCONFIG, GAN, prior
 
 from taming.models.vqgan import VQModel
 

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from models.test_cond_transformer import every_tokenizer, tokenizer_config
-from models.test_cond_transformer import prior as transformer_prior
-from support.models import images, trainer
+from support.models import every_tokenizer, images, tokenizer_config, trainer
+from support.models import prior as transformer_prior
 from torch.utils.data import DataLoader
 
 from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
@@ -212,13 +211,13 @@ def test_a_class_changes_what_is_likely(tmp_path) -> None:
     with torch.no_grad():
         one, other = (model.eval()(x, torch.full((4,), label))[0] for label in (1, 7))
     assert (one != other).all()
-    with pytest.raises(ValueError, match="labels from 3 to 10 are not all among the n_classes 10"):
+    with pytest.raises(ValueError, match="labels from 3 to 10 .*n_classes 10"):
         model(x[:2], torch.tensor([3, 10]))
 
 
 def test_guidance_is_refused() -> None:
     model, labels = prior().eval(), torch.zeros(1, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="a PixelCNNPrior has no guidance, got 2"):
+    with pytest.raises(ValueError, match="PixelCNNPrior .*guidance.* 2"):
         model.sample_codes(labels, SamplingParams(guidance=2.0))
 
 
@@ -253,5 +252,5 @@ def test_only_weights_of_layers_decay_and_a_schedule_scales() -> None:
     ],
 )
 def test_conditions_that_are_no_classes_are_refused(config) -> None:
-    with pytest.raises(ValueError, match="expected a block whose target is .*Labelator"):
+    with pytest.raises(ValueError, match="target .*Labelator"):
         prior(cond_stage_config=config)

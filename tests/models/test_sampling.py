@@ -4,8 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from models.test_cond_transformer import prior, tokenizer_config
-from support.models import DDCONFIG, GPT
+from support.models import DDCONFIG, GPT, prior, tokenizer_config
 from torch import Tensor
 
 from taming.models.cond_transformer import Net2NetTransformer
@@ -150,7 +149,7 @@ def test_a_mask_keeps_sites_anywhere(levels: int, grid: tuple[int, int], order: 
     codes = model.sample_codes(condition, codes=blank, known=mask)
     assert torch.equal(codes[:, mask], given[:, mask])
     assert (codes[..., 0] >= 0).all() and not torch.equal(codes[:, ~mask], given[:, ~mask])
-    with pytest.raises(ValueError, match=r"mask of known sites is \(3, 3\), but the grid is"):
+    with pytest.raises(ValueError, match=r"known sites .*\(3, 3\).*grid"):
         model.sample_codes(condition, codes=blank, known=mask[:3, :3])
 
 
@@ -246,7 +245,7 @@ def test_an_order_of_sites_needs_its_own_grid() -> None:
     tokens = model.sample(start[:, :0], start, grid=(8, 8))
     codes = model.sample_codes(start, GREEDY)
     torch.testing.assert_close(model.decode_codes(codes), model.decode_to_img(tokens, (2, 4, 8, 8)))
-    with pytest.raises(ValueError, match="9x8 sites is larger than the 8x8.*SpiralIn"):
+    with pytest.raises(ValueError, match="9x8 .*8x8.*SpiralIn"):
         model.window_size((9, 8))
 
 
@@ -254,7 +253,7 @@ def test_a_window_that_the_transformer_is_too_short_for_is_refused_before_it_is_
     """Of a prior of 4 x 4 crops whose tokenizer was trained on 8 x 8 sites."""
     model = prior("plain", gpt={"block_size": 16}).eval()
     condition, drawn = torch.zeros(1, 1, dtype=torch.int64), []
-    with pytest.raises(ValueError, match="8x8 sites is too large: .*block_size 16 .* --grid"):
+    with pytest.raises(ValueError, match="8x8 .*block_size 16 .*--grid"):
         model.sample_codes(condition, GREEDY, callback=drawn.append)
     assert not drawn
     assert model.sample_codes(condition, GREEDY, grid=(4, 4)).shape == (1, 4, 4, 1)
@@ -267,7 +266,7 @@ def test_a_condition_of_another_grid_is_seen_whole_or_not_at_all(pair: Net2NetTr
     _, tokens = pair.encode_to_c(c)
     seen = condition_windows(pair, c, (4, 4))
     assert torch.equal(seen, tokens) and tokens.shape == (1, 4)
-    with pytest.raises(ValueError, match=r"condition's grid \(2, 2\) is not the image's \(4, 5\)"):
+    with pytest.raises(ValueError, match=r"condition.* \(2, 2\) .*\(4, 5\)"):
         condition_windows(pair, c, (4, 5))
 
 

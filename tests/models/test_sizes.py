@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models.test_cond_transformer import prior, tokenizer_config
+from support.models import prior, tokenizer_config
 
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.modules.transformer.network import PriorNetwork

@@ -35,7 +35,7 @@ def test_has_its_methods(name: str) -> None:
 
 
 def test_programs_that_guide_a_tokenizer_find_its_sizes() -> None:
-    """What programs outside of this repository, such as VQGAN-CLIP, read from a model."""
+    """Programs outside of this repository, such as VQGAN-CLIP, read these from a model."""
     model = VQModel({**DDCONFIG, "ch_mult": [1, 1, 1]}, PLAIN, 16, 4)
     assert model.encoder.num_resolutions == model.decoder.num_resolutions == 3
     assert (model.quantize.n_e, model.quantize.e_dim) == (16, 4)

@@ -80,18 +80,18 @@ def test_segmentation_trains_and_logs_the_originals_values(tmp_path) -> None:
     fit.fit(segmentation(), label_maps(4), label_maps(2))
     logged = {f"{s}/{v}" for s in ("train", "val") for v in ("total_loss", "bce_loss", "aeloss")}
     assert logged <= set(fit.callback_metrics) and fit.global_step == 2
-    with pytest.raises(ValueError, match=r"n_labels is 7, but ddconfig.out_ch 5"):
+    with pytest.raises(ValueError, match=r"n_labels .*7, .*ddconfig.out_ch 5"):
         VQSegmentationModel(7, LABELS, BCE, 16, 4)
 
 
 def test_mistakes_about_keys_and_sizes_are_named() -> None:
-    with pytest.raises(ValueError, match="'segmentation', the model's image_key, is missing in"):
+    with pytest.raises(ValueError, match="'segmentation', .*image_key, .*missing"):
         segmentation().validation_step({"image": torch.rand(2, 16, 16, 3)}, 0)
     with pytest.raises(ValueError, match="ddconfig lacks in_channels, out_ch"):
         VQModel({"double_z": False, "z_channels": 4}, PLAIN, 16, 4)
-    with pytest.raises(ValueError, match="in_channels 3, but out_ch 1"):
+    with pytest.raises(ValueError, match="in_channels 3.* out_ch 1"):
         VQModel({**DDCONFIG, "out_ch": 1}, GAN, 16, 4)
-    with pytest.raises(ValueError, match="GumbelQuantize learns from the decoder and has no"):
+    with pytest.raises(ValueError, match="GumbelQuantize .*has no"):
         gumbel(quantize_start=3)
 
 
@@ -160,7 +160,7 @@ def test_without_a_discriminator_only_the_generator_trains(tmp_path) -> None:
     model, fit = VQNoDiscModel(DDCONFIG, PLAIN, 16, 4), trainer(tmp_path)
     fit.fit(model, images(4), images(2))
     assert len(fit.optimizers) == 1 and fit.global_step == 2
-    with pytest.raises(ValueError, match="trains no discriminator, but VQLPIPSWithDiscriminator"):
+    with pytest.raises(ValueError, match="no discriminator, .*VQLPIPSWithDiscriminator"):
         VQNoDiscModel(DDCONFIG, GAN, 16, 4)
 
 

@@ -112,7 +112,7 @@ def test_accumulation_under_loss_scaling_is_refused_for_a_gan(tmp_path, monkeypa
     for loss, accumulate, refused in ((GAN, 2, True), (GAN, 1, False), (PLAIN, 2, False)):
         tokenizer = model(loss, None)
         tokenizer.trainer, tokenizer.accumulate_grad_batches = fit, accumulate
-        expected = pytest.raises(ValueError, match="train with bf16-mixed, or without accumulation")
+        expected = pytest.raises(ValueError, match="bf16-mixed.*accumulation")
         with expected if refused else nullcontext():
             tokenizer.configure_optimizers()
 
@@ -253,7 +253,7 @@ def test_more_channels_are_coloured_by_a_projection() -> None:
     picture = model(colorize_nlabels=5).to_rgb(labels)
     assert picture.shape == (2, 3, 4, 4) and picture.min() == -1 and picture.max() == 1
     assert "colorize" not in model().state_dict()
-    with pytest.raises(ValueError, match="set colorize_nlabels=5 to show 5 channels"):
+    with pytest.raises(ValueError, match="colorize_nlabels=5 .*5 channels"):
         model().to_rgb(labels)
 
 

@@ -1,71 +1,34 @@
 """VQ-VAE-2: codes at several scales decode, depend on those above, and train."""
 
-from typing import Any
-
 import pytest
 import torch
-from support.models import DDCONFIG, LOOPY, PLAIN, images, trainer
+from support.models import (
+    BETWEEN,
+    DDCONFIG,
+    LEVELS,
+    PLAIN,
+    QUANTIZERS,
+    TURNS,
+    every_pair,
+    hierarchy_config,
+    images,
+    level_config,
+    pictures,
+    spread_codes,
+    trainer,
+    vqvae2_config,
+)
 
 from taming.models.vqvae2 import VQVAE2, Level
 from taming.modules.vqvae.hierarchy import Hierarchy
 
-QUANTIZERS = {
-    "ema": {
-        "target": "taming.modules.vqvae.quantize.EMAVectorQuantizer",
-        "params": {"n_embed": 16, "embedding_dim": 4, "beta": 0.25, "sane_index_shape": True},
-    },
-    "flat": {
-        "target": "taming.modules.vqvae.quantize.VectorQuantizer2",
-        "params": {"n_e": 16, "e_dim": 4, "beta": 0.25},
-    },
-    "loopy": {**LOOPY, "params": {**LOOPY["params"], "start_batches": 0, "threshold": 0.2}},
-}
-TURNS = {"ema": 1, "flat": 1, "loopy": 3}
-BETWEEN = {
-    **{"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1},
-    **{"attn_resolutions": [], "resolution": 8},
-}
-NAMES = {2: ["top", "bottom"], 3: ["top", "middle", "bottom"]}
-every_pair = pytest.mark.parametrize("kinds", [("ema", "flat"), ("loopy", "loopy")], ids="-".join)
-
-
-def hierarchy_config(*kinds: str) -> dict[str, Any]:
-    """Quantizers of these kinds, the top first; the finest grid is 8 x 8."""
-    quantizers = zip(NAMES[len(kinds)], map(QUANTIZERS.get, kinds), strict=True)
-    return {
-        "target": "taming.modules.vqvae.hierarchy.Hierarchy",
-        "params": {"quantizers": dict(quantizers), "ddconfig": BETWEEN},
-    }
-
-
-def model_config(*kinds: str) -> dict[str, Any]:
-    """A model of such a hierarchy, for images of 16 x 16."""
-    params = {"n_embed": 16 * len(kinds), "embed_dim": 4 * len(kinds)}
-    params |= {"ddconfig": DDCONFIG, "lossconfig": PLAIN}
-    params["quantizer_config"] = hierarchy_config(*kinds)
-    return {"target": "taming.models.vqvae2.VQVAE2", "params": params}
-
-
-def spread_codes(tokenizer: VQVAE2) -> VQVAE2:
-    """Spread the codes over the latents; the same ones each time."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for quantizer in tokenizer.quantize.levels:
-            weight = quantizer.embedding.weight
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-    return tokenizer
-
 
 def model(*kinds: str) -> VQVAE2:
-    return spread_codes(VQVAE2(**model_config(*kinds)["params"]))
-
-
-def pictures(count: int, height: int = 16, width: int = 16) -> torch.Tensor:
-    return torch.rand(count, 3, height, width) * 2 - 1
+    return spread_codes(VQVAE2(**vqvae2_config(*kinds)["params"]))
 
 
 def test_a_levels_condition_holds_all_codes_above_and_marks_absent_ones() -> None:
-    config = model_config("loopy", "ema", "flat")
+    config = vqvae2_config("loopy", "ema", "flat")
     level = Level(config, "bottom")
     top, middle = torch.tensor([[[[0, 3, -1], [5, -1, -1]]]]), torch.tensor([[[[7], [0]]]])
     assert level.condition_tokens([top, middle]).tolist() == [[0, 3, 16, 5, 16, 16, 7, 0]]
@@ -83,7 +46,7 @@ def test_codes_of_all_levels_decode_to_the_reconstruction(kinds: tuple[str, ...]
     assert [tuple(c.shape) for c in codes] == [
         (2, *grid, TURNS[kind]) for grid, kind in zip(grids, kinds, strict=True)
     ]
-    assert list(levels) == NAMES[len(kinds)] and len(perplexity) == len(kinds)
+    assert list(levels) == LEVELS[len(kinds)] and len(perplexity) == len(kinds)
     assert quant.shape == (2, 4 * len(kinds), 8, 16)
     assert torch.equal(tokenizer.quantize.get_codebook_entry(codes), quant)
     assert all(map(torch.equal, tokenizer.encode_to_codes(x), codes))
@@ -144,12 +107,12 @@ def test_training_changes_every_part_and_counts_every_level(
     fit.fit(tokenizer, images(8, 4), images(4, 4))
     assert [n for n, value in tokenizer.named_parameters() if torch.equal(value, before[n])] == []
     logged = fit.callback_metrics
-    for level, kind in zip(NAMES[2], kinds, strict=True):
+    for level, kind in zip(LEVELS[2], kinds, strict=True):
         assert 0 < logged[f"val/{level}_usage"] <= 1
         assert 1 <= logged[f"val/{level}_mean_length"] <= TURNS[kind]
     assert logged["val/top_codes_per_image"] >= 16 and logged["val/bottom_codes_per_image"] >= 64
     shown = tokenizer.eval().log_images(next(iter(images(3, 3))))
-    lengths = {f"{level}_lengths" for level in NAMES[2] if kinds[0] == "loopy"}
+    lengths = {f"{level}_lengths" for level in LEVELS[2] if kinds[0] == "loopy"}
     assert set(shown) == {"inputs", "reconstructions", "top_only"} | lengths
     assert all(picture.shape == (3, 3, 16, 16) for picture in shown.values())
 
@@ -157,7 +120,7 @@ def test_training_changes_every_part_and_counts_every_level(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: Hierarchy({"top": QUANTIZERS["ema"]}, BETWEEN), "two levels or more, got .'top'"),
+        (lambda: Hierarchy({"top": QUANTIZERS["ema"]}, BETWEEN), "two levels .*'top'"),
         (lambda: model("ema", "flat").encode(pictures(1, 16, 18)), "8x9 does not fit 'top'"),
         (lambda: model("ema", "flat").decode_code(()), "got codes of 0 levels"),
         (
@@ -169,15 +132,15 @@ def test_training_changes_every_part_and_counts_every_level(
         (lambda: model("ema", "flat").quantize.sequence, "are not one sequence"),
         (
             lambda: VQVAE2(DDCONFIG, PLAIN, 16, 4, QUANTIZERS["flat"]),
-            "VQVAE2 needs a Hierarchy of quantizers, not a VectorQuantizer2",
+            "VQVAE2 .*Hierarchy.* VectorQuantizer2",
         ),
         (
-            lambda: VQVAE2(**{**model_config("ema", "flat")["params"], "n_embed": 99}),
+            lambda: VQVAE2(**{**vqvae2_config("ema", "flat")["params"], "n_embed": 99}),
             "n_embed is 99 .* top, bottom have 32 codes",
         ),
         (
-            lambda: VQVAE2(**model_config("ema", "flat")["params"], quantize_start=9),
-            "Hierarchy learns from the decoder and has no quantize_start",
+            lambda: VQVAE2(**vqvae2_config("ema", "flat")["params"], quantize_start=9),
+            "Hierarchy .*quantize_start",
         ),
     ],
     ids=[
@@ -202,7 +165,7 @@ def test_a_hierarchy_answers_for_its_levels() -> None:
     metrics = hierarchy.codebook_metrics()
     metrics.update(None, out)
     never = {name: float((~trace.within).float().mean()) for name, trace in traces.items()}
-    for name in NAMES[3]:
+    for name in LEVELS[3]:
         share = metrics.compute()[f"{name}_never_within_threshold"]
         assert share == pytest.approx(never.get(name, 0.0))
 
@@ -212,16 +175,11 @@ def test_thresholds_of_all_levels_are_tracked() -> None:
     assert set(tracked) == {"top_relative_threshold", "bottom_relative_threshold"}
 
 
-def level_config(name: str, *kinds: str) -> dict[str, Any]:
-    params = {"model_config": model_config(*kinds), "level": name}
-    return {"target": "taming.models.vqvae2.Level", "params": params}
-
-
 @every_pair
 @torch.no_grad()
 def test_a_level_is_a_tokenizer_of_its_own_codes(kinds: tuple[str, ...]) -> None:
     x = pictures(2)
-    for number, name in enumerate(NAMES[2]):
+    for number, name in enumerate(LEVELS[2]):
         level = Level(**level_config(name, *kinds)["params"]).eval()
         tokenizer = spread_codes(level.model)
         quant, _, (_, _, codes) = tokenizer.encode(x)
@@ -238,14 +196,14 @@ def test_a_level_is_a_tokenizer_of_its_own_codes(kinds: tuple[str, ...]) -> None
             torch.testing.assert_close(level.decode_under(own, above), tokenizer.decode(quant))
             assert tokens.shape == (2, 16 * TURNS[kinds[0]]) == (2, level.condition_length)
             assert tokens.min() >= 0 and tokens.max() < level.condition_vocab_size
-            with pytest.raises(ValueError, match="codes of 'bottom' make no image without those"):
+            with pytest.raises(ValueError, match="'bottom' .*without"):
                 level.decode_code(own)
 
 
 def test_models_without_such_a_level_are_refused() -> None:
     kinds = ("loopy", "flat")
-    plain = {"target": "taming.models.vqgan.VQModel", "params": model_config(*kinds)["params"]}
-    with pytest.raises(ValueError, match="needs a VQVAE2, not a VQModel"):
+    plain = {"target": "taming.models.vqgan.VQModel", "params": vqvae2_config(*kinds)["params"]}
+    with pytest.raises(ValueError, match="VQVAE2, .*VQModel"):
         Level(plain, "top")
     with pytest.raises(ValueError, match="'middle'.*top, bottom"):
-        Level(model_config(*kinds), "middle")
+        Level(vqvae2_config(*kinds), "middle")

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from PIL import Image
-from support import models as toys
+from support.models import ToyDataModule, ToyModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from taming.run.callbacks import (
@@ -43,7 +43,7 @@ def fit(model, *callbacks, epochs=2, logger=False, ckpt_path=None):
         enable_checkpointing=False,
         callbacks=list(callbacks),
     )
-    trainer.fit(model, datamodule=toys.ToyDataModule(), ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(model, datamodule=ToyDataModule(), ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 
@@ -53,7 +53,7 @@ def steps(folder, split):
 
 
 def test_pictures_are_due_by_steps_not_batches(tmp_path):
-    fit(toys.ToyModel(), ImageLogger(batch_frequency=3, logdir=tmp_path), epochs=3)
+    fit(ToyModel(), ImageLogger(batch_frequency=3, logdir=tmp_path), epochs=3)
     assert steps(tmp_path, "train") == [1, 2, 3, 6, 9, 12]
     assert steps(tmp_path, "val") == [4, 8, 12]
     assert (tmp_path / "images/train/noise_gs-000006_e-000001_b-000001.png").is_file()
@@ -61,7 +61,7 @@ def test_pictures_are_due_by_steps_not_batches(tmp_path):
 
 def test_without_warm_up(tmp_path):
     callback = ImageLogger(batch_frequency=5, increase_log_steps=False, logdir=tmp_path)
-    fit(toys.ToyModel(), callback, epochs=3)
+    fit(ToyModel(), callback, epochs=3)
     assert steps(tmp_path, "train") == [5, 10]
     assert steps(tmp_path, "val") == [8, 12]
 
@@ -74,7 +74,7 @@ def test_milestones_never_pass_the_step():
 
 
 def test_pictures_do_not_change_the_training(tmp_path):
-    plain, watched = toys.ToyModel(), toys.ToyModel()
+    plain, watched = ToyModel(), ToyModel()
     watched.load_state_dict(plain.state_dict())
     fit(plain)
     fit(watched, ImageLogger(batch_frequency=1, logdir=tmp_path))
@@ -84,7 +84,7 @@ def test_pictures_do_not_change_the_training(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 def test_every_module_keeps_its_mode(tmp_path):
-    class Frozen(toys.ToyModel):
+    class Frozen(ToyModel):
         def on_fit_start(self):
             self.net[1].eval()
 
@@ -102,7 +102,7 @@ def test_every_module_keeps_its_mode(tmp_path):
 def test_files_hold_the_pictures(tmp_path):
     picture = torch.linspace(-1, 1, 256).view(1, 1, 1, 256).expand(3, 3, 2, 256)
 
-    class Model(toys.ToyModel):
+    class Model(ToyModel):
         def log_images(self, batch, split):
             return {"ramp": picture, "wild": picture * 3}
 
@@ -115,7 +115,7 @@ def test_files_hold_the_pictures(tmp_path):
 
 
 def test_pictures_beyond_the_range_may_be_scaled(tmp_path):
-    class Model(toys.ToyModel):
+    class Model(ToyModel):
         def log_images(self, batch, split):
             return {"wild": torch.tensor([-3.0, 0, 3]).view(1, 3, 1, 1)}
 
@@ -125,7 +125,7 @@ def test_pictures_beyond_the_range_may_be_scaled(tmp_path):
 
 
 def test_models_without_pictures_are_left_alone(tmp_path):
-    class Silent(toys.ToyModel):
+    class Silent(ToyModel):
         log_images = None
         codebook_histograms = None
 
@@ -142,7 +142,7 @@ def test_frequency_is_checked(frequency):
 def test_tensorboard_gets_pictures_and_histograms(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="")
     telemetry = CodebookTelemetry(max_bins=2)
-    fit(toys.ToyModel(), ImageLogger(batch_frequency=4), telemetry, logger=logger)
+    fit(ToyModel(), ImageLogger(batch_frequency=4), telemetry, logger=logger)
     events = EventAccumulator(str(tmp_path), {"images": 0, "histograms": 0}).Reload()
     assert {"train/inputs", "val/noise"} <= set(events.Tags()["images"])
     assert {event.step for event in events.Images("train/inputs")} == {1, 2, 4, 8}
@@ -156,7 +156,7 @@ def test_setup_saves_both_configurations(tmp_path):
     run = tmp_path / "run"
     project, lightning = {"model": {"a": 1}, "data": {}}, {"trainer": {"max_epochs": 2}}
     setup = SetupCallback("now", run, run / "checkpoints", run / "configs", project, lightning)
-    fit(toys.ToyModel(), setup, epochs=1)
+    fit(ToyModel(), setup, epochs=1)
     assert OmegaConf.load(run / "configs/now-project.yaml") == project
     assert OmegaConf.load(run / "configs/now-lightning.yaml") == {"lightning": lightning}
     assert (run / "checkpoints").is_dir()
@@ -164,7 +164,7 @@ def test_setup_saves_both_configurations(tmp_path):
 
 def train(folder, epochs, model=None, ckpt_path=None, extra=(), data=None):
     """Train a toy in a folder; returns it with the batches it saw."""
-    model = model or toys.ToyModel()
+    model = model or ToyModel()
     model.learning_rate = 0.1
     trainer = pl.Trainer(
         max_epochs=epochs,
@@ -174,7 +174,7 @@ def train(folder, epochs, model=None, ckpt_path=None, extra=(), data=None):
         enable_model_summary=False,
         callbacks=[RngState(), LastCheckpoint(folder, every_n_train_steps=3), *extra],
     )
-    data = data or toys.ToyDataModule()
+    data = data or ToyDataModule()
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=bool(ckpt_path) or None)
     return model
 
@@ -186,7 +186,7 @@ def saved_step(folder):
 @pytest.mark.filterwarnings("ignore:Total length of `list`")
 @pytest.mark.parametrize("validation", [True, False])
 def test_resumed_equals_uninterrupted(tmp_path, validation):
-    data = toys.ToyDataModule(validate=validation)
+    data = ToyDataModule(validate=validation)
     pl.seed_everything(3)
     whole = train(tmp_path / "whole", 4, data=data)
     pl.seed_everything(3)
@@ -219,7 +219,7 @@ def test_saves_within_an_epoch_and_at_its_end(tmp_path):
 
 def test_saves_on_an_exception(tmp_path):
     with pytest.raises(OSError):
-        train(tmp_path, 2, toys.ToyModel(fail_at=2))
+        train(tmp_path, 2, ToyModel(fail_at=2))
     assert saved_step(tmp_path) == 2
 
 
@@ -264,13 +264,13 @@ def test_what_stopped_the_training_is_told_where_nothing_can_be_written(
     save = Mock(side_effect=WriteError("disk is full"))
     monkeypatch.setattr(pl.Trainer, "save_checkpoint", save)
     with pytest.raises(OSError, match=error):
-        train(tmp_path, 2, toys.ToyModel(fail_at=fail_at))
+        train(tmp_path, 2, ToyModel(fail_at=fail_at))
     save.assert_called_once()
 
 
 def test_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(RuntimeError, match="not finite"):
-        train(tmp_path, 2, toys.ToyModel(fail_at=5, non_finite=True))
+        train(tmp_path, 2, ToyModel(fail_at=5, non_finite=True))
     assert saved_step(tmp_path) == 4
 
 
@@ -297,13 +297,13 @@ def test_one_of_several_processes_saves_what_it_can_vouch_for(tmp_path, error, n
     )
     last = LastCheckpoint(tmp_path)
     last._has_started = True
-    last.on_exception(trainer, toys.ToyModel(), error)
+    last.on_exception(trainer, ToyModel(), error)
     assert [path.name for path in tmp_path.iterdir()] == [name] * (name is not None)
 
 
 def test_an_error_before_training_leaves_the_checkpoint_alone(tmp_path):
     train(tmp_path, 1)
-    data = toys.ToyDataModule(size=0)
+    data = ToyDataModule(size=0)
     with pytest.raises(ValueError):
         train(tmp_path, 2, data=data, ckpt_path=tmp_path / "last.ckpt")
     assert saved_step(tmp_path) == 4

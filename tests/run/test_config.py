@@ -60,8 +60,8 @@ def test_equals_omegaconf(write):
         ("a: [1,\nb: 2", r"x\.yaml:\d is not valid YAML"),
         ("a: 1\na: 2", "x.yaml"),
         ("- 1\n- 2", "x.yaml must hold a mapping"),
-        ("a: ${nowhere}", r"x\.yaml: Interpolation key 'nowhere' not found"),
-        ("a: ???", "x.yaml: Missing mandatory value: a"),
+        ("a: ${nowhere}", r"x\.yaml: .*'nowhere'"),
+        ("a: ???", "x.yaml: .*mandatory.* a"),
         ("lightning: {trainer: {gpus: all}}", "x.yaml: gpus takes"),
     ],
 )
@@ -71,12 +71,12 @@ def test_unreadable_files_are_named(write, text, message):
 
 
 def test_missing_files_are_named():
-    with pytest.raises(ConfigError, match=r"no configuration file nowhere\.yaml"):
+    with pytest.raises(ConfigError, match=r"no .*file nowhere\.yaml"):
         load_config(["nowhere.yaml"])
 
 
 def test_broken_override_is_named():
-    with pytest.raises(ConfigError, match="command line: cannot read a"):
+    with pytest.raises(ConfigError, match="command line: .* a"):
         load_config([], ["a={b: "])
 
 
@@ -208,9 +208,7 @@ def test_splatted_mappings_are_checked(write):
     ddconfig = "ch: 32, out_ch: 3, ch_mult: [1], num_res_blocks: 1, attn_resolutions: [], "
     ddconfig += "in_channels: 3, resolution: 8, z_channels: 4, double_z: false"
     check(write, vqmodel.format(ddconfig))
-    with pytest.raises(
-        ConfigError, match=r"ddconfig\.num_res_block; did you mean 'num_res_blocks'"
-    ):
+    with pytest.raises(ConfigError, match=r"ddconfig\.num_res_block; .*'num_res_blocks'"):
         check(write, vqmodel.format(ddconfig + ", num_res_block: 3"))
 
 
@@ -218,7 +216,7 @@ def test_the_file_that_set_a_key_last_is_named(write):
     first = write("a.yaml", "model: {target: support.models.ToyModel, params: {width: 3}}")
     second = write("b.yaml", "model: {target: support.models.ToyData}")
     config = load_config([first, second])
-    with pytest.raises(ConfigError, match=r"a\.yaml: unknown key model\.params\.width"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: .*model\.params\.width"):
         check_block(config, "model", config.values["model"])
 
 

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 import pytest
 import torch
 from omegaconf import OmegaConf
-from support import models as toys
+from support.models import ToyModel
 
 from taming.run.config import ConfigError
 from taming.run.folder import (
@@ -40,7 +40,7 @@ def run(tmp_path, monkeypatch):
     run.configs.mkdir(parents=True)
     run.checkpoints.mkdir()
     OmegaConf.save(OmegaConf.create(PROJECT), run.configs / "2024-project.yaml")
-    torch.save({"state_dict": toys.ToyModel(width=5).state_dict()}, run.last_checkpoint)
+    torch.save({"state_dict": ToyModel(width=5).state_dict()}, run.last_checkpoint)
     return run
 
 
@@ -139,14 +139,10 @@ def test_resume_finds_run_and_checkpoint(run):
 @pytest.mark.parametrize(
     ("path", "error", "message"),
     [
-        ("nowhere", FileNotFoundError, "the run nowhere does not exist"),
+        ("nowhere", FileNotFoundError, "nowhere does not exist"),
         ("logs", ValueError, "logs is not a run"),
         ("logs/run/configs/2024-project.yaml", None, None),
-        (
-            "logs/empty",
-            FileNotFoundError,
-            "the run logs/empty has no logs/empty/checkpoints/last.ckpt",
-        ),
+        ("logs/empty", FileNotFoundError, "logs/empty .*logs/empty/checkpoints/last.ckpt"),
     ],
 )
 def test_a_path_that_is_not_a_run_is_refused(run, path, error, message):
@@ -169,8 +165,8 @@ def test_model_from_run_has_the_runs_weights(run):
 
 
 def test_a_run_of_another_model_than_is_asked_for_is_named(run):
-    message = f"the run {run.path} holds a support.models.ToyModel, which takes no lossconfig; "
-    with pytest.raises(ValueError, match=re.escape(message)):
+    message = rf"{re.escape(str(run.path))} .*support\.models\.ToyModel, .*lossconfig"
+    with pytest.raises(ValueError, match=message):
         model_from_run(run.path, lossconfig={"target": "taming.modules.losses.DummyLoss"})
 
 
@@ -188,7 +184,7 @@ def test_a_saved_run_takes_files_and_overrides(run, tmp_path):
     assert alone.config.values == {"model": {"params": {"monitor": "val/y"}}}
     with pytest.raises(ConfigError, match="there is no 'data' block"):
         alone.data()
-    with pytest.raises(ConfigError, match=r"unknown key model\.params\.widht: .* 'width'"):
+    with pytest.raises(ConfigError, match=r"model\.params\.widht: .* 'width'"):
         SavedRun.load(run.path, dotlist=["model.params.widht=5"]).model()
 
 

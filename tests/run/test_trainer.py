@@ -1,6 +1,5 @@
 """The Trainer gets the values of the configuration, and good defaults for the rest."""
 
-import re
 import warnings
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -11,7 +10,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.profilers import SimpleProfiler
-from support import models as toys
+from support.models import ToyDataModule, ToyManualModel, ToyModel
 
 from taming.run import trainer as building
 from taming.run.callbacks import ImageLogger, LastCheckpoint, MonitorCheck, SetupCallback
@@ -35,7 +34,7 @@ def experiment(run, wandb_project=None, data=DATA, **lightning):
 def build(run, model=None, **lightning):
     given = experiment(run, **lightning)
     arguments = building.trainer_arguments(given)
-    return building.build_trainer(given, arguments, model or toys.ToyModel())
+    return building.build_trainer(given, arguments, model or ToyModel())
 
 
 @pytest.mark.parametrize(
@@ -51,8 +50,8 @@ def test_a_refused_argument_is_a_mistake_of_the_user(run):
     with pytest.raises(ValueError, match=r"lightning\.trainer"):
         build(run, trainer={"accelerator": "cpu", "limit_train_batches": 1.5})
     for name, value, message in (
-        ("precision", "bf16-true", "precision bf16-true: .* train with bf16-mixed"),
-        ("max_time", 43200, "max_time needs quotes in YAML: '00:12:00:00' is twelve hours"),
+        ("precision", "bf16-true", "precision bf16-true: .*bf16-mixed"),
+        ("max_time", 43200, "max_time .*quotes.*'00:12:00:00'"),
     ):
         with pytest.raises(ValueError, match=message):
             building.trainer_arguments(experiment(run, trainer={name: value}))
@@ -62,7 +61,7 @@ def test_a_mistake_without_words_is_named_by_its_kind(run, monkeypatch):
     trainer = build(run, trainer={"accelerator": "cpu"})
     monkeypatch.setattr(trainer, "fit", Mock(side_effect=ValueError))
     with pytest.raises(PreparationError, match="ValueError"):
-        building.fit(trainer, toys.ToyModel(), toys.ToyDataModule(), None)
+        building.fit(trainer, ToyModel(), ToyDataModule(), None)
 
 
 def test_blocks_in_the_arguments_of_the_trainer_are_built(run):
@@ -95,7 +94,7 @@ def test_learning_rate_counts_images_per_step(run):
 
 
 def test_manual_optimization_takes_over(run):
-    model = toys.ToyManualModel()
+    model = ToyManualModel()
     given = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "accelerator": "cpu"}
     trainer = build(run, model, trainer=given)
     assert (model.accumulate_grad_batches, model.gradient_clip_val) == (2, 0.5)
@@ -109,7 +108,7 @@ def test_manual_optimization_that_cannot_take_over_is_named():
     class Bare(pl.LightningModule):
         automatic_optimization = False
 
-    with pytest.raises(ValueError, match="Bare optimizes manually .* leave out gradient_clip_val"):
+    with pytest.raises(ValueError, match="Bare .*manually.*gradient_clip_val"):
         building.hand_over_optimization({"gradient_clip_val": 1.0}, Bare())
     assert building.hand_over_optimization({"max_steps": 3}, Bare()) == {"max_steps": 3}
 
@@ -119,12 +118,12 @@ def test_manual_optimization_that_cannot_take_over_is_named():
     [
         ({"accumulate_grad_batches": 0}, "int of at least 1, got 0"),
         ({"accumulate_grad_batches": {0: 1, 5: 4}}, "int of at least 1, got {0: 1, 5: 4}"),
-        ({"gradient_clip_algorithm": "nrom"}, "must be 'norm' or 'value', got 'nrom'"),
+        ({"gradient_clip_algorithm": "nrom"}, "'norm' or 'value', .*'nrom'"),
     ],
 )
 def test_accumulation_and_clipping_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
-        building.hand_over_optimization(arguments, toys.ToyManualModel())
+        building.hand_over_optimization(arguments, ToyManualModel())
 
 
 @pytest.mark.reported(5)
@@ -190,37 +189,37 @@ def test_own_callback_in_place_of_a_default(run):
 
 
 def test_checkpoints_follow_the_models_monitor(run):
-    best, check, last = build_checkpoints(experiment(run), toys.ToyModel(monitor="val/loss"))
+    best, check, last = build_checkpoints(experiment(run), ToyModel(monitor="val/loss"))
     assert isinstance(best, ModelCheckpoint) and isinstance(last, LastCheckpoint)
     assert isinstance(check, MonitorCheck) and check.monitor == "val/loss"
     assert (best.monitor, best.save_top_k, best.filename) == ("val/loss", 3, "{epoch:06}")
     assert last.path == run.last_checkpoint
-    (only,) = build_checkpoints(experiment(run), toys.ToyModel())
+    (only,) = build_checkpoints(experiment(run), ToyModel())
     assert isinstance(only, LastCheckpoint)
     block = {"modelcheckpoint": {"params": {"every_n_train_steps": 7, "save_top_k": -1}}}
-    every, check, _ = build_checkpoints(experiment(run, **block), toys.ToyModel())
+    every, check, _ = build_checkpoints(experiment(run, **block), ToyModel())
     assert every._every_n_train_steps == 7 and every.dirpath == str(run.checkpoints)
     assert every.filename == "{epoch:06}-{step:09}"  # a file for each time
     assert check.monitor is None
     for always in ("step", "epoch"):  # by which the newest are kept
         MonitorCheck(always).on_validation_end(SimpleNamespace(callback_metrics={}), None)
     asked = {"modelcheckpoint": {"params": {"monitor": "val/loss"}}}
-    best, check, _ = build_checkpoints(experiment(run, **asked), toys.ToyModel())
+    best, check, _ = build_checkpoints(experiment(run, **asked), ToyModel())
     assert (best.monitor, best.save_top_k, check.monitor) == ("val/loss", 3, "val/loss")
-    best, *_ = build_checkpoints(experiment(run), toys.ToyModel(monitor="val/psnr"))
+    best, *_ = build_checkpoints(experiment(run), ToyModel(monitor="val/psnr"))
     assert (best.mode, every.mode) == ("max", "min")
     asked["modelcheckpoint"]["params"] = {"monitor": "val/psnr", "mode": "min"}
-    assert build_checkpoints(experiment(run, **asked), toys.ToyModel())[0].mode == "min"
+    assert build_checkpoints(experiment(run, **asked), ToyModel())[0].mode == "min"
     often = {"trainer": {"val_check_interval": 0.5}}  # a file for each time, not for each epoch
-    best, *_ = build_checkpoints(experiment(run, **often), toys.ToyModel(monitor="val/loss"))
+    best, *_ = build_checkpoints(experiment(run, **often), ToyModel(monitor="val/loss"))
     assert best.filename == "{epoch:06}-{step:09}"
 
 
 def fit_with_monitor(run, monitor, **trainer):
-    model = toys.ToyModel(monitor=monitor)
+    model = ToyModel(monitor=monitor)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     given = {"accelerator": "cpu", "devices": 1, "max_steps": 4, **quiet, **trainer}
-    building.fit(build(run, model, trainer=given), model, toys.ToyDataModule(), None)
+    building.fit(build(run, model, trainer=given), model, ToyDataModule(), None)
 
 
 @pytest.mark.filterwarnings("ignore:`ModelCheckpoint")
@@ -234,7 +233,7 @@ def test_a_monitor_of_no_validation_is_warned_of(run, caplog, validate):
 
 @pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
 def test_a_misspelt_monitor_is_named(run, num_sanity_val_steps):
-    with pytest.raises(PreparationError, match="'val/los'; did you mean 'val/loss'"):
+    with pytest.raises(PreparationError, match="'val/los'; .*'val/loss'"):
         fit_with_monitor(run, "val/los", num_sanity_val_steps=num_sanity_val_steps)
 
 
@@ -277,25 +276,21 @@ def test_gpus_without_nccl_talk_through_gloo(monkeypatch):
 @pytest.mark.parametrize(
     ("devices", "visible", "message"),
     [
-        ([0, 1], 0, "0 GPUs are visible here; pass --accelerator cpu (or --gpus 0)"),
-        (-1, 0, "0 GPUs are visible here; pass --accelerator cpu (or --gpus 0)"),
-        (
-            [0, 2],
-            2,
-            "2 GPUs are visible here; pass --gpus with indices below 2, or --accelerator cpu",
-        ),
-        (3, 2, "2 GPUs are visible here"),
+        ([0, 1], 0, "0 GPUs .*--accelerator cpu .*--gpus 0"),
+        (-1, 0, "0 GPUs .*--accelerator cpu .*--gpus 0"),
+        ([0, 2], 2, "2 GPUs .*--gpus .*below 2.*--accelerator cpu"),
+        (3, 2, "2 GPUs are visible"),
     ],
 )
 def test_missing_gpus(monkeypatch, devices, visible, message):
     monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=message):
         choose_strategy({"accelerator": "gpu", "devices": devices})
 
 
 def test_numbered_devices_are_gpus(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(ValueError, match="0 GPUs are visible here"):
+    with pytest.raises(ValueError, match="0 GPUs are visible"):
         choose_strategy({"devices": "0,1"})
 
 

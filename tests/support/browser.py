@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through the WebDriver protocol (https://www.w3.org/TR/webdriver2/)."""
+"""A headless Chromium, driven through WebDriver (https://www.w3.org/TR/webdriver2/)."""
 
 import base64
 import json

@@ -1,6 +1,6 @@
-"""Is everything here that users of taming-transformers depend on?
+"""Check that everything is here that users of taming-transformers depend on.
 
-python benchmarks/compatibility.py
+python tests/support/compatibility.py
 
 Runs the real checks and prints one table: every recorded output of the original ("golden"), every
 configuration, every target with its parameters, every published state dict and every script. What
@@ -11,7 +11,6 @@ expected where tests look for them; see the fixture ``shared`` in tests/conftest
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import sys
 from collections import defaultdict
@@ -22,7 +21,13 @@ from typing import Any, NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+if __name__ == "__main__":  # in place of this file's own folder
+    sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
+
+import safetensors  # noqa: E402
+from conftest import SHARED  # noqa: E402
+from support import runs  # noqa: E402
+from support.original import CONFIGS, SCRIPTS, TARGETS  # noqa: E402
 
 from taming.util import get_obj_from_str, parameters_of  # noqa: E402
 
@@ -32,9 +37,9 @@ class Row(NamedTuple):
 
     Attributes:
         kind: golden, config, target, state dict or script.
-        name: What is checked.
+        name: Name of what is checked.
         checks: Number of checks that were made.
-        failures: What went wrong, one sentence or test each.
+        failures: Problems, one sentence or test each.
     """
 
     kind: str
@@ -44,15 +49,15 @@ class Row(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether it was checked and nothing failed."""
+        """True if it was checked and nothing failed."""
         return self.checks > 0 and not self.failures
 
 
 class Recorder:
-    """A plugin of pytest: knows what each test used, and how it ended.
+    """A plugin of pytest: records what each test used, and how it ended.
 
     Attributes:
-        used: Test -> what it opened, called or was about, as (kind, name).
+        used: Test -> (kind, name) of all that it opened, called or was about.
         outcomes: Test -> passed, failed or skipped; failed if any of its phases did.
     """
 
@@ -66,7 +71,7 @@ class Recorder:
         self.used[self._running].add((kind, name))
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """A test begins; its parameters may say which configuration or model it is about."""
+        """A test begins; its parameters may name the configuration or model it is about."""
         self._running = nodeid
         parameters = nodeid.partition("[")[2].removesuffix("]")
         kind = "state dict" if "test_state_dict" in nodeid else "config"
@@ -87,8 +92,8 @@ class Recorder:
 
 @contextlib.contextmanager
 def watched(recorder: Recorder) -> Iterator[None]:
-    """Tell a recorder which recorded outputs are opened and which scripts are called."""
-    open_file, call = (get_obj_from_str(n) for n in ("safetensors.safe_open", "programs.call"))
+    """Note in a recorder which recorded outputs are opened and which scripts are called."""
+    open_file, call = safetensors.safe_open, runs.call
 
     def opened(path: str, *args: Any, **kwargs: Any) -> Any:
         recorder.note("golden", Path(path).stem)
@@ -101,14 +106,14 @@ def watched(recorder: Recorder) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("safetensors.safe_open", opened)
         patch.setattr("safetensors.torch.safe_open", opened)
-        patch.setattr("programs.call", called)
+        patch.setattr(runs, "call", called)
         yield
 
 
 def run_tests() -> Recorder:
     """Run the tests that read recorded outputs, run configurations, or call scripts."""
     recorder = Recorder()
-    words = ("golden", "shipped()", "state_dict_keys", "programs import call")
+    words = ("golden", "shipped()", "state_dict_keys", "support.runs import")
     files = [
         str(path)
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
@@ -148,8 +153,7 @@ def table(rows: Iterable[Row]) -> str:
 
 def main() -> None:
     """Check everything, print the table, and leave with its verdict."""
-    original = importlib.import_module("original")
-    upstream = get_obj_from_str("conftest.SHARED") / "upstream"
+    upstream = SHARED / "upstream"
     if not upstream.is_dir():
         sys.exit(f"error: the original's recorded outputs are not at {upstream}")
     goldens = sorted(path.stem for path in (upstream / "golden").glob("*.safetensors"))
@@ -157,10 +161,10 @@ def main() -> None:
     recorder = run_tests()
     rows = [
         *(recorder.row("golden", name) for name in goldens),
-        *(recorder.row("config", name) for name in original.CONFIGS),
+        *(recorder.row("config", name) for name in CONFIGS),
         *(recorder.row("state dict", name) for name in published),
-        *(check_target(target, parameters) for target, parameters in original.TARGETS.items()),
-        *(recorder.row("script", name) for name in original.SCRIPTS),
+        *(check_target(target, parameters) for target, parameters in TARGETS.items()),
+        *(recorder.row("script", name) for name in SCRIPTS),
     ]
     sys.stdout.write(table(rows) + "\n")
     sys.exit(not all(row.passed for row in rows))

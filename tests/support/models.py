@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from taming.models.cond_transformer import Net2NetTransformer
+from taming.models.vqvae2 import VQVAE2
 from taming.util import NonFiniteError
 
 DDCONFIG = {
@@ -31,15 +34,55 @@ LOOPY = {
     "target": "taming.modules.vqvae.quantize.LoopyVectorQuantizer",
     "params": {"n_e": 16, "e_dim": 4, "threshold": 0.5, "max_loops": 3},
 }
-
-
 GPT = {
     "target": "taming.modules.transformer.mingpt.GPT",
     "params": {"vocab_size": 17, "block_size": 200, "n_layer": 1, "n_head": 2, "n_embd": 8},
 }
+TWO_LEVEL = {
+    "target": "taming.modules.transformer.two_level.TwoLevelGPT",
+    "params": {
+        **GPT["params"],
+        "site_shape": (8, 8, 4),
+        "depth": {"n_layer": 1, "n_head": 2, "n_embd": 8},
+    },
+}
+
+# Kind of a tokenizer -> parameters of its loopy quantizer; None for the ordinary quantizer.
+TRANSFORMS = {
+    "residual": {},
+    "attract": {
+        "transform_config": {
+            "target": "taming.modules.vqvae.transforms.Attract",
+            "params": {"step": 0.5},
+        }
+    },
+    "plain": None,
+}
+every_tokenizer = pytest.mark.parametrize("kind", list(TRANSFORMS))
+
+# A VQ-VAE-2: kinds of quantizers, the most codes of a site of each, and the levels' names.
+QUANTIZERS = {
+    "ema": {
+        "target": "taming.modules.vqvae.quantize.EMAVectorQuantizer",
+        "params": {"n_embed": 16, "embedding_dim": 4, "beta": 0.25, "sane_index_shape": True},
+    },
+    "flat": {
+        "target": "taming.modules.vqvae.quantize.VectorQuantizer2",
+        "params": {"n_e": 16, "e_dim": 4, "beta": 0.25},
+    },
+    "loopy": {**LOOPY, "params": {**LOOPY["params"], "start_batches": 0, "threshold": 0.2}},
+}
+TURNS = {"ema": 1, "flat": 1, "loopy": 3}
+BETWEEN = {
+    **{"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1},
+    **{"attn_resolutions": [], "resolution": 8},
+}
+LEVELS = {2: ["top", "bottom"], 3: ["top", "middle", "bottom"]}
+every_pair = pytest.mark.parametrize("kinds", [("ema", "flat"), ("loopy", "loopy")], ids="-".join)
 
 
 def images(amount: int, batch_size: int = 2) -> DataLoader:
+    """Batches of noise (B, 16, 16, 3) in [-1, 1] with classes; the same ones each time."""
     generator = torch.Generator().manual_seed(3)
     data = [
         {"image": torch.rand(16, 16, 3, generator=generator) * 2 - 1, "class_label": i % 10}
@@ -49,6 +92,7 @@ def images(amount: int, batch_size: int = 2) -> DataLoader:
 
 
 def trainer(tmp_path: Path, **kwargs: Any) -> pl.Trainer:
+    """A silent trainer of one epoch."""
     return pl.Trainer(
         **{
             "default_root_dir": tmp_path,
@@ -63,6 +107,81 @@ def trainer(tmp_path: Path, **kwargs: Any) -> pl.Trainer:
             **kwargs,
         }
     )
+
+
+def pictures(count: int, height: int = 16, width: int = 16) -> Tensor:
+    """Noise (B, 3, H, W) in [-1, 1]."""
+    return torch.rand(count, 3, height, width) * 2 - 1
+
+
+def vqmodel_config(channels: int = 3, **kwargs: Any) -> dict[str, Any]:
+    """A VQModel of 16 codes for images of 16 x 16, on 8 x 8 sites."""
+    ddconfig = {**DDCONFIG, "in_channels": channels, "out_ch": channels}
+    params = {"ddconfig": ddconfig, "lossconfig": PLAIN, "n_embed": 16, "embed_dim": 4, **kwargs}
+    return {"target": "taming.models.vqgan.VQModel", "params": params}
+
+
+def tokenizer_config(kind: str) -> dict[str, Any]:
+    """The same with the quantizer of a kind of `TRANSFORMS`."""
+    if TRANSFORMS[kind] is None:
+        return vqmodel_config()
+    loopy = {**LOOPY["params"], "start_batches": 0, "threshold": 0.3, **TRANSFORMS[kind]}
+    return vqmodel_config(quantizer_config={**LOOPY, "params": loopy})
+
+
+def prior(
+    kind: str = "residual", gpt: dict[str, Any] | None = None, levels: int = 1, **kwargs: Any
+) -> Net2NetTransformer:
+    """A small prior whose tokenizer spreads latents over its codes."""
+    sites = {"site_shape": (8, 8, 4)} if kind != "plain" else {}
+    config = GPT if levels == 1 else TWO_LEVEL
+    config = {**config, "params": {**config["params"], **sites, **(gpt or {})}}
+    built = Net2NetTransformer(
+        config,
+        **{
+            "first_stage_config": tokenizer_config(kind),
+            "cond_stage_config": "__is_unconditional__",
+            **kwargs,
+        },
+    )
+    with torch.no_grad():
+        quantize = built.first_stage_model.quantize
+        codes = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+        quantize.embedding.weight.copy_(codes * 0.5)
+    return built
+
+
+def hierarchy_config(*kinds: str) -> dict[str, Any]:
+    """A Hierarchy of quantizers of these kinds, the top first; the finest grid is 8 x 8."""
+    quantizers = zip(LEVELS[len(kinds)], map(QUANTIZERS.get, kinds), strict=True)
+    return {
+        "target": "taming.modules.vqvae.hierarchy.Hierarchy",
+        "params": {"quantizers": dict(quantizers), "ddconfig": BETWEEN},
+    }
+
+
+def vqvae2_config(*kinds: str) -> dict[str, Any]:
+    """A VQVAE2 of such a hierarchy, for images of 16 x 16."""
+    params = {"n_embed": 16 * len(kinds), "embed_dim": 4 * len(kinds)}
+    params |= {"ddconfig": DDCONFIG, "lossconfig": PLAIN}
+    params["quantizer_config"] = hierarchy_config(*kinds)
+    return {"target": "taming.models.vqvae2.VQVAE2", "params": params}
+
+
+def spread_codes(tokenizer: VQVAE2) -> VQVAE2:
+    """Spread the codes over the latents; the same ones each time."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for quantizer in tokenizer.quantize.levels:
+            weight = quantizer.embedding.weight
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return tokenizer
+
+
+def level_config(name: str, *kinds: str) -> dict[str, Any]:
+    """A level of such a model, as the tokenizer of a prior."""
+    params = {"model_config": vqvae2_config(*kinds), "level": name}
+    return {"target": "taming.models.vqvae2.Level", "params": params}
 
 
 class ToyData(Dataset):
@@ -81,6 +200,8 @@ class ToyData(Dataset):
 
 
 class ToyDataModule(pl.LightningDataModule):
+    """The same toy data for training, validation and test."""
+
     def __init__(self, batch_size: int = 2, size: int = 8, validate: bool = True) -> None:
         super().__init__()
         self.batch_size = batch_size
@@ -105,7 +226,7 @@ class ToyModel(pl.LightningModule):
 
     Args:
         fail_at: Step at which training raises.
-        non_finite: Whether it raises NonFiniteError then.
+        non_finite: Raise a NonFiniteError then, in place of an OSError.
     """
 
     def __init__(
@@ -172,5 +293,7 @@ class ToyManualModel(ToyModel):
 
 
 class ToyTestedModel(ToyModel):
+    """Has a test step."""
+
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.log("test/loss", self._loss(batch))

@@ -1,4 +1,4 @@
-"""What users of taming-transformers have: configurations, checkpoints, scripts, targets in code."""
+"""The original as its users have it: configurations, targets, recorded outputs, checkpoints."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SCRIPTS = [
     "sample_fast",
 ]
 
-# What two published checkpoints were trained with; no file of the original says so.
+# Configurations of two published checkpoints, which no file of the original holds.
 _SIZES = {
     "double_z": False,
     "z_channels": 256,

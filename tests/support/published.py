@@ -1,7 +1,7 @@
-"""Do published checkpoints of taming-transformers work from the command line, at full size?
+"""Check that published checkpoints of taming-transformers work from the command line, full size.
 
-python benchmarks/published.py
-python benchmarks/published.py --device cuda --only cin
+python tests/support/published.py
+python tests/support/published.py --device cuda --only cin
 
 Writes runs as the original left them, ``logs/<run>/{configs,checkpoints}``, with every key, shape
 and type of the f16 ImageNet VQGAN and of the class-conditional ImageNet transformer (1.5 billion
@@ -29,9 +29,11 @@ from PIL import Image
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+if __name__ == "__main__":  # in place of this file's own folder
+    sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
 
-from taming.util import get_obj_from_str  # noqa: E402
+from conftest import SHARED  # noqa: E402
+from support.original import PUBLISHED, save_run  # noqa: E402
 
 SIDE = 256  # pixels of the images
 
@@ -56,7 +58,7 @@ def cases() -> list[Case]:
     """List the checkpoints; the tokenizer's configuration is the one that ships."""
     vqgan = OmegaConf.load(ROOT / "configs/imagenet_vqgan.yaml").model
     prior = "cin_transformer (published checkpoint)"
-    cin = get_obj_from_str("original.PUBLISHED")[prior]
+    cin = PUBLISHED[prior]
     sample = "sample_fast.py -r RUN -o OUT -n 1 --batch_size 1 --classes 207 -k 250 -p 0.92"
     return [
         Case("vqgan", "imagenet_vqgan.yaml", vqgan, "reconstruct.py -r RUN IN -o OUT"),
@@ -91,7 +93,6 @@ def call(command: str, device: str) -> tuple[int, float, float]:
 def check(case: Case, table: dict[str, list[Any]], folder: Path, device: str) -> str:
     """Write a run, try it, and return a line that begins with the verdict."""
     run, source, out = folder / "logs" / case.name, folder / "in", folder / "out"
-    save_run = get_obj_from_str("lightning1.save_run")
     save_run(run, {"model": case.model}, random_weights(table))
     size = (run / "checkpoints/last.ckpt").stat().st_size / 1e9
     source.mkdir()
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--only", choices=names, nargs="+", default=names)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    path = get_obj_from_str("conftest.SHARED") / "upstream/state_dict_keys.json"
+    path = SHARED / "upstream/state_dict_keys.json"
     if not path.is_file():
         sys.exit(f"error: the original's tables of keys are not at {path}")
     tables = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,6 @@
-"""Trains the shipped configurations at the smallest sizes, for tests of recipes and scripts."""
+"""Runs of the shipped configurations at the smallest sizes, and calls of scripts."""
 
 import importlib
-import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -9,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import SHARED
 from PIL import Image
-from support.data import write_coco, write_faces, write_imagenet
+from support.data import write_coco, write_faces, write_imagenet, write_parquet
 
 import main as program
 from taming.run.cli import run
@@ -122,7 +119,7 @@ def shipped() -> list[str]:
 
 
 def overrides(data: Path) -> dict[str, list[str]]:
-    """What makes each shipped configuration tiny, and lets it find the images in ``data``."""
+    """Overrides that make each configuration tiny and let it find the images in ``data``."""
     lists = [
         f"data.params.train.params.training_images_list_file={data / 'list.txt'}",
         f"data.params.validation.params.test_images_list_file={data / 'list.txt'}",
@@ -140,10 +137,7 @@ def overrides(data: Path) -> dict[str, list[str]]:
         "demo/loopy_transformer.yaml": [*prior(16), *TWO_LEVELS, *PHOTOS],
         "demo/loopy_vqgan.yaml": [*tokenizer(16, 3), *GAN, *PHOTOS],
         "imagenet_gumbel_vqgan.yaml": [*vqmodel(32, 4), *GAN, *pixels(32, "config.size")],
-        "imagenet_transformer.yaml": [
-            *gpt(),
-            *pixels(32, "config.size"),
-        ],
+        "imagenet_transformer.yaml": [*gpt(), *pixels(32, "config.size")],
         "loopy_transformer.yaml": [*prior(32), *PHOTOS],
         "loopy_vqgan.yaml": [*tokenizer(32, 4), *GAN, *PHOTOS],
         "pixelcnn_cifar10.yaml": [*STACKS, *pixels(16), *parquet],
@@ -160,11 +154,7 @@ def originals() -> dict[str, list[str]]:
     """The same for the original's data sets, at 32 pixels and 2 x 2 sites."""
     first, condition = (f"model.params.{stage}_stage_config" for stage in ("first", "cond"))
     examples = SHARED / "data/taming"
-    scenes = [
-        *vqmodel(32, 5, first),
-        *gpt("block_size=96"),
-        *pixels(32, "target_image_size"),
-    ]
+    scenes = [*vqmodel(32, 5, first), *gpt("block_size=96"), *pixels(32, "target_image_size")]
     return {
         "coco_cond_stage.yaml": [*vqmodel(32, 5), *pixels(32, "size", "crop_size")],
         "coco_scene_images_transformer.yaml": [
@@ -191,10 +181,7 @@ def originals() -> dict[str, list[str]]:
             *both(f"data_path={examples / 'open_images_annotations_100'}"),
         ],
         "sflckr_cond_stage.yaml": [*vqmodel(32, 5), *pixels(32), *both(f"root={examples}")],
-        "sflckr_transformer.yaml": [
-            *prior(32),
-            *both(f"root={examples}"),
-        ],
+        "sflckr_transformer.yaml": [*prior(32), *both(f"root={examples}")],
     }
 
 
@@ -207,17 +194,12 @@ def picture(number: int) -> Image.Image:
 def write_data(folder: Path) -> None:
     """Write ``images/``, a ``list.txt`` of them, an ``images.parquet``, and the originals' data."""
     (folder / "images").mkdir(parents=True)
-    paths, rows = [], []
-    for number in range(12):
-        image = picture(number)
-        paths.append(folder / "images" / f"{number}.png")
-        image.save(paths[-1])
-        buffer = io.BytesIO()
-        image.resize((32, 32)).save(buffer, "PNG")
-        rows.append({"bytes": buffer.getvalue(), "path": paths[-1].name})
+    pictures = [picture(number) for number in range(12)]
+    paths = [folder / "images" / f"{number}.png" for number in range(12)]
+    for image, path in zip(pictures, paths, strict=True):
+        image.save(path)
     (folder / "list.txt").write_text("\n".join(map(str, paths)))
-    table = pa.table({"img": rows, "image": rows, "label": [number % 10 for number in range(12)]})
-    pq.write_table(table, folder / "images.parquet")
+    write_parquet(folder / "images.parquet", (image.resize((32, 32)) for image in pictures))
     write_imagenet(folder)
     write_faces(folder)
     write_coco(folder, number=4)
@@ -239,7 +221,7 @@ class TinyRuns:
         folder: Where data and logs go.
 
     Attributes:
-        data: What TAMING_DATA is for the original's configurations.
+        data: Value of TAMING_DATA for the original's configurations.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -263,7 +245,7 @@ class TinyRuns:
         return self.of("cifar10_transformer.yaml")
 
     def stages(self, name: str) -> list[str]:
-        """What a prior finds its trained stages by."""
+        """Overrides by which a prior finds its trained stages."""
         stages = {"first": TOKENIZER_OF.get(name), "cond": CONDITION_OF.get(name)}
         paths = {
             f"model.params.{s}_stage_config.params": self.of(r) for s, r in stages.items() if r

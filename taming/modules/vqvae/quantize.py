@@ -175,6 +175,12 @@ class VectorQuantizer(VectorQuantizer2):
         n_e: K, number of codes.
         e_dim: D, channels of a latent.
         beta: Weight of the codebook loss, as under ``legacy`` in `vq_loss`.
+
+    Example:
+        >>> quantizer = VectorQuantizer(n_e=16, e_dim=4, beta=0.25)
+        >>> z_q, loss, (perplexity, one_hot, indices) = quantizer(torch.randn(2, 4, 8, 8))
+        >>> one_hot.shape, indices.shape
+        (torch.Size([128, 16]), torch.Size([128, 1]))
     """
 
     _perplexity = True

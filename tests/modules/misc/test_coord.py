@@ -18,5 +18,5 @@ def test_equals_the_original(shared) -> None:
 
 @pytest.mark.parametrize("c", [torch.full((1, 1, 4, 4), 1.1), torch.zeros(1, 3, 4, 4)])
 def test_other_than_coordinates_are_refused(c: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"one channel of values in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"one channel .*\[0, 1\]"):
         CoordStage(64, 4).encode(c)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from models.test_cond_transformer import TRANSFORMS, tokenizer_config
-from support.models import images, trainer
+from support.models import TRANSFORMS, images, tokenizer_config, trainer
 from torch import Tensor, nn
 
 from taming.models.cond_transformer import Net2NetTransformer

@@ -283,7 +283,7 @@ def test_a_budget_is_met_by_a_threshold(transform: str) -> None:
 def test_fewer_codes_than_sites_are_refused() -> None:
     with pytest.raises(ValueError, match="16 sites.* at least 16 codes, got 15"):
         loopy()(torch.randn(2, D, 4, 4), max_codes=15)
-    with pytest.raises(ValueError, match="a threshold or max_codes, not both"):
+    with pytest.raises(ValueError, match="threshold or max_codes"):
         loopy()(torch.randn(2, D, 4, 4), threshold=1.0, max_codes=20)
     with pytest.raises(ValueError, match="max_codes must be a whole number"):
         loopy()(torch.randn(2, D, 4, 4), max_codes=20.5)
@@ -441,7 +441,7 @@ def test_a_new_transform_is_identified_by_all_its_plain_attributes() -> None:
 def test_variable_rate_and_traces_are_answered_by_the_quantizer() -> None:
     plain, quantizer, z = VectorQuantizer2(K, D, 0.25), loopy(), torch.randn(3, D, 4, 4)
     assert not plain.variable_rate and plain.traces(plain(z)) == {}
-    with pytest.raises(NotImplementedError, match="VectorQuantizer2 has a fixed rate"):
+    with pytest.raises(NotImplementedError, match="VectorQuantizer2 .*fixed rate"):
         plain.fewest_codes(z, lambda codes: codes[:, 0, 0, 0], torch.zeros(3))
     out = quantizer(z)
     assert quantizer.variable_rate and quantizer.traces(out) == {"": out.info.encodings}

@@ -127,7 +127,7 @@ def test_sequence_counts_the_indices_that_there_are(kind: str, remap: str) -> No
 
 
 def test_unknown_index_must_be_one(remap: str) -> None:
-    with pytest.raises(ValueError, match="'random', 'extra' or an index, got 'rnd'"):
+    with pytest.raises(ValueError, match="'random', 'extra' .*'rnd'"):
         VectorQuantizer2(K, D, 0.25, remap, unknown_index="rnd")
 
 

@@ -23,7 +23,7 @@ def spell(path: Path, tau: float) -> tuple[Tensor, Tensor]:
 def literal_loop(z: Tensor, codebook: Tensor, tau: float, turn, scale) -> list[list[int]]:
     """The definition: one latent at a time, one turn at a time.
 
-    ``turn(r, e, t)`` transforms and says what is written (None for the code itself); ``scale(t)``
+    ``turn(r, e, t)`` transforms and gives what is written (None for the code itself); ``scale(t)``
     brings a distance of turn t back to the space of z.
     """
     written = []

@@ -19,7 +19,7 @@ from taming.models.vqgan import VQModel
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.run.callbacks import LastCheckpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 K, D, T, STEPS = 12, 4, 3, 4
 ATTRACT = {"target": "taming.modules.vqvae.transforms.Attract", "params": {"step": 0.4}}
 LINEAR = {
@@ -80,7 +80,7 @@ def work(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    """What each of two processes has learned, by case."""
+    """The states that each of two processes has learned, by case."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(work, (folder,), nprocs=2)
     return [torch.load(folder / f"{rank}") for rank in range(2)]
@@ -133,7 +133,7 @@ def train_on_two(folder: Path, config: str, *overrides: str) -> dict[str, Any]:
         [
             *(sys.executable, str(ROOT / "main.py"), "-t", "-b", str(CONFIGS / config), *TRAINER),
             *("--devices", "2", "--strategy", "ddp", "--max_steps", "2", *overrides),
-            "lightning.callbacks.agree.target=test_ddp.RanksAgree",
+            "lightning.callbacks.agree.target=run.test_ddp.RanksAgree",
         ],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
@@ -188,7 +188,7 @@ def test_two_nodes_write_one_run(tmp_path: Path) -> None:
                 *("--node_rank", str(rank), str(ROOT / "main.py"), "-t", "-b"),
                 *(str(CONFIGS / config), *TRAINER, "--num_nodes", "2", "--devices", "1"),
                 *("--max_steps", "2", *overrides(tmp_path)[config]),
-                "lightning.callbacks.agree.target=test_ddp.RanksAgree",
+                "lightning.callbacks.agree.target=run.test_ddp.RanksAgree",
             ],
             cwd=tmp_path,
             env=environment,

@@ -271,7 +271,7 @@ def test_parameters_out_of_range_are_refused(params, message):
 
 def test_unknown_optimizer_is_refused():
     scene = Scene()
-    with pytest.raises(ValueError, match="optimizer_idx must be 0 or 1, got 2"):
+    with pytest.raises(ValueError, match="optimizer_idx .*0 or 1, .*2"):
         build()(torch.tensor(0.0), scene.images, scene.reconstruct(), 2, 0)
 
 
