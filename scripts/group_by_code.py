@@ -52,9 +52,7 @@ def purity(codes: Tensor, classes: Tensor) -> float:
 
 
 @torch.no_grad()
-def rows_of(
-    model: VQModel, images: Tensor, codes: Tensor, rows: int, columns: int
-) -> list[Tensor]:
+def rows_of(model: VQModel, images: Tensor, codes: Tensor, rows: int, columns: int) -> list[Tensor]:
     """Collect (1 + columns, 3, H, W) per code: its decoded image, then images with it or white."""
     counts = torch.bincount(codes)
     used = counts.argsort(descending=True)[: int((counts > 0).sum())]

@@ -192,7 +192,7 @@ class Generator:
         grid = grid or self.model.grid
         if getattr(mask, "shape", ()) == grid and str(mask.dtype).endswith("bool"):
             return torch.as_tensor(mask, device=self.model.device)
-        bright = self._fit(to_tensor(mask, 1), grid)[0] > 0  # (H, W)
+        bright = self._fit(to_tensor(mask), grid).mean(dim=0) > 0  # (H, W)
         factor = self.model.first_stage_model.factor
         sites = rearrange(bright, "(h f) (w g) -> h w (f g)", f=factor, g=factor)
         return sites.all(dim=-1)
@@ -225,7 +225,7 @@ class Generator:
             for prior in self.priors:
                 batch[prior.first_stage_key] = rearrange(x, "b c h w -> b h w c")
             nats = [p.likelihood(p.tokenize_batch(batch))[0] for p in self.priors]  # each (B,)
-            bits += (sum(nats) / math.log(2)).tolist()
+            bits += (torch.stack(nats).sum(dim=0) / math.log(2)).tolist()
         return bits
 
     @torch.no_grad()

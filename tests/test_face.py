@@ -226,7 +226,7 @@ def test_levels_are_sampled_and_measured_together(tiny_runs: TinyRuns) -> None:
     three, two = generator.sample(3, seed=1), generator.sample(2, seed=1)
     assert np.abs(np.asarray(three[0], int) - np.asarray(two[0])).max() <= 1
     top = taming.load(runs[0])
-    assert isinstance(top, Generator) and 0 < top.bits(colours())[0]
+    assert isinstance(top, Generator) and top.bits(colours())[0] > 0
     picture = colours()
     assert generator.bits(picture)[0] > top.bits(picture)[0]
     with pytest.raises(ValueError, match="only sample"):
