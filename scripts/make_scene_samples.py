@@ -60,11 +60,7 @@ def layout_windows(
 
 
 def builder_of(scenes: Any, name: str) -> ObjectsConditionalBuilder[Any]:
-    """Return the builder of layouts of a name.
-
-    Raises:
-        ValueError: The data set has no annotated objects, or no such builder.
-    """
+    """Return the builder of layouts of a name; refuse data that has none."""
     if not isinstance(scenes, AnnotatedObjectsDataset):
         raise ValueError(
             "layouts come from data.params.validation, which is not a set of annotated objects"

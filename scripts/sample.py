@@ -117,11 +117,7 @@ def complete(generator: Generator, options: argparse.Namespace, asked: dict[str,
 
 
 def main(all_levels: bool = False) -> None:
-    """Sample or complete.
-
-    Args:
-        all_levels: The runs must be the priors of all levels of a VQ-VAE-2, even a single one.
-    """
+    """Sample or complete; ``all_levels``: even a single run must be of all levels of a VQ-VAE-2."""
     options = parse_options()
     cli.check_folder(options.outdir)
     runs = options.resume if all_levels or len(options.resume) > 1 else options.resume[0]

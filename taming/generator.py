@@ -74,8 +74,20 @@ class Generator:
         model: The prior; of several, the top level's.
 
     Raises:
-        ValueError: The prior takes another condition than a class, or several do not belong
-            together.
+        ValueError: The prior's condition is not a class, or several do not belong together.
+
+    Example:
+        >>> from taming.models.cond_transformer import Net2NetTransformer
+        >>> sizes = dict(double_z=False, z_channels=4, resolution=8, in_channels=3, out_ch=3)
+        >>> sizes |= dict(ch=32, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[])
+        >>> parts = dict(ddconfig=sizes, lossconfig={"target": "taming.modules.losses.DummyLoss"})
+        >>> tokenizer = {"target": "taming.models.vqgan.VQModel", "params": parts}
+        >>> parts |= dict(n_embed=8, embed_dim=4)
+        >>> gpt = {"target": "taming.modules.transformer.gpt.GPT", "params": dict(n_embd=32)}
+        >>> gpt["params"] |= dict(n_layer=1, n_head=2)
+        >>> generator = Generator(Net2NetTransformer(gpt, tokenizer, "__is_unconditional__"))
+        >>> [picture.size for picture in generator.sample(2, top_k=4)]
+        [(8, 8), (8, 8)]
     """
 
     def __init__(self, model: Prior | Sequence[Prior], batch_size: int = 16) -> None:
@@ -125,11 +137,9 @@ class Generator:
         Args:
             n: Number of pictures, for each label if there are several.
             label: Class, or several, of a class-conditional prior.
-            seed: Seed of a series of pictures. Each is the same, up to rounding, whatever ``n`` and
-                the batch size.
+            seed: Seed of a series of pictures, the same up to rounding for any batch size.
             first: Number of the first picture in that series.
-            grid: (h, w) sites; None for the size trained on. A larger grid is sampled through a
-                sliding window.
+            grid: (h, w) sites; None for those trained on. More take a sliding window.
             **params: Fields of `SamplingParams`.
 
         Returns:
@@ -202,8 +212,7 @@ class Generator:
         """Measure -log2 of the probability of pictures' codes, their lengths included.
 
         Args:
-            pictures: One picture, or several, scaled and cut to the size that the prior was trained
-                on.
+            pictures: One picture, or several, scaled and cut to the size trained on.
             label: Their class, or that of each, for a class-conditional prior.
 
         Returns:

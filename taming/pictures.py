@@ -94,6 +94,11 @@ def to_tensor(picture: Picture, channels: int = 3) -> Tensor:
         values = values.expand(channels, -1, -1)
     if values.shape[0] != channels:
         raise ValueError(f"expected a picture of {channels} channels, got {values.shape[0]}")
+    return _in_unit_range(values)
+
+
+def _in_unit_range(values: Tensor) -> Tensor:
+    """Scale integers of a whole range to float32 in [-1, 1]; refuse floats outside it."""
     if values.dtype == torch.bool:
         return values.float() * 2 - 1
     if values.dtype in (torch.uint8, torch.uint16):

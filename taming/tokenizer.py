@@ -103,7 +103,7 @@ class Tokenizer:
         """Encode pictures.
 
         Args:
-            pictures: One picture, or several of any sizes.
+            pictures: One picture; or several of any sizes, or as an array of four axes.
             **rate: At most one of ``max_codes`` (largest number of codes of a picture),
                 ``target_psnr`` (in dB, reached with as few codes as possible) and ``threshold``
                 (distance at which a loop ends), for a tokenizer of variable rate.
