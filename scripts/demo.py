@@ -8,7 +8,6 @@ python scripts/demo.py
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shlex
 import subprocess
@@ -18,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from taming.data.photos import VALIDATION_PHOTOS
-from taming.run.cli import run
+from taming.run import cli
 
 logger = logging.getLogger("taming.demo")
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,13 +45,10 @@ def train(config: str, *arguments: str) -> Path:
 
 def main() -> None:
     """Run all steps and log the total time."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = cli.script_parser(__doc__, device=False)
     parser.add_argument("-o", "--outdir", default="results/demo", help="folder of the results")
-    parser.add_argument(
-        "overrides", nargs="*", help="passed to both trainings, such as lightning.x=y"
-    )
+    more = "passed to both trainings, such as lightning.x=y"
+    parser.add_argument("overrides", nargs="*", help=more)
     options = parser.parse_args()
     start, out = time.monotonic(), Path(options.outdir).resolve()
     photos = [str(files("skimage") / "data" / name) for name in VALIDATION_PHOTOS]
@@ -74,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -13,7 +13,6 @@ index in the data set, and ``pass_number`` its pass, from 0.
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,19 +28,9 @@ from taming.data.tokens import CacheInfo, TokenCacheWriter, free_for_cache
 from taming.data.utils import custom_collate
 from taming.models.prior import fingerprint
 from taming.models.vqgan import VQModel
-from taming.run.cli import choose_device, parse_run, run, run_parser
+from taming.run import cli
 
 logger = logging.getLogger("taming.encode")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Declare the command line."""
-    parser = run_parser(__doc__)
-    parser.add_argument("-o", "--outdir", type=Path, required=True)
-    parser.add_argument("--splits", nargs="+", help="splits of the data; default: all")
-    parser.add_argument("--passes", type=int, default=1, help="passes over the training set")
-    parser.add_argument("-s", "--seed", type=int, default=23, help="seed of random crops")
-    return parser
 
 
 def columns_of(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -52,13 +41,13 @@ def columns_of(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
     """
     if taken := {"image_number", "pass_number"} & batch.keys():
         raise ValueError(f"a token cache has its own {min(taken)}: rename the data set's")
-    numbers = {
-        k: v.tolist() for k, v in batch.items() if isinstance(v, Tensor) and v.ndim in (1, 2)
-    }
-    texts = {
-        k: v for k, v in batch.items() if isinstance(v, list) and all(isinstance(t, str) for t in v)
-    }
-    return numbers | texts
+    columns = {}
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.ndim in (1, 2):
+            columns[key] = value.tolist()
+        elif isinstance(value, list) and all(isinstance(text, str) for text in value):
+            columns[key] = value
+    return columns
 
 
 @torch.no_grad()
@@ -96,10 +85,15 @@ def encode(model: VQModel, loader: DataLoader[Any], folder: Path, passes: int) -
 
 def main() -> None:
     """Encode all chosen splits."""
-    options, saved = parse_run(build_parser())
+    parser = cli.run_parser(__doc__)
+    parser.add_argument("-o", "--outdir", type=Path, required=True)
+    parser.add_argument("--splits", nargs="+", help="splits of the data; default: all")
+    parser.add_argument("--passes", type=int, default=1, help="passes over the training set")
+    parser.add_argument("-s", "--seed", type=int, default=23, help="seed of random crops")
+    options, saved = cli.parse_run(parser)
     if options.passes < 1:
         raise ValueError("--passes must be at least 1")
-    device = choose_device(options.device)
+    device = cli.choose_device(options.device)
     pl.seed_everything(options.seed, verbose=False)
     model, data = saved.model().to(device), saved.data()
     if not isinstance(model, VQModel) or len(model.levels) > 1:
@@ -121,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -5,7 +5,6 @@ python scripts/evaluate.py -r logs/<run> -o results/evaluation.json
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
-from taming.run.cli import choose_device, run
+from taming.run import cli
 from taming.run.folder import data_from_run, model_from_run
 from taming.run.trainer import quiet_lightning
 
@@ -48,15 +47,12 @@ def tokens_per_image(model: VQModel, data: pl.LightningDataModule) -> list[int]:
 
 def main() -> None:
     """Print the validation metrics, and save them with the histograms as JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = cli.script_parser(__doc__)
     parser.add_argument("-r", "--resume", required=True, help="run, or one of its checkpoints")
     parser.add_argument("-o", "--output", default="results/evaluation.json", type=Path)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     options = parser.parse_args()
 
-    device = choose_device(options.device)
+    device = cli.choose_device(options.device)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.output.is_dir():
         raise ValueError(f"{options.output} is a folder; -o names the file to be written")
@@ -81,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -9,7 +9,6 @@ Existing maps are skipped. The maps take more disk space than ImageNet itself.
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -24,26 +23,12 @@ from tqdm import tqdm
 from taming.data.imagenet import ImageNetTrain, ImageNetValidation
 from taming.data.preprocessing import decode_image, error_context, to_unit_range
 from taming.data.roots import data_root
-from taming.run.cli import choose_device, run, script_parser
+from taming.run import cli
 from taming.util import load_network
 
 logger = logging.getLogger("taming.extract_depth")
 
 SPLITS = {"val": ImageNetValidation, "train": ImageNetTrain}
-
-
-def parse_options() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = script_parser(__doc__)
-    parser.add_argument(
-        "-o", "--outdir", type=Path, help="default: imagenet_depth in the data root"
-    )
-    parser.add_argument("--splits", nargs="+", choices=list(SPLITS), default=list(SPLITS))
-    parser.add_argument("--root", help="folder that contains ImageNet; default: TAMING_DATA")
-    parser.add_argument(
-        "--hub", default="intel-isl/MiDaS", help="torch hub repository, or a local copy of it"
-    )
-    return parser.parse_args()
 
 
 @torch.no_grad()
@@ -71,8 +56,14 @@ def save_depth(depth: np.ndarray, path: Path) -> None:
 
 def main() -> None:
     """Save a map for every image without one."""
-    options = parse_options()
-    device = choose_device(options.device)
+    parser = cli.script_parser(__doc__)
+    add, hub = parser.add_argument, "intel-isl/MiDaS"
+    add("-o", "--outdir", type=Path, help="default: imagenet_depth in the data root")
+    add("--splits", nargs="+", choices=list(SPLITS), default=list(SPLITS))
+    add("--root", help="folder that contains ImageNet; default: TAMING_DATA")
+    add("--hub", default=hub, help="torch hub repository, or a local copy of it")
+    options = parser.parse_args()
+    device = cli.choose_device(options.device)
     outdir = options.outdir or data_root(options.root) / "imagenet_depth"
     datasets = {split: SPLITS[split]({"root": options.root}) for split in options.splits}
     network = load_network(options.hub, "MiDaS").eval().to(device)
@@ -90,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -24,7 +24,7 @@ from taming.checkpoint import load_checkpoint
 from taming.data.custom import find_files
 from taming.data.preprocessing import decode_image
 from taming.data.roots import data_root, read_list
-from taming.run.cli import choose_device, run, script_parser
+from taming.run import cli
 from taming.util import load_network
 
 logger = logging.getLogger("taming.extract_segmentation")
@@ -32,24 +32,6 @@ logger = logging.getLogger("taming.extract_segmentation")
 N_LABELS = 182
 MEAN = torch.tensor([104.008, 116.669, 122.675])[:, None, None]  # blue, green, red
 WEIGHTS = "downloads/deeplabv2_resnet101_msc-cocostuff164k-100000.pth"
-
-
-def parse_options() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = script_parser(__doc__)
-    parser.add_argument("dest", type=Path, help="folder of the segmentations")
-    parser.add_argument(
-        "prefix", nargs="?", default="sflckr", help="data set whose examples to segment"
-    )
-    parser.add_argument("--images", type=Path, help="folder of images to segment instead")
-    parser.add_argument("--root", help="folder of the data sets; default: TAMING_DATA, or data")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help=f"default: {WEIGHTS}")
-    parser.add_argument(
-        "--hub",
-        default="kazuto1011/deeplab-pytorch",
-        help="torch hub repository, or a local copy of it",
-    )
-    return parser.parse_args()
 
 
 def images_of(options: argparse.Namespace) -> dict[Path, Path]:
@@ -86,8 +68,16 @@ def segment(network: nn.Module, image: Tensor) -> np.ndarray:
 
 def main() -> None:
     """Save a segmentation of every image; warn of images that cannot be read and skip them."""
-    options = parse_options()
-    device = choose_device(options.device)
+    parser = cli.script_parser(__doc__)
+    add, hub = parser.add_argument, "kazuto1011/deeplab-pytorch"
+    add("dest", type=Path, help="folder of the segmentations")
+    add("prefix", nargs="?", default="sflckr", help="data set whose examples to segment")
+    add("--images", type=Path, help="folder of images to segment instead")
+    add("--root", help="folder of the data sets; default: TAMING_DATA, or data")
+    add("--weights", type=Path, default=WEIGHTS, help=f"default: {WEIGHTS}")
+    add("--hub", default=hub, help="torch hub repository, or a local copy of it")
+    options = parser.parse_args()
+    device = cli.choose_device(options.device)
     paths = images_of(options)
     if clash := {path.resolve() for path in paths} & {path.resolve() for path in paths.values()}:
         raise ValueError(f"{min(clash)} would be overwritten by its map; choose another folder")
@@ -108,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

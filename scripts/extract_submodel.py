@@ -5,23 +5,20 @@ python scripts/extract_submodel.py logs/<run>/checkpoints/last.ckpt first.ckpt f
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 
 import torch
 
 from taming.checkpoint import load_checkpoint
-from taming.run.cli import run
+from taming.run import cli
 
 logger = logging.getLogger("taming.extract_submodel")
 
 
 def main() -> None:
     """Save a checkpoint that contains only the weights of the part."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = cli.script_parser(__doc__, device=False)
     parser.add_argument("inpath", help="checkpoint to load")
     parser.add_argument("outpath", help="checkpoint to save")
     parser.add_argument("submodel", nargs="?", default="cond_stage_model", help="name of the part")
@@ -40,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

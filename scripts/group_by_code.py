@@ -10,10 +10,9 @@ Axis letters: N images, H W image, K codes.
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,57 +20,19 @@ from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
 from taming.pictures import save_picture, tile
-from taming.run.cli import choose_device, run, script_parser
+from taming.run import cli
 from taming.run.folder import data_from_run, model_from_run
 
 logger = logging.getLogger("taming.group_by_code")
 
 
-class Grouped(NamedTuple):
-    """Images (N, 3, H, W) in [-1, 1], their codes (N,) and their classes (N,), if known."""
-
-    images: Tensor
-    codes: Tensor
-    classes: Tensor | None
-
-
-def parse_options() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = script_parser(__doc__)
-    parser.add_argument("-r", "--resume", required=True, help="run of the tokenizer")
-    parser.add_argument("-o", "--output", default="results/groups.png", type=Path)
-    parser.add_argument(
-        "-n", "--num_images", type=int, default=2000, help="number of validation images to encode"
-    )
-    parser.add_argument("--rows", type=int, default=12, help="number of codes to show")
-    parser.add_argument("--columns", type=int, default=12, help="number of images per code")
-    options = parser.parse_args()
-    if min(options.num_images, options.rows, options.columns) < 1:
-        raise ValueError("--num_images, --rows and --columns must be at least 1")
-    return options
-
-
-def load(name: str) -> VQModel:
-    """Load the tokenizer of a run.
-
-    Raises:
-        ValueError: The run's model is not a tokenizer, or has more than one code per image.
-    """
-    model = model_from_run(name)
-    if not isinstance(model, VQModel):
-        raise ValueError(f"{name} holds a {type(model).__name__}, not a tokenizer")
-    codes = model.grid[0] * model.grid[1] * model.quantize.sequence.max_loops
-    if codes != 1:
-        raise ValueError(
-            f"the tokenizer of {name} has up to {codes} codes per image instead of one; train one "
-            "with configs/vqvae_single_code.yaml"
-        )
-    return model
-
-
 @torch.no_grad()
-def encode(model: VQModel, data: Any, count: int) -> Grouped:
-    """Encode the first ``count`` validation images, or all if there are fewer."""
+def encode(model: VQModel, data: Any, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Encode the first ``count`` validation images, or all if there are fewer.
+
+    Returns:
+        Images (N, 3, H, W) in [-1, 1], their codes (N,) and their classes (N,), if known.
+    """
     images, codes, classes = [], [], []
     for batch in tqdm(data.val_dataloader(), desc="images"):
         images.append(model.get_input(batch, model.image_key))
@@ -80,7 +41,7 @@ def encode(model: VQModel, data: Any, count: int) -> Grouped:
         if sum(map(len, images)) >= count:
             break
     labels = torch.cat(classes)[:count] if classes else None
-    return Grouped(torch.cat(images)[:count], torch.cat(codes)[:count], labels)
+    return torch.cat(images)[:count], torch.cat(codes)[:count], labels
 
 
 def purity(codes: Tensor, classes: Tensor) -> float:
@@ -91,14 +52,14 @@ def purity(codes: Tensor, classes: Tensor) -> float:
 
 
 @torch.no_grad()
-def rows_of(model: VQModel, grouped: Grouped, rows: int, columns: int) -> list[Tensor]:
+def rows_of(model: VQModel, images: Tensor, codes: Tensor, rows: int, columns: int) -> list[Tensor]:
     """Collect (1 + columns, 3, H, W) per code: its decoded image, then images with it or white."""
-    counts = torch.bincount(grouped.codes)
+    counts = torch.bincount(codes)
     used = counts.argsort(descending=True)[: int((counts > 0).sum())]
     pictures = []
     for code in used[torch.linspace(0, len(used) - 1, min(rows, len(used))).long()]:
         decoded = model.decode_code(code.view(1, 1, 1, 1).to(model.device)).cpu()
-        own = grouped.images[grouped.codes == code][:columns]
+        own = images[codes == code][:columns]
         white = own.new_ones(columns - len(own), *own.shape[1:])
         pictures.append(torch.cat([decoded, own, white]))
     return pictures
@@ -106,21 +67,35 @@ def rows_of(model: VQModel, grouped: Grouped, rows: int, columns: int) -> list[T
 
 def main() -> None:
     """Save the picture and log how pure the codes' classes are."""
-    options = parse_options()
-    model = load(options.resume).to(choose_device(options.device))
-    grouped = encode(model, data_from_run(options.resume), options.num_images)
-    rows = rows_of(model, grouped, options.rows, options.columns)
-    save_picture(tile(torch.cat(rows), options.columns + 1), options.output)
-    logger.info("%d images, %d codes", len(grouped.codes), len(grouped.codes.unique()))
-    if grouped.classes is not None:
-        random = grouped.codes[torch.randperm(len(grouped.codes))]
-        logger.info(
-            "share of images in the most common class of their code: %.2f (random groups: %.2f)",
-            purity(grouped.codes, grouped.classes),
-            purity(random, grouped.classes),
+    parser = cli.script_parser(__doc__)
+    add, n_help = parser.add_argument, "number of validation images to encode"
+    add("-r", "--resume", required=True, help="run of the tokenizer")
+    add("-o", "--output", default="results/groups.png", type=Path)
+    add("-n", "--num_images", type=int, default=2000, help=n_help)
+    add("--rows", type=int, default=12, help="number of codes to show")
+    add("--columns", type=int, default=12, help="number of images per code")
+    options = parser.parse_args()
+    if min(options.num_images, options.rows, options.columns) < 1:
+        raise ValueError("--num_images, --rows and --columns must be at least 1")
+    device = cli.choose_device(options.device)
+    model = cli.check_kind(model_from_run(options.resume), VQModel, options.resume, "a tokenizer")
+    model.to(device)
+    most = model.grid[0] * model.grid[1] * model.quantize.sequence.max_loops
+    if most != 1:
+        raise ValueError(
+            f"the tokenizer of {options.resume} has up to {most} codes per image instead of one; "
+            "train one with configs/vqvae_single_code.yaml"
         )
+    images, codes, classes = encode(model, data_from_run(options.resume), options.num_images)
+    rows = rows_of(model, images, codes, options.rows, options.columns)
+    save_picture(tile(torch.cat(rows), options.columns + 1), options.output)
+    logger.info("%d images, %d codes", len(codes), len(codes.unique()))
+    if classes is not None:
+        own, random = purity(codes, classes), purity(codes[torch.randperm(len(codes))], classes)
+        message = "share of images in the most common class of their code: %.2f (random: %.2f)"
+        logger.info(message, own, random)
     logger.info("saved %s", options.output)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

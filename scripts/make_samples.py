@@ -11,7 +11,6 @@ than those that the prior was trained on are sampled through a sliding window.
 
 from __future__ import annotations
 
-import argparse
 import logging
 
 import lightning.pytorch as pl
@@ -22,34 +21,25 @@ from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.sampling import condition_windows, sample_images
 from taming.modules.transformer.generate import SamplingParams, generators_of
 from taming.pictures import save_picture
-from taming.run.cli import choose_device, parse_run, run, samples_folder, samples_parser
+from taming.run import cli
 
 logger = logging.getLogger("taming.make_samples")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Declare the command line."""
-    parser = samples_parser(__doc__, seed=23)
-    parser.add_argument("--split", help="train, validation or test; default: the first by alphabet")
-    return parser
-
-
 def main() -> None:
     """Sample one image after the other."""
-    options, saved = parse_run(build_parser())
-    device = choose_device(options.device)
+    parser = cli.samples_parser(__doc__, seed=23)
+    parser.add_argument("--split", help="train, validation or test; default: the first by alphabet")
+    options, saved = cli.parse_run(parser)
+    device = cli.choose_device(options.device)
     pl.seed_everything(options.seed, verbose=False)
     datasets = saved.data().datasets
     split = options.split or min(datasets)  # the original's choice
     if split not in datasets:
         raise ValueError(f"--split {split}: the data has only {', '.join(datasets)}")
-    model = saved.model().to(device)
-    if not isinstance(model, Net2NetTransformer):
-        raise ValueError(
-            f"{options.resume} holds a {type(model).__name__}, not a transformer prior"
-        )
-    filters = SamplingParams(options.temperature, options.top_k)
-    target = samples_folder(options, saved)
+    model = cli.check_kind(saved.model(), Net2NetTransformer, options.resume, "a transformer prior")
+    model.to(device)
+    target = cli.samples_folder(options, saved)
 
     for number in tqdm(range(len(datasets[split])), desc=split):
         batch = custom_collate([datasets[split][number]])
@@ -57,7 +47,8 @@ def main() -> None:
         codes = model.encode_codes(x)
         grid = codes.shape[1], codes.shape[2]
         condition = condition_windows(model, c, grid)
-        params = filters._replace(generators=generators_of(options.seed, [number]))
+        generators = generators_of(options.seed, [number])
+        params = SamplingParams(options.temperature, options.top_k, generators=generators)
         pictures = {
             "originals": x,
             "reconstructions": model.decode_codes(codes),
@@ -69,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -10,7 +10,6 @@ layout as seen in each window. A sample depends on the seed, its own number and 
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from itertools import count
@@ -28,22 +27,9 @@ from taming.models.cond_transformer import Grid, Net2NetTransformer
 from taming.models.sampling import Condition, Window, numbers_of, sample_images
 from taming.modules.transformer.generate import SamplingParams, generators_of
 from taming.pictures import save_picture, tile
-from taming.run.cli import choose_device, parse_run, run, samples_folder, samples_parser
+from taming.run import cli
 
 logger = logging.getLogger("taming.make_scene_samples")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Declare the command line."""
-    parser = samples_parser(__doc__, seed=42424242)
-    parser.add_argument(
-        "-R", "--resolution", default="256,256", help="height,width of the images in pixels"
-    )
-    parser.add_argument(
-        "-C", "--conditional", default="objects_bbox", help="objects_bbox or objects_center_points"
-    )
-    parser.add_argument("-N", "--n_samples_per_layout", type=int, default=4)
-    return parser
 
 
 def grid_of(model: Net2NetTransformer, resolution: str) -> Grid:
@@ -73,31 +59,35 @@ def layout_windows(
     return tokens
 
 
-def main() -> None:
-    """Sample images for one layout after the other."""
-    options, saved = parse_run(build_parser())
-    device = choose_device(options.device)
-    pl.seed_everything(options.seed, verbose=False)
-    data = saved.data()
-    scenes = data.datasets.get("validation")
+def builder_of(scenes: Any, name: str) -> ObjectsConditionalBuilder[Any]:
+    """Return the builder of layouts of a name; refuse data that has none."""
     if not isinstance(scenes, AnnotatedObjectsDataset):
         raise ValueError(
             "layouts come from data.params.validation, which is not a set of annotated objects"
         )
-    if options.conditional not in scenes.conditional_builders:
+    if name not in scenes.conditional_builders:
         known = ", ".join(scenes.conditional_builders)
-        raise ValueError(f"--conditional {options.conditional}: the data has {known}")
-    builder = scenes.conditional_builders[options.conditional]
-    model = saved.model().to(device)
-    if not isinstance(model, Net2NetTransformer):
-        raise ValueError(
-            f"{options.resume} holds a {type(model).__name__}, not a transformer prior"
-        )
-    grid, filters = (
-        grid_of(model, options.resolution),
-        SamplingParams(options.temperature, options.top_k),
-    )
-    target, samples = samples_folder(options, saved), range(options.n_samples_per_layout)
+        raise ValueError(f"--conditional {name}: the data has {known}")
+    return scenes.conditional_builders[name]
+
+
+def main() -> None:
+    """Sample images for one layout after the other."""
+    parser = cli.samples_parser(__doc__, seed=42424242)
+    add, kinds = parser.add_argument, "objects_bbox or objects_center_points"
+    add("-R", "--resolution", default="256,256", help="height,width of the images in pixels")
+    add("-C", "--conditional", default="objects_bbox", help=kinds)
+    add("-N", "--n_samples_per_layout", type=int, default=4)
+    options, saved = cli.parse_run(parser)
+    device = cli.choose_device(options.device)
+    pl.seed_everything(options.seed, verbose=False)
+    data = saved.data()
+    scenes: Any = data.datasets.get("validation")
+    builder = builder_of(scenes, options.conditional)
+    model = cli.check_kind(saved.model(), Net2NetTransformer, options.resume, "a transformer prior")
+    model.to(device)
+    grid = grid_of(model, options.resolution)
+    target, samples = cli.samples_folder(options, saved), range(options.n_samples_per_layout)
     layouts = count()
 
     for batch_number, batch in enumerate(tqdm(data.val_dataloader(), desc="batches")):
@@ -107,7 +97,7 @@ def main() -> None:
             ]
             codes = model.empty_codes(len(samples), grid)
             generators = generators_of(options.seed, numbers_of(next(layouts), samples))
-            params = filters._replace(generators=generators)
+            params = SamplingParams(options.temperature, options.top_k, generators=generators)
             torch.manual_seed(options.seed)  # a builder puts objects in random order
             windows = layout_windows(builder, annotations, grid, codes)
             images = model.show(sample_images(model, windows, params, codes=codes)).cpu()
@@ -120,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

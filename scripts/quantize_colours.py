@@ -12,7 +12,6 @@ Axis letters: H W image, N pixels, K colours.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 from importlib.resources import files
@@ -24,17 +23,10 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from taming.data.photos import VALIDATION_PHOTOS
-from taming.data.preprocessing import (
-    View,
-    decode_image,
-    error_context,
-    scale_short_side,
-    to_unit_range,
-)
 from taming.modules.vqvae.codebook import k_means
 from taming.modules.vqvae.nearest import nearest_codes
-from taming.pictures import save_picture, side_by_side
-from taming.run.cli import run
+from taming.pictures import load_image, save_picture, side_by_side
+from taming.run import cli
 
 logger = logging.getLogger("taming.quantize_colours")
 
@@ -68,21 +60,9 @@ def quantize(image: Tensor, colours: int, iterations: int = 20) -> Painting:
     return Painting(palette, nearest_codes(pixels, palette).indices.view(image.shape[1:]))
 
 
-def load(path: Path, size: int | None) -> Tensor:
-    """Load an image (3, H, W) in [-1, 1]; rescale its short side to ``size`` pixels if given."""
-    with error_context(str(path)):
-        picture = decode_image(path)
-    height, width = picture.shape[1:]
-    scaled = (height, width) if size is None else scale_short_side(height, width, size)
-    view = View(scaled, 0, 0, *scaled)
-    return torch.from_numpy(to_unit_range(view.apply(picture, antialias=True))).permute(2, 0, 1)
-
-
 def main() -> None:
     """Save the image beside its quantized versions; log the rate and PSNR of each."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = cli.script_parser(__doc__, device=False)
     default = files("skimage") / "data" / VALIDATION_PHOTOS[-1]
     parser.add_argument("image", nargs="?", default=Path(str(default)), type=Path)
     parser.add_argument("-k", "--colours", nargs="+", type=int, default=[4, 16, 64], metavar="K")
@@ -92,16 +72,15 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
-    image, shown = load(options.image, options.size), []
+    image, shown = load_image(options.image, options.size), []
     for colours in options.colours:
         shown.append(quantize(image, colours).decode())
         psnr = peak_signal_noise_ratio(shown[-1], image, data_range=2.0)
-        logger.info(
-            "%4d colours: %.1f bits per pixel, PSNR %.1f dB", colours, math.log2(colours), psnr
-        )
+        bits = math.log2(colours)
+        logger.info("%4d colours: %.1f bits per pixel, PSNR %.1f dB", colours, bits, psnr)
     save_picture(side_by_side(image, *shown), options.output)
     logger.info("image | %s in %s", " | ".join(map(str, options.colours)), options.output)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

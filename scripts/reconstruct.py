@@ -23,62 +23,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import taming
 from taming.data.custom import find_files
-from taming.data.preprocessing import (
-    View,
-    decode_image,
-    error_context,
-    scale_short_side,
-    to_unit_range,
-)
+from taming.data.preprocessing import error_context
 from taming.models.vqgan import VQModel
-from taming.pictures import save_picture, side_by_side
-from taming.run.cli import check_folder, choose_device, run
-from taming.run.folder import model_from_run
+from taming.pictures import load_image, save_picture, side_by_side
+from taming.run import cli
+from taming.tokenizer import Tokenizer
 
 logger = logging.getLogger("taming.reconstruct")
 
 EXACT = 1e-10  # smallest mean squared error reported, 100 dB: JSON has no infinity
-
-
-def load_image(path: Path, size: int | None, site: int) -> Tensor:
-    """Read an image, scale its short side, and crop its sides to whole sites.
-
-    Args:
-        path: An image file.
-        size: Length of the short side in pixels; None keeps it.
-        site: Side of a site in pixels.
-
-    Returns:
-        (1, 3, H, W) float32 in [-1, 1].
-
-    Raises:
-        ValueError: The file is not an image, or smaller than a site.
-    """
-    with error_context(str(path)):
-        picture = decode_image(path)
-    height, width = picture.shape[1:]
-    scaled = (height, width) if size is None else scale_short_side(height, width, size)
-    rows, columns = (side // site * site for side in scaled)
-    if rows < 1 or columns < 1:
-        raise ValueError(f"{path}: {scaled[1]}x{scaled[0]} is smaller than a site of {site} pixels")
-    view = View(scaled, (scaled[0] - rows) // 2, (scaled[1] - columns) // 2, rows, columns)
-    pixels = torch.from_numpy(to_unit_range(view.apply(picture, antialias=True)))  # (H, W, 3)
-    return pixels.permute(2, 0, 1)[None]
-
-
-def add_rate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that set the rate of a loopy tokenizer; at most one may be given."""
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--threshold",
-        type=float,
-        help="distance at which a loop ends, as a share of the latents' standard deviation",
-    )
-    group.add_argument(
-        "--max-codes", "--max-tokens", type=int, help="largest number of codes of an image"
-    )
-    group.add_argument("--target-psnr", type=float, help="PSNR in dB to reach with fewest codes")
 
 
 def latent_std(model: VQModel) -> float:
@@ -140,34 +95,31 @@ def reconstruct(
     """
     quantized = model.encode(x, **rate)
     x_rec = model.decode(quantized.z_q).clamp(-1, 1)  # (1, 3, H, W)
-    shown = {"input": x, "reconstruction": x_rec}
-    shown |= model.code_pictures(quantized, (x.shape[2], x.shape[3]))
-    sites, codes, tokens, bits = 0, 0, 0, 0.0
+    pictures = {"input": x, "reconstruction": x_rec}
+    pictures |= model.code_pictures(quantized, (x.shape[2], x.shape[3]))
+    counts: dict[str, Any] = dict.fromkeys(("sites", "codes", "tokens", "bits"), 0)
     for level, grid in model.codes_by_level(quantized).items():  # (1, h, w, T)
         sequence = model.levels[level].sequence
-        length = sequence.encode(grid)[0].shape[1]
-        sites, codes = sites + grid[..., 0].numel(), codes + int((grid >= 0).sum())
-        tokens, bits = tokens + length, bits + length * math.log2(sequence.vocab_size)
+        tokens = sequence.encode(grid)[0].shape[1]
+        counts["sites"] += grid[..., 0].numel()
+        counts["codes"] += int((grid >= 0).sum())
+        counts["tokens"] += tokens
+        counts["bits"] += tokens * math.log2(sequence.vocab_size)
     error = float((x - x_rec).square().mean()) / 4
-    numbers = {
-        "size": [x.shape[3], x.shape[2]],
-        "sites": sites,
-        "codes": codes,
-        "tokens": tokens,
-        "bits": bits,
-        "psnr": -10 * math.log10(max(error, EXACT)),
-    }
+    numbers = {"size": [x.shape[3], x.shape[2]], **counts}
+    numbers["psnr"] = -10 * math.log10(max(error, EXACT))
     if trace := model.quantize.traces(quantized).get(""):
         reached = trace.distances[trace.within]
+        turns = torch.bincount(
+            trace.lengths.flatten(), minlength=model.quantize.sequence.max_loops + 1
+        )
         numbers |= {
             "threshold": float(reached.max()) / latent_std(model) if len(reached) else 0.0,
             "never_within_threshold": int((~trace.within).sum()),
             "turns_per_site": float(trace.lengths.float().mean()),
-            "turns": torch.bincount(
-                trace.lengths.flatten(), minlength=model.quantize.sequence.max_loops + 1
-            ).tolist()[1:],
+            "turns": turns.tolist()[1:],
         }
-    return {name: picture[0] for name, picture in shown.items()}, numbers
+    return {name: picture[0] for name, picture in pictures.items()}, numbers
 
 
 def save_pictures(pictures: Mapping[str, Tensor], folder: Path, name: str) -> None:
@@ -179,48 +131,42 @@ def save_pictures(pictures: Mapping[str, Tensor], folder: Path, name: str) -> No
     save_picture(side_by_side(*pictures.values()), compare)
 
 
-def load_tokenizer(run: str) -> VQModel:
-    """Load the tokenizer of a run.
-
-    Raises:
-        ValueError: The run holds another model, or a tokenizer of other than 3 channels.
-    """
-    model = model_from_run(run)
-    if not isinstance(model, VQModel):
-        raise ValueError(f"{run} holds a {type(model).__name__}, not a tokenizer")
-    channels = model.encoder.conv_in.in_channels
-    if channels != 3:
-        raise ValueError(f"{run} holds a tokenizer of {channels} channels, not of colours")
-    return model
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = cli.script_parser(__doc__)
+    add = parser.add_argument
+    add("images", nargs="+", help="image files or folders of them")
+    add("-r", "--resume", required=True, help="run of the tokenizer, or a checkpoint")
+    add("-o", "--outdir", default="results/reconstructions", type=Path)
+    add("-s", "--size", type=int, help="length of the short side in pixels")
+    add = parser.add_mutually_exclusive_group().add_argument
+    threshold_help = "distance at which a loop ends, as a share of the latents' standard deviation"
+    add("--threshold", type=float, help=threshold_help)
+    add("--max-codes", "--max-tokens", type=int, help="largest number of codes of an image")
+    add("--target-psnr", type=float, help="PSNR in dB to reach with fewest codes")
+    options = parser.parse_args()
+    cli.check_folder(options.outdir)
+    if options.size is not None and options.size < 1:
+        raise ValueError(f"--size must be at least 1, got {options.size}")
+    return options
 
 
 def main() -> None:
     """Reconstruct each image, and save ``reconstructions.json`` with the numbers of all."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("images", nargs="+", help="image files or folders of them")
-    parser.add_argument(
-        "-r", "--resume", required=True, help="run of the tokenizer, or a checkpoint"
-    )
-    parser.add_argument("-o", "--outdir", default="results/reconstructions", type=Path)
-    parser.add_argument("-s", "--size", type=int, help="length of the short side in pixels")
-    add_rate_arguments(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    options = parser.parse_args()
-
-    check_folder(options.outdir)
-    if options.size is not None and options.size < 1:
-        raise ValueError(f"--size must be at least 1, got {options.size}")
+    options = parse_options()
     paths = find_files(options.images)
     names = unique_names(paths)
     refuse_overwriting(paths, names, options.outdir)
-    model = load_tokenizer(options.resume).to(choose_device(options.device))
+    loaded = taming.load(options.resume, cli.choose_device(options.device))
+    tokenizer = cli.check_kind(loaded, Tokenizer, options.resume, "a tokenizer")
+    if (channels := tokenizer.channels) != 3:
+        raise ValueError(f"{options.resume} holds a tokenizer of {channels} channels, not 3")
+    model = tokenizer.model
     rate = chosen_rate(options, model)
     report: dict[str, dict[str, Any]] = {}
     try:
         for path, name in tqdm(zip(paths, names, strict=True), "reconstruct", len(paths)):
-            x = load_image(path, options.size, model.factor).to(model.device)
+            x = load_image(path, options.size, model.factor)[None].to(model.device)
             with error_context(str(path)):
                 pictures, numbers = reconstruct(model, x, rate)
             save_pictures(pictures, options.outdir, name)
@@ -235,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

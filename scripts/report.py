@@ -5,7 +5,6 @@ python scripts/report.py results/demo
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import io
@@ -19,7 +18,7 @@ import matplotlib
 matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 
-from taming.run.cli import run
+from taming.run import cli
 
 logger = logging.getLogger("taming.report")
 
@@ -36,19 +35,15 @@ p { color: #555 } h2 { margin-top: 2.5rem }
 def summary(tokenizer: dict[str, Any], prior: dict[str, Any]) -> list[tuple[str, str]]:
     """Format the rows of the table: name, value with unit."""
     tokens = tokenizer["tokens_per_image"]
+    mean = sum(tokens) / len(tokens)
+    outside = 100 * tokenizer["val/never_within_threshold"]
     return [
         ("validation PSNR", f"{tokenizer['val/psnr']:.2f} dB"),
         ("mean turns per site", f"{tokenizer['val/mean_length']:.2f}"),
-        (
-            "tokens per image, site ends included",
-            f"{sum(tokens) / len(tokens):.1f} ({min(tokens)} to {max(tokens)})",
-        ),
+        ("tokens per image, site ends included", f"{mean:.1f} ({min(tokens)} to {max(tokens)})"),
         ("codebook usage", f"{100 * tokenizer['val/usage']:.1f} %"),
         ("codebook perplexity", f"{tokenizer['val/perplexity']:.1f}"),
-        (
-            "sites never within the threshold",
-            f"{100 * tokenizer['val/never_within_threshold']:.1f} %",
-        ),
+        ("sites never within the threshold", f"{outside:.1f} %"),
         ("prior, bits per token", f"{prior['val/bits_per_token']:.2f}"),
         ("prior, bits per image", f"{prior['val/bits_per_image']:.0f}"),
     ]
@@ -123,12 +118,9 @@ def page(folder: Path, tokenizer: dict[str, Any], rows: list[tuple[str, str]]) -
 
 def main() -> None:
     """Save ``report.html`` in a folder with evaluations, reconstructions and samples."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "folder", type=Path, help="folder with tokenizer.json, prior.json and the pictures"
-    )
+    parser = cli.script_parser(__doc__, device=False)
+    where = "folder with tokenizer.json, prior.json and the pictures"
+    parser.add_argument("folder", type=Path, help=where)
     folder = parser.parse_args().folder
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     prior = json.loads((folder / "prior.json").read_text())
@@ -140,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

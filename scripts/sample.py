@@ -24,62 +24,46 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
+import taming
 from taming.data.base import ImagePaths
 from taming.data.custom import find_files
-from taming.models.level_prior import check_priors, sample_levels
-from taming.models.prior import Prior
-from taming.models.sampling import numbers_of, paste, sample_images, upper_part
-from taming.modules.transformer.generate import SamplingParams, generators_of
-from taming.pictures import save_picture, tile
-from taming.run.cli import check_folder, choose_device, labels_of, run, script_parser
-from taming.run.folder import model_from_run
+from taming.generator import Generator
+from taming.models.sampling import numbers_of, paste, upper_part
+from taming.pictures import save_picture, tile, to_tensor
+from taming.run import cli
 
 logger = logging.getLogger("taming.sample")
 
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = script_parser(__doc__)
-    parser.add_argument(
-        "-r",
-        "--resume",
-        nargs="+",
-        required=True,
-        help="run of the prior, or a checkpoint; or those of all levels, the top's first",
-    )
-    parser.add_argument("-o", "--outdir", default="results/samples", type=Path)
-    parser.add_argument("-n", "--num_samples", type=int, default=16, help="for each class, if any")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("-t", "--temperature", type=float, default=1.0)
-    parser.add_argument("-k", "--top_k", type=int, help="sample among the k likeliest tokens")
-    parser.add_argument("-p", "--top_p", type=float, help="sample among the likeliest of this mass")
-    parser.add_argument("--min_p", type=float, help="sample among those this likely, relatively")
-    parser.add_argument(
-        "--guidance", type=float, default=1.0, help="scale of classifier-free guidance; 1 for none"
-    )
-    parser.add_argument("--classes", help="labels, such as 3,7, of a class-conditional prior")
-    parser.add_argument(
-        "--complete",
-        nargs="+",
-        help="images or folders to complete; their known part is shown as reconstructed",
-    )
-    parser.add_argument("--known", type=float, help="known upper share of each; default: 0.5")
-    parser.add_argument(
-        "--mask",
-        help="picture that is bright where images are known instead, scaled and cropped alike;\n"
-        "a site is known if all its pixels are",
-    )
-    parser.add_argument("--grid", help="rows,columns of sites; default: as trained")
-    parser.add_argument("-s", "--seed", type=int, default=23)
+    parser = cli.script_parser(__doc__)
+    add = parser.add_argument
+    run_help = "run of the prior, or a checkpoint; or those of all levels, the top's first"
+    add("-r", "--resume", nargs="+", required=True, help=run_help)
+    add("-o", "--outdir", default="results/samples", type=Path)
+    cli.add_sampling_arguments(parser, num_samples=16, batch_size=16)
+    add("--min_p", type=float, help="sample among those this likely, relatively")
+    guidance_help = "scale of classifier-free guidance; 1 for none"
+    add("--guidance", type=float, default=1.0, help=guidance_help)
+    complete_help = "images or folders to complete; their known part is shown as reconstructed"
+    add("--complete", nargs="+", help=complete_help)
+    add("--known", type=float, help="known upper share of each; default: 0.5")
+    mask_help = "picture that is bright where images are known instead, scaled and cropped alike;\n"
+    add("--mask", help=mask_help + "a site is known if all its pixels are")
+    add("--grid", help="rows,columns of sites; default: as trained")
     options = parser.parse_args()
-    if options.num_samples < 1 or options.batch_size < 1:
+    if min(options.num_samples, options.batch_size) < 1:
         raise ValueError("--num_samples and --batch_size must be at least 1")
+    if options.grid is not None:
+        sides = options.grid.split(",")
+        if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+            raise ValueError(f"--grid expects rows,columns such as 16,16, got {options.grid!r}")
+        options.grid = int(sides[0]), int(sides[1])
     if options.known is not None and not 0 <= options.known <= 1:
         raise ValueError(f"--known must be in [0, 1], got {options.known}")
     if options.known is not None and options.mask:
@@ -91,121 +75,61 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def grid_of(model: Prior, wish: str | None) -> tuple[int, int]:
-    """Return rows and columns of sites: those wished for, or those trained on."""
-    if wish is None:
-        return model.grid
-    sides = wish.split(",")
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise ValueError(f"--grid expects rows,columns such as 16,16, got {wish!r}")
-    return int(sides[0]), int(sides[1])
-
-
-def draw(
-    priors: list[Any],
-    labels: list[int],
-    options: argparse.Namespace,
-    item: int = 0,
-    codes: Tensor | None = None,
-    **start: Any,
-) -> Tensor:
-    """Sample an image (3, H, W) for each label, in batches.
-
-    Args:
-        priors: One prior, or those of all levels.
-        labels: Condition of each image.
-        options: The command line.
-        item: Number of the completed image, from which random numbers follow.
-        codes: (1, h, w, T), the codes of the image to complete.
-        **start: Further arguments of `Prior.sample_codes`, for one prior.
-    """
-    last, images = priors[-1], []
-    condition = torch.tensor(labels, device=last.device)[:, None]
-    for part in tqdm(torch.arange(len(labels)).split(options.batch_size), desc="batches"):
-        params = SamplingParams(
-            options.temperature,
-            options.top_k,
-            options.top_p,
-            min_p=options.min_p,
-            guidance=options.guidance,
-            generators=generators_of(options.seed, numbers_of(item, part.tolist())),
-        )
-        own = condition[part.to(last.device)]
-        if len(priors) > 1:
-            drawn = last.first_stage_model.model.decode_code(sample_levels(priors, own, params))
-        else:
-            given = None if codes is None else codes.expand(len(part), -1, -1, -1)
-            drawn = sample_images(last, own, params, codes=given, **start)
-        images.append(last.show(drawn).cpu())
-    return torch.cat(images)
-
-
-def sample(priors: list[Any], options: argparse.Namespace) -> None:
+def sample(generator: Generator, options: argparse.Namespace, asked: dict[str, Any]) -> None:
     """Save new images, one file each, and a grid of all."""
-    labels = labels_of(priors[0], options.classes, options.num_samples)
-    images = draw(priors, labels, options, grid=grid_of(priors[0], options.grid))
-    for number, (label, image) in enumerate(zip(labels, images, strict=True)):
-        suffix = "" if priors[0].be_unconditional else f"_class{label}"
-        save_picture(image, options.outdir / f"{number:06}{suffix}.png")
-    save_picture(tile(images, 8), options.outdir / "grid.png")
+    pictures = generator.sample(**asked)
+    options.outdir.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(pictures):
+        label = (asked["label"] or [None])[number // options.num_samples]
+        suffix = "" if label is None else f"_class{label}"
+        picture.save(options.outdir / f"{number:06}{suffix}.png")
+    save_picture(tile(pictures, 8), options.outdir / "grid.png")
 
 
-def known_part(options: argparse.Namespace, grid: tuple[int, int], factor: int) -> Tensor:
-    """Return the known sites (h, w) bool, of ``factor`` pixels: an upper part, or a mask's."""
+def known_part(generator: Generator, options: argparse.Namespace, grid: tuple[int, int]) -> Tensor:
+    """Return the known sites (h, w) bool: an upper part, or a mask's."""
     if options.mask is None:
         return upper_part(0.5 if options.known is None else options.known, grid)
-    mask = ImagePaths([options.mask], grid[0] * factor, antialias=True)[0]["image"]
-    bright = torch.from_numpy(mask).mean(dim=-1) > 0
-    return rearrange(bright, "(h f) (w g) -> h w (f g)", f=factor, g=factor).all(dim=-1)
+    side = grid[0] * generator.model.first_stage_model.factor
+    mask = ImagePaths([options.mask], side, antialias=True)[0]["image"]  # (H, W, 3)
+    return generator.known_sites(mask.mean(axis=-1), grid)
 
 
-def complete(model: Prior, options: argparse.Namespace) -> None:
+def complete(generator: Generator, options: argparse.Namespace, asked: dict[str, Any]) -> None:
     """Save a row for each image: input, its known part, and completions."""
-    labels = labels_of(model, options.classes, options.num_samples)
-    grid = grid_of(model, options.grid)
+    grid = options.grid or generator.model.grid
     if grid[0] != grid[1]:
         raise ValueError(f"--complete needs a square grid, got {grid[0]}x{grid[1]}")
-    stage = model.first_stage_model
-    tokenizer = getattr(stage, "model", stage)  # a level's
-    if tokenizer.encoder.conv_in.in_channels != 3:
+    if generator.tokenizer.channels != 3:
         raise ValueError("--complete takes photographs, but the tokenizer's images have no colours")
-    factor = stage.factor
-    images = ImagePaths(find_files(options.complete), grid[0] * factor, antialias=True)
-    known = known_part(options, grid, factor)
+    side = grid[0] * generator.model.first_stage_model.factor
+    images = ImagePaths(find_files(options.complete), side, antialias=True)
+    known = known_part(generator, options, grid)
     for number in tqdm(range(len(images)), desc="complete"):
         item = images[number]
-        x = torch.from_numpy(item["image"]).permute(2, 0, 1)[None]  # (1, 3, H, W)
-        codes = model.encode_codes(x.to(model.device))
-        reconstruction = model.decode_codes(codes).cpu()
-        drawn = draw([model], labels, options, number, codes=codes, known=known)
-        blank_and_drawn = torch.cat([torch.ones_like(x), drawn])
-        row = torch.cat([x, paste(blank_and_drawn, reconstruction, known)])
+        first = numbers_of(number, [0])[0]
+        completed = generator.complete(item["image"], known, first=first, **asked)
+        row = torch.stack([to_tensor(picture) for picture in (item["image"], *completed)])
+        seen = paste(torch.ones_like(row[:1]), row[1:2], known.cpu())
+        row = torch.cat([row[:1], seen, row[1:]])
         name = f"{number:06}_{Path(item['file_path_']).stem}_completed.png"
         save_picture(tile(row, len(row)), options.outdir / name)
 
 
 def main(all_levels: bool = False) -> None:
-    """Sample or complete.
-
-    Args:
-        all_levels: The runs must be the priors of all levels of a VQ-VAE-2, even a single one.
-    """
+    """Sample or complete; ``all_levels``: even a single run must be of all levels of a VQ-VAE-2."""
     options = parse_options()
-    check_folder(options.outdir)
-    device = choose_device(options.device)
-    pl.seed_everything(options.seed, verbose=False)
-    priors, all_levels = [], all_levels or len(options.resume) > 1
-    for name in options.resume:
-        priors.append(model := model_from_run(name))
-        if not isinstance(model, Prior):
-            kind = "a prior of one level" if all_levels else "a prior"
-            raise ValueError(f"{name} holds a {type(model).__name__}, not {kind}")
-    if all_levels:
-        check_priors(priors)
-    priors = [prior.to(device) for prior in priors]
-    complete(priors[0], options) if options.complete else sample(priors, options)
+    cli.check_folder(options.outdir)
+    runs = options.resume if all_levels or len(options.resume) > 1 else options.resume[0]
+    loaded = taming.load(runs, cli.choose_device(options.device))
+    generator = cli.check_kind(loaded, Generator, runs, "a prior")
+    generator.batch_size = options.batch_size
+    names = ("seed", "grid", "temperature", "top_k", "top_p", "min_p", "guidance")
+    asked = {name: getattr(options, name) for name in names}
+    asked |= {"n": options.num_samples, "label": cli.labels_of(generator.model, options.classes)}
+    (complete if options.complete else sample)(generator, options, asked)
     logger.info("pictures in %s", options.outdir)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -11,7 +11,6 @@ a window over large images. Without a condition, or with classes, --ignore_base_
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import io
@@ -35,7 +34,7 @@ from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.sampling import Progress, condition_windows, paste, upper_part
 from taming.modules.transformer.generate import SamplingParams
 from taming.pictures import to_picture
-from taming.run.cli import choose_device, parse_classes, parse_run, run, run_parser
+from taming.run import cli
 
 logger = logging.getLogger("taming.sample_conditional")
 
@@ -166,12 +165,6 @@ class Studio:
             return (2 * (c - low) / (high - low).clamp(min=1e-8) - 1).expand(-1, 3, -1, -1)
         return c if c.shape[1] == 3 else self.model.cond_stage_model.to_rgb(c)
 
-    def _token(self, wish: Wish) -> int:
-        """Return the token of the class, or of no condition."""
-        if self.model.n_classes is not None:
-            return parse_classes(str(wish.label), self.model.n_classes)[0]
-        return self.model.sos_token
-
     @torch.no_grad()
     def sample(self, wish: Wish, send: Callable[[dict[str, Any]], None]) -> None:
         """Sample an image; send the number of finished sites, that of all, and the picture."""
@@ -186,7 +179,9 @@ class Studio:
         if example is not None and self.kind == "image":
             condition = condition_windows(model, example[1], grid)
         else:
-            condition = torch.tensor([[self._token(wish)]], device=model.device)
+            label = str(wish.label) if self.kind == "class" else None
+            tokens = cli.labels_of(model, label) or [model.sos_token]
+            condition = torch.tensor([tokens], device=model.device)  # (1, 1)
         sent, sites = int(known.sum()), grid[0] * grid[1]
 
         def send_picture(done: int, codes: Tensor) -> None:
@@ -269,25 +264,17 @@ class Handler(BaseHTTPRequestHandler):
         """Keep the console free of requests."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Declare the command line."""
-    parser = run_parser(__doc__)
+def main() -> None:
+    """Serve the page until interrupted."""
+    parser = cli.run_parser(__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
     parser.add_argument("--port", type=int, default=8501)
     parser.add_argument("--no_browser", action="store_true", help="do not open the page")
-    return parser
-
-
-def main() -> None:
-    """Serve the page until interrupted."""
-    options, saved = parse_run(build_parser())
-    device = choose_device(options.device)
+    options, saved = cli.parse_run(parser)
+    device = cli.choose_device(options.device)
     datasets = saved.data().datasets if "data" in saved.config.values else {}
-    model = saved.model().to(device)
-    if not isinstance(model, Net2NetTransformer):
-        raise ValueError(
-            f"{options.resume} holds a {type(model).__name__}, not a transformer prior"
-        )
+    model = cli.check_kind(saved.model(), Net2NetTransformer, options.resume, "a transformer prior")
+    model.to(device)
     with Server((options.host, options.port), Studio(model, datasets, saved.step())) as server:
         address = f"http://{options.host}:{server.server_port}"
         logger.info("open %s in a browser; Ctrl-C ends it", address)
@@ -298,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -3,7 +3,7 @@
 import runpy
 from pathlib import Path
 
-from taming.run.cli import run
+from taming.run import cli
 
 
 def main() -> None:
@@ -12,4 +12,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -19,15 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["Codes", "Generator", "Tokenizer", "load"]
 
 # Imported on first use, so that ``import taming`` does not load torch.
-_HOMES = {
-    "Codes": "taming.tokenizer",
-    "Generator": "taming.generator",
-    "Tokenizer": "taming.tokenizer",
-    "load": "taming.generator",
-}
+_HOMES = {"Codes": "tokenizer", "Generator": "generator", "Tokenizer": "tokenizer"}
+_HOMES["load"] = "generator"
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'taming' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(f"taming.{_HOMES[name]}"), name)

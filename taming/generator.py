@@ -6,7 +6,9 @@ Axis letters: B pictures, C channels, H W picture, h w grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,25 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop, resize
+from tqdm import tqdm
 
+from taming.models.level_prior import check_priors, sample_levels
 from taming.models.prior import Prior
-from taming.models.sampling import Grid, SamplingParams, generators_of, paste
-from taming.pictures import Picture, to_tensor
-from taming.tokenizer import Tokenizer, decoded_pictures
+from taming.models.sampling import Grid, SamplingParams, generators_of, paste, sample_images
+from taming.pictures import Picture, is_single, to_picture, to_tensor
+from taming.tokenizer import Tokenizer
+
+Labels = int | Sequence[int] | None
 
 
-def load(run: str | Path, device: torch.device | str = "cpu") -> Tokenizer | Generator:
+def load(
+    run: str | Path | Sequence[str | Path], device: torch.device | str = "cpu"
+) -> Tokenizer | Generator:
     """Load a trained model.
 
     Args:
-        run: Folder of a run, ``logs/<run>``, or one of its checkpoints.
+        run: Folder of a run, ``logs/<run>``, or one of its checkpoints. For a VQ-VAE-2, those of
+            the priors of all levels, the top's first.
         device: Device for the model.
 
     Returns:
@@ -38,9 +47,16 @@ def load(run: str | Path, device: torch.device | str = "cpu") -> Tokenizer | Gen
     """
     from taming.run.folder import model_from_run
 
-    model = model_from_run(run)
-    face = Generator if hasattr(model, "sample_codes") else Tokenizer
-    return face(model).to(device)
+    if isinstance(run, (str, os.PathLike)):
+        model = model_from_run(run)
+        face = Generator if hasattr(model, "sample_codes") else Tokenizer
+        return face(model).to(device)
+    priors = []
+    for name in run:
+        priors.append(model := model_from_run(name))
+        if not hasattr(model, "sample_codes"):
+            raise ValueError(f"{name} holds a {type(model).__name__}, not a prior of one level")
+    return Generator(priors).to(device)
 
 
 class Generator:
@@ -50,98 +66,113 @@ class Generator:
     ``top_k``, ``top_p`` in (0, 1], ``min_p`` in [0, 1], ``guidance`` and ``greedy``.
 
     Args:
-        model: The prior, unconditional or class-conditional; it is switched to evaluation mode.
+        model: The prior, unconditional or class-conditional, or a list of the priors of all levels
+            of a VQ-VAE-2, the top's first. They are switched to evaluation mode.
         batch_size: Largest number of pictures that go through the model together.
 
     Attributes:
-        tokenizer: The prior's `Tokenizer`.
+        model: The prior; of several, the top level's.
 
     Raises:
-        ValueError: The prior takes another condition than a class.
+        ValueError: The prior's condition is not a class, or several do not belong together.
 
     Example:
         >>> from taming.models.cond_transformer import Net2NetTransformer
-        >>> sizes = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": []}
-        >>> sizes |= {"resolution": 8, "z_channels": 8, "in_channels": 3, "out_ch": 3}
-        >>> loss = {"target": "taming.modules.losses.reconstruction.ReconstructionLoss"}
-        >>> params = {"ddconfig": sizes | {"double_z": False}, "lossconfig": loss}
-        >>> params |= {"n_embed": 16, "embed_dim": 4}
-        >>> tokenizer = {"target": "taming.models.vqgan.VQModel", "params": params}
-        >>> gpt = {"target": "taming.modules.transformer.gpt.GPT", "params": {"n_embd": 8}}
+        >>> sizes = dict(double_z=False, z_channels=4, resolution=8, in_channels=3, out_ch=3)
+        >>> sizes |= dict(ch=32, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[])
+        >>> parts = dict(ddconfig=sizes, lossconfig={"target": "taming.modules.losses.DummyLoss"})
+        >>> tokenizer = {"target": "taming.models.vqgan.VQModel", "params": parts}
+        >>> parts |= dict(n_embed=8, embed_dim=4)
+        >>> gpt = {"target": "taming.modules.transformer.gpt.GPT", "params": dict(n_embd=32)}
+        >>> gpt["params"] |= dict(n_layer=1, n_head=2)
         >>> generator = Generator(Net2NetTransformer(gpt, tokenizer, "__is_unconditional__"))
-        >>> pictures = generator.sample(2, seed=1, top_k=5)
-        >>> [picture.size for picture in pictures]
+        >>> [picture.size for picture in generator.sample(2, top_k=4)]
         [(8, 8), (8, 8)]
-        >>> len(generator.tokenizer.encode(pictures[0]))
-        16
     """
 
-    def __init__(self, model: Prior, batch_size: int = 16) -> None:
-        if not model.be_unconditional and model.n_classes is None:
+    def __init__(self, model: Prior | Sequence[Prior], batch_size: int = 16) -> None:
+        several = isinstance(model, (list, tuple))
+        self.priors: list[Any] = [*model] if several else [model]
+        if several:
+            check_priors(self.priors)
+        for prior in self.priors:
+            prior.eval().requires_grad_(False)
+        self.model: Prior = self.priors[0]
+        self.batch_size = batch_size
+        stage = self.model.cond_stage_model
+        if stage is self.model.first_stage_model:
+            raise ValueError(
+                "this prior is of one level of a VQ-VAE-2: use scripts/sample_hierarchy.py, or "
+                "load the runs of all levels together"
+            )
+        if not self.model.be_unconditional and self.model.n_classes is None:
             raise ValueError(
                 "a Generator takes an unconditional or class-conditional prior, got one whose "
-                f"condition is a {type(model.cond_stage_model).__name__}"
+                f"condition is what a {type(stage).__name__} takes: use scripts/make_samples.py"
             )
-        self.model = model.eval().requires_grad_(False)
-        self.batch_size = batch_size
-        self.tokenizer = Tokenizer(model.first_stage_model, batch_size)
 
     def to(self, device: torch.device | str) -> Generator:
         """Move the prior and its tokenizer to a device; return the generator."""
-        self.model.to(device)
+        for prior in self.priors:
+            prior.to(device)
         return self
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The prior's `Tokenizer`."""
+        return Tokenizer(self.model.first_stage_model, self.batch_size)
 
     def sample(
         self,
         n: int = 1,
-        label: int | None = None,
+        label: Labels = None,
         seed: int = 0,
+        *,
+        first: int = 0,
         grid: Grid | None = None,
         **params: Any,
     ) -> list[Image.Image]:
         """Sample new pictures.
 
         Args:
-            n: Number of pictures.
-            label: Class of a class-conditional prior.
-            seed: Seed. The i-th picture of a seed is the same whatever ``n`` and the batch size,
-                up to rounding.
-            grid: (h, w) sites; None for the size trained on. A larger grid is sampled through a
-                sliding window.
+            n: Number of pictures, for each label if there are several.
+            label: Class, or several, of a class-conditional prior.
+            seed: Seed of a series of pictures, the same up to rounding for any batch size.
+            first: Number of the first picture in that series.
+            grid: (h, w) sites; None for those trained on. More take a sliding window.
             **params: Fields of `SamplingParams`.
 
         Returns:
-            PIL images.
+            PIL images, those of a label after each other.
 
         Raises:
             ValueError: A value is out of range, or the label is missing or unexpected.
         """
-        images = [
-            self.model.decode_codes(
-                self.model.sample_codes(self._condition(label, len(part)), own, grid=grid)
-            )
-            for part, own in self._batches(n, seed, params)
-        ]
-        return decoded_pictures(self.tokenizer.model, torch.cat(images))
+        batches = self._sample(n, label, seed, first, params, grid=grid)
+        return [to_picture(image) for images in batches for image in self.model.show(images)]
 
     def complete(
         self,
         picture: Picture,
         mask: Any,
         n: int = 1,
-        label: int | None = None,
+        label: Labels = None,
         seed: int = 0,
+        *,
+        first: int = 0,
+        grid: Grid | None = None,
         **params: Any,
     ) -> list[Image.Image]:
         """Sample the unknown part of a picture.
 
         Args:
-            picture: The picture; it is scaled and cut to the size that the prior was trained on.
-            mask: A picture, scaled and cut likewise, that is bright where ``picture`` is known; or
-                (h, w) bool sites. A site is known if all its pixels are.
-            n: Number of completions.
-            label: Class of a class-conditional prior.
-            seed: Seed, as in `sample`.
+            picture: The picture; it is scaled and cut to the size of the grid.
+            mask: The part that is known, as for `known_sites`.
+            n: Number of completions, for each label if there are several.
+            label: Class, or several, of a class-conditional prior.
+            seed: Seed of a series of completions.
+            first: Number of the first completion in that series.
+            grid: (h, w) sites; None for the size trained on.
             **params: Fields of `SamplingParams`.
 
         Returns:
@@ -150,87 +181,107 @@ class Generator:
         Raises:
             ValueError: Something is not a picture, or as in `sample`.
         """
-        codes = self.model.encode_codes(self._fitted([picture]))
+        codes = self.model.encode_codes(self._fitted([picture], grid))  # (1, h, w, T)
         reconstruction = self.model.decode_codes(codes)
-        known = self._known(mask)
-        images = [
-            self.model.decode_codes(
-                self.model.sample_codes(
-                    self._condition(label, len(part)),
-                    own,
-                    codes=codes.expand(len(part), -1, -1, -1),
-                    known=known,
-                )
-            )
-            for part, own in self._batches(n, seed, params)
-        ]
-        completed = paste(torch.cat(images), reconstruction, known)
-        return decoded_pictures(self.tokenizer.model, completed)
+        known = self.known_sites(mask, grid)
+        batches = self._sample(n, label, seed, first, params, codes=codes, known=known)
+        pasted = (self.model.show(paste(images, reconstruction, known)) for images in batches)
+        return [to_picture(image) for images in pasted for image in images]
+
+    def known_sites(self, mask: Any, grid: Grid | None = None) -> Tensor:
+        """Return the known sites (h, w) bool of a mask.
+
+        Args:
+            mask: A picture, scaled and cut to the size of the grid, that is bright where a picture
+                is known; or (h, w) bool sites. A site is known if all its pixels are.
+            grid: (h, w) sites; None for the size trained on.
+
+        Raises:
+            ValueError: The mask is not a picture.
+        """
+        grid = grid or self.model.grid
+        if getattr(mask, "shape", ()) == grid and str(mask.dtype).endswith("bool"):
+            return torch.as_tensor(mask, device=self.model.device)
+        bright = self._fit(to_tensor(mask), grid).mean(dim=0) > 0  # (H, W)
+        factor = self.model.first_stage_model.factor
+        sites = rearrange(bright, "(h f) (w g) -> h w (f g)", f=factor, g=factor)
+        return sites.all(dim=-1)
 
     @torch.no_grad()
-    def bits(self, pictures: Picture | Sequence[Picture], label: int | None = None) -> list[float]:
+    def bits(self, pictures: Picture | Sequence[Picture], label: Labels = None) -> list[float]:
         """Measure -log2 of the probability of pictures' codes, their lengths included.
 
         Args:
-            pictures: Pictures, scaled and cut to the size that the prior was trained on.
-            label: Their class, for a class-conditional prior.
+            pictures: One picture, or several, scaled and cut to the size trained on.
+            label: Their class, or that of each, for a class-conditional prior.
 
         Returns:
             Bits of each picture.
 
         Raises:
-            ValueError: Something is not a picture, or the label is missing or unexpected.
+            ValueError: Something is not a picture, or a label is missing or unexpected.
         """
-        several: Any = pictures if isinstance(pictures, (list, tuple)) else [pictures]
+        several: Any = [pictures] if is_single(pictures) else pictures
+        condition = self._condition(label)
+        if len(condition) not in (1, len(several)):
+            raise ValueError(f"got {len(condition)} labels for {len(several)} pictures")
         bits: list[float] = []
+        labels = condition.expand(len(several))
         for start in range(0, len(several), self.batch_size):
-            x = self._fitted(several[start : start + self.batch_size])
-            labels = self._condition(label, len(x))[:, 0]
-            batch = {self.model.cond_stage_key: labels}
-            batch[self.model.first_stage_key] = rearrange(x, "b c h w -> b h w c")
-            nats, _ = self.model.likelihood(self.model.tokenize_batch(batch))
-            bits += (nats / math.log(2)).tolist()
+            part = slice(start, start + self.batch_size)
+            x = self._fitted(several[part])
+            batch = {self.model.cond_stage_key: labels[part]}
+            for prior in self.priors:
+                batch[prior.first_stage_key] = rearrange(x, "b c h w -> b h w c")
+            nats = [p.likelihood(p.tokenize_batch(batch))[0] for p in self.priors]  # each (B,)
+            bits += (torch.stack(nats).sum(dim=0) / math.log(2)).tolist()
         return bits
 
-    def _batches(self, n: int, seed: int, params: dict[str, Any]) -> list[Any]:
-        """Split n pictures into batches: their numbers, and parameters with their generators."""
+    @torch.no_grad()
+    def _sample(
+        self, n: int, label: Labels, seed: int, first: int, params: dict[str, Any], **start: Any
+    ) -> Iterator[Tensor]:
+        """Yield images (B, C, H, W) batch by batch; ``start`` is for `Prior.sample_codes`."""
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
-        parts = [range(i, min(i + self.batch_size, n)) for i in range(0, n, self.batch_size)]
-        return [(p, SamplingParams(**params, generators=generators_of(seed, p))) for p in parts]
+        if len(self.priors) > 1 and start != {"grid": None}:
+            raise ValueError("all levels of a VQ-VAE-2 together only sample the grid trained on")
+        conditions = self._condition(label).repeat_interleave(n)[:, None]
+        numbers = range(first, first + len(conditions))
+        for i in tqdm(range(0, len(numbers), self.batch_size), desc="batches", leave=False):
+            part = slice(i, i + self.batch_size)
+            condition = conditions[part]
+            own = SamplingParams(**params, generators=generators_of(seed, numbers[part]))
+            if len(self.priors) > 1:
+                codes = sample_levels(self.priors, condition, own)
+                yield self.priors[-1].first_stage_model.model.decode_code(codes)
+            else:
+                if "codes" in start:  # the same ones in all completions
+                    start["codes"] = start["codes"][:1].expand(len(condition), -1, -1, -1)
+                yield sample_images(self.model, condition, own, **start)
 
-    def _condition(self, label: int | None, n: int) -> Tensor:
-        """Return the condition's tokens (n, 1) int64."""
-        classes = self.model.n_classes or 0
+    def _condition(self, label: Labels) -> Tensor:
+        """Return the tokens of labels, (L,) int64; for an unconditional prior, the start token."""
         if self.model.be_unconditional and label is not None:
             raise ValueError(f"this prior is unconditional and takes no label, got {label}")
         if self.model.be_unconditional:
-            label = self.model.sos_token
-        elif label is None or not 0 <= label < classes:
+            return torch.tensor([self.model.sos_token], device=self.model.device)
+        classes = self.model.n_classes or 0
+        tokens = torch.as_tensor(-1 if label is None else label).reshape(-1)
+        if tokens.dtype != torch.int64 or not ((tokens >= 0) & (tokens < classes)).all():
             raise ValueError(f"this prior needs a label from 0 to {classes - 1}, got {label}")
-        return torch.full((n, 1), label, device=self.model.device)
+        return tokens.to(self.model.device)
 
-    def _fitted(self, pictures: Sequence[Picture]) -> Tensor:
-        """Scale and cut pictures to the size trained on: (B, C, H, W) in [-1, 1]."""
-        return torch.stack([self._fit(to_tensor(p, self.tokenizer.channels)) for p in pictures])
+    def _fitted(self, pictures: Sequence[Picture], grid: Grid | None = None) -> Tensor:
+        """Scale and cut pictures to the size of a grid: (B, C, H, W) in [-1, 1]."""
+        images = (to_tensor(picture, self.tokenizer.channels) for picture in pictures)
+        return torch.stack([self._fit(image, grid or self.model.grid) for image in images])
 
-    def _fit(self, image: Tensor) -> Tensor:
-        """Scale an image (C, H, W) until it covers the size trained on, and cut its middle."""
-        factor = self.model.first_stage_model.factor
-        height, width = (side * factor for side in self.model.grid)
+    def _fit(self, image: Tensor, grid: Grid) -> Tensor:
+        """Scale an image (C, H, W) until it covers a grid (h, w), and cut its middle."""
+        height, width = (side * self.model.first_stage_model.factor for side in grid)
         scale = max(height / image.shape[1], width / image.shape[2])
-        size = [
-            max(height, round(image.shape[1] * scale)),
-            max(width, round(image.shape[2] * scale)),
-        ]
-        image = center_crop(resize(image, size, antialias=True), [height, width])
-        return image.clamp(-1, 1).to(self.model.device)
-
-    def _known(self, mask: Any) -> Tensor:
-        """Return the known sites (h, w) bool of a mask."""
-        if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == self.model.grid:
-            return mask.to(self.model.device)
-        bright = self._fit(to_tensor(mask, 1))[0] > 0  # (H, W)
-        factor = self.model.first_stage_model.factor
-        sites = rearrange(bright, "(h f) (w g) -> h w (f g)", f=factor, g=factor)
-        return sites.all(dim=-1)
+        rows, columns = round(image.shape[1] * scale), round(image.shape[2] * scale)
+        image = resize(image, [max(height, rows), max(width, columns)], antialias=True)
+        image = center_crop(image, [height, width])
+        return image.clamp(-1, 1).to(next(self.model.parameters()))

@@ -6,7 +6,7 @@ Axis letters: B pictures, C channels, H W picture.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
 from torchvision.utils import make_grid
 
 T = TypeVar("T")
@@ -56,6 +56,11 @@ def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
     return image.convert("RGB")
 
 
+def is_single(pictures: Any) -> bool:
+    """Return False for several pictures: a list or tuple of them, or an array of four axes."""
+    return not isinstance(pictures, (list, tuple)) and getattr(pictures, "ndim", 0) != 4
+
+
 def to_tensor(picture: Picture, channels: int = 3) -> Tensor:
     """Turn a picture of any kind into an image tensor.
 
@@ -79,16 +84,7 @@ def to_tensor(picture: Picture, channels: int = 3) -> Tensor:
         >>> to_tensor(torch.zeros(4, 5)).shape
         torch.Size([3, 4, 5])
     """
-    if isinstance(picture, Tensor):
-        values = picture.detach().cpu()
-        values = values[None] if values.ndim == 2 else values  # (C, H, W)
-    elif isinstance(picture, np.ndarray):
-        array = picture[..., None] if picture.ndim == 2 else picture
-        values = torch.from_numpy(np.ascontiguousarray(array)).movedim(-1, 0)  # (C, H, W)
-    else:
-        is_open = isinstance(picture, Image.Image)
-        image = to_rgb(picture) if is_open else _decode_named(picture)
-        values = pil_to_tensor(image.convert("L") if channels == 1 else image)
+    values = _values_of(picture, channels)
     if values.ndim != 3 or 0 in values.shape:
         raise ValueError(
             "expected a picture as an array (H, W) or (H, W, C) or a tensor (H, W) or (C, H, W), "
@@ -98,10 +94,16 @@ def to_tensor(picture: Picture, channels: int = 3) -> Tensor:
         values = values.expand(channels, -1, -1)
     if values.shape[0] != channels:
         raise ValueError(f"expected a picture of {channels} channels, got {values.shape[0]}")
+    return _in_unit_range(values)
+
+
+def _in_unit_range(values: Tensor) -> Tensor:
+    """Scale integers of a whole range to float32 in [-1, 1]; refuse floats outside it."""
     if values.dtype == torch.bool:
         return values.float() * 2 - 1
     if values.dtype in (torch.uint8, torch.uint16):
-        return values.double().div(torch.iinfo(values.dtype).max / 2).sub(1).float()
+        # In float32 throughout, like the data sets: the same picture, the same values.
+        return values.float().div(torch.iinfo(values.dtype).max / 2).sub(1)
     if not values.is_floating_point():
         raise ValueError(
             f"a picture of integers must be uint8 or uint16, got {values.dtype}, of unknown range"
@@ -111,6 +113,48 @@ def to_tensor(picture: Picture, channels: int = 3) -> Tensor:
             f"floats of a picture must lie in [-1, 1], got {values.min():.4g} to {values.max():.4g}"
         )
     return values.float()
+
+
+def _values_of(picture: Picture, channels: int) -> Tensor:
+    """Return the values (C, H, W) of a picture as they are; files are decoded to ``channels``."""
+    if isinstance(picture, Tensor):
+        values = picture.detach().cpu()
+        return values[None] if values.ndim == 2 else values
+    if isinstance(picture, np.ndarray):
+        array = picture[..., None] if picture.ndim == 2 else picture
+        if array.ndim == 0 or array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+            raise ValueError(f"expected a picture of numbers, got {array.dtype} {array.shape}")
+        # A copy: torch takes no negative strides or foreign byte order, and warns if read-only.
+        own = np.array(array, array.dtype.newbyteorder("="), order="C")
+        return torch.from_numpy(own).movedim(-1, 0)
+    image = to_rgb(picture) if isinstance(picture, Image.Image) else _decode_named(picture)
+    return pil_to_tensor(image.convert("L") if channels == 1 else image)
+
+
+def load_image(path: Path, size: int | None = None, site: int = 1) -> Tensor:
+    """Load an image file, scale its short side, and cut its middle to whole sites.
+
+    Args:
+        path: The file.
+        size: Length of the short side in pixels; None keeps it.
+        site: Side of a site in pixels.
+
+    Returns:
+        (3, H, W) float32 in [-1, 1].
+
+    Raises:
+        ValueError: The file is not an image, or smaller than a site.
+    """
+    pixels = pil_to_tensor(_decode_named(path))  # (3, H, W) uint8
+    if size is not None:
+        scale = size / min(pixels.shape[1:])
+        pixels = resize(pixels, [round(side * scale) for side in pixels.shape[1:]], antialias=True)
+    height, width = pixels.shape[1:]
+    rows, columns = height // site * site, width // site * site
+    if rows == 0 or columns == 0:
+        raise ValueError(f"{path}: {width}x{height} is smaller than a site of {site} pixels")
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return to_tensor(pixels[:, top : top + rows, left : left + columns])
 
 
 def _decode_named(path: Any) -> Image.Image:
@@ -127,8 +171,18 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def tile(images: Tensor, columns: int) -> Tensor:
-    """Arrange images (B, 3, H, W) in [-1, 1] in rows of ``columns`` with white gaps."""
+def tile(images: Tensor | Sequence[Picture], columns: int) -> Tensor:
+    """Arrange pictures of one size in rows of ``columns`` with white gaps.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1], or pictures of any kind.
+        columns: Number of pictures in a row.
+
+    Returns:
+        (3, H', W') float32 in [-1, 1].
+    """
+    if not isinstance(images, Tensor):
+        images = torch.stack([to_tensor(image) for image in images])
     return make_grid(images.detach().float().cpu(), nrow=columns, padding=2, pad_value=1.0)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from taming.models.vqgan import VQModel
-from taming.pictures import Picture, to_picture, to_tensor
+from taming.pictures import Picture, is_single, to_picture, to_tensor
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ class Tokenizer:
         model: The model, in any mode; it is switched to evaluation.
         batch_size: Largest number of pictures of one size that go through the model together.
 
+    Raises:
+        ValueError: The model is not a tokenizer, or one of label maps.
+
     Example:
         >>> import numpy as np, torch
         >>> from taming.models.vqgan import VQModel
@@ -71,6 +74,11 @@ class Tokenizer:
     """
 
     def __init__(self, model: VQModel, batch_size: int = 16) -> None:
+        if getattr(model, "value_range", None) != (-1.0, 1.0):
+            raise ValueError(
+                "a Tokenizer takes a tokenizer of pictures with values in [-1, 1], got a "
+                f"{type(model).__name__}"
+            )
         self.model = model.eval().requires_grad_(False)
         self.batch_size = batch_size
 
@@ -82,7 +90,8 @@ class Tokenizer:
     @property
     def channels(self) -> int:
         """C, channels of a picture."""
-        return self.model.encoder.conv_in.in_channels
+        owner = getattr(self.model, "model", self.model)  # a level's
+        return owner.encoder.conv_in.in_channels
 
     @overload
     def encode(self, pictures: Picture, **rate: float | None) -> Codes: ...
@@ -94,7 +103,7 @@ class Tokenizer:
         """Encode pictures.
 
         Args:
-            pictures: One picture, or several of any sizes.
+            pictures: One picture; or several of any sizes, or as an array of four axes.
             **rate: At most one of ``max_codes`` (largest number of codes of a picture),
                 ``target_psnr`` (in dB, reached with as few codes as possible) and ``threshold``
                 (distance at which a loop ends), for a tokenizer of variable rate.
@@ -106,21 +115,18 @@ class Tokenizer:
             ValueError: Something is not a picture or has other channels than the model's, the rate
                 cannot be met, or the tokenizer has a fixed rate.
         """
-        if not isinstance(pictures, (list, tuple)):
+        if is_single(pictures):
             return self.encode([pictures], **rate)[0]
         images = [to_tensor(picture, self.channels) for picture in pictures]
         padded = [_pad(image, self.model.factor) for image in images]
         codes: list[Codes | None] = [None] * len(images)
         for numbers in _by_shape(padded, self.batch_size):
-            x = torch.stack([padded[number] for number in numbers]).to(self.model.device)
-            found = self.model.encode_to_codes(x, **rate)
-            for place, number in enumerate(numbers):
-                own = (
-                    tuple(level[place].cpu() for level in found)
-                    if isinstance(found, tuple)
-                    else found[place].cpu()
-                )
-                codes[number] = Codes(own, (images[number].shape[1], images[number].shape[2]))
+            x = torch.stack([padded[number] for number in numbers])
+            found = self.model.encode_to_codes(x.to(next(self.model.parameters())), **rate)
+            levels = [level.cpu() for level in (found if isinstance(found, tuple) else [found])]
+            for number, *own in zip(numbers, *levels, strict=True):
+                size = images[number].shape[1], images[number].shape[2]
+                codes[number] = Codes(tuple(own) if isinstance(found, tuple) else own[0], size)
         return codes
 
     @overload
@@ -145,22 +151,18 @@ class Tokenizer:
             return self.decode([codes])[0]
         pictures: list[Image.Image | None] = [None] * len(codes)
         for numbers in _by_shape([own.levels[-1] for own in codes], self.batch_size):
+            device = next(self.model.parameters()).device
             levels: Any = [
-                torch.stack(level).to(self.model.device)
+                torch.stack(level).to(device)
                 for level in zip(*(codes[number].levels for number in numbers), strict=True)
             ]
             single = isinstance(codes[numbers[0]].indices, Tensor)
             images = self.model.decode_code(levels[0] if single else levels)
-            for number, picture in zip(numbers, decoded_pictures(self.model, images), strict=True):
+            shown = images if images.shape[1] == 3 else self.model.to_rgb(images)
+            for number, image in zip(numbers, shown, strict=True):
                 height, width = codes[number].size
-                pictures[number] = picture.crop((0, 0, width, height))
+                pictures[number] = to_picture(image).crop((0, 0, width, height))
         return pictures
-
-
-def decoded_pictures(model: VQModel, images: Tensor) -> list[Image.Image]:
-    """Turn decoded images (B, C, H, W) into pictures; other than 3 channels are coloured."""
-    shown = images if images.shape[1] == 3 else model.to_rgb(model.as_input(images))
-    return [to_picture(image) for image in shown]
 
 
 def _pad(image: Tensor, site: int) -> Tensor:
@@ -174,10 +176,7 @@ def _pad(image: Tensor, site: int) -> Tensor:
 
 def _by_shape(tensors: Sequence[Tensor], most: int) -> list[list[int]]:
     """Group the numbers of tensors of one shape, at most so many in a group."""
-    groups: dict[torch.Size, list[list[int]]] = {}
+    groups: dict[torch.Size, list[int]] = {}
     for number, tensor in enumerate(tensors):
-        own = groups.setdefault(tensor.shape, [[]])
-        if len(own[-1]) == most:
-            own.append([])
-        own[-1].append(number)
-    return [group for groups_of_shape in groups.values() for group in groups_of_shape]
+        groups.setdefault(tensor.shape, []).append(number)
+    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]

@@ -12,7 +12,9 @@ from support.runs import TinyRuns
 
 import taming
 from taming.generator import Generator
+from taming.models.vqgan import VQModel, VQSegmentationModel
 from taming.pictures import to_tensor
+from taming.run.folder import model_from_run
 from taming.tokenizer import Codes, Tokenizer
 
 SIDE = 16  # pixels of an image of the tiny runs
@@ -63,6 +65,17 @@ def test_every_kind_of_picture_is_the_same_image(tmp_path: Path) -> None:
     )
 
 
+def test_any_layout_of_an_array_is_the_same_image() -> None:
+    array = colours(12, 20)
+    wanted = to_tensor(array)
+    still = array.copy()
+    still.setflags(write=False)
+    floats = (array / 127.5 - 1).astype(np.float32)
+    for picture in (still, array[::-1, ::-1].copy()[::-1, ::-1], np.asfortranarray(array)):
+        assert torch.equal(to_tensor(picture), wanted)
+    assert torch.equal(to_tensor(floats.astype(">f4")), to_tensor(floats))
+
+
 @pytest.mark.parametrize(
     ("picture", "names"),
     [
@@ -73,6 +86,8 @@ def test_every_kind_of_picture_is_the_same_image(tmp_path: Path) -> None:
         (np.zeros((4, 4, 2), np.uint8), "3 channels, got 2"),
         (np.zeros((1, 4, 4, 3), np.uint8), r"\(H, W, C\).*\(1, 4, 4, 3\)"),
         (__file__, "cannot be decoded"),
+        (np.array([["a", "b"]]), "numbers.*<U1"),
+        (np.zeros((4, 0, 3), np.uint8), r"\(4, 0, 3\)"),
     ],
 )
 def test_what_is_not_a_picture_is_refused(picture: object, names: str) -> None:
@@ -100,6 +115,44 @@ def test_codes_are_those_of_the_model(tokenizer: Tokenizer) -> None:
     torch.testing.assert_close(
         tokenizer.encode(picture).indices, tokenizer.model.encode_to_codes(x)[0]
     )
+
+
+def test_several_pictures_may_be_a_list_or_one_array(tokenizer: Tokenizer) -> None:
+    x = torch.from_numpy(np.stack([colours() for _ in range(3)])).movedim(-1, 1)  # (3, 3, H, W)
+    listed = tokenizer.encode(list(x))
+    for several in (x, tuple(x), x.movedim(1, -1).numpy()):
+        found = tokenizer.encode(several)
+        assert all(torch.equal(a.indices, b.indices) for a, b in zip(found, listed, strict=True))
+    assert tokenizer.encode([]) == [] and tokenizer.decode([]) == []
+
+
+def test_grey_pictures(tiny_runs: TinyRuns) -> None:
+    tokenizer = taming.load(tiny_runs.of("imagenetdepth_vqgan.yaml"))
+    assert isinstance(tokenizer, Tokenizer) and tokenizer.channels == 1
+    side = 2 * tokenizer.model.factor
+    array = colours(side, side)
+    codes = tokenizer.encode([Image.fromarray(array), array[..., 0]])
+    decoded = np.asarray(tokenizer.decode(codes[1]))
+    assert decoded.shape == (side, side, 3) and (decoded == decoded[..., :1]).all()
+    with pytest.raises(ValueError, match="1 channels, got 3"):
+        tokenizer.encode(array)
+
+
+def test_label_maps_are_no_pictures() -> None:
+    sizes = {"double_z": False, "z_channels": 4, "resolution": 16, "in_channels": 5, "out_ch": 5}
+    sizes |= {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": []}
+    loss = {"target": "taming.modules.losses.DummyLoss"}
+    with pytest.raises(ValueError, match="VQSegmentationModel"):
+        Tokenizer(VQSegmentationModel(5, sizes, loss, n_embed=8, embed_dim=4))
+    with pytest.raises(ValueError, match="Linear"):
+        Tokenizer(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_half_precision(tiny_runs: TinyRuns) -> None:
+    model: VQModel = model_from_run(tiny_runs.of("custom_vqgan.yaml")).bfloat16()
+    tokenizer = Tokenizer(model)
+    codes = tokenizer.encode(colours(32, 32))
+    assert tokenizer.decode(codes).size == (32, 32)
 
 
 def test_the_rate_can_be_set(tokenizer: Tokenizer) -> None:
@@ -141,6 +194,49 @@ def test_classes_of_a_conditional_prior(tiny_runs: TinyRuns) -> None:
     assert generator.bits(colours(), label=1) != generator.bits(colours(), label=2)
 
 
+def test_several_classes_at_once(tiny_runs: TinyRuns) -> None:
+    generator = taming.load(tiny_runs.of("cifar10_transformer.yaml"))
+    assert isinstance(generator, Generator)
+    both = generator.sample(2, label=[3, 7], seed=4)
+    alone = generator.sample(2, label=7, seed=4, first=2)  # the second class's numbers
+    for a, b in zip(both[2:], alone, strict=True):
+        assert np.abs(np.asarray(a, int) - np.asarray(b)).max() <= 1
+    pictures = [colours(), colours()]
+    each = generator.bits(pictures, label=[1, 2])
+    apart = [generator.bits(p, label=n)[0] for p, n in zip(pictures, (1, 2), strict=True)]
+    assert each == pytest.approx(apart, rel=1e-4) and generator.bits([], label=1) == []
+    with pytest.raises(ValueError, match="2 labels for 3"):
+        generator.bits([*pictures, colours()], label=[1, 2])
+
+
+def test_pixelcnn_priors(tiny_runs: TinyRuns) -> None:
+    generator = taming.load(tiny_runs.of("pixelcnn_cifar10.yaml"))
+    assert isinstance(generator, Generator)
+    assert len(generator.sample(2, label=3, seed=1, top_k=5)) == 2
+    assert generator.bits(colours(), label=3)[0] > 0
+    known = torch.ones(generator.model.grid, dtype=torch.bool)
+    (whole,) = generator.complete(colours(), known, label=3)
+    assert whole.size == (SIDE, SIDE)
+
+
+def test_levels_are_sampled_and_measured_together(tiny_runs: TinyRuns) -> None:
+    runs = [tiny_runs.of(f"vqvae2_{level}_prior.yaml") for level in ("top", "bottom")]
+    generator = taming.load(runs)
+    assert isinstance(generator, Generator)
+    three, two = generator.sample(3, seed=1), generator.sample(2, seed=1)
+    assert np.abs(np.asarray(three[0], int) - np.asarray(two[0])).max() <= 1
+    top = taming.load(runs[0])
+    assert isinstance(top, Generator) and top.bits(colours())[0] > 0
+    picture = colours()
+    assert generator.bits(picture)[0] > top.bits(picture)[0]
+    with pytest.raises(ValueError, match="only sample"):
+        generator.complete(picture, picture)
+    with pytest.raises(ValueError, match="only sample"):
+        generator.sample(grid=(4, 4))
+    with pytest.raises(ValueError, match="one level of a VQ-VAE-2"):
+        taming.load(runs[1])
+
+
 def test_completions_keep_what_is_known(generator: Generator) -> None:
     h, w = generator.model.grid
     factor = generator.model.first_stage_model.factor
@@ -153,6 +249,10 @@ def test_completions_keep_what_is_known(generator: Generator) -> None:
     for completed in generator.complete(picture, mask, n=2):
         known = np.abs(np.asarray(completed) - reconstruction)[: h // 2 * factor]
         assert completed.size == (w * factor, h * factor) and known.max() <= 1
+    sites = np.zeros((h, w), bool)
+    sites[: h // 2] = True
+    assert torch.equal(generator.known_sites(mask), torch.from_numpy(sites))
+    assert torch.equal(generator.known_sites(sites), torch.from_numpy(sites))
 
 
 def test_bits_are_the_priors_likelihood(generator: Generator) -> None:

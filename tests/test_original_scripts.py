@@ -146,7 +146,7 @@ def test_an_unconditional_prior_samples(tmp_path: Path, capsys: pytest.CaptureFi
     out = tmp_path / "out/samples/top_k_250_temp_0.50_top_p_0.9/1234"
     assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png"]
     error = fails(capsys, "sample_fast", "-r", run, "--classes", "1,2")
-    assert "--classes 1,2: the prior is unconditional" in error
+    assert "--classes 1,2: this prior is unconditional" in error
 
 
 def test_a_checkpoint_alone_needs_a_configuration(

@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from taming.data.preprocessing import View, decode_image, to_unit_range
 from taming.modules.vqvae.metrics import length_heat_map
-from taming.pictures import save_picture, side_by_side, to_picture
+from taming.pictures import load_image, save_picture, side_by_side, tile, to_picture, to_tensor
 
 
 def test_values_survive_a_file(tmp_path) -> None:
@@ -25,6 +26,24 @@ def test_pictures_stand_side_by_side() -> None:
     both = side_by_side(left, right)
     assert both.shape == (3, 8, 14)
     assert torch.equal(both[:, 2:6, 2:6], left) and torch.equal(both[:, 2:6, 8:12], right)
+
+
+def test_tiles_of_any_kind_of_picture() -> None:
+    images = torch.linspace(-1, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
+    mixed = [images[0].movedim(0, -1).numpy(), images[1]]
+    torch.testing.assert_close(tile(mixed, 2), tile(images, 2))
+
+
+def test_a_picture_has_the_values_that_data_sets_give(tmp_path) -> None:
+    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    pixels = decode_image(tmp_path / "a.png")
+    wanted = torch.from_numpy(to_unit_range(pixels)).movedim(-1, 0)
+    assert torch.equal(to_tensor(levels), wanted)
+    assert torch.equal(load_image(tmp_path / "a.png"), wanted)
+    view = View((9, 9), 0, 0, 8, 8).apply(pixels, antialias=True)
+    wanted = torch.from_numpy(to_unit_range(view)).movedim(-1, 0)
+    assert torch.equal(load_image(tmp_path / "a.png", size=9, site=4), wanted)
 
 
 def test_deeper_sites_are_brighter() -> None:

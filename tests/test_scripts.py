@@ -237,7 +237,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["batches"] = [*seen["batches"], len(codes)]
         return images
 
-    monkeypatch.setattr("scripts.sample.sample_images", sample)
+    monkeypatch.setattr("taming.generator.sample_images", sample)
     return seen
 
 
@@ -348,7 +348,7 @@ def test_without_guidance_classes_do_not_matter(
     with torch.no_grad():  # after two steps, it hardly looks at the class
         for parameter in model.transformer.parameters():
             parameter.copy_(torch.randn_like(parameter))
-    monkeypatch.setattr("scripts.sample.model_from_run", lambda run: model)
+    monkeypatch.setattr("taming.run.folder.model_from_run", lambda run: model)
     pictures = {}
     for scale, label in product((0, 1, 3), (3, 7)):
         options = ("--guidance", scale, "--classes", label, "-o", tmp_path / f"{scale}")
@@ -363,7 +363,7 @@ def test_samples_of_a_grey_tokenizer_are_written(
     photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grey = Net2NetTransformer(GPT, vqmodel_config(1), "__is_unconditional__").eval()
-    monkeypatch.setattr("scripts.sample.model_from_run", lambda run: grey)
+    monkeypatch.setattr("taming.run.folder.model_from_run", lambda run: grey)
     call("sample", "-r", "run", "-n", 1, "-o", tmp_path)
     picture = read_pixels(tmp_path / "000000.png")
     assert picture.shape == (16, 16, 3) and (picture == picture[..., :1]).all()
@@ -511,7 +511,7 @@ def test_models_are_not_mixed_up(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--classes", "3"], "--classes: this prior is unconditional"),
+        (["--classes", "3"], "--classes 3: this prior is unconditional"),
         (["-n", "0"], "--num_samples and --batch_size must be at least 1"),
         (["--known", "1.5"], "--known must be in [0, 1], got 1.5"),
         (["--mask", "mask.png"], "say what is known of images: give them by --complete"),

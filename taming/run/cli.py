@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -22,6 +22,8 @@ from taming.util import get_obj_from_str, nearest, parameters_of
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 _USAGE = """\
 main.py -b CONFIG [CONFIG ...] -t [options] [key=value ...]
@@ -221,13 +223,27 @@ def _parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
 
 
-def script_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the option that every script takes, ``--device``."""
+def script_parser(description: str | None, device: bool = True) -> argparse.ArgumentParser:
+    """Return a parser for a script, with ``--device`` if it computes on one."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    if device:
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add the options of scripts that sample new images; ``defaults`` by name."""
+    add = parser.add_argument
+    add("-n", "--num_samples", type=int, help="for each class, if any")
+    add("--batch_size", type=int)
+    add("-t", "--temperature", type=float, default=1.0)
+    add("-k", "--top_k", type=int, help="sample among the k likeliest tokens")
+    add("-p", "--top_p", type=float, help="sample among the likeliest of this mass")
+    add("--classes", help="labels such as 3,7; imagenet stands for all 1000")
+    add("-s", "--seed", type=int, default=23)
+    parser.set_defaults(**defaults)
 
 
 def run_parser(description: str | None) -> argparse.ArgumentParser:
@@ -248,12 +264,11 @@ def run_parser(description: str | None) -> argparse.ArgumentParser:
 def samples_parser(description: str | None, seed: int) -> argparse.ArgumentParser:
     """Return a `run_parser` for scripts that sample for the items of a data set."""
     parser = run_parser(description)
-    parser.add_argument("-o", "--outdir", type=Path, required=True)
-    parser.add_argument(
-        "--top_k", type=int, default=100, help="sample among the k likeliest tokens"
-    )
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("-s", "--seed", type=int, default=seed)
+    add = parser.add_argument
+    add("-o", "--outdir", type=Path, required=True)
+    add("--top_k", type=int, default=100, help="sample among the k likeliest tokens")
+    add("--temperature", type=float, default=1.0)
+    add("-s", "--seed", type=int, default=seed)
     return parser
 
 
@@ -282,6 +297,18 @@ def samples_folder(options: argparse.Namespace, saved: SavedRun) -> Path:
     return options.outdir / f"{saved.step():06}_{options.top_k}_{options.temperature}"
 
 
+def check_kind(model: Any, kind: type[T], run: Any, wanted: str) -> T:
+    """Return a loaded model, or a `Tokenizer` or `Generator`, if it is of a kind.
+
+    Raises:
+        ValueError: The model of ``run`` is of another kind than ``wanted``.
+    """
+    if not isinstance(model, kind):
+        name = type(getattr(model, "model", model)).__name__
+        raise ValueError(f"{run} holds a {name}, not {wanted}")
+    return model
+
+
 def choose_device(name: str = "auto") -> torch.device:
     """Return the device of a name; ``auto`` is the GPU if there is one.
 
@@ -308,45 +335,30 @@ def check_folder(path: Path) -> None:
         raise ValueError(f"{path} is a file, but results go into a folder")
 
 
-def parse_classes(text: str, n_classes: int) -> list[int]:
-    """Parse ``3,7`` as class labels; ``imagenet`` stands for all 1000 of ImageNet.
-
-    Raises:
-        ValueError: The text is not a list of labels, or one is not below ``n_classes``.
-    """
-    names = list(map(str, range(1000))) if text == "imagenet" else text.split(",")
-    if not all(name.isdecimal() for name in names):
-        raise ValueError(f"expected class labels such as 3,7, got {text!r}")
-    labels = list(map(int, names))
-    if max(labels) >= n_classes:
-        raise ValueError(
-            f"there is no class {max(labels)}: the labels of this prior are 0 to {n_classes - 1}"
-        )
-    return labels
-
-
-def labels_of(prior: Any, classes: str | None, amount: int) -> list[int]:
-    """Return the condition token of each sample: its class, or the start token.
+def labels_of(prior: Any, classes: str | None) -> list[int] | None:
+    """Return the classes to sample, None for an unconditional prior.
 
     Args:
         prior: An unconditional or class-conditional `Prior`.
-        classes: Labels, such as ``3,7``; None for an unconditional prior.
-        amount: Number of samples, per class if there are classes.
+        classes: Labels such as ``3,7``; ``imagenet`` stands for all 1000 of ImageNet.
 
     Raises:
         ValueError: The prior does not take these classes, or needs some.
     """
+    if prior.be_unconditional and classes:
+        raise ValueError(f"--classes {classes}: this prior is unconditional")
     if prior.be_unconditional:
-        if classes:
-            raise ValueError("--classes: this prior is unconditional")
-        return [prior.sos_token] * amount
-    stage = prior.cond_stage_model
-    n_classes = getattr(stage, "n_classes", None)
-    if n_classes is None:
-        raise ValueError(f"only classes can be given here, not what a {type(stage).__name__} takes")
+        return None
     if not classes:
         raise ValueError("this prior is class-conditional: give --classes, such as 3,7")
-    return [label for label in parse_classes(classes, n_classes) for _ in range(amount)]
+    names = list(map(str, range(1000))) if classes == "imagenet" else classes.split(",")
+    if not all(name.isdecimal() for name in names):
+        raise ValueError(f"expected class labels such as 3,7, got {classes!r}")
+    labels = list(map(int, names))
+    if max(labels) >= prior.n_classes:
+        known = f"the labels of this prior are 0 to {prior.n_classes - 1}"
+        raise ValueError(f"there is no class {max(labels)}: {known}")
+    return labels
 
 
 def run(program: Callable[[], None]) -> None:
