@@ -57,3 +57,13 @@ def test_a_prior_trains_and_samples(folder: Path) -> None:
     assert any("transformer.gru" in name for name in checkpoint["state_dict"])
     (picture,) = taming.load(run).sample(1)
     assert picture.size == (32, 32)
+
+
+def test_an_error_looks_as_the_page_shows(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / "my_tokenizer.yaml"
+    file.write_text(file.read_text(encoding="utf-8").replace("embed_dim:", "embed_dims:"))
+    with pytest.raises(SystemExit):
+        train(folder, file.name)
+    assert capsys.readouterr().err.splitlines()[-1] in PAGE
