@@ -59,9 +59,7 @@ def test_a_prior_trains_and_samples(folder: Path) -> None:
     assert picture.size == (32, 32)
 
 
-def test_an_error_looks_as_the_page_shows(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_looks_as_the_page_shows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = folder / "my_tokenizer.yaml"
     file.write_text(file.read_text(encoding="utf-8").replace("embed_dim:", "embed_dims:"))
     with pytest.raises(SystemExit):

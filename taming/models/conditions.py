@@ -11,7 +11,6 @@ from taming.checkpoint import freeze
 from taming.modules.util import SOSProvider
 from taming.util import instantiate_from_config
 
-
 UNCONDITIONAL = "__is_unconditional__"
 
 
