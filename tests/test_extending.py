@@ -2,11 +2,14 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from support.runs import run_main
+
+import taming
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/extending.md").read_text(encoding="utf-8")
 # The name in the first comment of a block -> its text.
@@ -25,12 +28,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def train(folder: Path, *configs: str) -> Path:
+def train(folder: Path, *configs: str, keys: Sequence[str] = ()) -> Path:
     """Train for three steps; return the run."""
-    run_main(
-        folder, "--base", *configs, "-t", "--max_steps", "3", "--accelerator", "cpu", "-n", "x"
-    )
-    return max((folder / "logs").iterdir())
+    run_main(folder, "--base", *configs, "-t", "--max_steps", "3", "--accelerator", "cpu", *keys)
+    return max((folder / "logs").iterdir(), key=lambda run: run.stat().st_mtime)
 
 
 def test_examples_are_short() -> None:
@@ -44,3 +45,23 @@ def test_trains(folder: Path, more: list[str]) -> None:
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 3
     assert list(run.glob("images/train/reconstructions_*.png"))
+
+
+def test_a_prior_trains_and_samples(folder: Path) -> None:
+    tokenizer = train(folder, "my_tokenizer.yaml")
+    run = train(
+        folder, "my_prior.yaml", keys=[f"model.params.first_stage_config.params.run={tokenizer}"]
+    )
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 3
+    assert any("transformer.gru" in name for name in checkpoint["state_dict"])
+    (picture,) = taming.load(run).sample(1)
+    assert picture.size == (32, 32)
+
+
+def test_an_error_looks_as_the_page_shows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder / "my_tokenizer.yaml"
+    file.write_text(file.read_text(encoding="utf-8").replace("embed_dim:", "embed_dims:"))
+    with pytest.raises(SystemExit):
+        train(folder, file.name)
+    assert capsys.readouterr().err.splitlines()[-1] in PAGE

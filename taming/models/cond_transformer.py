@@ -8,32 +8,28 @@ V vocabulary, N tokens of all images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taming.checkpoint import freeze, load_weights
-from taming.models.conditions import build_cond_stage
+from taming.checkpoint import load_weights
+from taming.models.conditions import UNCONDITIONAL
 from taming.models.prior import Prior, TokenizedBatch
 from taming.models.sampling import (
-    Condition,
+    Completion,
     Grid,
-    Progress,
-    ProgressCallback,
+    Report,
     Stretch,
     condition_in,
-    start_codes,
     stretches,
     unknown_range,
 )
 from taming.models.sizes import build_network, check_inputs
 from taming.modules.transformer.generate import (
-    DEFAULT_SAMPLING,
     GenerationState,
     SamplingParams,
     filter_logits,
@@ -41,25 +37,8 @@ from taming.modules.transformer.generate import (
     mask_logits,
 )
 from taming.modules.transformer.network import PriorNetwork
-from taming.util import instantiate_from_config
 
 __all__ = ["Grid", "Net2NetTransformer"]
-
-
-def _report(
-    callback: ProgressCallback,
-    counter: Iterator[int],
-    most: int,
-    stretch: Stretch,
-    decode: Callable[[GenerationState], Tensor],
-    state: GenerationState,
-) -> None:
-    """Call back after a token; sites and codes are only computed if asked for."""
-
-    def count_sites() -> int:
-        return stretch.sites.start + max(state.finished_sites() - stretch.before, 0)
-
-    callback(Progress(next(counter), most, count_sites, partial(decode, state)))
 
 
 class Net2NetTransformer(Prior):
@@ -134,22 +113,16 @@ class Net2NetTransformer(Prior):
         trust_checkpoint: bool = False,
         condition_dropout: float = 0.0,
     ) -> None:
-        first_stage = freeze(instantiate_from_config(first_stage_config))
-        cond_stage = None if unconditional else build_cond_stage(cond_stage_config, first_stage)
-        permuter, sequence, schedule = (
-            None if config is None else instantiate_from_config(config)
-            for config in (permuter_config, sequence_config, scheduler_config)
-        )
         super().__init__(
-            first_stage,
-            cond_stage,
+            first_stage_config,
+            UNCONDITIONAL if unconditional else cond_stage_config,
             first_stage_key=first_stage_key,
             cond_stage_key=cond_stage_key,
-            permuter=permuter,
-            sequence=sequence,
+            permuter_config=permuter_config,
+            sequence_config=sequence_config,
+            scheduler_config=scheduler_config,
             downsample_cond_size=downsample_cond_size,
             sos_token=sos_token,
-            schedule=schedule,
         )
         if not 0 <= condition_dropout < 1 or (condition_dropout and self.be_unconditional):
             raise ValueError(
@@ -160,21 +133,7 @@ class Net2NetTransformer(Prior):
             raise ValueError(f"pkeep is a probability, at most 1, got {pkeep}")
         self.pkeep = pkeep
         self.condition_dropout = condition_dropout
-        self.transformer = build_network(
-            transformer_config,
-            self.sequence,
-            self.cond_stage_model,
-            super().grid,
-            spare=condition_dropout > 0,
-            any_length=downsample_cond_size > -1,
-        )
-        order = self.permuter.order
-        if self.cond_stage_model.condition_length == 1:  # of images, it depends on their size
-            sites = (0, 0) if order is None else (1, len(order))
-            sites = self.transformer.site_shape or sites
-            check_inputs(self.transformer, self.sequence, 1, (sites[0], sites[1]))
-        if self.transformer.uses_sites:
-            self.transformer.site_order = order
+        self.transformer = build_network(transformer_config, self)
         if ckpt_path is not None:
             load_weights(self, ckpt_path, ignore_keys, trust_checkpoint)
 
@@ -265,31 +224,17 @@ class Net2NetTransformer(Prior):
 
     # --- prior -> codes --------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def sample_codes(
-        self,
-        condition: Condition,
-        params: SamplingParams = DEFAULT_SAMPLING,
-        *,
-        codes: Tensor | None = None,
-        known: int | Tensor = 0,
-        grid: Grid | None = None,
-        window: Grid | None = None,
-        callback: ProgressCallback | None = None,
-    ) -> Tensor:
-        """Sample codes (B, h, w, T), site by site (see `Prior.sample_codes`)."""
-        codes, kept = start_codes(self, condition, codes, known, grid)
+    def _complete(self, task: Completion) -> Tensor:
+        """Sample unknown sites in the prior's order, window by window."""
+        codes, known, condition, params, window, report = task
         grid = codes.shape[1], codes.shape[2]
         size = self.window_size(grid, window)
-        kept = self.permuter(kept[None])[0]  # (S,), like all below in the prior's order
-        empty = self.empty_codes(len(codes), grid).flatten(1, 2)
-        ordered = torch.where(kept[:, None], self.permuter(codes.flatten(1, 2)), empty)  # (B, S, T)
-        most, counter = int((~kept).sum()) * self.sequence.site_tokens, count(1)
+        kept = self.permuter(known.flatten()[None])[0]  # (S,), like all below in the prior's order
+        ordered = self.permuter(codes.flatten(1, 2))  # (B, S, T)
         for stretch in stretches(grid, size, unknown_range(kept)):
             window_here, sites, before = stretch
             end = before + len(sites)
             seen = window_here.cut(ordered.unflatten(1, grid)).flatten(1, 2)  # (B, window, T)
-            decode = partial(self._codes_amid, ordered, stretch, grid)
             tokens = self._generate(
                 condition_in(condition, window_here),
                 params,
@@ -297,22 +242,29 @@ class Net2NetTransformer(Prior):
                 prefix=self.sequence.encode(seen[:, None, :end])[0],
                 known=F.pad(kept[sites.start : sites.stop], (before, 0), value=True),  # (end,)
                 sites=end,
-                callback=callback and partial(_report, callback, counter, most, stretch, decode),
+                callback=partial(self._report, report, ordered, stretch, grid),
             )
             sampled = self.sequence.decode(tokens, (1, end))  # (B, 1, end, T)
             ordered[:, sites.start : sites.stop] = sampled[:, 0, before:]
         return self.permuter(ordered, reverse=True).unflatten(1, grid)
 
-    def _codes_amid(
-        self, ordered: Tensor, stretch: Stretch, grid: Grid, state: GenerationState
-    ) -> Tensor:
-        """Return codes (B, h, w, T) amid a stretch of sites."""
-        _, sites, before = stretch
-        if (done := state.finished_sites()) > before:
-            ordered = ordered.clone()
-            finished = self.sequence.decode(state.tokens_of(done), (1, done))  # (B, 1, done, T)
-            ordered[:, sites.start : sites.start + done - before] = finished[:, 0, before:]
-        return self.permuter(ordered, reverse=True).unflatten(1, grid)
+    def _report(
+        self, report: Report, ordered: Tensor, stretch: Stretch, grid: Grid, state: GenerationState
+    ) -> None:
+        """Report a token; finished sites and codes are only computed if asked for."""
+        start, before = stretch.sites.start, stretch.before
+
+        def count_sites() -> int:
+            return start + max(state.finished_sites() - before, 0)
+
+        def decode() -> Tensor:
+            codes = ordered.clone()
+            if (done := state.finished_sites()) > before:
+                finished = self.sequence.decode(state.tokens_of(done), (1, done))  # (B, 1, done, T)
+                codes[:, start : start + done - before] = finished[:, 0, before:]
+            return self.permuter(codes, reverse=True).unflatten(1, grid)
+
+        report(count_sites, decode)
 
     def _generate(
         self, condition: Tensor, params: SamplingParams, size: Grid, **progress: Any
@@ -374,7 +326,7 @@ class Net2NetTransformer(Prior):
             (B, L) int64, beginnings included.
 
         Raises:
-            ValueError: Neither grid nor steps tell where to stop, or a value is out of range.
+            ValueError: Neither grid nor steps determine the end, or a value is out of range.
         """
         if grid is None:
             if steps is None or self.sequence.restricted or self.transformer.uses_sites:

@@ -6,29 +6,23 @@ Axis letters: B images, C channels, H W image, h w grid, T turns, V values of a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from taming.checkpoint import freeze, load_weights
-from taming.models.conditions import build_cond_stage
+from taming.checkpoint import load_weights
 from taming.models.prior import Prior, TokenizedBatch
 from taming.models.sampling import (
-    Condition,
-    Grid,
-    Progress,
-    ProgressCallback,
+    Completion,
     Window,
     condition_in,
-    start_codes,
     unknown_range,
 )
 from taming.modules.pixelcnn.model import PixelCNN
 from taming.modules.pixelcnn.site import SiteSymbols
 from taming.modules.sequence.notations import RunLengthSequence
-from taming.modules.transformer.generate import DEFAULT_SAMPLING, SamplingParams, sample_token
+from taming.modules.transformer.generate import sample_token
 from taming.util import instantiate_from_config
 
 
@@ -83,24 +77,20 @@ class PixelCNNPrior(Prior):
         scheduler_config: Mapping[str, Any] | None = None,
         trust_checkpoint: bool = False,
     ) -> None:
-        first_stage = freeze(instantiate_from_config(first_stage_config))
-        stage = build_cond_stage(cond_stage_config, first_stage)
-        n_classes = 1 if stage is None else getattr(stage, "n_classes", None)
+        super().__init__(
+            first_stage_config,
+            cond_stage_config,
+            first_stage_key=first_stage_key,
+            cond_stage_key=cond_stage_key,
+            scheduler_config=scheduler_config,
+        )
+        n_classes = 1 if self.be_unconditional else self.n_classes
         if n_classes is None:
             raise ValueError(
                 "cond_stage_config of a PixelCNNPrior: expected a block whose target is "
                 "taming.modules.util.Labelator, or '__is_unconditional__', got "
                 f"{cond_stage_config!r}"
             )
-        super().__init__(
-            first_stage,
-            stage,
-            first_stage_key=first_stage_key,
-            cond_stage_key=cond_stage_key,
-            schedule=None
-            if scheduler_config is None
-            else instantiate_from_config(scheduler_config),
-        )
         sizes = self.sequence.n_e, self.sequence.max_loops, self.sequence.dummies
         self.sequence = RunLengthSequence(*sizes)  # a count, then codes: as its symbols
         self.pixelcnn = PixelCNN(
@@ -117,14 +107,9 @@ class PixelCNNPrior(Prior):
     # --- codes -> nats ---------------------------------------------------------------------------
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Measure the likelihood of images (B, C, H, W) in [-1, 1].
+        """Measure images (B, C, H, W) in [-1, 1] of classes (B,): `likelihood` of a batch.
 
-        Args:
-            x: Images.
-            c: (B,) their classes; anything (B, ...) for an unconditional prior.
-
-        Returns:
-            -log p of each image's codes in nats, (B,) float32; their number of tokens, (B,) int64.
+        For an unconditional prior, ``c`` is anything (B, ...).
         """
         return self._measure(self.encode_codes(x), self.encode_to_c(c)[1])
 
@@ -138,27 +123,13 @@ class PixelCNNPrior(Prior):
 
     # --- prior -> codes --------------------------------------------------------------------------
 
-    def sample_codes(
-        self,
-        condition: Condition,
-        params: SamplingParams = DEFAULT_SAMPLING,
-        *,
-        codes: Tensor | None = None,
-        known: int | Tensor = 0,
-        grid: Grid | None = None,
-        window: Grid | None = None,
-        callback: ProgressCallback | None = None,
-    ) -> Tensor:
-        """Sample codes (B, h, w, T) of any grid, without guidance (see `Prior.sample_codes`)."""
+    def _complete(self, task: Completion) -> Tensor:
+        """Sample unknown sites of any grid, without guidance."""
+        codes, known, condition, params, _, report = task
         if params.guidance != 1:
             raise ValueError(f"a PixelCNNPrior has no guidance, got {params.guidance}")
-        codes, kept = start_codes(self, condition, codes, known, grid)
-        batch, h, w, _ = codes.shape
-        kept = kept.view(h, w)
-        codes = torch.where(kept[..., None], codes, self.empty_codes(batch, (h, w)))
-        rows, counter = torch.arange(batch, device=codes.device), count(1)
-        latest = unknown_range(kept.flatten()).start, codes
-        most = int((~kept).sum()) * self.sequence.site_tokens
+        rows = torch.arange(len(codes), device=codes.device)
+        latest = unknown_range(known.flatten()).start, codes
 
         def keep(sites: int, so_far: Tensor) -> None:
             nonlocal latest
@@ -166,11 +137,8 @@ class PixelCNNPrior(Prior):
 
         def sample_symbol(logits: Tensor) -> Tensor:
             symbol = sample_token(logits, params, rows)
-            if callback is not None:
-                callback(
-                    Progress(next(counter), most, lambda: latest[0], lambda: latest[1].clone())
-                )
+            report(lambda: latest[0], lambda: latest[1].clone())
             return symbol
 
-        labels = condition_in(condition, Window(0, 0, h, w))[:, 0]
-        return self.pixelcnn.sample(codes, labels, sample_symbol, kept, keep)
+        labels = condition_in(condition, Window(0, 0, *known.shape))[:, 0]
+        return self.pixelcnn.sample(codes, labels, sample_symbol, known, keep)

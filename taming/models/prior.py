@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import count
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -20,15 +21,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taming.checkpoint import load_weights
+from taming.checkpoint import freeze, load_weights
 from taming.lr_scheduler import scheduled
-from taming.models.conditions import check_cond_stage
-from taming.models.sampling import Condition, Grid, ProgressCallback, pictures_of
+from taming.models.conditions import UNCONDITIONAL, build_cond_stage
+from taming.models.sampling import (
+    Completion,
+    Condition,
+    Grid,
+    Progress,
+    ProgressCallback,
+    Window,
+    condition_in,
+    known_sites,
+    pictures_of,
+)
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.transformer.generate import DEFAULT_SAMPLING, SamplingParams
 from taming.modules.transformer.permuter import Identity, Permuter
-from taming.modules.util import SOSProvider, tensor_of
-from taming.util import DataError, NonFiniteError
+from taming.modules.util import tensor_of
+from taming.util import DataError, NonFiniteError, instantiate_from_config
 
 # Parts of a tokenizer that do not affect the codes of an image.
 _AFTER = ("loss", "decoder", "post_quant_conv", "colorize")
@@ -52,23 +63,14 @@ def is_cached(batch: Mapping[str, Any]) -> bool:
 
 
 class TokenizedBatch(NamedTuple):
-    """A batch as a prior sees it.
+    """A batch as a prior sees it."""
 
-    Attributes:
-        codes: (B, h, w, T) int64.
-        tokens: (B, L) int64, -1 after each sequence's end.
-        c: The conditions, as their stage takes them.
-        quant_c: The first output of the stage's ``encode``.
-        condition: (B, L) int64, the conditions' tokens.
-        pixels: H W of an image.
-    """
-
-    codes: Tensor
-    tokens: Tensor
-    c: Tensor
-    quant_c: Tensor
-    condition: Tensor
-    pixels: int
+    codes: Tensor  # (B, h, w, T) int64
+    tokens: Tensor  # (B, L) int64, -1 after each sequence's end
+    c: Tensor  # the conditions, as their stage takes them
+    quant_c: Tensor  # the first output of the stage's ``encode``
+    condition: Tensor  # (B, L) int64, the conditions' tokens
+    pixels: int  # H W of an image
 
     @property
     def grid(self) -> Grid:
@@ -85,16 +87,7 @@ def _sizes_of(sequence: TokenSequence) -> str:
 class Prior(pl.LightningModule, ABC):
     """A distribution over the codes of a frozen tokenizer, given a condition.
 
-    Args:
-        first_stage_model: The tokenizer, frozen: a `VQModel`, or one `Level` of a `VQVAE2`.
-        cond_stage_model: Encodes conditions as tokens (see `ConditionStage`); None without one.
-        first_stage_key: Key of the image in a batch.
-        cond_stage_key: Key of the condition.
-        permuter: Order of the sites; None for raster order.
-        sequence: Token sequence of an image; None for the tokenizer's own.
-        downsample_cond_size: Side in pixels to which images are scaled as conditions; -1 for none.
-        sos_token: Token that stands for no condition.
-        schedule: Factor of the learning rate by step; None for 1.
+    The arguments are those of a `Net2NetTransformer`.
 
     Attributes:
         be_unconditional: True without a condition.
@@ -110,38 +103,39 @@ class Prior(pl.LightningModule, ABC):
 
     def __init__(
         self,
-        first_stage_model: Any,
-        cond_stage_model: Any | None,
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any] | str,
         *,
         first_stage_key: str,
         cond_stage_key: str,
-        permuter: Permuter | Identity | None = None,
-        sequence: TokenSequence | None = None,
+        permuter_config: Mapping[str, Any] | None = None,
+        sequence_config: Mapping[str, Any] | None = None,
+        scheduler_config: Mapping[str, Any] | None = None,
         downsample_cond_size: int = -1,
         sos_token: int = 0,
-        schedule: Callable[[int], float] | None = None,
     ) -> None:
         super().__init__()
-        own: TokenSequence | None
-        own = getattr(getattr(first_stage_model, "quantize", None), "sequence", None)
-        if own is None:
-            raise ValueError(
-                "first_stage_config must name a tokenizer, a VQModel or one Level of a VQVAE2, got "
-                f"a {type(first_stage_model).__name__}"
-            )
         self.learning_rate = 4.5e-6
-        self.schedule = schedule
-        self.be_unconditional = cond_stage_model is None
+        self.be_unconditional = cond_stage_config == UNCONDITIONAL
         self.sos_token = sos_token
         self.first_stage_key = first_stage_key
         self.cond_stage_key = first_stage_key if self.be_unconditional else cond_stage_key
         self.downsample_cond_size = downsample_cond_size
-        self.first_stage_model: Any = first_stage_model
-        stage = SOSProvider(sos_token) if cond_stage_model is None else cond_stage_model
-        check_cond_stage(stage)
-        self.cond_stage_model: Any = stage
-        self.permuter = Identity() if permuter is None else permuter
-        self.sequence = own if sequence is None else sequence
+        tokenizer: Any = freeze(instantiate_from_config(first_stage_config))
+        own = getattr(getattr(tokenizer, "quantize", None), "sequence", None)
+        if own is None:
+            raise ValueError(
+                "first_stage_config must name a tokenizer, a VQModel or one Level of a VQVAE2, got "
+                f"a {type(tokenizer).__name__}"
+            )
+        self.first_stage_model = tokenizer
+        self.cond_stage_model = build_cond_stage(cond_stage_config, tokenizer, sos_token)
+        permuter, sequence, self.schedule = (
+            None if config is None else instantiate_from_config(config)
+            for config in (permuter_config, sequence_config, scheduler_config)
+        )
+        self.permuter: Permuter | Identity = permuter or Identity()
+        self.sequence: TokenSequence = sequence or own
         chosen, needed = _sizes_of(self.sequence), _sizes_of(own)
         if chosen != needed:
             raise ValueError(f"the sequence is for {chosen}, but the tokenizer has {needed}")
@@ -177,11 +171,9 @@ class Prior(pl.LightningModule, ABC):
 
     @abstractmethod
     def likelihood(self, seen: TokenizedBatch) -> tuple[Tensor, Tensor]:
-        """Measure images.
+        """Measure images: -log p (B,) float32 of their tokens in nats, lengths of sites included.
 
-        Returns:
-            -log p (B,) float32 of each image's tokens in nats, lengths of sites included; and the
-            number of its tokens, (B,) int64.
+        The second output is the number of tokens of each, (B,) int64.
         """
 
     def _mean_nats(self, batch: Mapping[str, Any], split: str) -> Tensor:
@@ -281,11 +273,7 @@ class Prior(pl.LightningModule, ABC):
 
     @torch.no_grad()
     def encode_to_c(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode a batch of conditions.
-
-        Returns:
-            The first output of the stage's ``encode``, and tokens (B, L) int64, all of one length.
-        """
+        """Encode conditions: the first output of their stage, and tokens (B, L) int64."""
         if self.downsample_cond_size > -1 and c.ndim == 4:  # a class has no size
             c = F.interpolate(c, size=(self.downsample_cond_size, self.downsample_cond_size))
         with torch.autocast(c.device.type, enabled=False):
@@ -344,7 +332,7 @@ class Prior(pl.LightningModule, ABC):
 
     # --- prior -> codes -> images ----------------------------------------------------------------
 
-    @abstractmethod
+    @torch.no_grad()
     def sample_codes(
         self,
         condition: Condition,
@@ -375,6 +363,21 @@ class Prior(pl.LightningModule, ABC):
         Raises:
             ValueError: A value is out of range, or the prior cannot do what is asked.
         """
+        size = (grid or self.grid) if codes is None else (codes.shape[1], codes.shape[2])
+        empty = self.empty_codes(len(condition_in(condition, Window(0, 0, *size))), size)
+        kept = known_sites(0 if codes is None else known, size, empty.device)  # (h, w)
+        start = empty if codes is None else torch.where(kept[..., None], codes, empty)
+        most, counter = int((~kept).sum()) * self.sequence.site_tokens, count(1)
+
+        def report(sites: Callable[[], int], codes: Callable[[], Tensor]) -> None:
+            if callback is not None:
+                callback(Progress(next(counter), most, sites, codes))
+
+        return self._complete(Completion(start, kept, condition, params, window, report))
+
+    @abstractmethod
+    def _complete(self, task: Completion) -> Tensor:
+        """Sample the unknown sites of codes: (B, h, w, T) int64."""
 
     def empty_codes(self, batch: int, grid: Grid) -> Tensor:
         """Return codes (B, h, w, T) int64 that stand for nothing: code 0 everywhere."""

@@ -1,4 +1,4 @@
-"""What surrounds sampling: windows over large grids, known sites, progress, pictures.
+"""Windows over large grids, known sites, progress and pictures: what sampling needs besides tokens.
 
 A prior samples a grid larger than the one it was trained on through a window. The window moves so
 that the site to be sampled lies in its middle, or as near to it as the border allows
@@ -47,22 +47,29 @@ def condition_in(condition: Condition, window: Window) -> Tensor:
 
 
 class Progress(NamedTuple):
-    """The state of sampling after a token.
+    """The state of sampling after a token."""
 
-    Attributes:
-        tokens: Tokens sampled so far, of the image with the most.
-        most: Most tokens that may have to be sampled in all.
-        sites: Computes how many sites, in the prior's order, are finished in all images.
-        codes: Computes the codes (B, h, w, T) int64; code 0 in unknown sites that are unfinished.
-    """
-
-    tokens: int
-    most: int
-    sites: Callable[[], int]
-    codes: Callable[[], Tensor]
+    tokens: int  # sampled so far, of the image with the most
+    most: int  # tokens that may have to be sampled in all
+    sites: Callable[[], int]  # computes the number finished in all images
+    codes: Callable[[], Tensor]  # computes (B, h, w, T) int64; code 0 in sites that are unfinished
 
 
 ProgressCallback = Callable[[Progress], None]
+
+# Takes the functions ``sites`` and ``codes`` of a `Progress`.
+Report = Callable[[Callable[[], int], Callable[[], Tensor]], None]
+
+
+class Completion(NamedTuple):
+    """Codes with unknown sites, and how to sample these (see `Prior.sample_codes`)."""
+
+    codes: Tensor  # (B, h, w, T) int64, which may be changed; empty in unknown sites
+    known: Tensor  # (h, w) bool
+    condition: Condition
+    params: SamplingParams
+    window: Grid | None  # None for the grid trained on
+    report: Report  # called after each sampled token
 
 
 def window_around(row: int, column: int, grid: Grid, size: Grid) -> Window:
@@ -74,17 +81,11 @@ def window_around(row: int, column: int, grid: Grid, size: Grid) -> Window:
 
 
 class Stretch(NamedTuple):
-    """Neighbouring sites in raster order that are sampled through one window.
-
-    Attributes:
-        window: The window.
-        sites: The sites, by their number in the grid.
-        before: Number of the window's sites that come before them.
-    """
+    """Neighbouring sites in raster order that are sampled through one window."""
 
     window: Window
-    sites: range
-    before: int
+    sites: range  # the sites, by their number in the grid
+    before: int  # number of the window's sites that come before them
 
 
 def stretches(grid: Grid, size: Grid, sites: range) -> Iterator[Stretch]:
@@ -103,42 +104,22 @@ def upper_part(share: float, grid: Grid) -> Tensor:
 
 
 def known_sites(known: int | Tensor, grid: Grid, device: torch.device) -> Tensor:
-    """Return a mask (S,) bool of known sites in raster order.
-
-    Args:
-        known: Number of known sites at the beginning; or (h, w) bool.
-        grid: (h, w).
-        device: Device of the result.
+    """Return a mask (h, w) bool of the known sites, given their number or a mask.
 
     Raises:
         ValueError: A mask has another grid.
     """
     if isinstance(known, int):
-        return torch.arange(grid[0] * grid[1], device=device) < known
+        return (torch.arange(grid[0] * grid[1], device=device) < known).view(grid)
     if tuple(known.shape) != grid:
         raise ValueError(f"the mask of known sites is {tuple(known.shape)}, but the grid is {grid}")
-    return known.bool().flatten().to(device)
+    return known.bool().to(device)
 
 
 def unknown_range(known: Tensor) -> range:
     """Return the range from the first to the last unknown site of a mask (S,)."""
     unknown = (~known).nonzero()[:, 0].tolist()
     return range(min(unknown, default=0), max(unknown, default=-1) + 1)
-
-
-def start_codes(
-    model: Any, condition: Condition, codes: Tensor | None, known: int | Tensor, grid: Grid | None
-) -> tuple[Tensor, Tensor]:
-    """Return what a `Prior` starts to sample from, given the arguments of its `sample_codes`.
-
-    Returns:
-        Codes (B, h, w, T), and the mask (S,) bool of known sites.
-    """
-    if codes is not None:
-        return codes, known_sites(known, (codes.shape[1], codes.shape[2]), codes.device)
-    h, w = grid or model.grid
-    batch = len(condition_in(condition, Window(0, 0, h, w)))
-    return model.empty_codes(batch, (h, w)), known_sites(0, (h, w), model.device)
 
 
 def condition_windows(model: Any, c: Tensor, grid: Grid) -> Condition:
@@ -170,17 +151,10 @@ def condition_windows(model: Any, c: Tensor, grid: Grid) -> Condition:
 
 
 def paste(images: Tensor, given: Tensor, known: Tensor) -> Tensor:
-    """Paste the known part of given images over others.
+    """Paste the known sites (h, w) of given images over others, all (B, C, H, W).
 
-    A decoder sees the whole grid, so sampled codes also change the pixels of known sites.
-
-    Args:
-        images: (B, C, H, W).
-        given: (B, C, H, W), or a single one; for completions, the decoded known codes.
-        known: (h, w) bool sites.
-
-    Returns:
-        (B, C, H, W).
+    A decoder sees the whole grid, so sampled codes also change the pixels of known sites. For
+    completions, ``given`` are the decoded known codes; a single image serves all.
     """
     factor = images.shape[2] // known.shape[0]
     pixels = repeat(known, "h w -> (h f) (w g)", f=factor, g=factor).to(images.device)
@@ -193,16 +167,9 @@ def numbers_of(item: int, samples: Iterable[int]) -> list[int]:
 
 
 def sample_images(model: Any, condition: Condition, *params: Any, **start: Any) -> Tensor:
-    """Sample codes with a progress bar, and decode them.
+    """Sample codes with a progress bar, and decode them: (B, C, H, W), about in [-1, 1].
 
-    Args:
-        model: A `Prior`.
-        condition: Condition of `Prior.sample_codes`.
-        *params: Its `SamplingParams`, if not the default.
-        **start: Its other arguments, such as ``codes`` and ``known``.
-
-    Returns:
-        (B, C, H, W), about in [-1, 1].
+    The arguments are those of `Prior.sample_codes`, of the prior ``model``.
     """
     with tqdm(desc="tokens", leave=False) as bar:
 

@@ -9,67 +9,70 @@ from typing import Any
 from taming.models.sampling import Grid
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.transformer.network import PriorNetwork
-from taming.util import (
-    get_obj_from_str,
-    instantiate_from_config,
-    instantiate_with_sizes,
-    parameters_of,
-)
+from taming.util import get_obj_from_str, instantiate_from_config, parameters_of
 
 
-def build_network(
-    config: Mapping[str, Any],
-    sequence: TokenSequence,
-    stage: Any,
-    grid: Grid,
-    spare: bool,
-    any_length: bool = False,
-) -> PriorNetwork:
-    """Build a network; sizes that its block leaves out are derived.
+def build_network(config: Mapping[str, Any], prior: Any) -> PriorNetwork:
+    """Build the network of a `Net2NetTransformer`; derive sizes left out, check the others.
 
     Args:
         config: ``{target, params}``; ``site_shape: true`` stands for the derived one, which is only
             filled in by itself where the target needs it.
-        sequence: Token sequence of an image.
-        stage: The condition stage.
-        grid: (h, w) of an image.
-        spare: Keep one more token free, to stand for a hidden condition.
-        any_length: Do not rely on the stage's ``condition_length``.
+        prior: All its other parts are built.
 
     Raises:
         ValueError: A size cannot be derived, or a stated one is too small.
     """
-    if not isinstance(config, Mapping) or "target" not in config:
-        return instantiate_from_config(config)  # which names the mistake
-    target = get_obj_from_str(config["target"])
-    taken, params = parameters_of(target)[0], dict(config.get("params") or {})
+    if isinstance(config, Mapping) and "target" in config:  # otherwise, building names the mistake
+        config = {**config, "params": _with_sizes(config, prior)}
+    network: PriorNetwork = instantiate_from_config(config)
+    _check_tokens(network, prior)
+    order = prior.permuter.order
+    if prior.cond_stage_model.condition_length == 1:  # of images, it depends on their size
+        sites = (0, 0) if order is None else (1, len(order))
+        rows, columns = (network.site_shape or sites)[:2]
+        check_inputs(network, prior.sequence, 1, (rows, columns))
+    if network.uses_sites:
+        network.site_order = order
+    return network
+
+
+def _with_sizes(config: Mapping[str, Any], prior: Any) -> dict[str, Any]:
+    """Return the params of a network's block, with sizes that the target takes filled in."""
+    target, params = get_obj_from_str(config["target"]), dict(config.get("params") or {})
+    taken, sequence, stage = parameters_of(target)[0], prior.sequence, prior.cond_stage_model
+    grid: Grid = prior.first_stage_model.grid
     needs_shape = "site_shape" in taken and taken["site_shape"].default is Parameter.empty
     if params.get("site_shape", needs_shape) is True:
         params["site_shape"] = (*grid, sequence.site_tokens)
     h, w = (params.get("site_shape") or grid)[:2]
     inputs = getattr(target, "inputs_of", PriorNetwork.inputs_of)(h * w, sequence.site_tokens)
     vocabulary, length = stage.condition_vocab_size, stage.condition_length
-    if any_length and length != 1:
-        length = None
-    sizes = {
-        "vocab_size": None if vocabulary is None else max(sequence.vocab_size, vocabulary) + spare,
-        "block_size": None if length is None else length + inputs,
-    }
-    sizes = {name: size for name, size in sizes.items() if name not in params and name in taken}
-    for name in (name for name, size in sizes.items() if size is None):
-        raise ValueError(
-            f"{name} of {config['target']} must be stated: only the data determine the tokens of "
-            f"the condition's {type(stage).__name__}"
-        )
-    network = instantiate_with_sizes({**config, "params": params}, sizes)
-    images = (
-        f"{type(sequence).__name__} with n_e={sequence.n_e}, max_loops={sequence.max_loops} writes "
-        f"{sequence.vocab_size} tokens"
-    )
-    conditions = (
-        f"the condition's {type(stage).__name__} writes tokens up to {(vocabulary or 0) - 1}"
-    )
-    for what, needed in ((images, sequence.vocab_size), (conditions, vocabulary or 0)):
+    if vocabulary is not None:
+        vocabulary = max(sequence.vocab_size, vocabulary) + (prior.condition_dropout > 0)
+    is_scaled = prior.downsample_cond_size > -1 and length != 1
+    length = None if length is None or is_scaled else length + inputs
+    for name, size in (("vocab_size", vocabulary), ("block_size", length)):
+        if name in params or name not in taken:
+            continue
+        if size is None:
+            raise ValueError(
+                f"{name} of {config['target']} must be stated: only the data determine the tokens "
+                f"of the condition's {type(stage).__name__}"
+            )
+        params[name] = size
+    return params
+
+
+def _check_tokens(network: PriorNetwork, prior: Any) -> None:
+    """Refuse a network with too few tokens, or too few depths in its tables of places."""
+    sequence, stage, spare = prior.sequence, prior.cond_stage_model, prior.condition_dropout > 0
+    image = f"{type(sequence).__name__} with n_e={sequence.n_e}, max_loops={sequence.max_loops}"
+    last = (stage.condition_vocab_size or 0) - 1
+    for needed, what in (
+        (sequence.vocab_size, f"{image} writes {sequence.vocab_size} tokens"),
+        (last + 1, f"the condition's {type(stage).__name__} writes tokens up to {last}"),
+    ):
         if network.vocab_size < needed + spare:
             and_one = ", and condition_dropout needs one more" if spare else ""
             raise ValueError(
@@ -81,7 +84,6 @@ def build_network(
             f"transformer site_shape {shape} has {shape[2]} depths, but a site takes up to "
             f"{sequence.site_tokens} tokens"
         )
-    return network
 
 
 def check_inputs(network: PriorNetwork, sequence: TokenSequence, length: int, grid: Grid) -> None:

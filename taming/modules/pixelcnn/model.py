@@ -45,15 +45,7 @@ class PixelCNN(nn.Module):
         self.head = SiteHead(site.sizes, stacks.channels)
 
     def forward(self, symbols: Tensor, labels: Tensor) -> list[Tensor]:
-        """Predict each symbol from those before it.
-
-        Args:
-            symbols: (B, h, w, M) int64, -1 for absent ones.
-            labels: (B,) int64 classes.
-
-        Returns:
-            Logits (B, h, w, V) of each of the M symbols.
-        """
+        """Predict each of the symbols (B, h, w, M) from those before it: M logits (B, h, w, V)."""
         x = rearrange(self.embed(symbols), "b h w c -> b c h w")
         x = self.stacks(x, self.classes(labels))
         sites = rearrange(x, "b c h w -> b h w c")

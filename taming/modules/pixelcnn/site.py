@@ -53,12 +53,7 @@ class SiteSymbols:
 
 
 class SymbolEmbedding(nn.Module):
-    """Sum of learned vectors for the symbols of a site; absent symbols add zero.
-
-    Args:
-        sizes: V of each symbol.
-        channels: C.
-    """
+    """Sum of learned vectors for the symbols of a site, of ``sizes`` V; absent ones add zero."""
 
     offsets: Tensor
 
@@ -75,12 +70,7 @@ class SymbolEmbedding(nn.Module):
 
 
 class SiteHead(nn.Module):
-    """Prediction of a site's symbols, one after the other.
-
-    Args:
-        sizes: V of each symbol.
-        channels: C.
-    """
+    """Prediction of a site's symbols, of ``sizes`` V, one after the other."""
 
     def __init__(self, sizes: list[int], channels: int) -> None:
         super().__init__()
@@ -90,14 +80,9 @@ class SiteHead(nn.Module):
         self.out = nn.ModuleList(nn.Linear(2 * channels, size) for size in sizes)
 
     def forward(self, site: Tensor, before: Tensor) -> Tensor:
-        """Predict the symbol after the given ones.
+        """Predict the symbol after the first m (..., m) of a site: logits (..., V).
 
-        Args:
-            site: (..., C), features of the sites before.
-            before: (..., m) int64, the site's first m symbols, m < M.
-
-        Returns:
-            Logits (..., V).
+        The features (..., C) are those of the sites before.
         """
         place = before.shape[-1]
         context = site + self.embed(before) + self.place.weight[place]

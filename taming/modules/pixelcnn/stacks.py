@@ -57,14 +57,9 @@ class GatedLayer(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def down(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Advance the vertical stack.
+        """Advance the vertical stack, given the rows and the n before them, (B, C, n + rows, w).
 
-        Args:
-            x: (B, C, n + rows, w), the rows and the n before them.
-            condition: (B, C).
-
-        Returns:
-            (B, C, rows, w), and the input to the horizontal stack, (B, 2C, rows, w).
+        Returns (B, C, rows, w), and the input to the horizontal stack, (B, 2C, rows, w).
         """
         rows = x.shape[2] - self.vertical.kernel_size[0] + 1
         to_vertical, to_horizontal = self.condition(condition)[..., None, None].chunk(2, dim=1)
@@ -74,14 +69,10 @@ class GatedLayer(nn.Module):
         return x, self.to_horizontal(seen) + to_horizontal
 
     def right(self, x: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
-        """Advance the horizontal stack.
+        """Advance the horizontal stack, given the columns and the n before them.
 
-        Args:
-            x: (B, C, rows, n + columns), the columns and the n before them.
-            above: (B, 2C, rows, columns), the second output of `down`.
-
-        Returns:
-            (B, C, rows, columns) twice: for the next layer, and for the output.
+        These are (B, C, rows, n + columns); ``above`` is the second output of `down`. Returns
+        (B, C, rows, columns) twice: for the next layer, and for the output.
         """
         passed = self.drop(gate(self.horizontal(x) + above))
         return x[..., -above.shape[3] :] + self.horizontal_out(passed), self.skip(passed)
@@ -157,15 +148,7 @@ class GatedStacks(nn.Module):
         return F.silu(torch.stack(skips).sum(dim=0))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Compute features of each site from the sites before it in raster order.
-
-        Args:
-            x: (B, C, h, w), the embedded sites.
-            condition: (B, C).
-
-        Returns:
-            (B, C, h, w).
-        """
+        """Map embedded sites (B, C, h, w) to features of the sites before each in raster order."""
         h, w = x.shape[2:]
         above = self.down(shift_down(x), condition, self.no_past(x, self.back, w))
         return self.right(shift_right(x), above, self.no_past(x, h, self.back))

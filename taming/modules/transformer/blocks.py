@@ -17,45 +17,27 @@ from torch import Tensor, nn
 
 @dataclass
 class GPTConfig:
-    """Sizes and options of a `GPT`; the defaults of all options give the original's.
+    """Sizes and options of a `GPT`; the defaults of all options give the original's."""
 
-    Attributes:
-        vocab_size: V, number of different tokens.
-        block_size: Longest sequence, conditions included.
-        n_layer: Blocks.
-        n_head: Attention heads.
-        n_embd: C, channels of a token.
-        embd_pdrop: Dropout of embeddings, in [0, 1).
-        resid_pdrop: Dropout of each residual branch.
-        attn_pdrop: Dropout of attention weights.
-        n_unmasked: First tokens that all attend to each other, such as a condition.
-        site_shape: (rows, columns, depths) of the tables that embed each token's place; None for
-            no tables, as in the original.
-        rms_norm: RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) in place of LayerNorm.
-        rotary: Rotate queries and keys by row, column and depth (see `RotaryEmbedding`).
-        qk_norm: Normalize queries and keys, which keeps attention from saturating (Dehghani et al.
-            2023, arXiv:2302.05442, section 2).
-        swiglu: Gated units (Shazeer 2020, arXiv:2002.05202) in place of the original's hidden
-            layer, with about as many parameters.
-        adaptive_norm: Scale, shift and gate every block by the first token, such as a class
-            (Peebles and Xie 2023, arXiv:2212.09748; one layer for all blocks as in Chen et al.
-            2023, arXiv:2310.00426, section 2.3).
-    """
-
-    vocab_size: int
-    block_size: int
-    n_layer: int = 12
-    n_head: int = 8
-    n_embd: int = 256
-    embd_pdrop: float = 0.0
-    resid_pdrop: float = 0.0
-    attn_pdrop: float = 0.0
-    n_unmasked: int = 0
+    vocab_size: int  # V, number of different tokens
+    block_size: int  # longest sequence, conditions included
+    n_layer: int = 12  # blocks
+    n_head: int = 8  # attention heads
+    n_embd: int = 256  # C, channels of a token
+    embd_pdrop: float = 0.0  # dropout of embeddings, in [0, 1)
+    resid_pdrop: float = 0.0  # dropout of each residual branch
+    attn_pdrop: float = 0.0  # dropout of attention weights
+    n_unmasked: int = 0  # first tokens that all attend to each other, such as a condition
+    # (rows, columns, depths) of the tables that embed each token's place; None for no tables.
     site_shape: tuple[int, int, int] | None = None
-    rms_norm: bool = False
-    rotary: bool = False
+    rms_norm: bool = False  # RMSNorm (arXiv:1910.07467) in place of LayerNorm
+    rotary: bool = False  # rotate queries and keys by row, column and depth (`RotaryEmbedding`)
+    # Normalize queries and keys, which keeps attention from saturating (Dehghani et al. 2023,
+    # arXiv:2302.05442, section 2).
     qk_norm: bool = False
-    swiglu: bool = False
+    swiglu: bool = False  # gated units in place of the original's hidden layer (`SwiGLU`)
+    # Scale, shift and gate every block by the first token, such as a class (Peebles and Xie 2023,
+    # arXiv:2212.09748; one layer for all blocks as in Chen et al. 2023, arXiv:2310.00426, 2.3).
     adaptive_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -130,14 +112,9 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("axis", pair % 3, persistent=False)
 
     def forward(self, sites: Tensor | None, length: int) -> Tensor | None:
-        """Compute the rotations of L inputs.
+        """Compute cosines and sines (2, B, 1, L, E / 2) float32 for L inputs.
 
-        Args:
-            sites: (B, S, 3) int64, places of the last S inputs; None if no input has one.
-            length: L. Inputs without a place are not rotated.
-
-        Returns:
-            (2, B, 1, L, E / 2) float32, cosines and sines; None without places.
+        The places (B, S, 3) int64 are those of the last S inputs; others are not rotated.
         """
         if sites is None:
             return None
@@ -155,28 +132,17 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 @dataclass
 class KVCache:
-    """Keys and values of the tokens so far, in memory that is allocated once.
+    """Keys and values of the tokens so far, in memory that is allocated once."""
 
-    Attributes:
-        size: Most tokens that fit.
-        keys: One (B, N, size, E) tensor per layer, allocated with the layer's first keys.
-        values: The same for values.
-        length: P, tokens stored.
-        first: (B, C), the first input of each sequence, which adaptive norms need.
-    """
-
-    size: int
+    size: int  # most tokens that fit
+    # One (B, N, size, E) tensor per layer, allocated with the layer's first keys and values.
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    length: int = 0
-    first: Tensor | None = None
+    length: int = 0  # P, tokens stored
+    first: Tensor | None = None  # (B, C), first input of each sequence, which adaptive norms need
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values (B, N, L, E) of new tokens of one layer.
-
-        Returns:
-            Keys and values of all P + L tokens.
-        """
+        """Store keys and values (B, N, L, E) of new tokens; return those of all P + L tokens."""
         if layer == len(self.keys):
             batch, heads, _, channels = key.shape
             self.keys.append(key.new_empty(batch, heads, self.size, channels))
@@ -201,17 +167,11 @@ class KVCache:
 
 
 class Context(NamedTuple):
-    """Inputs of a block beside the tokens; each may be absent.
+    """Inputs of a block beside the tokens; each may be absent."""
 
-    Attributes:
-        cache: Keys and values of the tokens before; extended by these.
-        rotation: (2, B, 1, L, E / 2), from `RotaryEmbedding`.
-        modulation: (B, 6, C), from which adaptive norms take scale, shift and gate.
-    """
-
-    cache: KVCache | None = None
-    rotation: Tensor | None = None
-    modulation: Tensor | None = None
+    cache: KVCache | None = None  # of the tokens before; extended by these
+    rotation: Tensor | None = None  # (2, B, 1, L, E / 2), from `RotaryEmbedding`
+    modulation: Tensor | None = None  # (B, 6, C), from which adaptive norms take scale, shift, gate
 
 
 NO_CONTEXT = Context()
@@ -275,7 +235,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated hidden layer (arXiv:2002.05202), about as many parameters as one of 4 C units."""
+    """Gated hidden layer (Shazeer 2020, arXiv:2002.05202), about as large as one of 4 C units."""
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()

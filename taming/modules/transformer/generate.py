@@ -23,27 +23,18 @@ from taming.modules.transformer.network import PriorNetwork, Prompt
 
 
 class SamplingParams(NamedTuple):
-    """How tokens are sampled.
+    """How tokens are sampled."""
 
-    Attributes:
-        temperature: Divides the logits; above 0.
-        top_k: Sample among the k likeliest tokens; None for all.
-        top_p: Sample among the likeliest that together have this probability, in (0, 1].
-        greedy: Take the likeliest token instead.
-        min_p: Sample among those with at least this share, in [0, 1], of the likeliest's
-            probability.
-        guidance: Scale of classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598,
-            equation 6): 1 is the condition alone, 0 none, above 1 more than was trained.
-        generators: One source of random numbers per sequence (see `generators_of`), so that a
-            sample does not depend on the others; None for torch's global one.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    greedy: bool = False
-    min_p: float | None = None
+    temperature: float = 1.0  # divides the logits; above 0
+    top_k: int | None = None  # sample among the k likeliest tokens
+    top_p: float | None = None  # among the likeliest of together this probability, in (0, 1]
+    greedy: bool = False  # take the likeliest token instead
+    min_p: float | None = None  # among those of at least this share, in [0, 1], of the likeliest
+    # Scale of classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598, equation 6): 1 is
+    # the condition alone, 0 none, above 1 more than was trained.
     guidance: float = 1.0
+    # One source of random numbers per sequence (`generators_of`), so that a sample does not depend
+    # on the others; None for torch's global one.
     generators: Sequence[np.random.Generator] | None = None
 
 
@@ -111,15 +102,9 @@ def filter_logits(
 
 
 def sample_token(logits: Tensor, params: SamplingParams, rows: Tensor) -> Tensor:
-    """Sample one token for each of some sequences.
+    """Sample a token (R,) of each sequence by its logits (R, V), -inf for those that must not come.
 
-    Args:
-        logits: (R, V), -inf for tokens that must not come.
-        params: Filters, and the sources of random numbers.
-        rows: (R,) int64, numbers of the sequences.
-
-    Returns:
-        (R,) int64.
+    ``rows`` (R,) are the numbers of the sequences, which choose among ``params.generators``.
     """
     logits = filter_logits(
         logits.float(), params.temperature, params.top_k, params.top_p, params.min_p
@@ -140,15 +125,7 @@ def sample_token(logits: Tensor, params: SamplingParams, rows: Tensor) -> Tensor
 
 
 def mask_logits(logits: Tensor, allowed: Tensor) -> Tensor:
-    """Forbid tokens that the grammar does not allow here, or that it does not have.
-
-    Args:
-        logits: (..., V).
-        allowed: (..., V or fewer) bool.
-
-    Returns:
-        (..., V), -inf for forbidden tokens.
-    """
+    """Set logits (..., V) to -inf where ``allowed`` (..., V or fewer) is False or has ended."""
     allowed = F.pad(allowed, (0, logits.shape[-1] - allowed.shape[-1]), value=False)
     return logits.masked_fill(~allowed, -torch.inf)
 
@@ -216,10 +193,10 @@ class GenerationState:
 
     def rewind(self, rows: Tensor, amount: Tensor) -> None:
         """Go back to the first ``amount`` (R,) tokens of the prompts."""
-        self._move(rows, _at(self.prompt_states, (rows, amount)))
-        self.count[rows] = amount
+        self._move(rows, amount, _at(self.prompt_states, (rows, amount)))
 
-    def _move(self, rows: Tensor, states: GrammarState) -> None:
+    def _move(self, rows: Tensor, count: Tensor, states: GrammarState) -> None:
+        self.count[rows] = count
         for field, value in zip(self.state, states, strict=True):
             field[rows] = value
 
@@ -237,8 +214,8 @@ class GenerationState:
     def append(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """Append a token (R,) to each sequence; return (R,) bool, False where it is finished."""
         self.tokens[rows, self.count[rows]] = tokens
-        self.count[rows] += 1
-        self._move(rows, self.sequence.advance(_at(self.state, rows), tokens))
+        state = self.sequence.advance(_at(self.state, rows), tokens)
+        self._move(rows, self.count[rows] + 1, state)
         return (self.state.site[rows] < self.sites) & (self.count[rows] < self.stop[rows])
 
     def result(self) -> Tensor:
@@ -302,15 +279,13 @@ def generate(
     rows = state.unfinished()
     if len(rows) == 0:
         return state.result()
-    guided = without is not None and params.guidance != 1
-    decoder, free = network.decoder(grid), network.decoder(grid) if guided else None
-    read = decoder.prefill(state.prompt(rows, condition))
-    if free is not None and without is not None:
-        free.prefill(state.prompt(rows, without))
-    state.rewind(rows, read)
+    conditions = [condition] if without is None or params.guidance == 1 else [condition, without]
+    decoders = [network.decoder(grid) for _ in conditions]
+    read = [d.prefill(state.prompt(rows, c)) for d, c in zip(decoders, conditions, strict=True)]
+    state.rewind(rows, read[0])
     while True:
-        rows, sampled, logits = decoder.rows, state.sampled, decoder.logits
-        if free is not None:
+        rows, logits, sampled = decoders[0].rows, decoders[0].logits, state.sampled
+        for free in decoders[1:]:
             logits = free.logits + params.guidance * (logits - free.logits)
         token = state.next_token(rows, logits, params)
         going_on = state.append(rows, token)
@@ -319,5 +294,5 @@ def generate(
         if len(state.unfinished()) == 0:
             return state.result()
         rows = rows[going_on]
-        for each in (decoder,) if free is None else (decoder, free):
-            each.step(rows, token[going_on], _at(state.state, rows))
+        for decoder in decoders:
+            decoder.step(rows, token[going_on], _at(state.state, rows))

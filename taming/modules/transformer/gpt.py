@@ -6,7 +6,7 @@ tokens, E embeddings given, C channels, V vocabulary, N tokens of all sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,14 +28,9 @@ WASTE = 0.1  # largest share of padding in a batch of sequences
 
 
 def length_groups(lengths: Tensor, waste: float = WASTE) -> list[Tensor]:
-    """Group sequences of about the same length, so that little of a group is padding.
+    """Group sequences of about the same length, so that at most ``waste`` of a group is padding.
 
-    Args:
-        lengths: (B,) int64, at least 1.
-        waste: Largest share of padding in a group.
-
-    Returns:
-        Row numbers of each group, the longest sequence first.
+    Returns the row numbers of each group, the longest of the lengths (B,) first.
     """
     groups: list[list[int]] = []
     total = longest = 0
@@ -50,10 +45,23 @@ def length_groups(lengths: Tensor, waste: float = WASTE) -> list[Tensor]:
     return [torch.tensor(group, device=lengths.device) for group in groups]
 
 
-def token_numbers(lengths: Tensor, rows: Tensor, longest: int) -> Tensor:
-    """Return the numbers (R, L) of the tokens of ``rows``, all rows' tokens counted in turn."""
-    first = lengths.cumsum(dim=0) - lengths
-    return first[rows, None] + torch.arange(longest, device=lengths.device)  # (R, L)
+def in_groups(
+    lengths: Tensor, groups: Iterable[Tensor], features: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """Compute features (N, C) of all tokens, sequence by sequence, group by group.
+
+    Args:
+        lengths: (B,) int64.
+        groups: Row numbers of each group, the longest sequence first.
+        features: Maps row numbers (R,) and the longest length L to (R, L, C).
+    """
+    first, parts, numbers = lengths.cumsum(dim=0) - lengths, [], []
+    for rows in groups:
+        place = torch.arange(int(lengths[rows[0]]), device=lengths.device)  # (L,)
+        present = place < lengths[rows, None]  # (R, L)
+        parts.append(features(rows, len(place))[present])
+        numbers.append((first[rows, None] + place)[present])
+    return torch.cat(parts)[torch.cat(numbers).argsort()]
 
 
 def init_weights(module: nn.Module) -> None:
@@ -242,14 +250,12 @@ class GPT(Backbone):
         present, before = tokens >= 0, condition.shape[1] - 1
         lengths, sites = present.sum(dim=1), self.places(states, grid) * present[..., None]
         inputs = torch.cat([condition, tokens.clamp(min=0)], dim=1)
-        parts, numbers = [], []
-        for rows in length_groups(lengths):
-            longest = int(lengths[rows[0]])
+
+        def features(rows: Tensor, longest: int) -> Tensor:
             x = self.tok_emb(inputs[rows, : before + longest])
-            kept = present[rows, :longest]
-            parts.append(self.features(x, sites[rows, :longest])[:, before:][kept])  # (n, C)
-            numbers.append(token_numbers(lengths, rows, longest)[kept])
-        return self.head(torch.cat(parts)[torch.cat(numbers).argsort()])
+            return self.features(x, sites[rows, :longest])[:, before:]
+
+        return self.head(in_groups(lengths, length_groups(lengths), features))
 
     def decoder(self, grid: tuple[int, int]) -> IncrementalDecoder:
         """Return a decoder with a cache of its own."""
@@ -264,9 +270,7 @@ class GPT(Backbone):
         past: Sequence[Tensor] | None = None,
         past_length: int | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Predict after tokens whose past is passed in and out, as the original did.
-
-        `forward` with a cache needs no copy of the past.
+        """Predict as `forward`, with the past passed in and out; the original's, which copies it.
 
         Args:
             idx: (B, L) int64 tokens, which follow those of ``past``.
@@ -279,9 +283,7 @@ class GPT(Backbone):
             logits, loss, and keys and values of these tokens (layers, 2, B, heads, L, C / heads).
 
         Raises:
-            ValueError: ``past`` holds another number of tokens than ``past_length``; or the model
-                needs more than ``past`` holds: the first token itself (``adaptive_norm``), or
-                places (``site_shape``, ``rotary``).
+            ValueError: ``past`` holds another number of tokens, or lacks what the model needs.
         """
         if self.modulate is not None or self.uses_sites:
             raise ValueError(
@@ -337,19 +339,3 @@ class GPTDecoder(IncrementalDecoder):
         if len(rows) < len(self.rows):
             self.cache.keep(torch.searchsorted(self.rows, rows))
         self._read(rows, tokens[:, None], GrammarState(*(f[:, None] for f in states)))
-
-
-class CodeGPT(GPT):
-    """A `GPT` whose inputs are vectors (B, L, in_channels), such as codes, rather than tokens.
-
-    Args:
-        vocab_size: V, number of tokens to predict.
-        block_size: Longest sequence.
-        in_channels: Channels of an input vector.
-        **sizes: Further fields of `GPTConfig`.
-    """
-
-    def __init__(self, vocab_size: int, block_size: int, in_channels: int, **sizes: Any) -> None:
-        super().__init__(vocab_size, block_size, tied_head=False, **sizes)
-        self.tok_emb = nn.Linear(in_channels, self.config.n_embd)
-        init_weights(self.tok_emb)

@@ -6,6 +6,7 @@ Axis letters: B sequences, L tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from taming.modules.transformer.blocks import (
     SiteEmbedding,
 )
 from taming.modules.transformer.generate import SamplingParams, generate
-from taming.modules.transformer.gpt import GPT, CodeGPT
+from taming.modules.transformer.gpt import GPT, init_weights
 from taming.modules.vqvae.codebook import k_means
 from taming.modules.vqvae.nearest import nearest_codes
 
@@ -107,6 +108,22 @@ __all__ = [
 ]
 
 
+class CodeGPT(GPT):
+    """A `GPT` whose inputs are vectors (B, L, in_channels), such as codes, rather than tokens.
+
+    Args:
+        vocab_size: V, number of tokens to predict.
+        block_size: Longest sequence.
+        in_channels: Channels of an input vector.
+        **sizes: Further fields of `GPTConfig`.
+    """
+
+    def __init__(self, vocab_size: int, block_size: int, in_channels: int, **sizes: Any) -> None:
+        super().__init__(vocab_size, block_size, tied_head=False, **sizes)
+        self.tok_emb = nn.Linear(in_channels, self.config.n_embd)
+        init_weights(self.tok_emb)
+
+
 class DummyGPT(nn.Module):
     """Stand-in for a transformer, to try out what surrounds it.
 
@@ -133,20 +150,9 @@ def sample_with_past(
     top_p: float | None = None,
     callback: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Sample the tokens that come after given ones.
+    """Sample the tokens (B, steps) after given ones (B, L), at least one, as `generate`.
 
-    Args:
-        x: (B, L) int64, at least one token.
-        model: The transformer, in eval mode.
-        steps: Tokens to sample.
-        temperature: Divides the logits; above 0.
-        sample_logits: Sample; False takes the likeliest token.
-        top_k: Sample among the k likeliest.
-        top_p: Sample among the likeliest that together have this probability.
-        callback: Called with the number of each token, from 0.
-
-    Returns:
-        (B, steps) int64, without those given.
+    The ``callback`` gets the number of each token, from 0.
 
     Raises:
         ValueError: The model needs the places of tokens, which these do not have.
@@ -175,5 +181,4 @@ def sample(
     top_k: int | None = None,
 ) -> Tensor:
     """Continue given tokens (B, L) by so many steps, as `sample_with_past`: (B, L + steps)."""
-    drawn = sample_with_past(x, model, steps, temperature, sample, top_k)
-    return torch.cat([x, drawn], dim=1)
+    return torch.cat([x, sample_with_past(x, model, steps, temperature, sample, top_k)], dim=1)

@@ -9,37 +9,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taming.modules.sequence.grammar import GrammarState
+from taming.modules.sequence.grammar import PAD, GrammarState
 
 
 class Prompt(NamedTuple):
-    """The tokens that are known before the first one is sampled.
+    """The tokens that are known before the first one is sampled."""
 
-    Attributes:
-        rows: (R,) int64, ascending numbers of the sequences to continue.
-        condition: (R, C) int64, at least one token each.
-        tokens: (R, L) int64, the known beginnings, -1 after the end of shorter ones.
-        states: Of shape (R, L + 1), the grammar state before each of these tokens and after them.
-    """
-
-    rows: Tensor
-    condition: Tensor
-    tokens: Tensor
-    states: GrammarState
+    rows: Tensor  # (R,) int64, ascending numbers of the sequences to continue
+    condition: Tensor  # (R, C) int64, at least one token each
+    tokens: Tensor  # (R, L) int64, the known beginnings, -1 after the end of shorter ones
+    states: GrammarState  # of shape (R, L + 1), before each of these tokens and after them
 
 
 class IncrementalDecoder(ABC):
-    """A network in the middle of several sequences; finished sequences cost nothing.
+    """A network in the middle of several sequences; finished sequences cost nothing."""
 
-    Attributes:
-        rows: (R,) int64, ascending numbers of the sequences that get the next token.
-        logits: (R, V), of that token.
-    """
-
-    rows: Tensor
-    logits: Tensor
+    rows: Tensor  # (R,) int64, ascending numbers of the sequences that get the next token
+    logits: Tensor  # (R, V), of that token
 
     @abstractmethod
     def prefill(self, prompt: Prompt) -> Tensor:
@@ -64,9 +54,9 @@ class IncrementalDecoder(ABC):
 class PriorNetwork(nn.Module, ABC):
     """A network over token sequences, as a `Net2NetTransformer` uses it.
 
-    A new network needs a ``vocab_size``, `predict` and `decoder`; the rest has defaults. Of its
-    constructor's parameters, the prior fills in those named ``vocab_size``, ``block_size`` and
-    ``site_shape`` where a configuration leaves them out.
+    A new network needs a ``vocab_size`` and `predict`; the rest has defaults. Of its constructor's
+    parameters, the prior fills in those named ``vocab_size``, ``block_size`` and ``site_shape``
+    where a configuration leaves them out.
 
     Attributes:
         vocab_size: V, width of the logits; at least what images and conditions need.
@@ -110,6 +100,51 @@ class PriorNetwork(nn.Module, ABC):
             (N, V) logits of the tokens present, one sequence after the other.
         """
 
-    @abstractmethod
     def decoder(self, grid: tuple[int, int]) -> IncrementalDecoder:
-        """Return a decoder for an image of (h, w) sites; the network is in eval mode."""
+        """Return a decoder for an image of (h, w) sites; the network is in eval mode.
+
+        By default, it calls `predict` on the whole sequence for each token. A network that can keep
+        what it has read, such as keys and values, returns a decoder of its own.
+        """
+        return RecomputingDecoder(self, grid)
+
+
+class RecomputingDecoder(IncrementalDecoder):
+    """Predicts each token by `PriorNetwork.predict`, from the whole sequence before it.
+
+    Args:
+        network: The network, in eval mode.
+        grid: (h, w) of the image.
+    """
+
+    def __init__(self, network: PriorNetwork, grid: tuple[int, int]) -> None:
+        self.network = network
+        self.grid = grid
+
+    def prefill(self, prompt: Prompt) -> Tensor:
+        """Read the whole prompt."""
+        self.condition, self.states = prompt.condition, prompt.states
+        self._read(prompt.rows, F.pad(prompt.tokens, (0, 1), value=PAD))
+        return (prompt.tokens >= 0).sum(dim=1)
+
+    def _read(self, rows: Tensor, tokens: Tensor) -> None:
+        """Predict the next tokens of sequences ``rows`` so far, (R, L) with L above any length."""
+        self.rows, self.tokens = rows, tokens
+        end = (tokens >= 0).sum(dim=1, keepdim=True)  # (R, 1)
+        # The network predicts tokens that are present: 0 stands for the one that is to come.
+        inputs = tokens.scatter(1, end, 0)
+        logits = self.network.predict(self.condition, inputs, self.states, self.grid)  # (N, V)
+        self.logits = logits[(end[:, 0] + 1).cumsum(dim=0) - 1]
+
+    def step(self, rows: Tensor, tokens: Tensor, states: GrammarState) -> None:
+        """Append a token to each sequence; drop finished ones."""
+        kept = torch.searchsorted(self.rows, rows)
+        so_far, self.condition = self.tokens[kept], self.condition[kept]
+        end = (so_far >= 0).sum(dim=1, keepdim=True)  # (R, 1)
+        self.states = GrammarState(
+            *(
+                F.pad(old[kept], (0, 1)).scatter(1, end + 1, new[:, None])
+                for old, new in zip(self.states, states, strict=True)
+            )
+        )
+        self._read(rows, F.pad(so_far, (0, 1), value=PAD).scatter(1, end, tokens[:, None]))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from taming.modules.sequence.grammar import GrammarState, by_site
 from taming.modules.transformer.blocks import GPTConfig
-from taming.modules.transformer.gpt import GPT, Backbone, init_weights, token_numbers
+from taming.modules.transformer.gpt import GPT, Backbone, in_groups, init_weights
 from taming.modules.transformer.network import IncrementalDecoder, Prompt
 
 # Options that the depth transformer shares with the main one, or that do nothing within a site.
@@ -88,14 +88,15 @@ class TwoLevelGPT(Backbone):
 
     def _within_sites(self, hidden: Tensor, inside: Tensor) -> Tensor:
         """Predict sites' tokens (B S, T), -1 after each end, given (B S, C): logits (N, V)."""
-        lengths, parts, numbers = (inside >= 0).sum(dim=1), [], []
-        for length in lengths[lengths > 0].unique().tolist():  # equal lengths need no padding
-            rows = (lengths == length).nonzero()[:, 0]
+        lengths = (inside >= 0).sum(dim=1)
+
+        def features(rows: Tensor, length: int) -> Tensor:
             before = self.depth.tok_emb(inside[rows, : length - 1])
-            x = torch.cat([hidden[rows, None], before], dim=1)
-            parts.append(self.depth.features(x).flatten(0, 1))
-            numbers.append(token_numbers(lengths, rows, length).flatten())
-        return self.depth.head(torch.cat(parts)[torch.cat(numbers).argsort()])
+            return self.depth.features(torch.cat([hidden[rows, None], before], dim=1))
+
+        found = lengths[lengths > 0].unique().tolist()
+        same = [(lengths == length).nonzero()[:, 0] for length in found]  # which need no padding
+        return self.depth.head(in_groups(lengths, same, features))
 
     @property
     def depths(self) -> int:

@@ -15,6 +15,7 @@ from taming.modules.transformer.generate import (
     sample_token,
 )
 from taming.modules.transformer.gpt import GPT, Backbone
+from taming.modules.transformer.network import PriorNetwork
 from taming.modules.transformer.two_level import NOT_WITHIN_SITES, TwoLevelGPT
 
 K, T, GRID = 5, 3, (2, 3)
@@ -74,24 +75,27 @@ MODERN = ("rms_norm", "rotary", "qk_norm", "swiglu", "adaptive_norm")
 @every_network
 @every_sequence
 @pytest.mark.parametrize("options", [(), MODERN], ids=["plain", "modern"])
-def test_cached_logits_equal_uncached(
-    levels: int, sequence, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("cached", [True, False], ids=["own decoder", "default decoder"])
+def test_logits_of_every_decoder_equal_those_of_whole_sequences(
+    levels: int, sequence, options: tuple[str, ...], cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, condition = model(levels, **dict.fromkeys(options, True)), torch.randint(12, (5, 2))
+    if not cached:
+        monkeypatch.setattr(type(network), "decoder", PriorNetwork.decoder)
     tokens = generate(network, condition, sequence, GRID, SamplingParams(3.0))
-    cached: list[list[Tensor]] = [[] for _ in tokens]
+    decoded: list[list[Tensor]] = [[] for _ in tokens]
 
     def follow(logits: Tensor, params: SamplingParams, rows: Tensor) -> Tensor:
         """Take the tokens that there are, and keep the logits."""
-        places = [len(cached[row]) for row in rows.tolist()]
+        places = [len(decoded[row]) for row in rows.tolist()]
         for row, part in zip(rows.tolist(), logits, strict=True):
-            cached[row].append(part)
+            decoded[row].append(part)
         return tokens[rows, places]
 
     monkeypatch.setattr("taming.modules.transformer.generate.sample_token", follow)
     assert torch.equal(generate(network, condition, sequence, GRID), tokens)
     whole = predicted(network, condition, sequence, tokens)
-    together = torch.stack([part for row in cached for part in row])
+    together = torch.stack([part for row in decoded for part in row])
     torch.testing.assert_close(together, whole, rtol=1e-5, atol=1e-5)
 
 
@@ -141,6 +145,30 @@ def test_a_mask_keeps_the_sites_that_it_names(levels: int, sequence, known: str)
     free = ~mask[sequence.states(greedy).site.clamp(max=5)][greedy >= 0]
     likeliest = predicted(network, condition, sequence, greedy).argmax(-1)
     assert torch.equal(likeliest[free], greedy[greedy >= 0][free])
+
+
+@every_network
+@every_sequence
+def test_the_default_decoder_completes_as_the_network_s_own(
+    levels: int, sequence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, condition = model(levels), torch.randint(11, (6, 2))
+    given = generate(network, condition, sequence, GRID, SamplingParams(3.0))
+    ragged = given.masked_fill(sequence.states(given).site >= torch.randint(5, (6, 1)), -1)
+    mask = torch.tensor([False, True, False, True, True, False])
+    guided, without = GREEDY._replace(guidance=2.0), torch.full((6, 2), 11)
+
+    def completed() -> list[Tensor]:
+        return [
+            generate(network, condition, sequence, GRID, GREEDY, prefix=ragged),
+            generate(network, condition, sequence, GRID, GREEDY, prefix=given, known=mask),
+            generate(network, condition, sequence, GRID, guided, prefix=ragged, without=without),
+        ]
+
+    own = completed()
+    monkeypatch.setattr(type(network), "decoder", PriorNetwork.decoder)
+    for one, other in zip(own, completed(), strict=True):
+        assert torch.equal(one, other)
 
 
 @every_network

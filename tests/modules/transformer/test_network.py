@@ -25,6 +25,10 @@ class Bigram(PriorNetwork):
         before = torch.cat([condition[:, -1:], tokens[:, :-1]], dim=1)
         return self.table(before[tokens >= 0])
 
+
+class RememberingBigram(Bigram):
+    """The same, with a decoder that only looks at the last token."""
+
     def decoder(self, grid: tuple[int, int]) -> IncrementalDecoder:
         return BigramDecoder(self)
 
@@ -41,9 +45,10 @@ class BigramDecoder(IncrementalDecoder):
         self.rows, self.logits = rows, self.network.table(tokens)
 
 
+@pytest.mark.parametrize("name", ["Bigram", "RememberingBigram"])
 @pytest.mark.parametrize("kind", list(TRANSFORMS))
-def test_trains_measures_samples_and_completes(kind: str, tmp_path) -> None:
-    target = {"target": "modules.transformer.test_network.Bigram"}
+def test_trains_measures_samples_and_completes(kind: str, name: str, tmp_path) -> None:
+    target = {"target": f"modules.transformer.test_network.{name}"}
     model = Net2NetTransformer(target, tokenizer_config(kind), "__is_unconditional__")
     model.learning_rate = 1e-2
     trainer(tmp_path, max_steps=3).fit(model, images(6, 2), images(2, 2))
