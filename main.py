@@ -126,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with experiment.run.kept_if_used():
             trainer, model, data = build(options, experiment)
             mistakes = (PreparationError, DataError, NonFiniteError, WriteError)
-            logger.info("the run's folder is %s", experiment.run.path)
             if options.train:
+                logger.info("the run's folder is %s", experiment.run.path)
                 fit(trainer, model, data, experiment.checkpoint)
             else:
                 logger.info("not training; -t trains")

@@ -175,8 +175,10 @@ def main() -> None:
         if report:  # images before one that fails are not lost
             (options.outdir / "reconstructions.json").write_text(json.dumps(report, indent=2))
     for name, numbers in report.items():
-        if numbers["psnr"] < rate.get("target_psnr", -math.inf):
-            logger.warning("%s reaches %.2f dB with all its turns", name, numbers["psnr"])
+        target = rate.get("target_psnr", -math.inf)
+        if numbers["psnr"] < target:
+            message = "%s reaches only %.2f of the %.2f dB wanted, with all its turns"
+            logger.warning(message, name, numbers["psnr"], target)
     logger.info("%d reconstructions in %s", len(paths), options.outdir)
 
 

@@ -18,7 +18,7 @@ from taming.models.vqgan import VQModel
 from taming.pictures import Picture, is_single, to_picture, to_tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Codes:
     """The codes of one picture.
 
@@ -43,6 +43,10 @@ class Codes:
 
     def __len__(self) -> int:
         return sum(int((level >= 0).sum()) for level in self.levels)
+
+    def __repr__(self) -> str:
+        grids = ", ".join(f"{level.shape[0]}x{level.shape[1]}" for level in self.levels)
+        return f"Codes(size={self.size}, sites {grids}, {len(self)} codes)"
 
 
 class Tokenizer:
@@ -94,19 +98,40 @@ class Tokenizer:
         return owner.encoder.conv_in.in_channels
 
     @overload
-    def encode(self, pictures: Picture, **rate: float | None) -> Codes: ...
+    def encode(
+        self,
+        pictures: Picture,
+        *,
+        max_codes: int | None = None,
+        target_psnr: float | None = None,
+        threshold: float | None = None,
+    ) -> Codes: ...
     @overload
-    def encode(self, pictures: Sequence[Picture], **rate: float | None) -> list[Codes]: ...
+    def encode(
+        self,
+        pictures: Sequence[Picture],
+        *,
+        max_codes: int | None = None,
+        target_psnr: float | None = None,
+        threshold: float | None = None,
+    ) -> list[Codes]: ...
 
     @torch.no_grad()
-    def encode(self, pictures: Any, **rate: float | None) -> Any:
-        """Encode pictures.
+    def encode(
+        self,
+        pictures: Any,
+        *,
+        max_codes: int | None = None,
+        target_psnr: float | None = None,
+        threshold: float | None = None,
+    ) -> Any:
+        """Encode pictures; a tokenizer of variable rate takes at most one rate.
 
         Args:
             pictures: One picture; or several of any sizes, or as an array of four axes.
-            **rate: At most one of ``max_codes`` (largest number of codes of a picture),
-                ``target_psnr`` (in dB, reached with as few codes as possible) and ``threshold``
-                (distance at which a loop ends), for a tokenizer of variable rate.
+            max_codes: Largest number of codes of a picture, at least one for each site.
+            target_psnr: PSNR in dB to reach with as few codes as possible.
+            threshold: Distance at which a loop ends, in the space of the latents.
 
         Returns:
             The `Codes` of each picture: one for one picture, a list for several.
@@ -115,6 +140,7 @@ class Tokenizer:
             ValueError: Something is not a picture or has other channels than the model's, the rate
                 cannot be met, or the tokenizer has a fixed rate.
         """
+        rate = {"max_codes": max_codes, "target_psnr": target_psnr, "threshold": threshold}
         if is_single(pictures):
             return self.encode([pictures], **rate)[0]
         images = [to_tensor(picture, self.channels) for picture in pictures]

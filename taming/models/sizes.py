@@ -113,5 +113,5 @@ def check_inputs(network: PriorNetwork, sequence: TokenSequence, length: int, gr
     if network.block_size is not None and network.block_size < needed:
         raise ValueError(
             f"transformer block_size {network.block_size} is too small: {h * w} sites of up to "
-            f"{sequence.site_tokens} token(s) after a condition of {length} need {needed}"
+            f"{sequence.site_tokens} token(s) after a condition of {length} make {needed} inputs"
         )

@@ -32,9 +32,9 @@ ITSELF = {"cond_stage_config": "__is_first_stage__", "cond_stage_key": "image"}
         ),
         ({"sos_token": 17}, "the condition's SOSProvider writes tokens up to 17"),
         ({"cond_stage_config": CONDITION}, "the condition's VQModel writes tokens up to 31"),
-        ({"gpt": {"block_size": 191}}, "191 is too small: 64 sites of up to 3 .* of 1 need 192"),
-        ({"levels": 2, "gpt": {"block_size": 63}}, "63 is too small: .* need 64"),
-        ({"kind": "plain", "gpt": {"block_size": 63}, "permuter_config": ORDER}, "need 64"),
+        ({"gpt": {"block_size": 191}}, "191 is too small: 64 sites of up to 3 .* of 1 make 192"),
+        ({"levels": 2, "gpt": {"block_size": 63}}, "63 is too small: .* make 64"),
+        ({"kind": "plain", "gpt": {"block_size": 63}, "permuter_config": ORDER}, "make 64 inputs"),
         ({"gpt": {"n_unmasked": 2}}, "n_unmasked 2 goes beyond the condition's 1 token"),
         ({"gpt": {"vocab_size": 16}}, "vocab_size 16 is too small: UnarySequence .* writes 17"),
         ({"gpt": {"site_shape": (8, 8, 2)}}, "has 2 depths, but a site takes up to 3 tokens"),
@@ -82,9 +82,9 @@ def test_sequences_are_refused_at_the_first_batch_however_short() -> None:
     flat = torch.full((1, 3, 16, 16), 0.5)
     model = prior(gpt={"site_shape": None, "block_size": 191}).eval()
     assert model.encode_to_z(flat)[1].shape[1] < 191
-    with pytest.raises(ValueError, match="block_size 191 is too small: .* need 192"):
+    with pytest.raises(ValueError, match="block_size 191 is too small: .* make 192"):
         model(flat, flat)
-    with pytest.raises(ValueError, match="after a condition of 64 need 127"):
+    with pytest.raises(ValueError, match="condition of 64 make 127 inputs"):
         prior("plain", {"block_size": 126}, **ITSELF)(flat, flat)
     with pytest.raises(ValueError, match="n_unmasked 65 goes beyond the condition's 64"):
         prior("plain", {"n_unmasked": 65}, **ITSELF)(flat, flat)

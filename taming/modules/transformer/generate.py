@@ -23,7 +23,7 @@ from taming.modules.transformer.network import PriorNetwork, Prompt
 
 
 class SamplingParams(NamedTuple):
-    """How tokens are sampled."""
+    """Parameters of sampling."""
 
     temperature: float = 1.0  # divides the logits; above 0
     top_k: int | None = None  # sample among the k likeliest tokens
@@ -255,7 +255,7 @@ def generate(
         condition: (B, C) int64 tokens before all sequences; C is at least 1.
         sequence: The grammar.
         grid: (h, w) of the image.
-        params: How tokens are sampled.
+        params: Parameters of sampling.
         prefix: (B, L0) int64, known tokens, -1 after the end of shorter sequences.
         known: (S,) bool, sites of the prefix to keep, in the sequence's order; the others are
             sampled anew. None keeps all.
