@@ -1,5 +1,7 @@
 """The image tokenizer: encoder, quantizer, decoder, trained with or without a discriminator.
 
+`compute_loss` computes an image's loss; a loopy site ends at its first turn within the threshold.
+
 Axis letters: B images, C channels, H W image, D latent channels, h w grid, K codes, T turns.
 """
 
@@ -320,10 +322,8 @@ class VQSegmentationModel(VQModel):
 
     def __init__(self, n_labels: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, colorize_nlabels=n_labels, **kwargs)
-        if self.decoder.conv_out.out_channels != n_labels:
-            raise ValueError(
-                f"n_labels is {n_labels}, but ddconfig.out_ch {self.decoder.conv_out.out_channels}"
-            )
+        if (out_ch := self.decoder.conv_out.out_channels) != n_labels:
+            raise ValueError(f"n_labels is {n_labels}, but ddconfig.out_ch {out_ch}")
 
     def as_input(self, x_rec: Tensor) -> Tensor:
         """Turn logits (B, C, H, W) into a one-hot map of the likeliest labels."""
@@ -337,8 +337,8 @@ class VQNoDiscModel(VQModel):
         super().__init__(*args, **kwargs)
         if self.loss.discriminator is not None:
             raise ValueError(
-                f"VQNoDiscModel trains no discriminator, but {type(self.loss).__name__} has one; "
-                "use VQModel, or a loss such as taming.modules.losses.segmentation.BCELossWithQuant"
+                f"VQNoDiscModel trains no discriminator, but {type(self.loss).__name__} has one: "
+                "use VQModel, or a loss without one"
             )
 
 

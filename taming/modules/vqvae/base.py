@@ -156,7 +156,7 @@ class Quantizer(Part, ABC):
 
     def fewest_codes(self, z: Tensor, quality: Quality, target: Tensor) -> Tensor:
         """Find the smallest ``max_codes`` (B,) with which each image reaches a target quality."""
-        raise NotImplementedError(f"{type(self).__name__} has a fixed rate")
+        raise ValueError(f"{type(self).__name__} has a fixed rate")
 
     def codebook_metrics(self) -> CodebookMetrics | HierarchyMetrics:
         """Return a new metric that counts the codes of this quantizer."""
