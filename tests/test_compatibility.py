@@ -1,12 +1,13 @@
 """The table of compatibility is right, and every target of the original is here."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support import runs
 from support.compatibility import Recorder, Row, check_target, table, watched
-from support.original import TARGETS
+from support.original import TARGETS, load_golden
 
 
 @pytest.mark.reported(4)
@@ -27,6 +28,14 @@ def test_calls_of_scripts_are_noted() -> None:
     with watched(recorder), pytest.raises(ModuleNotFoundError):
         runs.call("nothing")
     assert recorder.used[""] == {("script", "nothing")}
+
+
+def test_recorded_outputs_that_are_opened_are_noted(shared: Path) -> None:
+    name = sorted((shared / "upstream/golden").glob("*.safetensors"))[0].stem
+    recorder = Recorder()
+    with watched(recorder):
+        load_golden(shared, name)
+    assert recorder.used[""] == {("golden", name)}
 
 
 def report(test: str, outcome: str) -> Any:

@@ -106,6 +106,7 @@ def watched(recorder: Recorder) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("safetensors.safe_open", opened)
         patch.setattr("safetensors.torch.safe_open", opened)
+        patch.setattr("support.original.safe_open", opened)
         patch.setattr(runs, "call", called)
         yield
 
