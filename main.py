@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taming.run.check import check_experiment
 from taming.run.cli import Options, parse_arguments
-from taming.run.config import check_experiment, load_config
+from taming.run.config import load_config
 from taming.run.folder import (
     Experiment,
     PreparationError,

@@ -17,7 +17,7 @@ from torch import nn
 from taming.checkpoint import freeze, load_checkpoint, load_weights
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.vqgan import VQModel
-from taming.run.trainer import SafeCheckpointIO
+from taming.run.checkpoints import SafeCheckpointIO
 from taming.util import WriteError
 
 

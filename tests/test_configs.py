@@ -10,7 +10,8 @@ import pytest
 import torch
 from support.runs import CONDITION_OF, CONFIGS, ORIGINALS, TOKENIZER_OF, TinyRuns, run_main, shipped
 
-from taming.run.config import ConfigError, check_experiment, load_config
+from taming.run.check import check_experiment
+from taming.run.config import ConfigError, load_config
 from taming.run.folder import model_from_run
 
 every_config = pytest.mark.parametrize("name", shipped())

@@ -1,4 +1,4 @@
-"""Callbacks of a run: saved configurations, checkpoints, pictures and codebook histograms.
+"""Callbacks of a run: saved configurations, pictures and codebook histograms.
 
 Axis letters: B images, C channels, H W image.
 """
@@ -6,8 +6,6 @@ Axis letters: B images, C channels, H W image.
 from __future__ import annotations
 
 import logging
-import random
-import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
 from taming.pictures import tile, to_picture
-from taming.run.folder import PreparationError
-from taming.util import NonFiniteError, WriteError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -67,163 +61,6 @@ class SetupCallback(Callback):
         blocks = {"project": self.config, "lightning": {"lightning": dict(self.lightning_config)}}
         for name, block in blocks.items():
             OmegaConf.save(OmegaConf.create(dict(block)), self.cfgdir / f"{self.now}-{name}.yaml")
-
-
-class RngState(Callback):
-    """Save the states of the random number generators in every checkpoint.
-
-    A run that was interrupted at the end of an epoch then continues with the same batches and noise
-    as an uninterrupted one. All processes have the same seed, so the first one's states suffice.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the states in types that ``torch.load(weights_only=True)`` accepts."""
-        name, keys, *rest = np.random.get_state(legacy=True)
-        return {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-            "numpy": (name, [int(key) for key in keys], *rest),
-            "python": random.getstate(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the generators, before the first batches of the resumed run are sampled."""
-        torch.set_rng_state(state_dict["torch"])
-        if state_dict["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state_dict["cuda"])
-        name, keys, *rest = state_dict["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-        version, state, gauss = state_dict["python"]
-        random.setstate((version, tuple(state), gauss))
-
-
-class LastCheckpoint(Checkpoint):
-    """Save ``last.ckpt``, from which a run is resumed.
-
-    It is saved at the end of every epoch, every so many steps, at the end of a batch in which the
-    process received SIGUSR1, and when training is interrupted. A `NonFiniteError` or a `WriteError`
-    leaves it as it is. Any other error in one of several processes does so too, and
-    ``interrupted.ckpt`` is saved beside it. SIGUSR2 opens a debugger.
-
-    Args:
-        ckptdir: Folder of the file.
-        every_n_train_steps: Steps between checkpoints within an epoch.
-
-    Raises:
-        ValueError: ``every_n_train_steps`` is below 1.
-    """
-
-    def __init__(self, ckptdir: str | Path, every_n_train_steps: int = 2000) -> None:
-        if every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
-        self.path = Path(ckptdir) / "last.ckpt"
-        self.every_n_train_steps = every_n_train_steps
-        self._has_started = self._requested = False
-        self._saved_step = 0
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the path of the first process; those of other nodes have folders of their own."""
-        self.path = trainer.strategy.broadcast(self.path)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle signals, except those that already have a handler, such as Slurm's requeueing."""
-        self._has_started = True
-        self._saved_step = trainer.global_step
-        handlers = {"SIGUSR1": self._request, "SIGUSR2": lambda *_: breakpoint()}
-        for name, handler in handlers.items():
-            number = signal.Signals.__members__.get(name)  # Windows has neither
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, handler)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save if it is due; all processes agree on it, since saving waits for all of them."""
-        requested = trainer.strategy.reduce_boolean_decision(self._requested, all=False)
-        if requested or trainer.global_step - self._saved_step >= self.every_n_train_steps:
-            self._save(trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after the epoch and its validation."""
-        self._save(trainer)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Save the current state, without waiting for processes that may have died."""
-        if not self._has_started or isinstance(exception, NonFiniteError | WriteError):
-            return
-        is_alone = trainer.world_size == 1
-        if not (is_alone or (isinstance(trainer.strategy, DDPStrategy) and trainer.is_global_zero)):
-            return
-        if trainer.validating:
-            _restart_validation(trainer)
-        path = self.path
-        try:
-            if is_alone:
-                self._save(trainer)
-            else:  # Trainer.save_checkpoint would wait at a barrier for the other processes
-                checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-                if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
-                    # It may be the consequence of a value that is not finite on another process.
-                    path = self.path.with_name("interrupted.ckpt")
-                trainer.strategy.save_checkpoint(checkpoint, path)
-            logger.warning("%s: saved %s", type(exception).__name__, path)
-        except WriteError as error:  # must not hide the reason why training stopped
-            logger.warning("%s: %s", type(exception).__name__, error)
-
-    def _request(self, *_: Any) -> None:
-        self._requested = True
-
-    def _save(self, trainer: Trainer) -> None:
-        self._requested = False
-        self._saved_step = trainer.global_step
-        trainer.save_checkpoint(self.path, weights_only=False)
-
-
-def _restart_validation(trainer: Trainer) -> None:
-    """Make the resumed run repeat the whole validation.
-
-    Lightning would continue after the last batch, and rank the checkpoint by the remaining ones;
-    between two batches it would skip the validation.
-    """
-    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-    progress.reset()
-    progress.increment_ready()
-    progress.increment_started()  # within the first batch
-
-
-class MonitorCheck(Callback):
-    """Stop a run whose best checkpoints depend on a metric that validation does not log.
-
-    Without validation, it only warns.
-
-    Args:
-        monitor: Name of the metric. Metrics of the training are not checked.
-    """
-
-    def __init__(self, monitor: str | None) -> None:
-        self.monitor = monitor
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn on the first process if there is no validation."""
-        needs_it = self.monitor is not None and self.monitor.startswith("val/")
-        if needs_it and not trainer.enable_validation and trainer.is_global_zero:
-            message = "no validation and so no %s: only last.ckpt is kept, not the best checkpoints"
-            logger.warning(message, self.monitor)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that a validation, such as the sanity check, logged the metric.
-
-        Raises:
-            PreparationError: It did not.
-        """
-        name, logged = self.monitor, list(trainer.callback_metrics)
-        if name is None or name.startswith("train/") or name in (*logged, "step", "epoch"):
-            return
-        raise PreparationError(
-            f"validation does not log the monitor {name!r}{nearest(name, logged)}"
-        )
 
 
 class ImageLogger(Callback):

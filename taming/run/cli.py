@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import yaml
 from omegaconf import OmegaConf
 
-from taming.run.config import TRAINER, type_names
+from taming.run.check import TRAINER, type_names
 from taming.run.folder import SavedRun
 from taming.run.legacy import OLD_TRAINER_ARGUMENTS
 from taming.util import get_obj_from_str, nearest, parameters_of

@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from taming.run.config import LoadedConfig, check_block, load_config
+from taming.run.check import check_block
+from taming.run.config import LoadedConfig, load_config
 from taming.util import get_obj_from_str, instantiate_from_config, parameters_of
 
 # Environment variable by which processes that Lightning starts find their parent's run.

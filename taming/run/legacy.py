@@ -47,15 +47,17 @@ _MOVED = {
     "taming.modules.vqvae.classic": "taming.modules.vqvae.quantize",
     "taming.modules.vqvae.gumbel": "taming.modules.vqvae.quantize",
     "taming.modules.vqvae.sequence": "taming.modules.sequence.notations",
-    "taming.observers": "taming.run.callbacks",
-    "taming.resume": "taming.run.callbacks",
+    "taming.observers": "taming.run.checkpoints",
+    "taming.resume": "taming.run.checkpoints",
 }
 
 # Targets that moved alone, or that another one replaces.
 _TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 _REPLACED = {
     "cutlit.DataModuleFromConfig": "main.DataModuleFromConfig",
-    "taming.checkpoint.SafeCheckpointIO": "taming.run.trainer.SafeCheckpointIO",
+    "taming.checkpoint.SafeCheckpointIO": "taming.run.checkpoints.SafeCheckpointIO",
+    "taming.run.callbacks.LastCheckpoint": "taming.run.checkpoints.LastCheckpoint",
+    "taming.run.callbacks.RngState": "taming.run.checkpoints.RngState",
     "pytorch_lightning.loggers.TestTubeLogger": _TENSORBOARD,
     "pytorch_lightning.loggers.test_tube.TestTubeLogger": _TENSORBOARD,
 }

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import re
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,16 +19,14 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import environments
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from taming.checkpoint import load_checkpoint
-from taming.run.callbacks import MonitorCheck
+from taming.run.checkpoints import MonitorCheck, SafeCheckpointIO
 from taming.run.config import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
 from taming.run.folder import Experiment, PreparationError
-from taming.util import WriteError, get_obj_from_str, instantiate_from_config, parameters_of
+from taming.util import get_obj_from_str, instantiate_from_config, parameters_of
 
 logger = logging.getLogger(__name__)
 
@@ -277,67 +273,6 @@ def build_checkpoints(experiment: Experiment, model: LightningModule) -> list[Ca
 
 def _with_defaults(block: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
     return {**block, "params": {**params, **(block.get("params") or {})}}
-
-
-class SafeCheckpointIO(TorchCheckpointIO):
-    """Save checkpoints of a Trainer, and load the one that it resumes from.
-
-    Args:
-        trust_checkpoint: Also load objects of any class, which can run arbitrary code.
-    """
-
-    def __init__(self, trust_checkpoint: bool = False) -> None:
-        super().__init__()
-        self.trust_checkpoint = trust_checkpoint
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
-        """Save to a file beside the target, then rename it.
-
-        A full disk or a kill thus leaves the earlier file, unlike with Lightning's copy from the
-        system's temporary folder. Addresses such as ``s3://...`` are left to Lightning.
-
-        Raises:
-            WriteError: The file cannot be saved; names it and the free space.
-        """
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, str(path), storage_options)
-            return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        try:
-            torch.save(checkpoint, part)
-            part.replace(path)
-        except (OSError, RuntimeError) as error:  # the latter is torch's on a full disk
-            free = shutil.disk_usage(path.parent).free
-            raise WriteError(
-                f"the checkpoint {path} cannot be saved, {free} bytes are free there ({error})"
-            ) from error
-        finally:
-            part.unlink(missing_ok=True)
-
-    def load_checkpoint(self, path: str | os.PathLike[str], *_: Any, **__: Any) -> dict[str, Any]:
-        """Load a checkpoint of Lightning 1 or 2 onto the CPU.
-
-        The states of Lightning 1's callbacks and of a Timer are dropped.
-
-        Raises:
-            ValueError: The file holds only weights, or cannot be loaded.
-        """
-        checkpoint = load_checkpoint(path, self.trust_checkpoint)
-        if not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
-            raise ValueError(
-                f"{path} holds weights but no state of a training to resume; to start from these "
-                "weights, name the file in model.params.ckpt_path"
-            )
-        # Lightning 1 used classes as keys. A Timer starts anew: max_time counts for each job.
-        states = checkpoint.get("callbacks") or {}
-        checkpoint["callbacks"] = {
-            key: state for key, state in states.items() if isinstance(key, str) and key != "Timer"
-        }
-        return checkpoint
 
 
 def learning_rate_scale(experiment: Experiment, devices: int) -> int:

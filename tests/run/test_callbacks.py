@@ -20,13 +20,8 @@ from PIL import Image
 from support.models import ToyDataModule, ToyModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from taming.run.callbacks import (
-    CodebookTelemetry,
-    ImageLogger,
-    LastCheckpoint,
-    RngState,
-    SetupCallback,
-)
+from taming.run.callbacks import CodebookTelemetry, ImageLogger, SetupCallback
+from taming.run.checkpoints import LastCheckpoint, RngState
 from taming.util import NonFiniteError, WriteError
 
 

@@ -6,15 +6,13 @@ from typing import Any, Optional, Union
 import pytest
 from omegaconf import OmegaConf
 
+from taming.run.check import check_block, check_experiment, type_names
 from taming.run.config import (
     DEFAULT_CALLBACKS,
     ConfigError,
     callback_blocks,
-    check_block,
-    check_experiment,
     load_config,
     merge_block,
-    type_names,
 )
 from taming.util import retrieve
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from taming.models.vqgan import VQModel
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
-from taming.run.callbacks import LastCheckpoint
+from taming.run.checkpoints import LastCheckpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 K, D, T, STEPS = 12, 4, 3, 4

@@ -123,6 +123,7 @@ EARLIER = [
     "taming.observers.MonitorCheck",
     "taming.resume.LastCheckpoint",
     "taming.resume.RngState",
+    "taming.run.callbacks.LastCheckpoint",
 ]
 
 

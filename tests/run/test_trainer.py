@@ -13,7 +13,8 @@ from lightning.pytorch.profilers import SimpleProfiler
 from support.models import ToyDataModule, ToyManualModel, ToyModel
 
 from taming.run import trainer as building
-from taming.run.callbacks import ImageLogger, LastCheckpoint, MonitorCheck, SetupCallback
+from taming.run.callbacks import ImageLogger, SetupCallback
+from taming.run.checkpoints import LastCheckpoint, MonitorCheck
 from taming.run.folder import Experiment, PreparationError, RunDir
 from taming.run.trainer import build_callbacks, build_checkpoints, build_loggers, choose_strategy
 

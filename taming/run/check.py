@@ -1,0 +1,208 @@
+"""Check a merged configuration before a run begins: every key, value and type.
+
+Targets are imported, so that their arguments can be inspected, but nothing is built.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from taming.run.config import (
+    DEFAULT_CHECKPOINT,
+    DEFAULT_LOGGER,
+    LoadedConfig,
+    callback_blocks,
+    entries,
+    merge_block,
+)
+from taming.util import get_obj_from_str, nearest, parameters_of
+
+TRAINER = "lightning.pytorch.Trainer"
+
+# Arguments that taming.run.trainer adds when it builds callbacks and loggers.
+_ADDED_BY_TRAINER = ("now", "logdir", "ckptdir", "cfgdir", "config", "lightning_config", "save_dir")
+
+# Required sizes that the surrounding model fills in (taming.util.instantiate_with_sizes).
+_ADDED_BY_MODEL = {
+    "quantizer_config": ("n_e", "e_dim", "n_embed", "embedding_dim", "num_hiddens"),
+    "transform_config": ("max_loops", "e_dim"),
+    "transformer_config": ("vocab_size", "block_size", "site_shape"),
+}
+
+# Mappings whose keys a class passes on as keyword arguments: parameter -> the receivers.
+_NETWORKS = "taming.modules.diffusionmodules.model"
+_SPLATTED = {"ddconfig": (f"{_NETWORKS}.Encoder", f"{_NETWORKS}.Decoder")}
+
+# Types of YAML values that fit an argument, by the argument's type. Other types are not checked.
+_FITTING = {
+    "int": {int},
+    "float": {float, int},
+    "bool": {bool},
+    "str": {str},
+    "None": {type(None)},
+    "Mapping[str, Any]": {dict},
+}
+
+
+def check_experiment(config: LoadedConfig, train: bool) -> None:
+    """Check a whole configuration before building any part of it.
+
+    Whole floats such as 1e4 become ints where a target takes an int.
+
+    Args:
+        config: The merged configuration.
+        train: Require a learning rate.
+
+    Raises:
+        ConfigError: A key or value is wrong; the message names the file, the key path and the
+            nearest valid name.
+    """
+    check_keys(config, "", config.values, ["model", "data", "lightning", *config.interpolated])
+    model, data = config.block("model"), config.block("data")
+    check_block(config, "model", model, extra=["base_learning_rate"])
+    check_block(config, "data", data)
+    rate = model.get("base_learning_rate")
+    if train and not isinstance(rate, float | int):
+        raise config.error("model", f"model.base_learning_rate must be a number, got {rate!r}")
+    _check_lightning(config, config.values.get("lightning") or {})
+
+
+def _check_lightning(config: LoadedConfig, lightning: Any) -> None:
+    valid = ["trainer", "logger", "modelcheckpoint", "callbacks", "ckpt_path"]
+    check_keys(config, "lightning", lightning, valid)
+    start = lightning.get("ckpt_path")
+    if start and not Path(start).is_file():
+        raise config.error("lightning.ckpt_path", f"there is no checkpoint {start} (ckpt_path)")
+    _check_arguments(config, "lightning.trainer", lightning.get("trainer") or {}, TRAINER)
+    for name, default in (("logger", DEFAULT_LOGGER), ("modelcheckpoint", DEFAULT_CHECKPOINT)):
+        merged = merge_block(default, lightning.get(name))
+        check_block(config, f"lightning.{name}", merged, added=_ADDED_BY_TRAINER)
+        if lightning.get(name):
+            lightning[name] = merged  # 1e4 may have become an int
+    callbacks = lightning.get("callbacks") or {}
+    if not isinstance(callbacks, dict):
+        message = f"lightning.callbacks must be a mapping name: block, got {callbacks!r}"
+        raise config.error("lightning.callbacks", message)
+    for name, block in callback_blocks(lightning).items():
+        check_block(config, f"lightning.callbacks.{name}", block, added=_ADDED_BY_TRAINER)
+        if name in callbacks:
+            callbacks[name] = block
+
+
+def check_keys(config: LoadedConfig, path: str, block: Any, valid: Sequence[str]) -> None:
+    """Refuse a mapping with an invalid key.
+
+    Raises:
+        ConfigError: Names the file, the key path and the nearest valid key.
+    """
+    if not isinstance(block, Mapping):
+        keys = ", ".join(sorted(valid)[:4])
+        message = f"{path} must be a mapping with keys such as {keys}, got {block!r}"
+        raise config.error(path, message)
+    for key in block:
+        if key not in valid:
+            where = f"{path}.{key}" if path else str(key)
+            raise config.error(where, f"unknown key {where}{nearest(str(key), valid)}")
+
+
+def check_block(
+    config: LoadedConfig,
+    path: str,
+    block: Any,
+    extra: Sequence[str] = (),
+    added: Sequence[str] = (),
+) -> None:
+    """Check a ``{target, params}`` block, and those inside it, against what the targets take.
+
+    Where a target takes an int, a whole float in ``params`` becomes one.
+
+    Args:
+        config: The configuration, for the origin of keys.
+        path: Key path of the block, such as ``model``.
+        block: The block.
+        extra: Keys that may stand beside ``target`` and ``params``.
+        added: Arguments that the caller adds when it builds the object.
+
+    Raises:
+        ConfigError: A target does not exist, a key is not an argument of its target, or a required
+            argument is missing; names the file, the key path and the nearest valid name.
+    """
+    check_keys(config, path, block, ["target", "params", *extra])
+    target = block.get("target")
+    if not isinstance(target, str):
+        raise config.error(path, f"{path} has no target like 'main.Name', got {target!r}")
+    try:
+        found = get_obj_from_str(target)
+    except ValueError as error:
+        raise config.error(f"{path}.target", f"{path}.target: {error}") from error
+    if not callable(found):
+        kind = "module" if inspect.ismodule(found) else type(found).__name__
+        message = f"{path}.target must name a class or function, but {target} is a {kind}"
+        raise config.error(f"{path}.target", message)
+    params = {} if block.get("params") is None else block["params"]
+    _check_arguments(config, f"{path}.params", params, target)
+    given = {*params, *added, *_ADDED_BY_MODEL.get(path.rpartition(".")[2], ())}
+    required = [n for n, p in parameters_of(found)[0].items() if p.default is p.empty]
+    if missing := [name for name in required if name not in given]:
+        raise config.error(path, f"{path}.params lacks {', '.join(missing)} for {target}")
+
+
+def _check_arguments(config: LoadedConfig, path: str, params: Any, target: str) -> None:
+    if not isinstance(params, dict):
+        raise config.error(path, f"{path} must be a mapping, got {params!r}")
+    parameters, is_open = parameters_of(get_obj_from_str(target))
+    for name, value in params.items():
+        where = f"{path}.{name}"
+        if name not in parameters and not is_open:
+            end = f"{target} takes no {name!r}{nearest(str(name), parameters)}"
+            raise config.error(where, f"unknown key {where}: {end}")
+        if name in _SPLATTED and isinstance(value, Mapping):
+            receivers = [parameters_of(get_obj_from_str(r))[0] for r in _SPLATTED[name]]
+            check_keys(config, where, value, [key for taken in receivers for key in taken])
+        _check_value(config, where, value)
+        if name not in parameters:  # it is one of **kwargs
+            continue
+        types = type_names(parameters[name].annotation)
+        # The Trainer takes more than it declares, such as 0 for False; of it, check numbers alone.
+        if target != TRAINER or (value is not None and {*types} <= {"int", "float", "None"}):
+            params[name] = _to_type(config, where, value, types)
+
+
+def _check_value(config: LoadedConfig, path: str, value: Any) -> None:
+    """Check the ``{target, params}`` blocks anywhere inside a value."""
+    if isinstance(value, Mapping) and _is_meant_as_block(value):
+        check_block(config, path, value)
+        return
+    for key, item in entries(value):
+        _check_value(config, f"{path}.{key}", item)
+
+
+def _is_meant_as_block(value: Mapping[str, Any]) -> bool:
+    """Return True if a mapping has the keys of ``{target, params}``, perhaps misspelt."""
+    return "params" in value or bool(get_close_matches("target", map(str, value), cutoff=0.8))
+
+
+def _to_type(config: LoadedConfig, path: str, value: Any, names: Sequence[str]) -> Any:
+    """Refuse a value whose type does not fit its argument; 1e4 becomes an int."""
+    if not set(names) <= set(_FITTING) or any(type(value) in _FITTING[name] for name in names):
+        return value
+    if "int" in names and isinstance(value, float) and value.is_integer():
+        return int(value)
+    wanted = " | ".join(names).replace("Mapping[str, Any]", "mapping")
+    raise config.error(path, f"{path} must be {wanted}, got {value!r}")
+
+
+def type_names(annotation: Any) -> list[str]:
+    """Return the types, such as ``["int", "None"]``, of an annotation or of its source text."""
+    if isinstance(annotation, str):
+        return annotation.split(" | ")
+    is_union = get_origin(annotation) in (Union, UnionType)
+    kinds = get_args(annotation) if is_union else (annotation,)
+    names = (re.sub(r"\w+\.", "", inspect.formatannotation(kind)) for kind in kinds)
+    return ["None" if name == "NoneType" else name for name in names]
