@@ -1,7 +1,5 @@
 """The face: pictures of any kind to codes and back; samples, completions and bits."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +37,7 @@ def generator(tiny_runs: TinyRuns) -> Generator:
     return loaded
 
 
-def test_importing_the_face_imports_no_torch() -> None:
-    program = "import sys, taming; assert 'torch' not in sys.modules; taming.Tokenizer"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_a_name_that_the_face_lacks_is_an_error() -> None:
     with pytest.raises(AttributeError, match="Tokeniser"):
         taming.Tokeniser  # noqa: B018
 

@@ -101,7 +101,8 @@ def test_every_folder_is_a_package():
 
 
 def test_the_workshop_has_one_room_for_each_subject():
-    rooms = {"__init__", "callbacks", "cli", "config", "folder", "legacy", "trainer"}
+    rooms = {"__init__", "callbacks", "check", "checkpoints", "cli", "config", "folder"}
+    rooms |= {"legacy", "trainer"}
     assert {file.stem for file in (TAMING / "run").glob("*.py")} == rooms
 
 
@@ -121,7 +122,8 @@ def test_help_imports_neither_torch_nor_lightning():
     assert "--max_epochs" in result.stdout
 
 
-def test_the_face_loads_the_workshop_only_when_a_run_is_loaded():
-    program = f"import sys, {', '.join(FACE)}; assert 'taming.run' not in sys.modules"
+def test_the_face_loads_torch_when_it_is_used_and_the_workshop_when_a_run_is_loaded():
+    program = "import sys, taming; assert 'torch' not in sys.modules; taming.Tokenizer; "
+    program += f"import {', '.join(FACE)}; assert 'taming.run' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -65,7 +65,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 @pytest.mark.reported(2)
 def test_the_wheel_is_imported_from_any_folder(wheel: Path, tmp_path: Path) -> None:
-    code = "import taming.models.vqgan as module; print(module.__file__)"
+    code = "import taming.run.config as module; print(module.__file__)"
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -75,7 +75,7 @@ def test_the_wheel_is_imported_from_any_folder(wheel: Path, tmp_path: Path) -> N
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    assert Path(result.stdout.strip()) == wheel / "taming/models/vqgan.py"
+    assert Path(result.stdout.strip()) == wheel / "taming/run/config.py"
 
 
 def imported(source: Path) -> set[str]:

@@ -191,7 +191,7 @@ def test_programs_find_main_targets_from_any_folder(tmp_path) -> None:
     program.parent.mkdir()
     program.write_text(
         f"import sys; sys.path.insert(0, {root!r}); from taming.run.cli import run; "
-        f"sys.path.remove({root!r}); run(lambda: __import__('main').DataModuleFromConfig)"
+        f"sys.path.remove({root!r}); run(lambda: __import__('main').Experiment)"
     )
     done = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
