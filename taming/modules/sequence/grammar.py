@@ -95,10 +95,14 @@ class TokenSequence(ABC):
             wrong |= present & ((codes == self.n_e) != after)
         if wrong.any():
             row, site, turn = wrong.nonzero()[0].tolist()
+            code = int(codes[row, site, turn])
+            where = f"image {row}: site {site} of {codes.shape[1]}"
+            if code == PAD and turn == 0:
+                raise ValueError(f"{where} has no code")
             form = "D,..,D,A" if self.dummies else "A1,..,An"
             raise ValueError(
-                f"image {row}: code {int(codes[row, site, turn])} at turn {turn} of site {site} "
-                f"breaks the form {form} of at least one code, A in 0..{self.n_e - 1}, then -1"
+                f"{where}: code {code} at turn {turn} breaks the form {form} with A in "
+                f"0..{self.n_e - 1}, D = {self.n_e}, and -1 after it"
             )
 
     def _pack(self, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,10 +151,7 @@ class TokenSequence(ABC):
         again = F.pad(again, (0, given.shape[1] - again.shape[1]), value=PAD)
         why = f"breaks the grammar of {type(self).__name__} for {sites} sites"
         _refuse(given != again, given, why)
-        empty = (codes < 0).all(dim=2)
-        if empty.any():
-            row, site = empty.nonzero()[0].tolist()
-            raise ValueError(f"sequence {row}: site {site} of {sites} has no code")
+        self._refuse_codes(codes)  # the last site may have ended too early
         return codes.reshape(len(tokens), *grid, self.max_loops)
 
     @abstractmethod
