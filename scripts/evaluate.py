@@ -18,6 +18,7 @@ from taming.models.vqgan import VQModel
 from taming.run import cli
 from taming.run.folder import data_from_run, model_from_run
 from taming.run.trainer import quiet_lightning
+from taming.util import replacing
 
 logger = logging.getLogger("taming.evaluate")
 
@@ -72,7 +73,8 @@ def main() -> None:
     metrics["histograms"] = keep.histograms
     if isinstance(model, VQModel) and len(model.levels) == 1:  # several levels, several sequences
         metrics["tokens_per_image"] = tokens_per_image(model.to(device).eval(), data)
-    options.output.write_text(json.dumps(metrics, indent=2))
+    with replacing(options.output) as part:
+        part.write_text(json.dumps(metrics, indent=2))
     logger.info("written to %s", options.output)
 
 

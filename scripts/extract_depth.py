@@ -23,6 +23,7 @@ from tqdm import tqdm
 from taming.data.imagenet import ImageNetTrain, ImageNetValidation
 from taming.data.preprocessing import decode_image, error_context, to_unit_range
 from taming.data.roots import data_root
+from taming.pictures import save_picture
 from taming.run import cli
 from taming.util import load_network
 
@@ -44,14 +45,9 @@ def estimate_depth(
 
 def save_depth(depth: np.ndarray, path: Path) -> None:
     """Save (H, W) float32 as the bytes of an RGBA image; missing folders are created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")  # an incomplete file must not count as done
-    try:
-        picture = Image.fromarray(np.ascontiguousarray(depth[..., None], "<f4").view(np.uint8))
-        picture.save(part, format="PNG")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    save_picture(
+        Image.fromarray(np.ascontiguousarray(depth[..., None], "<f4").view(np.uint8)), path
+    )
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from taming.checkpoint import load_checkpoint
 from taming.data.custom import find_files
 from taming.data.preprocessing import decode_image
 from taming.data.roots import data_root, read_list
+from taming.pictures import save_picture
 from taming.run import cli
 from taming.util import load_network
 
@@ -91,8 +92,7 @@ def main() -> None:
         except ValueError as error:
             logger.warning("%s %s", path, error)
             continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(segment(network, image.to(device))).save(target)
+        save_picture(Image.fromarray(segment(network, image.to(device))), target)
         done += 1
     logger.info("%d of %d segmentations in %s", done, len(paths), options.dest)
 

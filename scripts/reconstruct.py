@@ -30,6 +30,7 @@ from taming.models.vqgan import VQModel
 from taming.pictures import load_image, save_picture, side_by_side
 from taming.run import cli
 from taming.tokenizer import Tokenizer
+from taming.util import replacing
 
 logger = logging.getLogger("taming.reconstruct")
 
@@ -173,7 +174,8 @@ def main() -> None:
             report[str(path)] = numbers
     finally:
         if report:  # images before one that fails are not lost
-            (options.outdir / "reconstructions.json").write_text(json.dumps(report, indent=2))
+            with replacing(options.outdir / "reconstructions.json") as part:
+                part.write_text(json.dumps(report, indent=2))
     for name, numbers in report.items():
         target = rate.get("target_psnr", -math.inf)
         if numbers["psnr"] < target:

@@ -82,7 +82,7 @@ def sample(generator: Generator, options: argparse.Namespace, asked: dict[str, A
     for number, picture in enumerate(pictures):
         label = (asked["label"] or [None])[number // options.num_samples]
         suffix = "" if label is None else f"_class{label}"
-        picture.save(options.outdir / f"{number:06}{suffix}.png")
+        save_picture(picture, options.outdir / f"{number:06}{suffix}.png")
     save_picture(tile(pictures, 8), options.outdir / "grid.png")
 
 

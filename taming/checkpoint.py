@@ -11,6 +11,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,12 +41,15 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Load a checkpoint onto the CPU.
 
+    The file is read whole once, to compare it with its checksums. Files saved by torch before 1.6,
+    or with ``torch.serialization.set_crc32_options(False)``, have none.
+
     Args:
         path: File saved by ``torch.save`` or Lightning (versions 1 and 2).
         trust_checkpoint: Also load objects of any class; such a file can run arbitrary code while
             it is loaded.
-        lazy: Map the file into memory, so that unused tensors, such as those of optimizers, are
-            never read. The file must not change meanwhile.
+        lazy: Map the file into memory, so that unused tensors, such as those of optimizers, take
+            no memory. The file must not change meanwhile.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -54,12 +58,16 @@ def load_checkpoint(
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
     try:
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"  # torch before 1.6 wrote none
+        if is_zip:
+            _check_records(path)
         with torch.serialization.safe_globals(HARMLESS):
             checkpoint = torch.load(
                 path,
                 map_location="cpu",
                 weights_only=not trust_checkpoint,
-                mmap=lazy and zipfile.is_zipfile(path),  # torch before 1.6 wrote no zip files
+                mmap=lazy and is_zip,
             )
     except Exception as error:  # damaged bytes may raise anything in the reader
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
@@ -70,12 +78,37 @@ def load_checkpoint(
                 "ckpt_path, or resume with --trust_checkpoint"
             ) from error
         raise ValueError(
-            f"{path} cannot be read as a checkpoint; it may be damaged or incompletely downloaded "
+            f"{path} cannot be read as a checkpoint; it is damaged or incompletely downloaded: "
+            "fetch it again, or use another checkpoint of its run "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'})"
         ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dict of weights")
     return checkpoint
+
+
+def _check_records(path: str | os.PathLike[str]) -> None:
+    """Compare every record of a zip file with its CRC-32, which torch never does.
+
+    Raises:
+        zipfile.BadZipFile: A record differs; names it.
+    """
+    with zipfile.ZipFile(path) as archive, ThreadPoolExecutor() as pool:
+        records = archive.infolist()
+        if any(record.CRC for record in records):  # all are 0 if torch was told to compute none
+            for _ in pool.map(partial(_check_record, archive), records):  # zlib frees the GIL
+                pass
+
+
+def _check_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
+    if record.external_attr & 0x10 and not record.is_dir():  # torch would read nothing, silently
+        raise zipfile.BadZipFile(f"{record.filename} is marked as a folder")
+    with archive.open(record) as opened:
+        left = record.file_size
+        while block := opened.read(1 << 20):  # the last one raises if the CRC-32 differs
+            left -= len(block)
+    if left:
+        raise zipfile.BadZipFile(f"{record.filename} lacks {left} bytes")
 
 
 def load_weights(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -191,7 +192,23 @@ def side_by_side(*images: Tensor) -> Tensor:
     return tile(torch.stack([image.detach().float().cpu() for image in images]), len(images))
 
 
-def save_picture(image: Tensor, path: Path) -> None:
-    """Save an image (3, H, W) in [-1, 1] to a file; create missing folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_picture(image).save(path)
+def save_picture(image: Tensor | Image.Image, path: Path) -> None:
+    """Save a picture to a file, whole or not at all; create missing folders.
+
+    Args:
+        image: (3, H, W) in [-1, 1], or a PIL image.
+        path: The file; its extension names the format.
+
+    Raises:
+        OSError: The file cannot be saved; names it.
+    """
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (image if isinstance(image, Image.Image) else to_picture(image)).save(part)
+        part.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be saved ({error})") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()

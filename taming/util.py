@@ -9,11 +9,13 @@ import inspect
 import logging
 import os
 import pkgutil
+import shutil
 import sys
 import textwrap
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from http.client import HTTPException
 from pathlib import Path
@@ -204,6 +206,62 @@ def instantiate_with_sizes(config: Mapping[str, Any], sizes: Mapping[str, Any]) 
                 f"{size}; leave {name} out, or state {size}"
             )
     return instantiate_from_config(config, **derived)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path beside a file to save to; rename it to the file at the end.
+
+    An error or a kill leaves the earlier file as it was, never half of the new one.
+
+    Args:
+        path: The file; missing folders are created.
+
+    Raises:
+        WriteError: The file cannot be saved; names it and the free space.
+
+    Example:
+        >>> with replacing("numbers.json") as part:  # doctest: +SKIP
+        ...     part.write_text("[1, 2]")
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes do not share it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # the latter is torch's on a full disk
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        free = shutil.disk_usage(there).free
+        raise WriteError(
+            f"{path} cannot be saved, {free} bytes are free there ({error})"
+        ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def load_array(path: str | os.PathLike[str]) -> Any:
+    """Load the array of an ``.npy`` file, never objects, which could run code.
+
+    Returns:
+        The array, of any shape and dtype of numbers.
+
+    Raises:
+        ValueError: The file is missing or damaged, has more or fewer bytes than its header states,
+            or holds objects or several arrays.
+    """
+    import numpy as np  # takes a while, which the command line's --help does not need
+
+    try:
+        array = np.load(path, mmap_mode="r")  # allocates nothing for what the header states
+        if not isinstance(array, np.memmap) or array.dtype.kind not in "biuf":
+            raise ValueError("it holds no array of numbers")
+        if array.offset + array.nbytes != os.path.getsize(path):
+            raise ValueError("it is longer than its header states")
+        return np.array(array)
+    except Exception as error:  # damaged bytes may raise anything in the reader
+        raise ValueError(f"cannot be read as a NumPy array: {error}") from error
 
 
 def md5_hash(path: str | os.PathLike[str]) -> str:

@@ -4,11 +4,13 @@ import copy
 import logging
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
+from reliability.files import count, failures
 from support.models import DDCONFIG, GAN, GPT, PLAIN, images, trainer
 from support.original import save_as_lightning_1
 from support.runs import run_main
@@ -246,6 +248,36 @@ def test_damaged_file_is_named(path, damage, trust):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"model\.ckpt cannot be read.*damaged"):
         load_checkpoint(path, trust_checkpoint=trust)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "checkpoint, mapped"])
+def test_no_damaged_file_is_taken_for_a_whole_one(name):
+    counts = count(name, n=60)
+    assert counts["refused"] > 30 and not any(counts[result] for result in failures(name))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_flipped_bit_of_any_record_is_refused_by_its_name(path, lazy):
+    torch.save({f"w{i}": torch.randn(50) for i in range(5)}, path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        records = [(record.filename, archive.open(record).read()) for record in archive.filelist]
+    for name, data in records:
+        start = whole.index(data, whole.index(name.encode()))
+        damaged = bytearray(whole)
+        damaged[start + len(data) // 2] ^= 16
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"cannot be read .*fetch it again.*{name}"):
+            load_checkpoint(path, lazy=lazy)
+
+
+def test_files_without_checksums_load(path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.arange(5)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_checkpoint(path)["w"].tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -20,6 +20,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from taming.data.crops import SquareCrop
 from taming.data.preprocessing import decode_image, error_context, to_unit_range
+from taming.util import load_array
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +132,7 @@ class NumpyPaths(PicturePaths):
 
     def read(self, path: str) -> Tensor:
         """Load an array into (3, H, W) uint8."""
-        try:
-            array = np.load(path)
-        except (OSError, EOFError) as error:
-            raise ValueError(f"cannot be read as a NumPy array: {error}") from error
+        array = load_array(path)
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[:2] != (1, 3):
             raise ValueError(f"expected uint8 (1, 3, H, W), found {array.dtype} {array.shape}")
         return torch.from_numpy(array[0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from taming.checkpoint import load_checkpoint
 from taming.run.folder import PreparationError
-from taming.util import NonFiniteError, WriteError, nearest
+from taming.util import NonFiniteError, WriteError, nearest, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -50,19 +49,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, str(path), storage_options)
             return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        try:
+        with replacing(path) as part:
             torch.save(checkpoint, part)
-            part.replace(path)
-        except (OSError, RuntimeError) as error:  # the latter is torch's on a full disk
-            free = shutil.disk_usage(path.parent).free
-            raise WriteError(
-                f"the checkpoint {path} cannot be saved, {free} bytes are free there ({error})"
-            ) from error
-        finally:
-            part.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: str | os.PathLike[str], *_: Any, **__: Any) -> dict[str, Any]:
         """Load a checkpoint of Lightning 1 or 2 onto the CPU.

@@ -90,12 +90,22 @@ class RunDir:
 
         It is later than the times of all earlier starts, even if the clock was set back: by
         another time zone, or at the end of summer time.
+
+        Raises:
+            PreparationError: A file bears the last date that there is.
         """
         earliest = datetime.now()
         for path in self.saved_configs:
-            with suppress(ValueError):  # a published model's file may have any name
+            try:
                 saved = datetime.strptime(path.name[:19], _TIME)
                 earliest = max(earliest, saved + timedelta(seconds=1))
+            except ValueError:  # a published model's file may have any name
+                continue
+            except OverflowError as error:
+                raise PreparationError(
+                    f"{path} bears the last date that there is, and each start a later one than "
+                    "those before: rename it by the time of its start"
+                ) from error
         return earliest.strftime(_TIME)
 
     @classmethod

@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from taming.run.checkpoints import MonitorCheck, SafeCheckpointIO
 from taming.run.config import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
 from taming.run.folder import Experiment, PreparationError
+from taming.run.loggers import quiet_threads
 from taming.util import get_obj_from_str, instantiate_from_config, parameters_of
 
 logger = logging.getLogger(__name__)
@@ -220,6 +221,9 @@ def build_loggers(experiment: Experiment) -> list[Logger]:
     blocks = {t: {"target": t, "params": {**folder, **p}} for t, p in defaults.items()}
     if block:
         blocks[block["target"]] = merge_block(blocks.get(block["target"]) or block, block)
+    for name, own in (("CSVLogger", "Table"), ("TensorBoardLogger", "Events")):
+        if block := blocks.get(f"{module}.{name}"):
+            block["target"] = f"taming.run.loggers.{own}"  # the same, but a full disk is no end
     return [instantiate_from_config(block) for block in blocks.values()]
 
 
@@ -329,6 +333,7 @@ def test(
 
 def quiet_lightning() -> None:
     """Hide Lightning's advertisements, and its warnings about intended behaviour."""
+    quiet_threads()
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):

@@ -216,3 +216,13 @@ def test_model_from_run_takes_the_newest_configuration(run):
     newer = {"model": {**PROJECT["model"], "params": {"width": 5, "monitor": "newer"}}}
     OmegaConf.save(OmegaConf.create(newer), run.configs / "2025-project.yaml")
     assert model_from_run(run.path).monitor == "newer"
+
+
+def test_the_last_date_of_all_is_named(tmp_path):
+    run = RunDir(tmp_path)
+    run.configs.mkdir()
+    (run.configs / "9999-12-31T23-59-58-project.yaml").touch()
+    assert run.start_time() == "9999-12-31T23-59-59"
+    (run.configs / "9999-12-31T23-59-59-project.yaml").touch()
+    with pytest.raises(ValueError, match="9999-12-31T23-59-59-project.yaml .*rename"):
+        run.start_time()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.sequence.notations import RasterSequence
 from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics
-from taming.util import NonFiniteError
+from taming.util import NonFiniteError, load_array
 
 GridShape = tuple[int, int, int, int]  # (B, h, w, D)
 Quality = Callable[[Tensor], Tensor]  # codes (B, h, w, T) -> (B,)
@@ -176,6 +176,24 @@ class Quantizer(Part, ABC):
         return rearrange(z, "b d h w -> (b h w) d").float() if z.ndim == 4 else z.float()
 
 
+def load_used_codes(remap: str, n_e: int) -> Tensor:
+    """Load the codes (N,) int64 that an ``.npy`` file of a ``remap`` names.
+
+    Raises:
+        ValueError: The file cannot be read, or does not name different codes of 0..n_e - 1.
+    """
+    try:
+        used = load_array(remap)
+    except ValueError as error:
+        raise ValueError(f"remap: {remap} {error}") from error
+    codes = {int(code) for code in used.flat} if used.dtype.kind in "iu" and used.ndim == 1 else {}
+    if not codes or min(codes) < 0 or max(codes) >= n_e or len(codes) < len(used):
+        raise ValueError(
+            f"remap: {remap} must name codes 0..{n_e - 1} as integers (N,), at least one, each once"
+        )
+    return torch.from_numpy(used.astype(np.int64))
+
+
 class SingleCodeQuantizer(Quantizer):
     """Base class of the original's quantizers: one code per latent, and remapped indices.
 
@@ -203,9 +221,7 @@ class SingleCodeQuantizer(Quantizer):
             )
         self.remap, self.unknown_index, self.re_embed = remap, unknown_index, n_e
         if remap is not None:
-            used = torch.from_numpy(np.load(remap)).long()
-            if len(used) == 0 or used.min() < 0 or used.max() >= n_e:
-                raise ValueError(f"remap: {remap} must name codes 0..{n_e - 1}, and at least one")
+            used = load_used_codes(remap, n_e)
             if isinstance(unknown_index, int) and not 0 <= unknown_index < len(used):
                 most = len(used) - 1  # of the numbers of used codes
                 raise ValueError(f"unknown_index must be in 0..{most}, got {unknown_index}")
