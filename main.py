@@ -25,6 +25,7 @@ from taming.run.folder import (
     run_name,
     without_starts,
 )
+from taming.run.parts import loading
 from taming.util import (
     DataError,
     NonFiniteError,
@@ -75,7 +76,9 @@ def load(options: Options) -> Experiment:
     if run:  # it no longer needs the checkpoint that it once started from
         lightning["ckpt_path"] = None
     files = [*(run.saved_configs if run else []), *options.base]
-    config = load_config(files, options.dotlist, {"lightning": lightning} if lightning else None)
+    untrusted = run.configs if run and not options.trust_config else None
+    overrides = {"lightning": lightning} if lightning else None
+    config = load_config(files, options.dotlist, overrides, untrusted)
     check_experiment(config, train=options.train)
     model, lightning = config.block("model"), config.values.get("lightning") or {}
     if run:  # all weights are in the checkpoint
@@ -124,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mistakes: tuple[type[Exception], ...] = (ValueError, OSError)
     try:
         experiment = load(options)
-        with experiment.run.kept_if_used():
+        with experiment.run.kept_if_used(), loading(options.resume, options.trust_config):
             trainer, model, data = build(options, experiment)
             mistakes = (PreparationError, DataError, NonFiniteError, WriteError)
             if options.train:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
 from taming.run import cli
-from taming.run.folder import data_from_run, model_from_run
+from taming.run.folder import SavedRun
 from taming.run.trainer import quiet_lightning
 from taming.util import replacing
 
@@ -49,7 +49,7 @@ def tokens_per_image(model: VQModel, data: pl.LightningDataModule) -> list[int]:
 def main() -> None:
     """Print the validation metrics, and save them with the histograms as JSON."""
     parser = cli.script_parser(__doc__)
-    parser.add_argument("-r", "--resume", required=True, help="run, or one of its checkpoints")
+    cli.add_run_arguments(parser, "run, or one of its checkpoints")
     parser.add_argument("-o", "--output", default="results/evaluation.json", type=Path)
     options = parser.parse_args()
 
@@ -58,7 +58,9 @@ def main() -> None:
     if options.output.is_dir():
         raise ValueError(f"{options.output} is a folder; -o names the file to be written")
     quiet_lightning()
-    model, data = model_from_run(options.resume), data_from_run(options.resume)
+    about = {"tokenizer": options.tokenizer, "trust_config": options.trust_config}
+    saved = SavedRun.load(options.resume, **about)
+    model, data = saved.model(), saved.data("validate")
     keep = KeepHistograms()
     trainer = pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",

@@ -138,6 +138,7 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     add("images", nargs="+", help="image files or folders of them")
     add("-r", "--resume", required=True, help="run of the tokenizer, or a checkpoint")
+    add("--trust_config", action="store_true", help=cli.TRUST_HELP)
     add("-o", "--outdir", default="results/reconstructions", type=Path)
     add("-s", "--size", type=int, help="length of the short side in pixels")
     add = parser.add_mutually_exclusive_group().add_argument
@@ -158,7 +159,8 @@ def main() -> None:
     paths = find_files(options.images)
     names = unique_names(paths)
     refuse_overwriting(paths, names, options.outdir)
-    loaded = taming.load(options.resume, cli.choose_device(options.device))
+    device = cli.choose_device(options.device)
+    loaded = taming.load(options.resume, device, trust_config=options.trust_config)
     tokenizer = cli.check_kind(loaded, Tokenizer, options.resume, "a tokenizer")
     if (channels := tokenizer.channels) != 3:
         raise ValueError(f"{options.resume} holds a tokenizer of {channels} channels, not 3")

@@ -44,7 +44,7 @@ def parse_options() -> argparse.Namespace:
     parser = cli.script_parser(__doc__)
     add = parser.add_argument
     run_help = "run of the prior, or a checkpoint; or those of all levels, the top's first"
-    add("-r", "--resume", nargs="+", required=True, help=run_help)
+    cli.add_run_arguments(parser, run_help, nargs="+")
     add("-o", "--outdir", default="results/samples", type=Path)
     cli.add_sampling_arguments(parser, num_samples=16, batch_size=16)
     add("--min_p", type=float, help="sample among those this likely, relatively")
@@ -121,7 +121,8 @@ def main(all_levels: bool = False) -> None:
     options = parse_options()
     cli.check_folder(options.outdir)
     runs = options.resume if all_levels or len(options.resume) > 1 else options.resume[0]
-    loaded = taming.load(runs, cli.choose_device(options.device))
+    about = {"tokenizer": options.tokenizer, "trust_config": options.trust_config}
+    loaded = taming.load(runs, cli.choose_device(options.device), **about)
     generator = cli.check_kind(loaded, Generator, runs, "a prior")
     generator.batch_size = options.batch_size
     names = ("seed", "grid", "temperature", "top_k", "top_p", "min_p", "guidance")

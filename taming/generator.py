@@ -29,7 +29,11 @@ Labels = int | Sequence[int] | None
 
 
 def load(
-    run: str | Path | Sequence[str | Path], device: torch.device | str = "cpu"
+    run: str | Path | Sequence[str | Path],
+    device: torch.device | str = "cpu",
+    *,
+    tokenizer: str | Path | None = None,
+    trust_config: bool = False,
 ) -> Tokenizer | Generator:
     """Load a trained model.
 
@@ -37,26 +41,31 @@ def load(
         run: Folder of a run, ``logs/<run>``, or one of its checkpoints. For a VQ-VAE-2, those of
             the priors of all levels, the top's first.
         device: Device for the model.
+        tokenizer: Run of a prior's tokenizer, or a checkpoint, if it is not where it was when the
+            prior was trained, nor beside the prior's run as it was then.
+        trust_config: Build whatever the run's configuration names, which may run any code; by
+            default, only what ``docs/security.md`` lists.
 
     Returns:
         A `Generator` for the run of a prior, a `Tokenizer` for that of a tokenizer.
 
     Raises:
         FileNotFoundError: There is no such run or checkpoint.
-        ValueError: It is not a run, or its model is neither.
+        ValueError: It is not a run, its model is neither, or its configuration asks for what it may
+            not.
     """
     from taming.run.folder import model_from_run
 
-    if isinstance(run, (str, os.PathLike)):
-        model = model_from_run(run)
-        face = Generator if hasattr(model, "sample_codes") else Tokenizer
-        return face(model).to(device)
-    priors = []
-    for name in run:
-        priors.append(model := model_from_run(name))
-        if not hasattr(model, "sample_codes"):
+    several = not isinstance(run, (str, os.PathLike))
+    names: Sequence[str | Path] = run if several else [run]  # type: ignore[assignment]
+    options = {"tokenizer": tokenizer, "trust_config": trust_config}
+    models = [model_from_run(name, **options) for name in names]
+    for name, model in zip(names, models, strict=True):
+        if several and not hasattr(model, "sample_codes"):
             raise ValueError(f"{name} holds a {type(model).__name__}, not a prior of one level")
-    return Generator(priors).to(device)
+    if several:
+        return Generator(models).to(device)
+    return (Generator if hasattr(models[0], "sample_codes") else Tokenizer)(models[0]).to(device)
 
 
 class Generator:

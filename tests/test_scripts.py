@@ -348,7 +348,7 @@ def test_without_guidance_classes_do_not_matter(
     with torch.no_grad():  # after two steps, it hardly looks at the class
         for parameter in model.transformer.parameters():
             parameter.copy_(torch.randn_like(parameter))
-    monkeypatch.setattr("taming.run.folder.model_from_run", lambda run: model)
+    monkeypatch.setattr("taming.run.folder.model_from_run", lambda run, **_: model)
     pictures = {}
     for scale, label in product((0, 1, 3), (3, 7)):
         options = ("--guidance", scale, "--classes", label, "-o", tmp_path / f"{scale}")
@@ -363,7 +363,7 @@ def test_samples_of_a_grey_tokenizer_are_written(
     photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grey = Net2NetTransformer(GPT, vqmodel_config(1), "__is_unconditional__").eval()
-    monkeypatch.setattr("taming.run.folder.model_from_run", lambda run: grey)
+    monkeypatch.setattr("taming.run.folder.model_from_run", lambda run, **_: grey)
     call("sample", "-r", "run", "-n", 1, "-o", tmp_path)
     picture = read_pixels(tmp_path / "000000.png")
     assert picture.shape == (16, 16, 3) and (picture == picture[..., :1]).all()

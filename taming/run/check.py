@@ -21,6 +21,7 @@ from taming.run.config import (
     entries,
     merge_block,
 )
+from taming.run.trust import check_trust
 from taming.util import get_obj_from_str, nearest, parameters_of
 
 TRAINER = "lightning.pytorch.Trainer"
@@ -65,6 +66,8 @@ def check_experiment(config: LoadedConfig, train: bool) -> None:
     """
     check_keys(config, "", config.values, ["model", "data", "lightning", *config.interpolated])
     model, data = config.block("model"), config.block("data")
+    for name in ("model", "data", "lightning"):
+        check_trust(config, name)
     check_block(config, "model", model, extra=["base_learning_rate"])
     check_block(config, "data", data)
     rate = model.get("base_learning_rate")

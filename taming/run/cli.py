@@ -63,6 +63,8 @@ _TRAINER_HELP = {
     "enable_progress_bar": "show a progress bar (default: true)",
 }
 
+TRUST_HELP = "build whatever the configuration of a saved run names: it may run any code"
+
 _ONLY_IN_YAML = ("callbacks", "plugins")
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.\[\]]*=")
@@ -78,6 +80,7 @@ class Options:
         postfix: Appended to the name.
         resume: Run folder or checkpoint to continue; empty for a new run.
         trust_checkpoint: Allow that checkpoint to hold objects of any class.
+        trust_config: Build any targets that its run's own configurations name.
         train: Train; otherwise only test.
         no_test: Skip the test after training.
         debug: Open a debugger at an error; a new run is saved in ``logs/debug_runs``.
@@ -94,6 +97,7 @@ class Options:
     postfix: str
     resume: str
     trust_checkpoint: bool
+    trust_config: bool
     train: bool
     no_test: bool
     debug: bool
@@ -184,6 +188,7 @@ def _build_parser(trainer_types: Mapping[str, Sequence[str]]) -> argparse.Argume
     add("-f", "--postfix", default="", help="appended to the run's name")
     add("-r", "--resume", default="", metavar="RUN", help="continue a run folder or a checkpoint")
     add("--trust_checkpoint", **off, help="resume from a file that may run code when it is loaded")
+    add("--trust_config", **off, help=TRUST_HELP)
     add("-t", "--train", **off, help="train; without it, only test")
     add("--no-test", **off, help="skip the test after training")
     add("-d", "--debug", **off, help="open a debugger at an error")
@@ -233,6 +238,17 @@ def script_parser(description: str | None, device: bool = True) -> argparse.Argu
     return parser
 
 
+def add_run_arguments(parser: argparse.ArgumentParser, help: str, **options: Any) -> None:
+    """Add ``--resume`` with the options given, and those for what the run's files may name."""
+    add = parser.add_argument
+    add("-r", "--resume", required=True, help=help, **options)
+    add("--trust_config", action="store_true", help=TRUST_HELP)
+    tokenizer_help = (
+        "run of a prior's tokenizer; default: as when the prior was trained, or as near"
+    )
+    add("--tokenizer", metavar="RUN", help=tokenizer_help)
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """Add the options of scripts that sample new images; ``defaults`` by name."""
     add = parser.add_argument
@@ -250,7 +266,7 @@ def run_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser for scripts that use a saved run and take the original's options for it."""
     parser = script_parser(description)
     add = parser.add_argument
-    add("-r", "--resume", required=True, help="a run's folder, or a checkpoint")
+    add_run_arguments(parser, "a run's folder, or a checkpoint")
     base_help = "YAML files, merged from left to right into the run's own; key=value items override"
     add("-b", "--base", nargs="*", default=[], metavar="CONFIG", help=base_help)
     config_help = "this YAML file instead of the run's own; without a value, the last of --base"
@@ -288,8 +304,16 @@ def parse_run(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Save
     dotlist, rest = split_overrides(parser, sys.argv[1:])
     options = parser.parse_args(rest)
     files = [options.config] if isinstance(options.config, str) else options.base
-    alone, ignore = options.config is not None, options.ignore_base_data
-    return options, SavedRun.load(options.resume, files, dotlist, alone=alone, ignore_data=ignore)
+    saved = SavedRun.load(
+        options.resume,
+        files,
+        dotlist,
+        alone=options.config is not None,
+        ignore_data=options.ignore_base_data,
+        tokenizer=options.tokenizer,
+        trust_config=options.trust_config,
+    )
+    return options, saved
 
 
 def samples_folder(options: argparse.Namespace, saved: SavedRun) -> Path:

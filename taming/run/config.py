@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,17 @@ DEFAULT_CHECKPOINT = {"target": "lightning.pytorch.callbacks.ModelCheckpoint"}
 
 _INTERPOLATED = re.compile(r"\$\{\s*(\w+)")
 
+# ${name:argument}, also where the name is put together, as opposed to ${key} and ${.key}.
+_RESOLVER = re.compile(r"\$\{[^}]*(:|\$\{)")
+
+# Environment variable with modules of the user, separated by commas.
+TRUST_VARIABLE = "TAMING_TRUST"
+
+TRUST_REMEDY = (
+    "if you trust whoever made the run, pass --trust_config (trust_config=True in Python), or list "
+    f"modules of your own in the environment variable {TRUST_VARIABLE}; see docs/security.md"
+)
+
 
 class ConfigError(ValueError):
     """A configuration cannot be read, or has a key or value that nothing accepts."""
@@ -43,11 +55,13 @@ class LoadedConfig(NamedTuple):
         values: Plain nested dicts and lists; interpolations are resolved.
         origins: Dotted key path -> the file that set it last, or ``command line``.
         interpolated: Top-level keys that a ``${...}`` refers to.
+        untrusted: Folder of the files whose targets are checked by `taming.run.trust`, or None.
     """
 
     values: dict[str, Any]
     origins: dict[str, str]
     interpolated: frozenset[str] = frozenset()
+    untrusted: Path | None = None
 
     def origin(self, path: str) -> str:
         """Return the file that set a key, or the nearest key above it."""
@@ -58,6 +72,13 @@ class LoadedConfig(NamedTuple):
     def error(self, path: str, message: str) -> ConfigError:
         """Return an error that begins with the file that set a key."""
         return ConfigError(f"{self.origin(path)}: {message}")
+
+    def is_untrusted(self, path: str) -> bool:
+        """Return True if a value may come from a file that is not trusted."""
+        if self.untrusted is None or self.interpolated:  # a ${...} may refer to such a value
+            return self.untrusted is not None
+        origin = self.origin(path)
+        return origin != COMMAND_LINE and _lies_below(Path(origin), self.untrusted)
 
     def block(self, name: str) -> dict[str, Any]:
         """Return a top-level block.
@@ -74,6 +95,8 @@ def load_config(
     paths: Sequence[str | Path],
     dotlist: Sequence[str] = (),
     overrides: Mapping[str, Any] | None = None,
+    untrusted: Path | None = None,
+    ignore_data: bool = False,
 ) -> LoadedConfig:
     """Merge YAML files from left to right, then overrides, then ``key=value`` items.
 
@@ -85,12 +108,18 @@ def load_config(
         paths: YAML files.
         dotlist: Items such as ``model.params.n_embed=64`` or ``data="{target: main.X}"``.
         overrides: Nested values that override the files.
+        untrusted: Folder of a saved run's own configurations, if the run is not trusted.
+        ignore_data: Ignore the ``data`` block of all files.
 
     Raises:
-        ConfigError: A file is missing or broken, or two files cannot be merged.
+        ConfigError: A file is missing or broken, two files cannot be merged, or one that is not
+            trusted calls a resolver.
     """
     merged, origins = OmegaConf.create(), {}
-    sources = [(str(path), _read(Path(path))) for path in paths]
+    sources = [(str(path), _read(Path(path), untrusted)) for path in paths]
+    if ignore_data:
+        for _, values in sources:
+            values.pop("data", None)
     if overrides:
         sources.append((COMMAND_LINE, modernize(overrides)))
     if dotlist:
@@ -109,10 +138,16 @@ def load_config(
     assert isinstance(plain, dict)
     # An override may have replaced the value that referred to a key.
     named = frozenset(_INTERPOLATED.findall(str(sources)))
-    return LoadedConfig({str(key): value for key, value in plain.items()}, origins, named)
+    values = {str(key): value for key, value in plain.items()}
+    return LoadedConfig(values, origins, named, untrusted)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _lies_below(path: Path, folder: Path) -> bool:
+    """Compare paths without following links: a link in the folder may lead anywhere."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+
+
+def _read(path: Path, untrusted: Path | None) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {path}")
     try:
@@ -124,7 +159,17 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold a mapping with the keys model, data, lightning")
+    if untrusted is not None and _lies_below(path, untrusted):
+        _refuse_resolvers(str(path), OmegaConf.to_container(loaded))
     return _to_modern(loaded, str(path))
+
+
+def _refuse_resolvers(name: str, value: Any) -> None:
+    """Refuse ``${oc.env:TOKEN}`` and functions that a program registers, often ``eval``."""
+    if isinstance(value, str) and _RESOLVER.search(value):
+        raise ConfigError(f"{name}: a saved run may not call a resolver, {value!r}; {TRUST_REMEDY}")
+    for _, item in entries(value):
+        _refuse_resolvers(name, item)
 
 
 def _parse_dotlist(dotlist: Sequence[str]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from typing import Any
 
 from taming.run.check import check_block
 from taming.run.config import LoadedConfig, load_config
+from taming.run.parts import find_run, is_trusting, loading, name_tokenizer
+from taming.run.trust import check_trust
 from taming.util import get_obj_from_str, instantiate_from_config, parameters_of
 
 # Environment variable by which processes that Lightning starts find their parent's run.
@@ -207,17 +209,18 @@ def run_name(name: str, base: Sequence[str], postfix: str = "") -> str:
     return (name or (Path(base[0]).stem if base else "run")) + postfix
 
 
-def without_starts(block: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop every ``ckpt_path`` and its ``ignore_keys`` from a block and the blocks inside it.
+def without_starts(value: Any) -> Any:
+    """Drop every ``ckpt_path``, and what stands beside it, from a block and those inside it.
 
     They name the files that parts of a model once started from. A checkpoint of the whole model
     holds all weights, so these files are not needed any more, and may be gone.
     """
-    return {
-        key: without_starts(value) if isinstance(value, Mapping) else value
-        for key, value in block.items()
-        if key not in ("ckpt_path", "ignore_keys")
-    }
+    if isinstance(value, list):
+        return [without_starts(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    starts = ("ckpt_path", "ignore_keys", "trust_checkpoint")
+    return {key: without_starts(item) for key, item in value.items() if key not in starts}
 
 
 @dataclass(frozen=True)
@@ -228,11 +231,13 @@ class SavedRun:
         folder: Folder of the run.
         checkpoint: File with the weights.
         config: Configuration to build the model and the data from, overrides included.
+        trust_config: Build any targets that the run's own files name.
     """
 
     folder: Path
     checkpoint: Path
     config: LoadedConfig
+    trust_config: bool = False
 
     @classmethod
     def load(
@@ -243,6 +248,8 @@ class SavedRun:
         *,
         alone: bool = False,
         ignore_data: bool = False,
+        tokenizer: str | Path | None = None,
+        trust_config: bool = False,
     ) -> SavedRun:
         """Find a run and load its latest configuration.
 
@@ -253,23 +260,26 @@ class SavedRun:
             dotlist: ``key=value`` items to merge last.
             alone: Use the last file only, instead of the run's own.
             ignore_data: Ignore the ``data`` block of all files.
+            tokenizer: Run of a prior's tokenizer, in place of the one that the prior names.
+            trust_config: Build any targets that the run's own files name, and those that it loads.
 
         Raises:
             FileNotFoundError: The run or the checkpoint does not exist.
-            ValueError: The path is not a run, or a file cannot be read.
+            ValueError: The path is not a run, a file cannot be read, or the model is no prior with
+                a tokenizer of another run.
         """
-        path = Path(path)
+        path, trust = Path(path), trust_config or is_trusting()
         run = RunDir(path.absolute().parent.parent)
         if path.is_file() and files and not run.saved_configs:
             checkpoint, files = path, list(files)
         else:
             run, checkpoint = RunDir.resume(path)
             files = [run.project_config, *files]
-        files = files[-1:] if alone else files
-        if ignore_data:
-            model = {"model": load_config(files).values.get("model")}
-            return cls(run.path, checkpoint, load_config([], dotlist, overrides=model))
-        return cls(run.path, checkpoint, load_config(files, dotlist))
+        files, untrusted = files[-1:] if alone else files, None if trust else run.configs
+        config = load_config(files, dotlist, untrusted=untrusted, ignore_data=ignore_data)
+        if tokenizer is not None:
+            name_tokenizer(config, tokenizer)
+        return cls(run.path, checkpoint, config, trust)
 
     def model(self, **params: Any) -> Any:
         """Build the model with its trained weights, in evaluation mode.
@@ -278,21 +288,26 @@ class SavedRun:
             **params: Values that replace entries of ``model.params``.
 
         Raises:
-            ValueError: The configuration is wrong, the checkpoint does not match it, or the model
-                does not take one of the params.
+            ValueError: The configuration is wrong or asks for what it may not, the checkpoint does
+                not match it, or the model does not take one of the params.
         """
         block = self.config.block("model")
+        check_trust(self.config, "model")
         check_block(self.config, "model", block, extra=["base_learning_rate"])
         target = block["target"]
         valid, is_open = parameters_of(get_obj_from_str(target))
         if not is_open and (unknown := [name for name in params if name not in valid]):
             raise ValueError(
                 f"the run {self.folder} holds a {target}, which takes no {', '.join(unknown)}; "
-                "name the run of a model that does"
+                "name the run of a model that does, such as a tokenizer"
             )
-        params = without_starts({**(block.get("params") or {}), **params})
-        params["ckpt_path"] = str(self.checkpoint)
-        return instantiate_from_config({"target": target, "params": params}).eval()
+        merged = {**(block.get("params") or {}), **params}
+        wanted = without_starts(merged) | {"ckpt_path": str(self.checkpoint)}
+        of_user = not self.config.is_untrusted("model.params.trust_checkpoint")
+        if merged.get("trust_checkpoint") and (of_user or "trust_checkpoint" in params):
+            wanted["trust_checkpoint"] = True
+        with loading(self.folder, self.trust_config):
+            return instantiate_from_config({"target": target, "params": wanted}).eval()
 
     def data(self, stage: str | None = None) -> Any:
         """Build the data module and set up its data sets.
@@ -301,13 +316,15 @@ class SavedRun:
             stage: Stage to set up the data sets of, such as ``validate``; None for all stages.
 
         Raises:
-            ValueError: The configuration is wrong.
+            ValueError: The configuration is wrong or asks for what it may not.
         """
         block = self.config.block("data")
+        check_trust(self.config, "data")
         check_block(self.config, "data", block)
-        data = instantiate_from_config(block)
-        data.prepare_data()
-        data.setup(stage)
+        with loading(self.folder, self.trust_config):
+            data = instantiate_from_config(block)
+            data.prepare_data()
+            data.setup(stage)
         return data
 
     def step(self) -> int:
@@ -317,14 +334,23 @@ class SavedRun:
         return load_checkpoint(self.checkpoint, lazy=True).get("global_step", 0)
 
 
-def model_from_run(run: str | Path, **params: Any) -> Any:
+def model_from_run(
+    run: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    trust_config: bool = False,
+    **params: Any,
+) -> Any:
     """Build the model of a run with its trained weights, in evaluation mode.
 
     The YAML file of a prior names its tokenizer so:
     ``first_stage_config: {target: taming.run.folder.model_from_run, params: {run: logs/<run>}}``.
 
     Args:
-        run: Run folder (``last.ckpt`` is loaded) or one of its checkpoints.
+        run: Run folder (``last.ckpt`` is loaded) or one of its checkpoints. When the model of
+            another run is loaded, it may also lie beside that one (`find_run`).
+        tokenizer: Run of a prior's tokenizer, in place of the one that the prior names.
+        trust_config: Build any targets that the run's own files name, and those that it loads.
         **params: Values that replace entries of the saved ``model.params``.
 
     Returns:
@@ -332,19 +358,22 @@ def model_from_run(run: str | Path, **params: Any) -> Any:
 
     Raises:
         FileNotFoundError: The run or the checkpoint does not exist.
-        ValueError: The path is not a run, or its model does not take one of the params.
+        ValueError: The path is not a run, its model does not take one of the params, or its
+            configuration asks for what it may not (`taming.run.trust`).
     """
-    return SavedRun.load(run).model(**params)
+    path = find_run(run)
+    return SavedRun.load(path, tokenizer=tokenizer, trust_config=trust_config).model(**params)
 
 
-def data_from_run(run: str | Path) -> Any:
+def data_from_run(run: str | Path, *, trust_config: bool = False) -> Any:
     """Build the data module of a run, set up for validation.
 
     Args:
         run: Run folder or one of its checkpoints.
+        trust_config: Build any targets that the run's own files name.
 
     Raises:
         FileNotFoundError: The run or the checkpoint does not exist.
-        ValueError: The path is not a run.
+        ValueError: The path is not a run, or its configuration asks for what it may not.
     """
-    return SavedRun.load(run).data("validate")
+    return SavedRun.load(find_run(run), trust_config=trust_config).data("validate")
