@@ -44,7 +44,8 @@ class FirstStage:
     def codes_by_level(self, quantized: Any) -> dict[str, Tensor]:
         """Return the codes (B, h, w, T) int64 in what ``encode`` returned, by level name."""
         batch, _, h, w = quantized.z_q.shape
-        return {"": quantized.info.indices.reshape(batch, h, w, -1)}
+        turns = self.quantize.sequence.max_loops
+        return {"": quantized.info.indices.reshape(batch, h, w, turns)}
 
     def encode_to_codes(self, x: Tensor, **rate: Any) -> Any:
         """Encode images as codes.

@@ -295,7 +295,7 @@ class Prior(pl.LightningModule, ABC):
         with torch.autocast(x.device.type, enabled=False):
             quant_z, _, info = self.first_stage_model.encode(x)
         batch, _, h, w = quant_z.shape
-        return quant_z, info.indices.reshape(batch, h, w, -1)  # (B, h, w, T)
+        return quant_z, info.indices.reshape(batch, h, w, self.sequence.max_loops)  # (B, h, w, T)
 
     @torch.no_grad()
     def decode_codes(self, codes: Tensor, quant_c: Tensor | None = None) -> Tensor:

@@ -26,6 +26,8 @@ from taming.modules.vqvae.metrics import SplitMetrics
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from taming.util import instantiate_from_config, instantiate_with_sizes
 
+MOST_SITES = 1 << 24  # of an image to decode; an empty batch may state a larger grid at no cost
+
 # Arguments of VQModel for the default quantizer, which a quantizer_config replaces.
 DEFAULTS = {"beta": 0.25, "remap": None, "sane_index_shape": False, "legacy": True}
 
@@ -147,7 +149,7 @@ class VQModel(ManualOptimization, FirstStage):
 
     def encode_to_prequant(self, x: Tensor) -> Tensor:
         """Encode images (B, C, H, W) in [-1, 1] as latents z (B, D, h, w)."""
-        return self.quant_conv(self.encoder(x))
+        return self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype)))
 
     def encode(
         self,
@@ -191,28 +193,38 @@ class VQModel(ManualOptimization, FirstStage):
         low, high = self.value_range
 
         def psnr(codes: Tensor) -> Tensor:
-            x_rec = self.as_input(self.decode_code(codes)).clamp(low, high)
-            return peak_signal_noise_ratio(x_rec, x, high - low, reduction="none", dim=(1, 2, 3))
+            x_rec = self.as_input(self.decode_code(codes)).float().clamp(low, high)
+            images = (x_rec, x.float())
+            return peak_signal_noise_ratio(*images, high - low, reduction="none", dim=(1, 2, 3))
 
-        return self.quantize.fewest_codes(z, psnr, target_psnr.to(x))
+        return self.quantize.fewest_codes(z, psnr, target_psnr.to(x.device, torch.float32))
 
     def decode(self, quant: Tensor) -> Tensor:
-        """Decode z_q (B, D, h, w) to images (B, C, H, W), roughly in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(quant))
+        """Decode z_q (B, D, h, w) to images (B, C, H, W), roughly in [-1, 1].
+
+        Raises:
+            ValueError: A grid has no sites, or more than a memory holds.
+        """
+        h, w = quant.shape[2:]
+        if not 0 < h * w <= MOST_SITES:
+            raise ValueError(f"a grid of {h}x{w} sites: expected 1 to {MOST_SITES} sites")
+        return self.decoder(self.post_quant_conv(quant.to(self.post_quant_conv.weight.dtype)))
 
     def decode_code(self, code_b: Tensor, shape: GridShape | None = None) -> Tensor:
         """Decode codes to images (B, C, H, W).
 
         Args:
-            code_b: int64 (B, h, w) or (B, h, w, T), or flat with a shape.
+            code_b: Integers (B, h, w) or (B, h, w, T), or flat with a shape.
             shape: (B, h, w, D) of flat codes.
+
+        Raises:
+            ValueError: They are not codes of the quantizer (see its ``get_codebook_entry``).
         """
         if shape is None:
-            if code_b.ndim < 3:
-                raise ValueError(
-                    f"codes of shape {tuple(code_b.shape)} need the shape (B, h, w, D) they fill"
-                )
-            batch, h, w = code_b.shape[:3]
+            axes = tuple(getattr(code_b, "shape", ()))
+            if len(axes) not in (3, 4):
+                raise ValueError(f"codes of shape {axes} need the shape (B, h, w, D) they fill")
+            batch, h, w = axes[:3]
             shape = (batch, h, w, self.quantize.e_dim)
         return self.decode(self.quantize.get_codebook_entry(code_b, shape))
 

@@ -22,6 +22,16 @@ def count_params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def checks_values(tensor: Tensor) -> bool:
+    """Return True if a check may look at the values of a tensor.
+
+    It may not while torch.export, torch.compile or a trace turns code into a graph, which has no
+    errors, nor on an accelerator, which each look would make the program wait for.
+    """
+    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return tensor.device.type == "cpu" and not captured
+
+
 @torch.no_grad()
 def start_orthogonal(*layers: nn.Conv2d) -> None:
     """Give layers orthogonal weights (Saxe et al. 2013, arXiv:1312.6120) and biases of zero.
