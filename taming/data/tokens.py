@@ -14,14 +14,10 @@ Axis letters: B images, L tokens, h w grid.
 from __future__ import annotations
 
 import json
-import logging
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,28 +25,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from taming.data.token_files import (
+    AGAIN,
+    CHECKSUMS,
+    KEY,
+    CacheInfo,
+    check_files,
+    check_table,
+    crc32_of,
+    named,
+    open_file,
+    properties_of,
+)
 from taming.util import replacing
 
-logger = logging.getLogger(__name__)
-
-_KEY = b"taming.tokens"  # of the schema's metadata
-_CHECKSUMS = "checksums.json"
-_AGAIN = "copy the cache again, or encode it anew with scripts/encode.py"
 _OWN = {"tokens", "grid", "pixels", "fingerprint"}  # keys that the cache adds to every item
-
-
-class CacheInfo(NamedTuple):
-    """Properties shared by all images of a cache.
-
-    Attributes:
-        fingerprint: The tokenizer's fingerprint in hexadecimal.
-        grid: [h, w], the latent grid in sites.
-        pixels: Number of pixels of an image.
-    """
-
-    fingerprint: str
-    grid: list[int]
-    pixels: int
 
 
 def free_for_cache(folder: Path) -> Path:
@@ -131,7 +120,7 @@ class TokenCacheWriter:
         """Save the remaining images and the checksums, and rename the folder to its final name."""
         if self.rows:
             self._save_file(self.rows)
-        with replacing(self.unfinished / _CHECKSUMS) as part:
+        with replacing(self.unfinished / CHECKSUMS) as part:
             part.write_text(json.dumps(self.checksums, indent=1))
         self.unfinished.rename(self.folder)
 
@@ -140,7 +129,7 @@ class TokenCacheWriter:
         tokens = pa.array(columns.pop("tokens"), self.type)
         batch = pa.RecordBatch.from_pydict({"tokens": tokens, **columns})
         about = {**self.info._asdict(), "vocab_size": self.vocab_size}
-        batch = batch.replace_schema_metadata({_KEY: json.dumps(about)})
+        batch = batch.replace_schema_metadata({KEY: json.dumps(about)})
         schema = self.schema = self.schema or batch.schema
         if changed := [field for field in batch.schema if field not in schema]:
             raise ValueError(f"the columns {changed} have other types than in earlier images")
@@ -151,7 +140,7 @@ class TokenCacheWriter:
             pa.ipc.new_file(sink, batch.schema) as writer,
         ):
             writer.write_batch(batch)
-        self.checksums[file.name] = {"images": len(rows), "crc32": _crc32(file)}
+        self.checksums[file.name] = {"images": len(rows), "crc32": crc32_of(file)}
 
 
 class TokenCache(Dataset[dict[str, Any]]):
@@ -182,24 +171,24 @@ class TokenCache(Dataset[dict[str, Any]]):
         self.files = sorted(Path(path).glob("*.arrow"))
         if not self.files:
             raise FileNotFoundError(f"{path} holds no token cache; scripts/encode.py makes one")
-        images = _check_files(Path(path), [file.name for file in self.files])
+        images = check_files(Path(path), [file.name for file in self.files])
         schemas = []
         for file in self.files:
-            with _named(file):
-                table = _open(file).read_all()
-                _check_table(table, _about(table.schema), images.get(file.name))
+            with named(file):
+                table = open_file(file).read_all()
+                check_table(table, properties_of(table.schema), images.get(file.name))
             schemas.append(table.schema)
         if not all(schema.equals(schemas[0], check_metadata=True) for schema in schemas):
             raise ValueError(f"{path} holds files of different token caches; encode it again")
-        about = _about(schemas[0])
+        about = properties_of(schemas[0])
         if not images and "vocab_size" in about:
-            raise ValueError(f"{path} has lost its {_CHECKSUMS}; {_AGAIN}")
+            raise ValueError(f"{path} has lost its {CHECKSUMS}; {AGAIN}")
         self.info = CacheInfo(*(about[name] for name in CacheInfo._fields))
 
     @cached_property
     def table(self) -> pa.Table:
         """All rows, memory-mapped."""
-        return pa.concat_tables([_open(file).read_all() for file in self.files])
+        return pa.concat_tables([open_file(file).read_all() for file in self.files])
 
     @cached_property
     def longest(self) -> int:
@@ -232,105 +221,3 @@ def _value(scalar: pa.Scalar) -> Any:
     """Convert to a number or a string, or a vector to a tensor, which collation stacks."""
     value = scalar.as_py()
     return torch.tensor(value) if isinstance(value, list) else value
-
-
-def _open(file: Path) -> Any:
-    """Memory-map a file."""
-    return pa.ipc.open_file(pa.memory_map(str(file)))
-
-
-def _crc32(file: Path) -> int:
-    """Compute the CRC-32 of a file's bytes."""
-    crc = 0
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
-@contextmanager
-def _named(file: Path) -> Iterator[None]:
-    """Re-raise what a damaged file makes Arrow raise as a ValueError that names the file."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{file} is damaged: {error}; {_AGAIN}") from error
-
-
-def _check_files(folder: Path, names: Sequence[str]) -> dict[str, int]:
-    """Check names and checksums of a cache's files: name -> images; {} for an earlier version.
-
-    Raises:
-        ValueError: A file is missing, was added, or differs from what was written.
-    """
-    checksums = folder / _CHECKSUMS
-    images: dict[str, int] = {}
-    expected = [f"{number:05}.arrow" for number in range(len(names))]
-    if checksums.exists():
-        with _named(checksums):
-            stated = json.loads(checksums.read_bytes())
-            images = {name: int(about["images"]) for name, about in stated.items()}
-            crcs = {name: about["crc32"] for name, about in stated.items()}
-        expected = sorted(images)
-    else:
-        logger.info("%s has no %s: it is of an earlier version", folder, _CHECKSUMS)
-    if wrong := sorted({*expected} ^ {*names}):
-        what = "is missing from" if wrong[0] in expected else "does not belong to"
-        raise ValueError(f"{folder / wrong[0]} {what} the token cache; {_AGAIN}")
-    if images:
-        with ThreadPoolExecutor() as pool:  # zlib lets other threads run
-            found = pool.map(_crc32, (folder / name for name in names))
-            for name, crc in zip(names, found, strict=True):
-                if crc != crcs[name]:
-                    raise ValueError(f"{folder / name} is damaged: its checksum differs; {_AGAIN}")
-    return images
-
-
-def _about(schema: pa.Schema) -> dict[str, Any]:
-    """Read a cache's properties from the schema of a file: those of CacheInfo, and vocab_size.
-
-    Raises:
-        ValueError: They are missing or out of range. Earlier versions lack ``vocab_size`` alone.
-    """
-    if _KEY not in (schema.metadata or {}):
-        raise ValueError("it does not belong to a token cache")
-    about = json.loads(schema.metadata[_KEY])
-    numbers = [about["pixels"], about.get("vocab_size", 1), *about["grid"]]
-    right = len(about["grid"]) == 2 and isinstance(about["fingerprint"], str)
-    known = {*CacheInfo._fields, "vocab_size"}
-    if not right or about.keys() - known or any(type(n) is not int or n < 1 for n in numbers):
-        raise ValueError(f"its properties are out of range: {about}")
-    return about
-
-
-def _check_table(table: pa.Table, about: Mapping[str, Any], images: int | None) -> None:
-    """Check the rows of a file.
-
-    Raises:
-        ValueError: They are damaged, are not as many as written, or hold other types or values.
-    """
-    table.validate(full=True)
-    if table.num_rows == 0 or table.num_rows != (images or table.num_rows):
-        raise ValueError(f"it holds {table.num_rows} images, expected {images or 'some'}")
-    types = {field.name: field.type for field in table.schema}
-    if types.get("tokens") not in (pa.list_(pa.uint16()), pa.list_(pa.int32())):
-        raise ValueError(f"it holds tokens of type {types.get('tokens')}")
-    if len(types) != table.num_columns or not all(map(_is_plain, types.values())):
-        raise ValueError(f"it holds columns other than numbers, vectors and texts: {types}")
-    columns = table.combine_chunks().to_batches()[0]  # whole, without a copy if it was one batch
-    for name, column in zip(types, columns.columns, strict=True):
-        if column.null_count or (pa.types.is_list(column.type) and column.flatten().null_count):
-            raise ValueError(f"its column {name!r} has gaps")
-    tokens, (h, w) = columns["tokens"], about["grid"]
-    if (shortest := int(np.diff(tokens.offsets.to_numpy()).min())) < h * w:
-        raise ValueError(f"it has a sequence of {shortest} tokens for {h} x {w} sites")
-    values = tokens.flatten().to_numpy()
-    if values.min() < 0 or values.max() >= about.get("vocab_size", 1 << 31):
-        raise ValueError(f"it has tokens outside 0..{about.get('vocab_size', 1 << 31) - 1}")
-
-
-def _is_plain(kind: pa.DataType) -> bool:
-    """Return True for the types of columns that the writer makes."""
-    value = kind.value_type if pa.types.is_list(kind) else kind
-    is_number = pa.types.is_integer(value) or pa.types.is_floating(value)
-    return is_number or pa.types.is_boolean(value) or pa.types.is_string(kind)

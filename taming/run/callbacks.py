@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from taming.pictures import save_picture, tile, to_picture
 from taming.run.loggers import Tolerance
+from taming.util import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,9 @@ class SetupCallback(Callback):
             folder.mkdir(parents=True, exist_ok=True)
         blocks = {"project": self.config, "lightning": {"lightning": dict(self.lightning_config)}}
         for name, block in blocks.items():
-            OmegaConf.save(OmegaConf.create(dict(block)), self.cfgdir / f"{self.now}-{name}.yaml")
+            # Half a file would stop every later resume.
+            with replacing(self.cfgdir / f"{self.now}-{name}.yaml") as part:
+                OmegaConf.save(OmegaConf.create(dict(block)), part)
 
 
 class ImageLogger(Callback):

@@ -21,8 +21,9 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+from torch.utils.tensorboard import SummaryWriter
 
-from taming.util import replacing
+from taming.util import WriteError, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,16 @@ class Events(Tolerant, TensorBoardLogger):
     """Lightning's TensorBoardLogger; it begins another file after one that failed."""
 
     what = "TensorBoard's file"
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        """The writer, made when it is first used; a run does not start without one."""
+        try:
+            return super().experiment
+        except OSError as error:
+            where = f"{self.what} in {self.save_dir}"
+            raise WriteError(f"{where} cannot be saved ({error})") from error
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         """Log metrics; after a failure, to a new file."""

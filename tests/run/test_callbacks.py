@@ -324,3 +324,15 @@ def test_saves_at_the_end_of_the_batch_that_a_signal_met(tmp_path):
 def test_the_frequency_of_checkpoints_is_checked(tmp_path):
     with pytest.raises(ValueError, match="at least 1, got 0"):
         LastCheckpoint(tmp_path, every_n_train_steps=0)
+
+
+def test_a_configuration_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(config, file):
+        Path(file).write_text("model: {tar")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(OmegaConf, "save", full)
+    setup = SetupCallback("now", tmp_path, tmp_path, tmp_path / "configs", {}, {})
+    with pytest.raises(WriteError, match="now-project.yaml cannot be saved.*No space"):
+        setup.on_fit_start(SimpleNamespace(is_global_zero=True), None)
+    assert not [*(tmp_path / "configs").iterdir()]

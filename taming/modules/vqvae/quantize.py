@@ -190,7 +190,7 @@ class VectorQuantizer(VectorQuantizer2):
         super().__init__(n_e, e_dim, beta)
 
     def _info(self, codes: Tensor, z: Tensor) -> QuantizerInfo:
-        one_hot = F.one_hot(codes, self.n_e).to(z.dtype)  # (N, K)
+        one_hot = z.new_zeros(len(codes), self.n_e).scatter_(1, codes[:, None], 1)  # (N, K)
         return super()._info(codes, z)._replace(encodings=one_hot)
 
 
