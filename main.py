@@ -72,13 +72,12 @@ def __getattr__(name: str) -> Any:
 def load(options: Options) -> Experiment:
     """Merge and check the configuration, and find or create the run's folder."""
     run, checkpoint = RunDir.resume(options.resume) if options.resume else (None, None)
-    lightning: dict[str, Any] = {"trainer": options.trainer} if options.trainer else {}
+    given: dict[str, Any] = {"lightning": {"trainer": options.trainer}} if options.trainer else {}
     if run:  # it no longer needs the checkpoint that it once started from
-        lightning["ckpt_path"] = None
+        given.setdefault("lightning", {})["ckpt_path"] = None
     files = [*(run.saved_configs if run else []), *options.base]
     untrusted = run.configs if run and not options.trust_config else None
-    overrides = {"lightning": lightning} if lightning else None
-    config = load_config(files, options.dotlist, overrides, untrusted)
+    config = load_config(files, options.dotlist, given, untrusted)
     check_experiment(config, train=options.train)
     model, lightning = config.block("model"), config.values.get("lightning") or {}
     if run:  # all weights are in the checkpoint

@@ -315,6 +315,11 @@ def _attempts_in_yaml() -> Iterator[Attempt]:
     yield Attempt("bombs", "an alias of itself", "model", f"x: &x {{y: *x}}\n{tail}")
     yield Attempt("bombs", "depth", "model", f"x: {'[' * 5000}{']' * 5000}\n{tail}")
     yield Attempt("bombs", "interpolations", "model", f"x: ${{y}}\ny: ${{x}}\n{tail}")
+    yield from _attempts_at_resolvers()
+    yield from _attempts_by_reference()
+
+
+def _attempts_at_resolvers() -> Iterator[Attempt]:
     resolvers = {
         "oc.env": "${oc.env:HOME}",
         "oc.env with a default": "${oc.env:NOTHING,x}",
@@ -337,6 +342,9 @@ def _attempts_in_yaml() -> Iterator[Attempt]:
     )
     escaped = escaped.replace("x: 1", 'monitor: "\\x24{oc.env:HOME}"')
     yield Attempt("resolvers", "escaped", "model", escaped)
+
+
+def _attempts_by_reference() -> Iterator[Attempt]:
     for name, text in {
         "a target": "evil: os.abort\n{base}",
         "a block": "evil: {target: os.abort}\n{base}",

@@ -182,6 +182,34 @@ def names_within_reach(every: int = 1) -> Iterator[tuple[str, str]]:
                 yield from ((block, f"{name}.{attribute}") for block in BLOCKS)
 
 
+def mutants(number: int, seed: int) -> Iterator[tuple[str, str]]:
+    """Yield blocks and targets with random changes, which need not be names at all."""
+    generator = random.Random(seed)
+    whole = [*HARMFUL, "taming.models.vqgan.VQModel", "torch.nn.Linear", "main.ImageLogger"]
+    parts = [
+        "..",
+        " ",
+        "\0",
+        "/",
+        "os.",
+        "taming.",
+        "main",
+        "torch.nn",
+        "x" * 300,
+        "\n",
+        "*",
+        "\u0661",
+    ]
+    parts += ["__class__", "__globals__", "__loader__", "__builtins__", "__main__", "modules.", "."]
+    for _ in range(number):
+        target = generator.choice(whole)
+        for _ in range(generator.randint(1, 3)):
+            start = generator.randrange(len(target) + 1)
+            end = start + generator.choice((0, 0, 1, 3))
+            target = target[:start] + generator.choice(("", *parts)) + target[end:]
+        yield generator.choice(BLOCKS), target
+
+
 def is_defined_in_reach(target: str) -> bool:
     """Return True for a class that is defined in a package of the list, and the two functions."""
     module, _, name = target.rpartition(".")
@@ -196,8 +224,18 @@ def is_defined_in_reach(target: str) -> bool:
     return isinstance(found, type) and package in known
 
 
+def judged(block: str, target: str) -> str:
+    """Return ``refused``, ``allowed``, or ``lost`` for a target that is allowed but must not be."""
+    try:
+        if not trust._is_allowed(target, block):
+            return "refused"
+    except ValueError:  # there is none
+        return "refused"
+    return "allowed" if is_defined_in_reach(target) else "lost"
+
+
 def try_all(
-    folder: Path, chosen: list[Attempt], every: int = 1
+    folder: Path, chosen: list[Attempt], every: int = 1, seed: int = 0
 ) -> tuple[Counter[tuple[str, str]], list[str]]:
     """Make attempts; return counts by kind and outcome, and a line for each not refused."""
     counts: Counter[tuple[str, str]] = Counter()
@@ -217,15 +255,12 @@ def try_all(
                 counts[attempt.kind, "refused" if found == "refused" else "lost"] += 1
                 if found != "refused":
                     lost.append(f"{attempt.kind}: {attempt.name} by {way}: {found}")
-        for block, target in names_within_reach(every):
-            try:
-                allowed = trust._is_allowed(target, block)
-            except ValueError:
-                allowed = False
-            wrong = allowed and not is_defined_in_reach(target)
-            counts["names", "lost" if wrong else "allowed" if allowed else "refused"] += 1
-            if wrong:
-                lost.append(f"names: {target} in {block}")
+        for kind, block, target in (
+            *(("names", *found) for found in names_within_reach(every)),
+            *(("mutants", *found) for found in mutants(30_000 // every, seed)),
+        ):
+            counts[kind, found := judged(block, target)] += 1
+            lost += [f"{kind}: {target!r} in {block}"] if found == "lost" else []
     finally:
         os.chdir(before)
         sys.path.remove(str(folder))
@@ -244,7 +279,7 @@ def program() -> None:
     if options.n is not None:
         chosen = random.Random(options.seed).sample(chosen, min(options.n, len(chosen)))
     with tempfile.TemporaryDirectory() as folder:
-        counts, lost = try_all(Path(folder).resolve(), chosen)
+        counts, lost = try_all(Path(folder).resolve(), chosen, seed=options.seed)
     for kind in dict.fromkeys(kind for kind, _ in counts):
         row = {name: counts[kind, name] for name in ("refused", "allowed", "lost")}
         sys.stdout.write(f"{kind:<15}" + "".join(f"{n:>9} {c:>6}" for n, c in row.items()) + "\n")

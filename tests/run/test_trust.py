@@ -1,8 +1,10 @@
 """A saved run builds what is on the list, whatever its configuration names."""
 
 import ast
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -11,6 +13,7 @@ from reliability import hostile, targets
 from support.runs import CONFIGS, call, fails, run_main, shipped
 
 import taming
+from taming.data.base import NumpyPaths
 from taming.models.vqgan import VQModel
 from taming.run import trust
 from taming.run.config import ConfigError, load_config
@@ -42,7 +45,7 @@ def of_target(path, target, **params):
 
 def test_whatever_a_run_names_it_does_no_harm(tmp_path):
     """One attempt of each kind at each block, and every hundredth name within reach."""
-    chosen = {(a.kind, a.block): a for a in hostile.attempts() if a.kind != "pickles"}
+    chosen = {(a.kind, a.block): a for a in hostile.attempts()}
     popen = next(a for a in hostile.attempts() if a.name == "subprocess.Popen")
     counts, lost = targets.try_all(tmp_path, [popen, *chosen.values()], every=100)
     assert not lost
@@ -154,22 +157,35 @@ def test_a_module_in_the_current_folder_is_no_package(tmp_path, monkeypatch):
     assert trust._is_allowed("main.WrappedDataset", "data")
 
 
-@pytest.mark.parametrize("trusting", [False, True])
-def test_no_run_makes_its_own_checkpoint_trusted(trusting, tmp_path):
+def test_no_run_makes_its_own_checkpoint_trusted(tmp_path):
     config = hostile.with_block("model.params.trust_checkpoint", True)
     run = write(tmp_path / "run", config)
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     torch.save({**state, "extra": Payload()}, run / "checkpoints/last.ckpt")
-    if trusting:
-        model_from_run(run, trust_config=True)
-        SavedRun.load(run, dotlist=["model.params.trust_checkpoint=true"]).model()
-        return
-    with pytest.raises(ValueError, match=r"last\.ckpt.*Payload.*trust_checkpoint"):
+    with pytest.raises(ValueError, match=r"last\.ckpt.*mkdir.*trust_checkpoint"):
         model_from_run(run)
+    assert not Path("harm").exists()
+    model_from_run(run, trust_config=True)
+    Path("harm").rmdir()
+    SavedRun.load(run, dotlist=["model.params.trust_checkpoint=true"]).model()
+    assert Path("harm").is_dir()
 
 
 class Payload:
-    """An object that a checkpoint should not hold."""
+    """An object that a file should not hold: it would make a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_arrays_of_objects_are_not_unpickled(tmp_path):
+    np.save("x.npy", np.array([Payload()], object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"x\.npy|pickle"):
+        NumpyPaths(["x.npy"])[0]
+    config = hostile.base()["model"]["params"]
+    with pytest.raises(ValueError, match=r"x\.npy|pickle"):
+        VQModel(**config, remap="x.npy")
+    assert not Path("harm").exists()
 
 
 @pytest.mark.parametrize("script", ["evaluate", "reconstruct", "sample", "make_samples"])
