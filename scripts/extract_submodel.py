@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from taming.checkpoint import load_checkpoint
+from taming.checkpoint import load_checkpoint, weights_of
 from taming.run import cli
 from taming.util import replacing
 
@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
 
     checkpoint = load_checkpoint(options.inpath)
-    weights = checkpoint.get("state_dict", checkpoint)
+    weights = weights_of(checkpoint)
     prefix = f"{options.submodel}."
     part = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     if not part:

@@ -116,7 +116,7 @@ def reconstruct(
         )
         numbers |= {
             "threshold": float(reached.max()) / latent_std(model) if len(reached) else 0.0,
-            "never_within_threshold": int((~trace.within).sum()),
+            "never_within_threshold": float((~trace.within).float().mean()),
             "turns_per_site": float(trace.lengths.float().mean()),
             "turns": turns.tolist()[1:],
         }

@@ -24,6 +24,7 @@ from taming.models.prior import Prior
 from taming.models.sampling import Grid, SamplingParams, generators_of, paste, sample_images
 from taming.pictures import Picture, is_single, to_picture, to_tensor
 from taming.tokenizer import Tokenizer
+from taming.util import usable_device
 
 Labels = int | Sequence[int] | None
 
@@ -51,11 +52,12 @@ def load(
 
     Raises:
         FileNotFoundError: There is no such run or checkpoint.
-        ValueError: It is not a run, its model is neither, or its configuration asks for what it may
-            not.
+        ValueError: It is not a run, its model is neither, there is no such device, or its
+            configuration asks for what it may not.
     """
     from taming.run.folder import model_from_run
 
+    device = usable_device(device)  # before the run is loaded
     several = not isinstance(run, (str, os.PathLike))
     names: Sequence[str | Path] = run if several else [run]  # type: ignore[assignment]
     options = {"tokenizer": tokenizer, "trust_config": trust_config}
@@ -122,6 +124,7 @@ class Generator:
 
     def to(self, device: torch.device | str) -> Generator:
         """Move the prior and its tokenizer to a device; return the generator."""
+        device = usable_device(device)
         for prior in self.priors:
             prior.to(device)
         return self
@@ -242,7 +245,7 @@ class Generator:
             batch = {self.model.cond_stage_key: labels[part]}
             for prior in self.priors:
                 batch[prior.first_stage_key] = rearrange(x, "b c h w -> b h w c")
-            nats = [p.likelihood(p.tokenize_batch(batch))[0] for p in self.priors]  # each (B,)
+            nats = [p.measure_nats(p.tokenize_batch(batch))[0] for p in self.priors]  # each (B,)
             bits += (torch.stack(nats).sum(dim=0) / math.log(2)).tolist()
         return bits
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from taming.models.vqgan import VQModel
 from taming.pictures import Picture, is_single, to_picture, to_tensor
+from taming.util import usable_device
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,14 +89,13 @@ class Tokenizer:
 
     def to(self, device: torch.device | str) -> Tokenizer:
         """Move the model to a device; return the tokenizer."""
-        self.model.to(device)
+        self.model.to(usable_device(device))
         return self
 
     @property
     def channels(self) -> int:
         """C, channels of a picture."""
-        owner = getattr(self.model, "model", self.model)  # a level's
-        return owner.encoder.conv_in.in_channels
+        return self.model.channels
 
     @overload
     def encode(
@@ -184,6 +184,8 @@ class Tokenizer:
             ]
             single = isinstance(codes[numbers[0]].indices, Tensor)
             images = self.model.decode_code(levels[0] if single else levels)
+            if not images.isfinite().all():  # where a GPU did not refuse them
+                raise ValueError("the codes are not those of this tokenizer: their picture is NaN")
             shown = images if images.shape[1] == 3 else self.model.to_rgb(images)
             for number, image in zip(numbers, shown, strict=True):
                 height, width = codes[number].size

@@ -309,6 +309,21 @@ def download(url: str, local_path: str | os.PathLike[str], chunk_size: int = 1 <
         part.unlink(missing_ok=True)
 
 
+def usable_device(device: Any) -> Any:
+    """Return the ``torch.device`` of a name.
+
+    Raises:
+        ValueError: The device is not available on this machine.
+    """
+    import torch  # takes seconds, which the command line's --help does not need
+
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"device {str(device)!r} cannot be used here: {why}") from error
+
+
 def load_network(hub: str, entry: str, **options: Any) -> Any:
     """Load a network, or the preprocessing of its input, from a torch hub repository.
 

@@ -302,6 +302,48 @@ def test_loads_bare_and_wrapped_state_dicts(path, wrap):
     assert all(torch.equal(target.state_dict()[k], v) for k, v in source.state_dict().items())
 
 
+WRAPPED = {
+    "module.": lambda weights: {f"module.{k}": v for k, v in weights.items()},
+    "_orig_mod.": lambda weights: {"state_dict": {f"_orig_mod.{k}": v for k, v in weights.items()}},
+    "body._orig_mod.": lambda weights: {
+        k.replace("body.", "body._orig_mod."): v for k, v in weights.items()
+    },
+    "both": lambda weights: {"model": {f"module._orig_mod.{k}": v for k, v in weights.items()}},
+    "model": lambda weights: {"model": weights, "optimizer": {}},
+    "ema": lambda weights: {"ema": weights, "step": 3},
+}
+
+
+@pytest.mark.parametrize("wrapper", list(WRAPPED))
+def test_weights_of_a_wrapped_model_load(path, wrapper, caplog):
+    source, target = Model(), Model()
+    torch.save(WRAPPED[wrapper](source.state_dict()), path)
+    with caplog.at_level(logging.INFO):
+        load_weights(target, path)
+    torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
+    assert ("of a wrapped model" in caplog.text) == (wrapper not in ("model", "ema"))
+
+
+def test_weights_load_into_a_wrapped_model(path):
+    source = Model()
+    torch.save(source.state_dict(), path)
+    load_weights(target := nn.DataParallel(Model()), path)
+    torch.testing.assert_close(target.module.state_dict(), source.state_dict(), rtol=0, atol=0)
+
+
+def test_nobody_is_advised_to_keep_a_random_encoder(path):
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "depth": nn.Linear(2, 2)})
+    torch.save(model.state_dict(), path)
+    for part, advised in (("encoder", False), ("depth", True)):
+        kept = {k: v for k, v in model.state_dict().items() if not k.startswith(part)}
+        torch.save(kept, path)
+        with pytest.raises(
+            ValueError, match=f"lacks weights of ModuleDict: {part}.weight"
+        ) as caught:
+            load_weights(model, path)
+        assert ("ignore_keys" in str(caught.value)) == advised
+
+
 def test_shape_mismatch_lists_keys_and_both_shapes(path):
     torch.save(Model(width=4).state_dict(), path)
     with pytest.raises(ValueError, match="does not fit Model") as caught:

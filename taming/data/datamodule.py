@@ -118,6 +118,14 @@ class DataModuleFromConfig(pl.LightningDataModule):
             raise ValueError(f"the {split} data set {block['target']} is empty")
         return WrappedDataset(dataset) if self.wrap else dataset
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Let the model look at a batch before it is on a GPU, which would wait for that."""
+        model = self.trainer and self.trainer.lightning_module
+        check = getattr(model, "check_batch", None)
+        if check is not None and model.device.type != "cpu":  # on a CPU, each step looks itself
+            check(batch)
+        return batch
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled batches of the training set."""
         if "train" not in self.datasets:

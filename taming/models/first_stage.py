@@ -63,6 +63,11 @@ class FirstStage:
     # --- sizes -----------------------------------------------------------------------------------
 
     @property
+    def channels(self) -> int:
+        """C, channels of an image."""
+        return self.encoder.conv_in.in_channels
+
+    @property
     def factor(self) -> int:
         """Side in pixels of a site, of the top level if there are several."""
         return self.encoder.factor

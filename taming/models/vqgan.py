@@ -20,7 +20,7 @@ from taming.models.first_stage import FirstStage
 from taming.models.gan import ManualOptimization
 from taming.modules.diffusionmodules.model import Decoder, Encoder, check_ddconfig
 from taming.modules.losses.base import DISCRIMINATOR, GENERATOR, AutoencoderLoss, check_finite
-from taming.modules.util import start_orthogonal, tensor_of
+from taming.modules.util import images_of, start_orthogonal
 from taming.modules.vqvae.base import GridShape, Quantizer, QuantizerOutput
 from taming.modules.vqvae.metrics import SplitMetrics
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
@@ -294,15 +294,25 @@ class VQModel(ManualOptimization, FirstStage):
         return self.decoder.conv_out.weight
 
     def get_input(self, batch: Mapping[str, Tensor], k: str) -> Tensor:
-        """Take images out of a batch: (B, H, W, C) or (B, H, W) -> (B, C, H, W) float32."""
-        x = tensor_of(batch, k, "the model's image_key")
-        if x.ndim == 3:
-            x = x[..., None]  # (B, H, W, 1)
+        """Take images out of a batch: (B, H, W, C) or (B, H, W) -> (B, C, H, W) float32.
+
+        Raises:
+            DataError: The batch has no such images (see `images_of`).
+        """
+        x = images_of(batch, k, "the model's image_key", self.channels, self.value_range)
         return x.permute(0, 3, 1, 2).contiguous().float()
+
+    def check_batch(self, batch: Mapping[str, Tensor]) -> None:
+        """Refuse a batch that is still on the CPU, and whose images are not the model's."""
+        images_of(batch, self.image_key, "the model's image_key", self.channels, self.value_range)
+
+    def fetch_weights(self) -> None:
+        """Fetch the loss's pretrained weights, unless a checkpoint had them."""
+        self.loss.fetch_weights()
 
     def on_fit_start(self) -> None:
         """Fetch the loss's pretrained weights, after a resumed run has restored its own."""
-        self.loss.fetch_weights()
+        self.fetch_weights()
 
     def on_train_epoch_end(self) -> None:
         """Log the use of the codebook over the epoch."""

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from taming.run.check import TRAINER, type_names
 from taming.run.folder import SavedRun
 from taming.run.legacy import OLD_TRAINER_ARGUMENTS
-from taming.util import get_obj_from_str, nearest, parameters_of
+from taming.util import get_obj_from_str, nearest, parameters_of, usable_device
 
 if TYPE_CHECKING:
     import torch
@@ -343,10 +343,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {error}") from error
+    return usable_device(name)
 
 
 def check_folder(path: Path) -> None:

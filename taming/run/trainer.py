@@ -312,6 +312,8 @@ def fit(
             checkpoint,
         )
     try:
+        if checkpoint is None and (fetch := getattr(model, "fetch_weights", None)):
+            fetch()  # before the data are built, which may take long
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except (ValueError, OSError, RuntimeError, UnpicklingError, MisconfigurationException) as error:
         if trainer.val_dataloaders is not None or trainer.train_dataloader is not None:

@@ -1,6 +1,7 @@
 """Data modules: each data set is built once, and each split has the right loader."""
 
 import os
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -167,3 +168,13 @@ def test_bad_arguments_are_refused():
         DataModuleFromConfig(0, block(1))
     with pytest.raises(ValueError, match="num_workers must be 0 or more, got -1"):
         DataModuleFromConfig(1, block(1), num_workers=-1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_model_looks_at_a_batch_before_it_is_on_a_gpu(device: str) -> None:
+    seen: list[object] = []
+    data = DataModuleFromConfig(batch_size=1, train={"target": "x"})
+    model = SimpleNamespace(device=torch.device(device), check_batch=seen.append)
+    data.trainer = SimpleNamespace(lightning_module=model)  # type: ignore[assignment]
+    assert data.on_before_batch_transfer("batch", 0) == "batch"
+    assert seen == (["batch"] if device == "cuda" else [])

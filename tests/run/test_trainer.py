@@ -301,3 +301,13 @@ def test_a_run_of_gpus_goes_on_without_them(devices):
     arguments |= choose_strategy(arguments)
     assert arguments == {"accelerator": "cpu", "devices": "auto"}
     assert pl.Trainer(**arguments, logger=False).num_devices == 1
+
+
+def test_a_loss_fetches_its_weights_before_the_data_are_built():
+    model, data, trainer = Mock(), Mock(), Mock(val_dataloaders=None, train_dataloader=None)
+    model.fetch_weights.side_effect = ConnectionError("no network; perceptual_weight: 0")
+    with pytest.raises(PreparationError, match="perceptual_weight: 0"):
+        building.fit(trainer, model, data, None)
+    assert not data.mock_calls and not trainer.fit.called
+    building.fit(trainer, model, data, Mock())  # a checkpoint has them
+    assert trainer.fit.called

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from taming.modules.distributed import sum_over_ranks
 from taming.modules.sequence.notations import UnarySequence
+from taming.modules.util import checks_values
 from taming.modules.vqvae import rate
 from taming.modules.vqvae.base import (
     GridShape,
@@ -241,13 +242,12 @@ class LoopyVectorQuantizer(Quantizer):
             max_codes = rate.sample_budgets(images, sites, self.length_range, rows.device)
         if max_codes is None:
             tau = torch.as_tensor(self.threshold if threshold is None else threshold)
-            if threshold is not None and not (tau >= 0).all():
+            if threshold is not None and checks_values(tau) and not (tau >= 0).all():
                 raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
             tau = rate.expand_per_image("threshold", tau.to(rows), images).repeat_interleave(sites)
             return self._search(rows, tau), tau
         path = self.whole_path(rows)
-        budgets = torch.as_tensor(max_codes, device=rows.device)
-        budgets = rate.expand_per_image("max_codes", budgets, images)
+        budgets = rate.expand_per_image("max_codes", torch.as_tensor(max_codes), images)
         return path, rate.threshold_for(path.distances, budgets)
 
     def _search(self, rows: Tensor, tau: Tensor) -> Path:

@@ -310,7 +310,8 @@ class GumbelQuantize(SingleCodeQuantizer):
         check_finite_latents(z)
         with torch.autocast(z.device.type, enabled=False):
             # (B, K, h, w), under remap of the used codes only; in float32 even in a half model
-            logits = F.conv2d(z.float(), *(p.float() for p in self.proj.parameters()))
+            weight, bias = (parameter.float() for parameter in self.proj.parameters())
+            logits = F.conv2d(z.float(), weight, bias)
             logits = logits if self.remap is None else logits[:, self.used]
             z_q, indices = self._choose(logits, self.temperature if temp is None else temp)
         log_q = logits.log_softmax(dim=1)
