@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from taming.data.crops import SquareCrop
-from taming.data.preprocessing import decode_image, error_context, to_unit_range
+from taming.data.preprocessing import error_context, to_unit_range
 from taming.data.roots import cache_folder, data_root
+from taming.decoding import decode_image
+from taming.util import refuse_text
 
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -70,6 +72,7 @@ class ParquetRows:
     """
 
     def __init__(self, path: str, image_column: str, label_column: str | None) -> None:
+        path = os.path.expanduser(path)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"the Parquet file {path} does not exist")
         try:
@@ -128,6 +131,7 @@ class LabelledImages(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, rows: LabelledRows, class_names: Sequence[str], crop: SquareCrop) -> None:
+        refuse_text("class_names", class_names)
         self.rows = rows
         self.class_names = class_names
         self.crop = crop
