@@ -29,9 +29,9 @@ def read_path_list(list_file: str | os.PathLike[str]) -> list[str]:
     list_path = Path(list_file).expanduser()
     if not list_path.is_file():
         raise FileNotFoundError(f"the list of images {list_path} does not exist")
-    lines = enumerate(read_text(list_path).splitlines(), start=1)
-    names = [(name, number) for number, line in lines if (name := line.strip())]
-    paths = [_locate(name, str(list_path.parent)) for name, _ in names]
+    folder, lines = str(list_path.parent), read_text(list_path).splitlines()
+    names = [(name, number) for number, line in enumerate(lines, 1) if (name := line.strip())]
+    paths = [_locate(name, folder) for name, _ in names]
     if not paths:
         raise ValueError(f"the list of images {list_path} is empty")
     if None in paths:
@@ -45,7 +45,10 @@ def read_path_list(list_file: str | os.PathLike[str]) -> list[str]:
 
 def _locate(name: str, folder: str) -> str | None:
     name = os.path.expanduser(name)
-    return next((path for path in (name, os.path.join(folder, name)) if os.path.isfile(path)), None)
+    if os.path.isfile(name):
+        return name
+    beside = os.path.join(folder, name)
+    return beside if os.path.isfile(beside) else None
 
 
 class CustomTrain(ImagePaths):

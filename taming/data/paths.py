@@ -8,6 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappop, heappush
+from itertools import islice
 from typing import Any, overload
 
 import numpy as np
@@ -29,11 +30,12 @@ class Texts(Sequence[str]):
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self._buffer, ends = bytearray(), array("q", [0])
-        for text in texts:  # file names may hold bytes that are no UTF-8, as lone surrogates
-            self._buffer += text.encode("utf-8", "surrogatepass")
-            ends.append(len(self._buffer))
-        self._ends = np.array(ends)
+        self._buffer, lengths, rest = bytearray(), array("q", [0]), iter(texts)
+        # File names may hold bytes that are no UTF-8, as lone surrogates.
+        while part := [text.encode("utf-8", "surrogatepass") for text in islice(rest, 1 << 16)]:
+            self._buffer += b"".join(part)
+            lengths.extend(map(len, part))
+        self._ends = np.cumsum(lengths)
 
     def __len__(self) -> int:
         return len(self._ends) - 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from reliability.folders import growth
 
 from taming.data.ade20k import ADE20kTrain
 from taming.data.annotated_objects_coco import AnnotatedObjectsCoco
@@ -40,6 +41,13 @@ def test_texts_are_like_a_list():
     assert list(Texts([])) == []
     with pytest.raises(IndexError):
         texts[5]
+
+
+def test_loader_processes_share_the_memory_of_texts():
+    names = [
+        f"some/folder/of/photos/picture_of_something_{number:07}.png" for number in range(120_000)
+    ]
+    assert growth(Texts(names), workers=1) < 5 < growth(names, workers=1)  # MiB
 
 
 def test_every_decoded_format_is_found(tmp_path):
