@@ -162,7 +162,6 @@ def to_mode(
         ValueError: The values have no stated range, or leave it.
     """
     bounds, hidden = _range_of(image), _transparent_colour(image)
-    image.load()  # some formats only now know a palette
     image = ImageOps.exif_transpose(image) if upright else image
     image.info |= hidden
     if bounds is not None:

@@ -147,9 +147,27 @@ def test_what_is_no_picture_file_is_refused_at_once(tmp_path):
     (tmp_path / "folder.png").mkdir()
     saved(tmp_path / "script.eps", np.zeros((4, 4, 3)))
     (tmp_path / "noise.jpg").write_bytes(bytes([0, 0, 2] + 9 * [0] + [4, 0, 4, 0, 24, 0]) * 9)
-    for name in ("pipe.png", "folder.png", "script.eps", "noise.jpg"):  # the last could be a TGA
-        with pytest.raises(ValueError, match=f"{name}: cannot be decoded"):
+    reasons = {"pipe.png": "not a file", "folder.png": "not a file", "script.eps": "EPS is not"}
+    for name, reason in {**reasons, "noise.jpg": "TGA is not"}.items():
+        with pytest.raises(ValueError, match=f"{name}: cannot be decoded .*{reason}"):
             decode_image(tmp_path / name)
+
+
+def test_changed_pixels_of_a_png_are_noticed(tmp_path):
+    path = saved(tmp_path / "a.png", np.full((30, 30, 3), 200), compress_level=0)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="a.png: cannot be decoded.*checksum"):
+        decode_image(path)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.bmp", "a.tif"])
+def test_palettes_need_not_be_turned_upright(tmp_path, name):
+    Image.new("RGB", (4, 4), "red").quantize(2).save(tmp_path / name)
+    for upright in (False, True):
+        colour = decode_image(tmp_path / name, upright)[:, 0, 0]
+        assert colour.tolist() == pytest.approx([255, 0, 0], abs=1)
 
 
 def test_home_stands_for_the_users_folder(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ class PicturePaths(Dataset[dict[str, Any]], ABC):
         self.on_error = on_error
         self.channels, self.max_pixels, self.background = channels, max_pixels, rgb_of(background)
         self.labels = {name: compact(name, values) for name, values in (labels or {}).items()}
-        self.labels["file_path_"] = Texts(map(os.path.expanduser, paths))
+        self.labels["file_path_"] = Texts(os.path.expanduser(path) for path in paths)
         self._length = len(paths)
         self.skipped: set[int] = set()
         for name, values in self.labels.items():
