@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import taming
 from taming.data.custom import find_files
-from taming.data.preprocessing import error_context
+from taming.data.preprocessing import error_context, refuse_failed, skipping
 from taming.models.vqgan import VQModel
 from taming.pictures import load_image, save_picture, side_by_side
 from taming.run import cli
@@ -154,7 +154,13 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Reconstruct each image, and save ``reconstructions.json`` with the numbers of all."""
+    """Reconstruct each image, and save ``reconstructions.json`` with the numbers of all.
+
+    An image that cannot be used is named, and the others go on.
+
+    Raises:
+        ValueError: An image could not be used.
+    """
     options = parse_options()
     paths = find_files(options.images)
     names = unique_names(paths)
@@ -167,15 +173,16 @@ def main() -> None:
     model = tokenizer.model
     rate = chosen_rate(options, model)
     report: dict[str, dict[str, Any]] = {}
+    failed: list[str] = []
     try:
         for path, name in tqdm(zip(paths, names, strict=True), "reconstruct", len(paths)):
-            x = load_image(path, options.size, model.factor)[None].to(model.device)
-            with error_context(str(path)):
+            with skipping(failed), error_context(f"image {path}"):
+                x = load_image(path, options.size, model.factor)[None].to(model.device)
                 pictures, numbers = reconstruct(model, x, rate)
-            save_pictures(pictures, options.outdir, name)
-            report[str(path)] = numbers
+                save_pictures(pictures, options.outdir, name)
+                report[str(path)] = numbers
     finally:
-        if report:  # images before one that fails are not lost
+        if report:  # what was done before a fault is not lost
             with replacing(options.outdir / "reconstructions.json") as part:
                 part.write_text(json.dumps(report, indent=2))
     for name, numbers in report.items():
@@ -183,7 +190,8 @@ def main() -> None:
         if numbers["psnr"] < target:
             message = "%s reaches only %.2f of the %.2f dB wanted, with all its turns"
             logger.warning(message, name, numbers["psnr"], target)
-    logger.info("%d reconstructions in %s", len(paths), options.outdir)
+    logger.info("%d reconstructions in %s", len(report), options.outdir)
+    refuse_failed(failed, len(paths))
 
 
 if __name__ == "__main__":

@@ -205,7 +205,8 @@ class Generator:
 
         Args:
             mask: A picture, scaled and cut to the size of the grid, that is bright where a picture
-                is known; or (h, w) bool sites. A site is known if all its pixels are.
+                is known (what is transparent is not); or (h, w) bool sites. A site is known if all
+                its pixels are.
             grid: (h, w) sites; None for the size trained on.
 
         Raises:
@@ -214,7 +215,7 @@ class Generator:
         grid = grid or self.model.grid
         if getattr(mask, "shape", ()) == grid and str(mask.dtype).endswith("bool"):
             return torch.as_tensor(mask, device=self.model.device)
-        bright = self._fit(to_tensor(mask), grid).mean(dim=0) > 0  # (H, W)
+        bright = self._fit(to_tensor(mask, background="black"), grid).mean(dim=0) > 0  # (H, W)
         factor = self.model.first_stage_model.factor
         sites = rearrange(bright, "(h f) (w g) -> h w (f g)", f=factor, g=factor)
         return sites.all(dim=-1)
@@ -286,7 +287,7 @@ class Generator:
 
     def _fitted(self, pictures: Sequence[Picture], grid: Grid | None = None) -> Tensor:
         """Scale and cut pictures to the size of a grid: (B, C, H, W) in [-1, 1]."""
-        images = (to_tensor(picture, self.tokenizer.channels) for picture in pictures)
+        images = (self.tokenizer.to_tensor(picture) for picture in pictures)
         return torch.stack([self._fit(image, grid or self.model.grid) for image in images])
 
     def _fit(self, image: Tensor, grid: Grid) -> Tensor:

@@ -388,6 +388,20 @@ def get_ckpt_path(name: str, root: str | os.PathLike[str], check: bool = False) 
     return str(path)
 
 
+def refuse_text(name: str, values: Any) -> None:
+    """Refuse a text where a list is meant: its letters would be taken for the items.
+
+    Args:
+        name: Name of the parameter, for the error.
+        values: Its value.
+
+    Raises:
+        ValueError: The value is a text, bytes or a path.
+    """
+    if isinstance(values, (str, bytes, os.PathLike)):
+        raise ValueError(f"{name} must be a list, got the text {values!r}: use [{values!r}]")
+
+
 class KeyNotFoundError(KeyError):
     """A path-style lookup met a missing key."""
 
