@@ -115,7 +115,6 @@ class RngState(Callback):
         """Seed the generators."""
         self._is_resuming = False
         seed_generators(self.seed, TRAINING, self.epoch, batch_idx, devices=True)
-        _count_logged_steps(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seed the generators."""
@@ -126,7 +125,6 @@ class RngState(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the epoch."""
         self.epoch = trainer.current_epoch + 1
-        _count_logged_steps(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seed, and the epoch that is to begin or has begun."""
@@ -141,12 +139,6 @@ class RngState(Callback):
         self.epoch = state_dict.get("epoch", 0)
         self._is_resuming = True
         seed_generators(self.seed, EPOCH, self.epoch, devices=True)
-
-
-def _count_logged_steps(trainer: Trainer) -> None:
-    """Set the step of the logged values, which Lightning may count wrongly in a resumed run."""
-    if trainer.lightning_module.automatic_optimization:
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 class LastCheckpoint(Checkpoint):
