@@ -162,36 +162,45 @@ def _schedule() -> dict[str, Any]:
     return _block(name, warm_up_steps=5, max_decay_steps=60, **rates)
 
 
-def write_config(file: Path, kind: str, tokenizer: Path | None = None, max_epochs: int = 4) -> Path:
+def write_config(
+    file: Path,
+    kind: str,
+    tokenizer: Path | None = None,
+    *,
+    length: int = 22,
+    steps_between: int = 3,
+    place: Sequence[Any] = (),
+    **trainer: Any,
+) -> Path:
     """Write the configuration of a kind of training.
 
     Args:
         file: The YAML file.
         kind: One of `KINDS`.
         tokenizer: Run of the tokenizer of a prior; ``cache`` is beside its ``logs``.
-        max_epochs: Number of epochs.
+        length: Number of training images.
+        steps_between: Steps between checkpoints.
+        place: Where `Watch` stops.
+        **trainer: Arguments of the Trainer.
     """
-    sets = {
-        "train": _block(f"{HERE}.Noise", length=22),
-        "validation": _block(f"{HERE}.Noise", length=6),
-    }
+    lengths = {"train": length, "validation": 6}
+    sets = {name: _block(f"{HERE}.Noise", length=n) for name, n in lengths.items()}
     if kind == "cache":
         assert tokenizer is not None
         caches = tokenizer.parents[1] / "cache"
         sets = {s: _block("taming.data.tokens.TokenCache", path=str(caches / s)) for s in sets}
-    model = tokenizer_block() if tokenizer is None else prior_block(tokenizer)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
     devices = {"devices": 2, "strategy": "ddp"} if kind == "processes" else {"devices": 1}
     callbacks = {
-        "watch": {"target": f"{HERE}.Watch"},
-        "last_checkpoint": {"params": {"every_n_train_steps": 3}},
-        "image_logger": {"params": {"batch_frequency": 4}},
+        "watch": _block(f"{HERE}.Watch", place=list(place)),
+        "last_checkpoint": {"params": {"every_n_train_steps": steps_between}},
+        "image_logger": {"params": {"max_images": 0 if tokenizer else 1}},  # sampling is slow
     }
     config = {
-        "model": model,
+        "model": prior_block(tokenizer) if tokenizer else tokenizer_block(),
         "data": _block("main.DataModuleFromConfig", batch_size=2, num_workers=0, **sets),
         "lightning": {
-            "trainer": {"accelerator": "cpu", **devices, **quiet, "max_epochs": max_epochs},
+            "trainer": {"accelerator": "cpu", "max_epochs": 4, **devices, **quiet, **trainer},
             "logger": {"target": f"{HERE}.Lines"},
             "callbacks": callbacks,
         },
