@@ -103,7 +103,8 @@ class Loader:
         seed: Non-negative seed.
         shuffle: Use another order in each epoch.
         share: (number of this process, number of processes).
-        position: Returns (epoch, number of its batches that are done), None after the last.
+        position: Returns (epoch, number of its batches that are done), None after the last. By
+            default, each iteration is an epoch.
     """
 
     def __init__(
@@ -115,10 +116,11 @@ class Loader:
         seed: int = 0,
         shuffle: bool = False,
         share: tuple[int, int] = (0, 1),
-        position: Callable[[], tuple[int, int] | None] = lambda: (0, 0),
+        position: Callable[[], tuple[int, int] | None] | None = None,
     ) -> None:
         self.data, self.batch_size, self.num_workers = dataset, batch_size, num_workers
         self.seed, self.shuffle, self.share, self.position = seed, shuffle, share, position
+        self._iterations = 0
 
     def __len__(self) -> int:
         _, processes = self.share
@@ -126,7 +128,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: it begins with the first batch, after Lightning has restored its counters.
-        position = self.position()
+        position = self._begin()
         if position is None:
             return
         epoch, done = position
@@ -134,6 +136,20 @@ class Loader:
         batches = (part.tolist() for part in order.split(self.batch_size) if len(part))
         items = _Items(self.data, self.seed, epoch)
         yield from self._read(items, batch_sampler=batches, collate_fn=custom_collate)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing, since Lightning restores the position, by its own counters."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Do nothing; with this method, Lightning takes the loader for one that can resume."""
+
+    def _begin(self) -> tuple[int, int] | None:
+        """Return the position at which an iteration starts."""
+        if self.position is not None:
+            return self.position()
+        self._iterations += self.shuffle
+        return max(self._iterations - 1, 0), 0
 
     def _order(self, epoch: int) -> Tensor:
         """Return the indices of this process's items in an epoch."""
@@ -180,7 +196,7 @@ class StreamLoader(Loader):
         return whole + (rest >= processes)
 
     def __iter__(self) -> Iterator[Any]:
-        position, state, self._state = self.position(), self._state, None
+        position, state, self._state = self._begin(), self._state, None
         if position is None:
             return
         epoch, done = position
@@ -197,7 +213,7 @@ class StreamLoader(Loader):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the stream's state at the present position, if it has one."""
-        state = self._states.get(self.position() or (0, 0))
+        state = self._states.get((self.position and self.position()) or (0, 0))
         return {} if state is None else {"stream": state}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -113,14 +113,15 @@ class RngState(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Seed the generators."""
-        self._is_resuming = False
+        self.epoch, self._is_resuming = trainer.current_epoch, False
         seed_generators(self.seed, TRAINING, self.epoch, batch_idx, devices=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seed the generators."""
         if trainer.state.fn == TrainerFn.FITTING:
             batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-            seed_generators(self.seed, VALIDATION, self.epoch, batches.processed, devices=True)
+            key = trainer.current_epoch, batches.processed
+            seed_generators(self.seed, VALIDATION, *key, devices=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the epoch."""
@@ -186,7 +187,9 @@ class LastCheckpoint(Checkpoint):
         """Save if it is due; all processes agree on it, since saving waits for all of them."""
         requested = trainer.strategy.reduce_boolean_decision(self._requested, all=False)
         is_due = trainer.global_step - self._saved_step >= self.every_n_train_steps
-        if (requested or is_due) and not _is_accumulating(trainer):
+        # After the last step, a resumed run would not validate any more.
+        must_wait = _is_accumulating(trainer) or trainer.global_step == trainer.max_steps
+        if (requested or is_due) and not must_wait:
             self._save(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -68,15 +68,20 @@ class EpochValues(Callback):
         self._kept = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the sums of a run that was resumed after the last batch of an epoch."""
+        """Log the sums of a run that was resumed after the last batch of an epoch.
+
+        If training ends within the epoch, a resumed run continues it, so the values are kept.
+        """
         loop = trainer.fit_loop.epoch_loop
+        # Lightning keeps ReduceLROnPlateau from its step in a resumed run, for want of the values.
+        trainer.fit_loop._restarting = False
+        if not loop._num_ready_batches_reached():
+            self._kept = self._collect(trainer, pl_module)
         if self._loaded is not None:
             loop._batches_that_stepped = self._loaded["steps"]
             for saved in self._loaded.get("sums", {}).values():
                 pl_module.log(saved["name"], saved["sum"] / saved["weight"])
             self._loaded = None
-        if not loop._num_ready_batches_reached():  # the epoch will be continued
-            self._kept = self._values(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -98,6 +103,12 @@ class EpochValues(Callback):
     def _values(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         if self._loaded is not None:  # nothing has been added yet
             return self._loaded
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        if epochs.processed == epochs.started:  # all is logged
+            return {"steps": self._steps}
+        return self._collect(trainer, pl_module)
+
+    def _collect(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = {
             name: {"states": _on_cpu(metric.metric_state), "updates": metric._update_count}
             for name, metric in pl_module.named_modules()

@@ -53,7 +53,6 @@ def priors(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[st
     [
         ["on_train_batch_start", 0, 3],
         ["on_validation_batch_end", 0, 5],  # saved at the epoch's last batch
-        ["on_train_epoch_end", 0, 5],
     ],
     ids=lambda place: place[0],
 )
