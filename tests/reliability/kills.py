@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import yaml
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -56,12 +57,15 @@ class Noise(Dataset[dict[str, Any]]):
 
 
 class Lines(Logger):
-    """Append each logged value to ``lines.json`` in the current folder, at once."""
+    """Append each value that a process logs to ``lines<rank>.json``, at once."""
 
     name, version = "lines", ""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        append(Path("lines.json"), {f"{name} at {step}": value for name, value in metrics.items()})
+        append(
+            Path(f"lines{rank_zero_only.rank}.json"),
+            {f"{name} at {step}": value for name, value in metrics.items()},
+        )
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Ignore them."""
@@ -212,7 +216,7 @@ def write_config(
 def differences(whole: Path, folder: Path) -> list[str]:
     """Name all that differs between a run that was never stopped and one that was, by folder."""
     found = []
-    for pattern in ("lines.json", "items*.json"):
+    for pattern in ("lines*.json", "items*.json"):
         expected, seen = dict(read(whole, pattern)), set()
         for name, value in read(folder, pattern):
             seen.add(name)
@@ -260,7 +264,9 @@ def _run(folder: Path, argv: Sequence[Any]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     arguments = ["-t", "--no-test", *map(str, argv)]
-    sys.argv = [str(ROOT / "main.py"), *arguments]  # for the second of two processes
+    # From these, Lightning starts the second of two processes.
+    sys.argv, sys.modules["__main__"].__spec__ = [str(ROOT / "main.py"), *arguments], None
+    os.environ["PYTHONPATH"] = str(ROOT)
     program.main(arguments)
 
 
