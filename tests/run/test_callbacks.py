@@ -210,6 +210,36 @@ def test_saves_on_an_exception(tmp_path):
     assert saved_step(tmp_path) == 2
 
 
+def test_an_error_within_a_batch_leaves_what_was_saved_between_batches(tmp_path):
+    with pytest.raises(OSError):
+        train(tmp_path, 2, ToyModel(fail_at=5))
+    assert saved_step(tmp_path) == 4
+    assert torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["global_step"] == 5
+
+
+def test_waits_for_the_step_while_gradients_are_accumulated(tmp_path):
+    steps, last = [], LastCheckpoint(tmp_path)
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, *_):
+            last._request()
+
+        def on_train_batch_end(self, trainer, *_):
+            steps.append(saved_step(tmp_path) if last.path.exists() else 0)
+
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accumulate_grad_batches=2,
+        callbacks=[Watch(), last],
+    )
+    trainer.fit(ToyModel(), datamodule=ToyDataModule())
+    assert steps == [0, 0, 1, 1] and saved_step(tmp_path) == 2
+
+
 def test_saves_on_an_interrupt(tmp_path):
     class Interrupt(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
