@@ -85,8 +85,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         checkpoint["callbacks"] = {
             key: state for key, state in states.items() if isinstance(key, str) and key != "Timer"
         }
-        if "loops" in checkpoint:
-            settle(checkpoint["loops"]["fit_loop"])
+        settle(checkpoint.get("loops", {}).get("fit_loop", {}))
         return checkpoint
 
 
@@ -164,7 +163,7 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
         self.path = Path(ckptdir) / "last.ckpt"
         self.every_n_train_steps = every_n_train_steps
-        self._has_started = self._requested = False
+        self._has_started = self._requested = self._has_saved = False
         self._saved_step = self._first_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -180,6 +179,13 @@ class LastCheckpoint(Checkpoint):
             number = signal.Signals.__members__.get(name)  # Windows has neither
             if number is not None and signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, handler)
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Write what was logged up to the checkpoint, since a resumed run does not log it again."""
+        if self._has_saved:
+            for destination in trainer.loggers:
+                destination.save()
+        self._has_saved = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -230,7 +236,7 @@ class LastCheckpoint(Checkpoint):
         self._requested = True
 
     def _save(self, trainer: Trainer, path: Path | None = None) -> None:
-        self._requested = False
+        self._requested, self._has_saved = False, True
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(path or self.path, weights_only=False)
 

@@ -21,8 +21,10 @@ def settle(fit_loop: dict[str, Any]) -> None:
     Args:
         fit_loop: The loop's state in a checkpoint; it is changed.
     """
-    epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
-    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
+    names = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress")
+    if not fit_loop.keys() >= {*names}:  # of a very early Lightning 1
+        return
+    epochs, batches, validation = (fit_loop[name] for name in names)
     before = batches["current"]
     finished, done = epochs["current"]["processed"], before["processed"]
     within = finished < epochs["current"]["started"]

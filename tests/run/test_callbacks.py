@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
@@ -156,14 +156,15 @@ def test_setup_saves_both_configurations(tmp_path):
     assert (run / "checkpoints").is_dir()
 
 
-def train(folder, epochs, model=None, ckpt_path=None, extra=(), data=None):
+def train(folder, epochs, model=None, ckpt_path=None, extra=(), data=None, logger=False):
     """Train a toy in a folder; returns it with the batches it saw."""
     model = model or ToyModel()
     model.learning_rate = 0.1
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        logger=False,
+        logger=logger,
+        log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[RngState(), LastCheckpoint(folder, every_n_train_steps=3), *extra],
@@ -215,6 +216,18 @@ def test_an_error_within_a_batch_leaves_what_was_saved_between_batches(tmp_path)
         train(tmp_path, 2, ToyModel(fail_at=5))
     assert saved_step(tmp_path) == 4
     assert torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["global_step"] == 5
+
+
+def test_what_was_logged_before_the_checkpoint_is_on_the_disk(tmp_path):
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 4:  # saved at 3
+                lines = (tmp_path / "metrics.csv").read_text().splitlines()
+                assert lines[-1].split(",")[lines[0].split(",").index("step")] == "2"
+
+    logger = CSVLogger(tmp_path, name="", version="")
+    train(tmp_path, 1, extra=[Watch()], logger=logger)
+    assert saved_step(tmp_path) == 4
 
 
 def test_waits_for_the_step_while_gradients_are_accumulated(tmp_path):
