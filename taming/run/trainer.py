@@ -303,7 +303,7 @@ def fit(
     """
     if checkpoint is not None:
         logger.info(
-            "resuming from %s: the run keeps its seed, and optimizers keep the rates stored there",
+            "resuming from %s: optimizers keep the learning rates stored there, the run its seed",
             checkpoint,
         )
     try:
