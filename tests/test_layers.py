@@ -102,12 +102,6 @@ def test_every_folder_is_a_package():
     assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
 
 
-def test_the_workshop_has_one_room_for_each_subject():
-    rooms = {"__init__", "callbacks", "check", "checkpoints", "cli", "config", "folder", "legacy"}
-    rooms |= {"parts", "trainer", "trust"}
-    assert {file.stem for file in (TAMING / "run").glob("*.py")} == rooms
-
-
 def test_help_imports_neither_torch_nor_lightning():
     code = (
         "import sys; import main\n"

@@ -19,6 +19,7 @@ COMMAND_LINE = "command line"
 DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
     "setup_callback": {"target": "taming.run.callbacks.SetupCallback"},
     "rng_state": {"target": "taming.run.checkpoints.RngState"},
+    "epoch_values": {"target": "taming.run.epoch_values.EpochValues"},
     "image_logger": {"target": "taming.run.callbacks.ImageLogger"},
     "codebook_telemetry": {"target": "taming.run.callbacks.CodebookTelemetry"},
     "learning_rate_logger": {

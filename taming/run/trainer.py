@@ -37,7 +37,7 @@ _KNOWN_WARNINGS = (
     r"Consider setting `persistent_workers=True`",  # a resumed run needs new ones each epoch
     r"Total length of `list` across ranks is zero",
     r"The dirpath has changed from",
-    r"You're resuming from a checkpoint that ended before the epoch ended",  # fit() logs it
+    r"You're resuming from a checkpoint that ended before the epoch ended",  # of other loaders
     r"`ModelCheckpoint\(monitor=.*could not find the monitored key",
     r".*number of training batches .* is smaller than the logging interval",
     r".*Checkpoint directory .* exists and is not empty",
@@ -307,8 +307,7 @@ def fit(
     """
     if checkpoint is not None:
         logger.info(
-            "resuming from %s: optimizers keep the learning rates stored there; if it was saved "
-            "within an epoch, the remaining number of batches is sampled anew from all images",
+            "resuming from %s: optimizers keep the learning rates stored there, the run its seed",
             checkpoint,
         )
     try:

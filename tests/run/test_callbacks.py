@@ -1,7 +1,6 @@
 """Pictures and checkpoints do not change the training; an interrupted run continues exactly."""
 
 import os
-import random
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
@@ -21,7 +20,7 @@ from support.models import ToyDataModule, ToyModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from taming.run.callbacks import CodebookTelemetry, ImageLogger, SetupCallback
-from taming.run.checkpoints import LastCheckpoint, RngState
+from taming.run.checkpoints import LastCheckpoint, RngState, SafeCheckpointIO
 from taming.util import NonFiniteError, WriteError
 
 
@@ -157,17 +156,19 @@ def test_setup_saves_both_configurations(tmp_path):
     assert (run / "checkpoints").is_dir()
 
 
-def train(folder, epochs, model=None, ckpt_path=None, extra=(), data=None):
+def train(folder, epochs, model=None, ckpt_path=None, extra=(), data=None, logger=False):
     """Train a toy in a folder; returns it with the batches it saw."""
     model = model or ToyModel()
     model.learning_rate = 0.1
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        logger=False,
+        logger=logger,
+        log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[RngState(), LastCheckpoint(folder, every_n_train_steps=3), *extra],
+        plugins=[SafeCheckpointIO()],
     )
     data = data or ToyDataModule()
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=bool(ckpt_path) or None)
@@ -192,14 +193,6 @@ def test_resumed_equals_uninterrupted(tmp_path, validation):
     torch.testing.assert_close(second.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
-def test_rng_state_survives_safe_loading(tmp_path):
-    torch.save(RngState().state_dict(), tmp_path / "rng")
-    expected = torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()
-    np.random.normal(), torch.rand(1), random.gauss(0, 1)
-    RngState().load_state_dict(torch.load(tmp_path / "rng", weights_only=True))
-    assert (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()) == expected
-
-
 def test_saves_within_an_epoch_and_at_its_end(tmp_path):
     steps = []
 
@@ -216,6 +209,48 @@ def test_saves_on_an_exception(tmp_path):
     with pytest.raises(OSError):
         train(tmp_path, 2, ToyModel(fail_at=2))
     assert saved_step(tmp_path) == 2
+
+
+def test_an_error_within_a_batch_leaves_what_was_saved_between_batches(tmp_path):
+    with pytest.raises(OSError):
+        train(tmp_path, 2, ToyModel(fail_at=5))
+    assert saved_step(tmp_path) == 4
+    assert torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["global_step"] == 5
+
+
+def test_what_was_logged_before_the_checkpoint_is_on_the_disk(tmp_path):
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 4:  # saved at 3
+                lines = (tmp_path / "metrics.csv").read_text().splitlines()
+                assert lines[-1].split(",")[lines[0].split(",").index("step")] == "2"
+
+    logger = CSVLogger(tmp_path, name="", version="")
+    train(tmp_path, 1, extra=[Watch()], logger=logger)
+    assert saved_step(tmp_path) == 4
+
+
+def test_waits_for_the_step_while_gradients_are_accumulated(tmp_path):
+    steps, last = [], LastCheckpoint(tmp_path)
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, *_):
+            last._request()
+
+        def on_train_batch_end(self, trainer, *_):
+            steps.append(saved_step(tmp_path) if last.path.exists() else 0)
+
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accumulate_grad_batches=2,
+        callbacks=[Watch(), last],
+    )
+    trainer.fit(ToyModel(), datamodule=ToyDataModule())
+    assert steps == [0, 0, 1, 1] and saved_step(tmp_path) == 2
 
 
 def test_saves_on_an_interrupt(tmp_path):

@@ -15,6 +15,7 @@ from support.models import ToyDataModule, ToyManualModel, ToyModel
 from taming.run import trainer as building
 from taming.run.callbacks import ImageLogger, SetupCallback
 from taming.run.checkpoints import LastCheckpoint, MonitorCheck
+from taming.run.epoch_values import EpochValues
 from taming.run.folder import Experiment, PreparationError, RunDir
 from taming.run.trainer import build_callbacks, build_checkpoints, build_loggers, choose_strategy
 
@@ -178,9 +179,9 @@ def test_no_logger_needs_no_learning_rate_monitor(run):
 def test_callbacks_know_the_run(run):
     blocks = {"callbacks": {"image_logger": {"params": {"max_images": 1}}, "rng_state": None}}
     callbacks = build_callbacks(experiment(run, **blocks))
-    setup, images = callbacks[0], callbacks[1]
+    setup, values, images = callbacks[:3]
     assert isinstance(setup, SetupCallback) and setup.cfgdir == run.configs
-    assert isinstance(images, ImageLogger)
+    assert isinstance(values, EpochValues) and isinstance(images, ImageLogger)
     assert (images.max_images, images.logdir) == (1, run.path)
 
 
