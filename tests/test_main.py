@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,70 @@ def test_resume_continues_and_keeps_the_best_three(folder, caplog):
     assert len(list(run.glob("checkpoints/epoch=*"))) == 3
     assert len(list(run.glob("configs/*-project.yaml"))) == 3
     assert "learning rates stored there" in caplog.text
+
+
+@pytest.fixture
+def run(folder):
+    """A run of one epoch, four steps."""
+    program.main(["-b", "toy.yaml", "-t", "-n", "a", *CPU, "--limit_val_batches", "1"])
+    return only_run()
+
+
+def saved(run):
+    """Return the names and the whole text of a run's configurations."""
+    files = sorted((run / "configs").iterdir())
+    return [file.name for file in files], "".join(file.read_text() for file in files)
+
+
+@pytest.mark.parametrize(
+    ("trial", "steps"),
+    [
+        (["--fast_dev_run"], 0),
+        (["model.params.fail_at=4"], 0),  # a mistake: it fails in the first step
+        (["data.params.train.params.size=0"], 0),
+        (["--limit_train_batches", "1", "--profiler", "simple"], 1),
+        (["lightning.trainer.limit_train_batches=0.3", "--detect_anomaly"], 1),
+    ],
+)
+def test_what_was_tried_on_a_resume_does_not_stay(run, trial, steps):
+    before = saved(run)
+    assert "limit_val_batches" not in before[1]  # it was tried on the first start
+    with suppress(SystemExit):
+        program.main(["-r", str(run), "-t", "--max_epochs", "2", *trial])
+    assert last(run)["global_step"] == 4 + steps
+    assert (saved(run) == before) == (steps == 0)
+    for word in ("dev_run", "limit", "profiler", "anomaly", "fail", "size"):
+        assert word not in saved(run)[1].replace("batch_size", "")
+    program.main(["-r", str(run), "-t", "--max_epochs", "3"])
+    assert last(run)["global_step"] == (8 + steps if steps else 12)
+
+
+def test_show_prints_what_would_be_used_and_where_it_comes_from(run, capsys):
+    program.main(["-r", str(run), "-t", "--max_epochs", "2", "model.params.width=2"])
+    Path("more.yaml").write_text("data: {params: {batch_size: 1}}")
+    files = sorted(run.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        argv = ["-r", str(run), "-b", "more.yaml", "--show", "--max_epochs", "3"]
+        program.main([*argv, "--limit_train_batches", "7"])
+    assert not stop.value.code and sorted(run.rglob("*")) == files
+    text = capsys.readouterr().out
+    first, second = (name for name in saved(run)[0] if "project" in name)
+    for line in (
+        rf"monitor: val/loss  # .*/{first}",
+        rf"width: 2  # .*/{second}",
+        "batch_size: 1  # more.yaml",
+        "max_epochs: 3  # command line",
+        "limit_train_batches: 7  # command line",
+    ):
+        assert re.search(line, text), line
+    shown = OmegaConf.create(text)
+    assert shown.model.params == {"monitor": "val/loss", "width": 2}
+    assert "limit_train_batches" not in shown.lightning.trainer
+
+
+def test_a_trial_of_a_new_run_leaves_nothing(folder):
+    program.main(["-b", "toy.yaml", "-t", *CPU, "--fast_dev_run"])
+    assert os.listdir() == ["toy.yaml"]
 
 
 def test_resume_from_checkpoint_in_a_new_run(folder):

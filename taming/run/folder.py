@@ -92,11 +92,11 @@ class RunDir:
     def start_time(self) -> str:
         """Return the time that names the files of this start of the run.
 
-        It is later than the times of all earlier starts, even if the clock was set back: by
-        another time zone, or at the end of summer time.
+        It is later than the times of all earlier starts, failed ones included, even if the clock
+        was set back: by another time zone, or at the end of summer time.
         """
         earliest = datetime.now()
-        for path in self.saved_configs:
+        for path in (*self.saved_configs, *self.path.glob("csv/*")):
             with suppress(ValueError):  # a published model's file may have any name
                 saved = datetime.strptime(path.name[:19], _TIME)
                 earliest = max(earliest, saved + timedelta(seconds=1))

@@ -44,6 +44,7 @@ _KNOWN_WARNINGS = (
     r"Total length of `list` across ranks is zero",
     r"The dirpath has changed from",
     r"You're resuming from a checkpoint that ended before the epoch ended",  # fit() logs it
+    r"Be aware that when using `ckpt_path`, callbacks used to create",  # fast_dev_run saves nothing
     r"`ModelCheckpoint\(monitor=.*could not find the monitored key",
     r".*number of training batches .* is smaller than the logging interval",
     r".*Checkpoint directory .* exists and is not empty",

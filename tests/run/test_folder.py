@@ -96,6 +96,12 @@ def test_a_start_is_newer_than_all_before_whatever_the_clock_says(tmp_path, save
         assert len(times) == len({*times})
 
 
+def test_a_start_is_newer_than_one_that_failed(tmp_path):
+    run = RunDir(tmp_path)
+    (tmp_path / "csv" / "2100-01-01T00-00-00").mkdir(parents=True)
+    assert run.start_time() == "2100-01-01T00-00-01"
+
+
 @pytest.mark.parametrize(
     ("file", "fails", "is_kept"),
     [
