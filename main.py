@@ -89,12 +89,13 @@ def build(options: Options, experiment: Experiment) -> tuple[Any, Any, Any]:
     """Build the Trainer, the model with its learning rate, and the data module."""
     from lightning.pytorch import seed_everything
 
+    from taming.run.memory import build_model
     from taming.run.trainer import build_trainer, learning_rate_scale, trainer_arguments
 
     arguments = trainer_arguments(experiment)
     seed_everything(options.seed, workers=True)
     data = instantiate_from_config(experiment.data)
-    model = instantiate_from_config(experiment.model)
+    model = build_model(experiment.model)
     trainer = build_trainer(experiment, arguments, model)
     if options.train:
         scale = learning_rate_scale(experiment, trainer.world_size) if options.scale_lr else 1

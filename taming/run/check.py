@@ -34,15 +34,39 @@ _ADDED_BY_MODEL = {
     "quantizer_config": ("n_e", "e_dim", "n_embed", "embedding_dim", "num_hiddens"),
     "transform_config": ("max_loops", "e_dim"),
     "transformer_config": ("vocab_size", "block_size", "site_shape"),
+    "transformer_config.depth": ("vocab_size", "block_size"),
     "quantizer_config.ddconfig": ("in_channels", "out_ch", "z_channels", "double_z"),
 }
+
+# Blocks by the name of their key: what they describe, and a method of it.
+_ROLES = {
+    "model": ("a model", "training_step"),
+    "data": ("a data module", "from_datasets"),
+    **dict.fromkeys(("train", "validation", "test"), ("a data set", "__getitem__")),
+    "first_stage_config": ("a tokenizer", "encode_to_codes"),
+    "model_config": ("a tokenizer", "encode_to_codes"),
+    "cond_stage_config": ("a condition stage", "encode"),
+    "quantizer_config": ("a quantizer", "codebook_metrics"),
+    "transform_config": ("a transform", "retrace"),
+    "lossconfig": ("a loss", "fetch_weights"),
+    "transformer_config": ("a transformer", "predict"),
+    "stacks_config": ("stacks of a PixelCNN", "no_past"),
+    "sequence_config": ("a token sequence", "allowed"),
+    "permuter_config": ("a permuter", "forward"),
+    "scheduler_config": ("a schedule", "__call__"),
+    "temperature_scheduler_config": ("a schedule", "__call__"),
+}
+_OWN = ("taming.", "main.")
 
 # Arguments for which `true` asks the surrounding model.
 _DERIVED = ("site_shape",)
 
 # Mappings whose keys a class passes on as keyword arguments: parameter -> the receivers.
 _NETWORKS = "taming.modules.diffusionmodules.model"
-_SPLATTED = {"ddconfig": (f"{_NETWORKS}.Encoder", f"{_NETWORKS}.Decoder")}
+_SPLATTED = {
+    "ddconfig": (f"{_NETWORKS}.Encoder", f"{_NETWORKS}.Decoder"),
+    "depth": ("taming.modules.transformer.gpt.GPT",),
+}
 
 
 def check_experiment(config: LoadedConfig, train: bool) -> None:
@@ -60,8 +84,8 @@ def check_experiment(config: LoadedConfig, train: bool) -> None:
     """
     check_keys(config, "", config.values, ["model", "data", "lightning", *config.interpolated])
     model, data = config.block("model"), config.block("data")
-    check_block(config, "model", model, extra=["base_learning_rate"])
-    check_block(config, "data", data)
+    _check_part(config, "model", "model", model)
+    _check_part(config, "data", "data", data)
     rate = model.get("base_learning_rate")
     if train or rate is not None:
         _fit(config, "model.base_learning_rate", rate, float)
@@ -150,6 +174,30 @@ def check_block(
         raise config.error(path, f"{path}.params lacks {', '.join(missing)} for {target}")
 
 
+def _check_part(config: LoadedConfig, path: str, name: str, block: dict[str, Any]) -> None:
+    """Check that an argument of `_ROLES` is a block of a class that can play the part."""
+    if name == "quantizers":  # by level
+        for level, item in block.items():
+            _check_part(config, f"{path}.{level}", "quantizer_config", item)
+    if name not in _ROLES:
+        return
+    extra = ["base_learning_rate"] if path == "model" else []
+    check_block(config, path, block, extra)
+    kind, method = _ROLES[name]
+    found, plays = get_obj_from_str(block["target"]), True
+    if inspect.isclass(found):
+        is_module = "forward" in dir(found)
+        plays = any(method in vars(base) for base in found.__mro__)
+        if method == "__getitem__":  # streams iterate
+            plays = (plays or "__iter__" in dir(found)) and not is_module
+        plays = plays and not (method == "__call__" and is_module)
+    elif block["target"].endswith(".model_from_run"):  # other functions may return anything
+        plays = kind in ("a tokenizer", "a condition stage")
+    if not plays:
+        message = f"{path}.target must name {kind}, got {block['target']}"
+        raise config.error(f"{path}.target", message)
+
+
 def _check_arguments(config: LoadedConfig, path: str, params: Any, target: str) -> None:
     if not isinstance(params, dict):
         raise config.error(path, f"{path} must be a mapping, got {params!r}")
@@ -159,15 +207,18 @@ def _check_arguments(config: LoadedConfig, path: str, params: Any, target: str) 
         if name not in parameters and not is_open:
             end = f"{target} takes no {name!r}{nearest(str(name), parameters)}"
             raise config.error(where, f"unknown key {where}: {end}")
-        if name in _SPLATTED and isinstance(value, dict):
+        is_own = target.startswith(_OWN)
+        if is_own and name in _SPLATTED and isinstance(value, dict):
             _check_splatted(config, where, value)
+        if is_own and isinstance(value, dict):
+            _check_part(config, where, name, value)
         _check_value(config, where, value)
         if name in parameters and not (value is True and name in _DERIVED):  # or of **kwargs
             kinds = members(parameters[name].annotation)
             # The Trainer takes more than it declares, such as 0 for False; check numbers alone.
             if target != TRAINER or (value is not None and {*kinds} <= {int, float, NoneType}):
                 params[name] = _fit(config, where, value, parameters[name].annotation)
-        if target.startswith("taming."):
+        if is_own or target == TRAINER:
             _check_range(config, where, params[name])
 
 

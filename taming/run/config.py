@@ -166,8 +166,18 @@ def _merge(merged: Any, source: _Source) -> Any:
     try:
         return OmegaConf.merge(merged, source.values)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        message = f"{source.name} cannot be merged into the files before: {error}"
+        where = _clash(OmegaConf.to_container(merged), source.values, "")
+        message = f"{source.name} cannot be merged into the files before: {where}: {error}"
         raise ConfigError(message) from error
+
+
+def _clash(old: Any, new: Any, path: str) -> str:
+    """Return the key path at which a list and a mapping meet."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = ((old[key], value, f"{path}.{key}") for key, value in new.items() if key in old)
+        return next(filter(None, (_clash(*pair) for pair in pairs)), "")
+    meet = isinstance(old, dict | list) and isinstance(new, dict | list)
+    return path[1:] if meet and type(old) is not type(new) else ""
 
 
 def _to_plain(merged: Any, origins: dict[str, str]) -> dict[str, Any]:

@@ -28,11 +28,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     r"size|crop_size|max_images": (0, 2**16),
     r"sos_token|quantize_start|disc_start|disc_ramp_steps|start_batches|warm_up_steps": (0, 1e18),
     r"batch_size": (1, 2**20),
+    r"devices|num_nodes": (-1, 2**16),
+    r"gradient_clip_val": (0, math.inf),
     r"length": (1, 10**9),
     r"num_res_blocks|n_layer|layers|disc_num_layers|num_workers": (0, 1000),
-    r"\w+_weight|beta|disc_factor|lr_\w+|temp_init": (0, 1e38),
+    r"\w+_weight|beta|disc_factor|lr_\w+|temp_init": (0, 1e9),
     r"dropout|\w+_dropout|\w+_pdrop|pkeep|ema_decay|decay|betas": (0, 1),
-    r"base_learning_rate": (0, 1e38),
+    r"base_learning_rate": (0, 100),
     r"threshold": (0, math.inf),
 }
 _ANY = (-1e38, 1e38)  # of float32

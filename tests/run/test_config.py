@@ -91,7 +91,6 @@ def check(write, text, **options):
         "model: {target: support.models.ToyModel, params: {width: 3}}",
         "model: {target: support.models.ToyModel, params: null}",
         "model: {target: builtins.dict, params: {anything: 3}}",
-        "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, train: {size: 5}}}",
         "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, "
         "train: {target: support.models.ToyData}}}",
     ],
