@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from reliability import configurations
 
 import main as program
 from taming.util import get_obj_from_str
@@ -263,6 +265,19 @@ def test_mistakes_are_one_line_and_leave_nothing(folder, capsys, argv, message):
     error = fails([*argv, "-t"], capsys)
     assert re.search(message, error) and error.count("\n") == 1
     assert os.listdir() == ["toy.yaml"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_configurations_train_or_are_refused_in_one_line(tiny_runs, tmp_path):
+    names = ["demo/loopy_vqgan.yaml", "cifar10_two_level_transformer.yaml"]
+    recipes = configurations.bases(tiny_runs, names)
+    for number in range(30):
+        draw = random.Random(number)
+        mutant = configurations.mutate(recipes[draw.choice(names)], draw)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        outcome, text = configurations.train(mutant, folder)
+        assert outcome in ("trained", "refused"), (mutant.kind, mutant.path, text)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -58,6 +58,9 @@ _ROLES = {
 }
 _OWN = ("taming.", "main.")
 
+# Options in the ``config`` of the original's data sets.
+_OPTIONS = {"size": int | None, "root": str | None, "sub_indices": str | None}
+
 # Arguments for which `true` asks the surrounding model.
 _DERIVED = ("site_shape",)
 
@@ -174,7 +177,7 @@ def check_block(
         raise config.error(path, f"{path}.params lacks {', '.join(missing)} for {target}")
 
 
-def _check_part(config: LoadedConfig, path: str, name: str, block: dict[str, Any]) -> None:
+def _check_part(config: LoadedConfig, path: str, name: str, block: Any) -> None:
     """Check that an argument of `_ROLES` is a block of a class that can play the part."""
     if name == "quantizers":  # by level
         for level, item in block.items():
@@ -210,7 +213,10 @@ def _check_arguments(config: LoadedConfig, path: str, params: Any, target: str) 
         is_own = target.startswith(_OWN)
         if is_own and name in _SPLATTED and isinstance(value, dict):
             _check_splatted(config, where, value)
-        if is_own and isinstance(value, dict):
+        if is_own and name == "config" and isinstance(value, dict):
+            for key, item in value.items():
+                value[key] = _fit(config, f"{where}.{key}", item, _OPTIONS.get(key, Any))
+        if is_own and (isinstance(value, dict) or name not in parameters):
             _check_part(config, where, name, value)
         _check_value(config, where, value)
         if name in parameters and not (value is True and name in _DERIVED):  # or of **kwargs

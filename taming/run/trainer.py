@@ -66,6 +66,9 @@ def trainer_arguments(experiment: Experiment) -> dict[str, Any]:
     Raises:
         ValueError: More GPUs are asked for than are visible, or an argument is out of range.
     """
+    if experiment.trials:
+        message = "for this start alone, unless a YAML file sets them: %s"
+        logger.info(message, ", ".join(f"{k}={v}" for k, v in experiment.trials.items()))
     built = {name: _built(value) for name, value in experiment.trainer.items()}
     arguments: dict[str, Any] = {"default_root_dir": experiment.run.path, **built}
     if arguments.get("precision") in ("bf16-true", "16-true"):

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -29,6 +30,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     r"sos_token|quantize_start|disc_start|disc_ramp_steps|start_batches|warm_up_steps": (0, 1e18),
     r"batch_size": (1, 2**20),
     r"devices|num_nodes": (-1, 2**16),
+    r"limit_train_batches": (math.ulp(0), 1e18),  # none would train nothing
     r"gradient_clip_val": (0, math.inf),
     r"length": (1, 10**9),
     r"num_res_blocks|n_layer|layers|disc_num_layers|num_workers": (0, 1000),
@@ -77,14 +79,13 @@ def fit(value: Any, annotation: Any, path: str = "", texts: Mapping[str, str] | 
 def _fit(value: Any, kind: Any, path: str, texts: Mapping[str, str] | None) -> Any:
     """Fit a value as `fit` does; convert it only if there are texts."""
     origin, inner = get_origin(kind) or kind, get_args(kind)
-    if origin in (Union, UnionType, Literal):
+    if origin is Literal:
+        _require(any((type(value), value) == (type(option), option) for option in inner))
+        return value
+    if origin in (Union, UnionType):
         for option in inner:
-            if origin is Literal and value == option and type(value) is type(option):
-                return value
-            try:
-                return value if origin is Literal else _fit(value, option, path, texts)
-            except Misfit:
-                continue
+            with suppress(Misfit):
+                return _fit(value, option, path, texts)
         raise Misfit
     if origin is tuple or origin in _LISTS:
         return _fit_list(value, inner, path, texts, has_length=origin is tuple)
@@ -162,6 +163,7 @@ def check_range(name: str, value: Any) -> None:
         return
     low, high = next((r for names, r in _RANGES.items() if re.fullmatch(names, name)), _ANY)
     if not value >= low:
-        raise Misfit(f"must be at least {low}, got {value}")
+        least = "above 0" if 0 < low < 1 else f"at least {low}"
+        raise Misfit(f"must be {least}, got {value}")
     if not value <= high:
         raise Misfit(f"must be at most {high:g}, got {value}")

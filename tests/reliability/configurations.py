@@ -110,7 +110,9 @@ def mutate(values: dict[str, Any], draw: random.Random) -> Mutant:
     elif kind == "misspelt key":
         place = draw.randrange(len(key) - 1)
         name = key[:place] + key[place + 1] + key[place] + key[place + 2 :]
-        parent[name if name != key else f"{key}x"] = parent.pop(key)
+        name = name if name != key else f"{key}x"
+        parent[name] = parent.pop(key)
+        words.add(name)
     else:
         others = [p for p in paths if at(values, p) != parent[key]]
         parent[key] = deepcopy(at(values, draw.choice(others)))
@@ -139,7 +141,12 @@ def train(mutant: Mutant, folder: Path) -> tuple[str, str]:
         error = text.rpartition("error: ")[2]
         if status != 2 or error.count("\n") != 1:
             return "several lines", text
-        named = any(re.search(rf"\b{re.escape(word)}", error) for word in mutant.words)
+        words = mutant.words
+        if "the run's folder is" in text:  # parts that do not fit each other: any of their keys
+            words = (
+                words | {"pixels"} | {k for p in nodes(mutant.values) for k in p if len(str(k)) > 3}
+            )
+        named = any(re.search(rf"\b{re.escape(str(word))}", error) for word in words)
         return ("refused" if named else "key not named"), text
     last = [*folder.glob("logs/*_m/checkpoints/last.ckpt")]
     steps = torch.load(last[0], weights_only=True)["global_step"] if last else 0

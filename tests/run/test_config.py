@@ -67,6 +67,38 @@ def test_unreadable_files_are_named(write, text, message):
         load_config([write("x.yaml", text)])
 
 
+def test_a_number_is_the_text_that_was_written_where_a_text_is_taken(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    name = write("x.yaml", "model: {target: support.models.ToyModel, params: {monitor: 007}}")
+    for dotlist, expected in (
+        ([], "007"),
+        (["model.params.monitor=12:30"], "12:30"),
+        (["model={params: {monitor: 1_000}}"], "1_000"),
+        (["model.params.monitor=~/x"], "/home/me/x"),
+        (["model.params.monitor=null"], None),
+    ):
+        config = load_config([name], dotlist)
+        check_block(config, "model", config.values["model"])
+        assert config.values["model"]["params"]["monitor"] == expected
+
+
+def test_the_first_file_that_agrees_gave_a_value(write):
+    texts = ["a: {b: 1, c: [1]}", "a: {b: 2, c: [1]}", "a: {b: 2, c: [1], d: 3}"]
+    files = [write(f"{index}.yaml", text) for index, text in enumerate(texts)]
+    config = load_config(files)
+    assert [config.origin(f"a.{key}") for key in "bcd"] == ["1.yaml", "0.yaml", "2.yaml"]
+    assert OmegaConf.create(config.to_yaml()) == config.values
+    assert "  b: 2  # 1.yaml" in config.to_yaml().splitlines()
+
+
+def test_trials_of_the_command_line_are_kept_apart(write):
+    name = write("x.yaml", "lightning: {trainer: {limit_val_batches: 9, max_steps: 1}}")
+    flags = {"lightning": {"trainer": {"limit_val_batches": 2, "max_steps": 3}}}
+    config = load_config([name], ["lightning.trainer.profiler=simple"], flags)
+    assert config.values["lightning"]["trainer"] == {"limit_val_batches": 9, "max_steps": 3}
+    assert config.trials == {"limit_val_batches": 2, "profiler": "simple"}
+
+
 def test_missing_files_are_named():
     with pytest.raises(ConfigError, match=r"no .*file nowhere\.yaml"):
         load_config(["nowhere.yaml"])
@@ -190,6 +222,16 @@ def test_splatted_mappings_are_checked(write):
     check(write, vqmodel.format(ddconfig))
     with pytest.raises(ConfigError, match=r"ddconfig\.num_res_block; .*'num_res_blocks'"):
         check(write, vqmodel.format(ddconfig + ", num_res_block: 3"))
+    for old, new, words in (
+        ("num_res_blocks: 1", "num_res_blocks: -2", r"ddconfig\.num_res_blocks must be at least 0"),
+        ("[1]", "'1,2'", r"ddconfig\.ch_mult must be list of int, got '1,2'"),
+        ("resolution: 8, ", "", "ddconfig lacks resolution"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check(write, vqmodel.format(ddconfig.replace(old, new)))
+    with pytest.raises(ConfigError, match="lossconfig.target must name a loss, got .*Identity"):
+        other = "taming.modules.transformer.permuter.Identity"
+        check(write, vqmodel.format(ddconfig).replace("taming.modules.losses.DummyLoss", other))
 
 
 def test_the_file_that_set_a_key_last_is_named(write):
