@@ -102,7 +102,7 @@ def test_every_folder_is_a_package():
 
 def test_the_workshop_has_one_room_for_each_subject():
     rooms = {"__init__", "callbacks", "check", "checkpoints", "cli", "config", "folder", "legacy"}
-    rooms |= {"memory", "trainer", "values"}
+    rooms |= {"defaults", "memory", "trainer", "values"}
     assert {file.stem for file in (TAMING / "run").glob("*.py")} == rooms
 
 

@@ -14,13 +14,10 @@ from types import NoneType
 from typing import Any
 
 from taming.run.config import (
-    DEFAULT_CHECKPOINT,
-    DEFAULT_LOGGER,
     LoadedConfig,
-    callback_blocks,
     entries,
-    merge_block,
 )
+from taming.run.defaults import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
 from taming.run.values import Misfit, check_range, fit, members
 from taming.util import get_obj_from_str, nearest, parameters_of
 

@@ -17,20 +17,6 @@ from taming.run.legacy import modernize
 
 COMMAND_LINE = "command line"
 
-DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
-    "setup_callback": {"target": "taming.run.callbacks.SetupCallback"},
-    "rng_state": {"target": "taming.run.checkpoints.RngState"},
-    "image_logger": {"target": "taming.run.callbacks.ImageLogger"},
-    "codebook_telemetry": {"target": "taming.run.callbacks.CodebookTelemetry"},
-    "learning_rate_logger": {
-        "target": "lightning.pytorch.callbacks.LearningRateMonitor",
-        "params": {"logging_interval": "step"},
-    },
-    "last_checkpoint": {"target": "taming.run.checkpoints.LastCheckpoint"},
-}
-DEFAULT_LOGGER = {"target": "lightning.pytorch.loggers.TensorBoardLogger"}
-DEFAULT_CHECKPOINT = {"target": "lightning.pytorch.callbacks.ModelCheckpoint"}
-
 # Trainer arguments for trying something out. From the command line, they count for one start only.
 TRIALS = (
     *("fast_dev_run", "limit_train_batches", "limit_val_batches", "limit_test_batches"),
@@ -38,6 +24,7 @@ TRIALS = (
     *("profiler", "barebones"),
 )
 
+_BROKEN = (yaml.YAMLError, OmegaConfBaseException)
 _INTERPOLATED = re.compile(r"\$\{\s*(\w+)")
 
 
@@ -219,7 +206,7 @@ def _read(path: Path) -> _Source:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ConfigError(f"{path}:{line} is not valid YAML: {error.problem}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, *_BROKEN) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold a mapping with the keys model, data, lightning")
@@ -233,7 +220,7 @@ def _parse_dotlist(dotlist: Sequence[str]) -> _Source:
         for key, _, text in (item.partition("=") for item in dotlist):
             path = key.replace("[", ".").replace("]", "")
             texts.update(_plain_texts(yaml.compose(text, Loader=yaml.SafeLoader), path))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except _BROKEN as error:
         message = " ".join(str(error).split())
         raise ConfigError(f"{COMMAND_LINE}: cannot read {' '.join(dotlist)}: {message}") from error
     return _Source(COMMAND_LINE, values, texts)
@@ -282,28 +269,3 @@ def entries(value: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(value, Mapping):
         return value.items()
     return enumerate(value) if isinstance(value, list) else ()
-
-
-def merge_block(default: Mapping[str, Any], block: Any) -> Any:
-    """Complete a ``{target, params}`` block with the defaults for its target.
-
-    A block without a target takes the default's; one with another target takes no defaults.
-    `taming.run.check` refuses what is not a mapping.
-    """
-    block = {} if block is None else block
-    if not isinstance(block, Mapping) or block.get("target") not in (None, default["target"]):
-        return block
-    params = block.get("params") or {}
-    if isinstance(params, Mapping):
-        params = {**(default.get("params") or {}), **params}
-    return {**default, **block, "target": default["target"], "params": params}
-
-
-def callback_blocks(lightning: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Merge the configured callbacks into the default ones; a null entry removes a default."""
-    configured = lightning.get("callbacks") or {}
-    defaults = {
-        name: merge_block(block, configured.get(name)) for name, block in DEFAULT_CALLBACKS.items()
-    }
-    blocks = {**defaults, **{k: v for k, v in configured.items() if k not in defaults}}
-    return {name: b for name, b in blocks.items() if name not in configured or configured[name]}

@@ -166,7 +166,8 @@ class RunDir:
         path = Path(path).expanduser()
         if path.name == _PLACEHOLDER:
             raise FileNotFoundError(
-                f"{path} stands for a run: name the tokenizer's own, logs/<run>"
+                f"{path} is a placeholder: set the `run` of the first_stage_config to your "
+                "tokenizer's, such as logs/<run>"
             )
         if not path.exists():
             raise FileNotFoundError(f"the run {path} does not exist")

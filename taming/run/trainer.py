@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from taming.run.checkpoints import MonitorCheck, SafeCheckpointIO
-from taming.run.config import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
+from taming.run.defaults import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
 from taming.run.folder import Experiment, PreparationError
 from taming.util import (
     DataError,

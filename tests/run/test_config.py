@@ -7,12 +7,10 @@ from omegaconf import OmegaConf
 
 from taming.run.check import check_block, check_experiment
 from taming.run.config import (
-    DEFAULT_CALLBACKS,
     ConfigError,
-    callback_blocks,
     load_config,
-    merge_block,
 )
+from taming.run.defaults import DEFAULT_CALLBACKS, callback_blocks, merge_block
 from taming.util import retrieve
 
 

@@ -159,6 +159,7 @@ def test_resume_finds_run_and_checkpoint(run):
     ("path", "error", "message"),
     [
         ("nowhere", FileNotFoundError, "nowhere does not exist"),
+        ("logs/the_tokenizers_run", FileNotFoundError, "placeholder: .*run.* first_stage_config"),
         ("logs", ValueError, "logs is not a run"),
         ("logs/run/configs/2024-project.yaml", None, None),
         ("logs/empty", FileNotFoundError, "logs/empty .*logs/empty/checkpoints/last.ckpt"),
