@@ -28,6 +28,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     r"resolution|target_image_size|ch_mult|max_loops": (1, 2**16),
     r"size|crop_size|max_images": (0, 2**16),
     r"sos_token|quantize_start|disc_start|disc_ramp_steps|start_batches|warm_up_steps": (0, 1e18),
+    r"scales?|random_scale": (1, 2**16),
     r"batch_size": (1, 2**20),
     r"devices|num_nodes": (-1, 2**16),
     r"limit_train_batches": (math.ulp(0), 1e18),  # none would train nothing
