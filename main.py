@@ -19,20 +19,13 @@ from taming.run.cli import Options, parse_arguments
 from taming.run.config import load_config
 from taming.run.folder import (
     Experiment,
-    PreparationError,
     RunDir,
     is_first_process,
     run_name,
     without_starts,
 )
 from taming.run.parts import loading
-from taming.util import (
-    DataError,
-    NonFiniteError,
-    WriteError,
-    get_obj_from_str,
-    instantiate_from_config,
-)
+from taming.util import get_obj_from_str, instantiate_from_config
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import LearningRateMonitor
@@ -78,6 +71,9 @@ def load(options: Options) -> Experiment:
     files = [*(run.saved_configs if run else []), *options.base]
     untrusted = run.configs if run and not options.trust_config else None
     config = load_config(files, options.dotlist, given, untrusted)
+    if options.show:
+        sys.stdout.write(config.to_yaml())
+        sys.exit()
     check_experiment(config, train=options.train)
     model, lightning = config.block("model"), config.values.get("lightning") or {}
     if run:  # all weights are in the checkpoint
@@ -86,20 +82,22 @@ def load(options: Options) -> Experiment:
         name = run_name(options.name, options.base, options.postfix)
         run = RunDir.new(name, "logs/debug_runs" if options.debug else "logs")
         checkpoint = Path(lightning["ckpt_path"]) if lightning.get("ckpt_path") else None
-    blocks, wandb = (model, config.block("data"), lightning), options.wandb and options.project
-    return Experiment(run, checkpoint, *blocks, wandb or None, options.trust_checkpoint)
+    blocks = model, config.block("data"), lightning
+    wandb = options.project if options.wandb else None
+    return Experiment(run, checkpoint, *blocks, wandb, options.trust_checkpoint, config.trials)
 
 
 def build(options: Options, experiment: Experiment) -> tuple[Any, Any, Any]:
     """Build the Trainer, the model with its learning rate, and the data module."""
     from lightning.pytorch import seed_everything
 
+    from taming.run.memory import build_model
     from taming.run.trainer import build_trainer, learning_rate_scale, trainer_arguments
 
     arguments = trainer_arguments(experiment)
     seed_everything(options.seed, workers=True)
     data = instantiate_from_config(experiment.data)
-    model = instantiate_from_config(experiment.model)
+    model = build_model(experiment.model)
     trainer = build_trainer(experiment, arguments, model)
     if options.train:
         scale = learning_rate_scale(experiment, trainer.world_size) if options.scale_lr else 1
@@ -117,7 +115,7 @@ def log_to_console() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and test as the command line (by default that of the process) asks."""
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    from taming.run.trainer import fit, quiet_lightning, test
+    from taming.run.trainer import MISTAKES, fit, one_line, quiet_lightning, test
 
     log_to_console()
     quiet_lightning()
@@ -128,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         experiment = load(options)
         with experiment.run.kept_if_used(), loading(options.resume, options.trust_config):
             trainer, model, data = build(options, experiment)
-            mistakes = (PreparationError, DataError, NonFiniteError, WriteError)
+            mistakes = MISTAKES
             if options.train:
                 logger.info("the run's folder is %s", experiment.run.path)
                 fit(trainer, model, data, experiment.checkpoint)
@@ -141,9 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
             pdb.post_mortem(error.__traceback__)
         elif isinstance(error, mistakes):
-            # A loader process puts its traceback into the message, before the message itself.
-            line = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
-            sys.stderr.write(f"error: {line}\n")
+            sys.stderr.write(f"error: {one_line(error)}\n")
             sys.exit(2)
         raise
 

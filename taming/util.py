@@ -129,7 +129,8 @@ def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
         target: Class or function.
 
     Returns:
-        Name -> parameter; and True if the target may take other keywords as well.
+        Name -> parameter, whose annotation is a type where its source text can be evaluated; and
+        True if the target may take other keywords as well.
     """
     classes = getattr(target, "__mro__", ())
     inits = [vars(c)["__init__"] for c in classes if inspect.isfunction(vars(c).get("__init__"))]
@@ -143,6 +144,7 @@ def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
         for p in parameters:
             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in hidden:
                 is_made_optional = depth and p.default is p.empty
+                p = p.replace(annotation=_evaluated(p.annotation, init))
                 found.setdefault(p.name, p.replace(default=...) if is_made_optional else p)
         if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
             return found, False
@@ -151,6 +153,16 @@ def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
             return found, True
         hidden |= set_by_call
     return found, True
+
+
+def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
+    """Evaluate the source text of an annotation; return it as it is if its names are unknown."""
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, getattr(inspect.unwrap(function), "__globals__", {}))
+    except (NameError, AttributeError, TypeError, SyntaxError):  # imported for type checkers only
+        return annotation
 
 
 def _forwarded(init: Callable[..., Any], kwargs: str) -> set[str] | None:

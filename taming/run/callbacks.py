@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 class SetupCallback(Callback):
-    """Create the run's folders and save its configuration when training begins.
+    """Save the configuration of a run once its first step was taken.
+
+    What fails before has changed nothing. A checkpoint that is saved before the first step of a new
+    run has the configuration beside it too.
 
     Args:
         now: Time that names the files.
@@ -53,14 +56,35 @@ class SetupCallback(Callback):
         self.cfgdir = Path(cfgdir)
         self.config = config
         self.lightning_config = lightning_config
+        self._first_step = 0
+        self._is_saved = False
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Create the folders and save the files, on the first process only."""
-        if not trainer.is_global_zero:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where this start begins."""
+        self._first_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save the files after the first step, before a checkpoint is saved."""
+        if trainer.global_step > self._first_step:
+            self._save(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the files with the first checkpoint of a new run, if no step was taken yet."""
+        if not any(self.cfgdir.glob("*.yaml")):
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        """Create the folders and save the files, once and on the first process only."""
+        if self._is_saved or not trainer.is_global_zero:
             return
+        self._is_saved = True
         for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
-        blocks = {"project": self.config, "lightning": {"lightning": dict(self.lightning_config)}}
+        blocks = {"lightning": {"lightning": dict(self.lightning_config)}, "project": self.config}
         for name, block in blocks.items():
             # Half a file would stop every later resume.
             with replacing(self.cfgdir / f"{self.now}-{name}.yaml") as part:

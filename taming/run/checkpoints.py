@@ -160,7 +160,6 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handle signals, except those that already have a handler, such as Slurm's requeueing."""
-        self._has_started = True
         self._saved_step = self._first_step = trainer.global_step
         handlers = {"SIGUSR1": self._request, "SIGUSR2": lambda *_: breakpoint()}
         for name, handler in handlers.items():
@@ -179,6 +178,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if it is due; all processes agree on it, since saving waits for all of them."""
+        self._has_started = True  # what fails in the first batch has changed nothing to save
         requested = trainer.strategy.reduce_boolean_decision(self._requested, all=False)
         is_due = trainer.global_step - self._saved_step >= self.every_n_train_steps
         # After the last step, a resumed run would not validate any more.

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import yaml
 from omegaconf import OmegaConf
 
-from taming.run.check import TRAINER, type_names
+from taming.run.check import TRAINER
 from taming.run.folder import SavedRun
 from taming.run.legacy import OLD_TRAINER_ARGUMENTS
+from taming.run.values import members
 from taming.util import get_obj_from_str, nearest, parameters_of, usable_device
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Options:
         trust_config: Build any targets that its run's own configurations name.
         train: Train; otherwise only test.
         no_test: Skip the test after training.
+        show: Print the merged configuration and do nothing else.
         debug: Open a debugger at an error; a new run is saved in ``logs/debug_runs``.
         seed: Seed of all random number generators.
         project: Name of the Weights & Biases project.
@@ -100,6 +102,7 @@ class Options:
     trust_config: bool
     train: bool
     no_test: bool
+    show: bool
     debug: bool
     seed: int
     project: str
@@ -127,10 +130,10 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         SystemExit: With status 2 and one line on stderr for a mistake, 0 after ``--help``.
     """
     if {"-h", "--help"} & set(argv):  # which must not import torch
-        trainer_types = dict.fromkeys(_TRAINER_HELP, [""])
+        trainer_types = dict.fromkeys(_TRAINER_HELP, ())
     else:
         parameters, _ = parameters_of(get_obj_from_str(TRAINER))
-        trainer_types = {name: type_names(p.annotation) for name, p in parameters.items()}
+        trainer_types = {name: members(p.annotation) for name, p in parameters.items()}
     parser = _build_parser(trainer_types)
     dotlist, rest = split_overrides(parser, argv)
     known, unknown = parser.parse_known_args(rest)
@@ -169,7 +172,7 @@ def split_overrides(
     return overrides, rest
 
 
-def _build_parser(trainer_types: Mapping[str, Sequence[str]]) -> argparse.ArgumentParser:
+def _build_parser(trainer_types: Mapping[str, Sequence[Any]]) -> argparse.ArgumentParser:
     """Return the parser, with the given arguments of the Trainer: name -> types."""
     parser = _Parser(
         prog="main.py",
@@ -191,6 +194,8 @@ def _build_parser(trainer_types: Mapping[str, Sequence[str]]) -> argparse.Argume
     add("--trust_config", **off, help=TRUST_HELP)
     add("-t", "--train", **off, help="train; without it, only test")
     add("--no-test", **off, help="skip the test after training")
+    show = "print the configuration, with the file that each value comes from, and do nothing else"
+    add("--show", **off, help=show)
     add("-d", "--debug", **off, help="open a debugger at an error")
     add("-s", "--seed", type=int, default=23, help="random seed (default: 23)")
     rate = "learning rate = accumulate x devices x nodes x batch size x base (default: true)"
@@ -198,10 +203,10 @@ def _build_parser(trainer_types: Mapping[str, Sequence[str]]) -> argparse.Argume
     add("--wandb", **off, help="log to Weights & Biases as well")
     add("-p", "--project", default="taming", help="Weights & Biases project (default: taming)")
     add = parser.add_argument_group("the Trainer", _TRAINER_DESCRIPTION).add_argument
-    for name, types in {**dict.fromkeys(OLD_TRAINER_ARGUMENTS, ("bool",)), **trainer_types}.items():
+    for name, types in {**dict.fromkeys(OLD_TRAINER_ARGUMENTS, (bool,)), **trainer_types}.items():
         value: dict[str, Any] = {"metavar": "VALUE", "default": argparse.SUPPRESS}
         value["type"] = _parse_time if name == "max_time" else _parse_yaml
-        if "bool" in types and name != "gpus":  # a switch needs no value
+        if bool in types and name != "gpus":  # a switch needs no value
             value |= {"nargs": "?", "const": True}
         if name not in _ONLY_IN_YAML:
             add(f"--{name}", **value, help=_TRAINER_HELP.get(name, argparse.SUPPRESS))

@@ -7,9 +7,10 @@ pair of files for each start) and ``images``.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,9 @@ _RUN_VARIABLE = "TAMING_RUN"
 
 # Environment variables with the number of a process: of torchrun, Lightning, Slurm and jsrun.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
+# Name of the tokenizer's run in the priors' recipes, for the user to replace.
+_PLACEHOLDER = "the_tokenizers_run"
 
 # Format of the time in the names of folders and files.
 _TIME = "%Y-%m-%dT%H-%M-%S"
@@ -90,14 +94,14 @@ class RunDir:
     def start_time(self) -> str:
         """Return the time that names the files of this start of the run.
 
-        It is later than the times of all earlier starts, even if the clock was set back: by
-        another time zone, or at the end of summer time.
+        It is later than the times of all earlier starts, failed ones included, even if the clock
+        was set back: by another time zone, or at the end of summer time.
 
         Raises:
             PreparationError: A file bears the last date that there is.
         """
         earliest = datetime.now()
-        for path in self.saved_configs:
+        for path in (*self.saved_configs, *self.path.glob("csv/*")):
             try:
                 saved = datetime.strptime(path.name[:19], _TIME)
                 earliest = max(earliest, saved + timedelta(seconds=1))
@@ -139,12 +143,22 @@ class RunDir:
 
     @contextmanager
     def kept_if_used(self) -> Iterator[None]:
-        """On exit, remove the folder, and that of all runs, if they are empty."""
+        """On exit, remove the folder, and that of all runs, if they are empty.
+
+        After an error it counts as empty unless a step was taken, by which its configuration was
+        saved, or a checkpoint was.
+        """
         try:
             yield
+        except BaseException:
+            is_used = self.saved_configs or any(self.checkpoints.glob("*.ckpt"))
+            if is_first_process() and not is_used:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
         finally:
-            with suppress(OSError):  # not empty, or removed by another process
+            with suppress(OSError):  # not empty, or removed before, or by another process
                 self.path.rmdir()
+            with suppress(OSError):
                 self.path.parent.rmdir()
 
     @classmethod
@@ -161,7 +175,12 @@ class RunDir:
             FileNotFoundError: The path does not exist, or the run has no checkpoint yet.
             ValueError: The path is not a run.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
+        if path.name == _PLACEHOLDER:
+            raise FileNotFoundError(
+                f"{path} is a placeholder: set the `run` of the first_stage_config to your "
+                "tokenizer's, such as logs/<run>"
+            )
         if not path.exists():
             raise FileNotFoundError(f"the run {path} does not exist")
         run = cls(path if path.is_dir() else path.absolute().parent.parent)
@@ -188,6 +207,7 @@ class Experiment:
         lightning: The ``lightning`` block.
         wandb_project: Weights & Biases project to log to as well, or None.
         trust_checkpoint: Allow the checkpoint to hold objects of any class.
+        trials: Trainer arguments for this start alone.
     """
 
     run: RunDir
@@ -197,6 +217,12 @@ class Experiment:
     lightning: Mapping[str, Any]
     wandb_project: str | None = None
     trust_checkpoint: bool = False
+    trials: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        """Trainer arguments of this start."""
+        return {**(self.lightning.get("trainer") or {}), **self.trials}
 
     @cached_property
     def start_time(self) -> str:

@@ -156,6 +156,31 @@ def test_setup_saves_both_configurations(tmp_path):
     assert (run / "checkpoints").is_dir()
 
 
+@pytest.mark.parametrize("fail_at", [0, 1])
+def test_a_configuration_is_saved_with_the_first_step_before_its_checkpoint(tmp_path, fail_at):
+    class Watch(pl.Callback):
+        def on_save_checkpoint(self, *_):
+            assert len(list((tmp_path / "configs").glob("*.yaml"))) == 2
+
+    setup = SetupCallback("now", tmp_path, tmp_path, tmp_path / "configs", {"data": {}}, {})
+    last = LastCheckpoint(tmp_path, every_n_train_steps=1)
+    with pytest.raises(OSError, match="toy"):
+        fit(ToyModel(fail_at=fail_at), setup, last, Watch())
+    assert (tmp_path / "configs").exists() == (tmp_path / "last.ckpt").exists() == (fail_at == 1)
+
+
+def test_a_checkpoint_before_the_first_step_has_its_configuration(tmp_path):
+    class Save(pl.Callback):
+        def on_train_start(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+            raise KeyError
+
+    setup = SetupCallback("now", tmp_path, tmp_path, tmp_path / "configs", {"data": {}}, {})
+    with pytest.raises(KeyError):
+        fit(ToyModel(), setup, Save())
+    assert len(list((tmp_path / "configs").glob("*.yaml"))) == 2
+
+
 def train(folder, epochs, model=None, ckpt_path=None, extra=(), data=None, logger=False):
     """Train a toy in a folder; returns it with the batches it saw."""
     model = model or ToyModel()
