@@ -17,21 +17,9 @@ from typing import TYPE_CHECKING, Any
 from taming.run.check import check_experiment
 from taming.run.cli import Options, parse_arguments
 from taming.run.config import load_config
-from taming.run.folder import (
-    Experiment,
-    PreparationError,
-    RunDir,
-    is_first_process,
-    run_name,
-    without_starts,
-)
-from taming.util import (
-    DataError,
-    NonFiniteError,
-    WriteError,
-    get_obj_from_str,
-    instantiate_from_config,
-)
+from taming.run.folder import Experiment, RunDir, is_first_process, run_name, without_starts
+from taming.run.signals import watch
+from taming.util import get_obj_from_str, instantiate_from_config
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import LearningRateMonitor
@@ -112,10 +100,11 @@ def log_to_console() -> None:
         logger.addHandler(logging.StreamHandler())
 
 
+@watch.handling()
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and test as the command line (by default that of the process) asks."""
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    from taming.run.trainer import fit, quiet_lightning, test
+    from taming.run.trainer import MISTAKES, fit, quiet_lightning, test
 
     log_to_console()
     quiet_lightning()
@@ -126,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         experiment = load(options)
         with experiment.run.kept_if_used():
             trainer, model, data = build(options, experiment)
-            mistakes = (PreparationError, DataError, NonFiniteError, WriteError)
+            mistakes = MISTAKES
             if options.train:
                 logger.info("the run's folder is %s", experiment.run.path)
                 fit(trainer, model, data, experiment.checkpoint)

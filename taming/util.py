@@ -9,8 +9,10 @@ import inspect
 import logging
 import os
 import pkgutil
+import signal
 import sys
 import textwrap
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
@@ -355,3 +357,22 @@ class WriteError(OSError):
 
 class NonFiniteError(RuntimeError):
     """A latent or loss is not finite; training stops and the last good checkpoint is kept."""
+
+
+def outlive_signals(worker: int) -> None:
+    """Let a loader process serve the last batch after a signal to a whole group of processes.
+
+    Its parent ends after that batch, and then ends it.
+
+    Args:
+        worker: Its number, which torch passes on; not used.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

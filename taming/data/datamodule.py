@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from taming.data.utils import custom_collate
-from taming.util import instantiate_from_config
+from taming.util import instantiate_from_config, outlive_signals
 
 # Stage -> the splits that it needs; other stages need all, since a test may follow a fit.
 _SPLITS_OF = {"validate": ("validation",), "test": ("test",)}
@@ -132,6 +132,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             batch_size=self.batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,
+            worker_init_fn=outlive_signals,
             pin_memory=torch.cuda.is_available(),
             collate_fn=custom_collate,
         )

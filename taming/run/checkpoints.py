@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from taming.checkpoint import load_checkpoint
 from taming.run.folder import PreparationError
+from taming.run.signals import Interrupted, Request, watch
 from taming.util import NonFiniteError, WriteError, nearest
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
+        # Several processes may save the same file when one of them has died.
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
             torch.save(checkpoint, part)
             part.replace(path)
@@ -117,10 +119,11 @@ class RngState(Callback):
 class LastCheckpoint(Checkpoint):
     """Save ``last.ckpt``, from which a run is resumed.
 
-    It is saved at the end of every epoch, every so many steps, at the end of a batch in which the
-    process received SIGUSR1, and when training is interrupted. A `NonFiniteError` or a `WriteError`
-    leaves it as it is. Any other error in one of several processes does so too, and
-    ``interrupted.ckpt`` is saved beside it. SIGUSR2 opens a debugger.
+    It is saved at the end of every epoch, every so many steps, at the end of a batch in which any
+    process received a signal (see `taming.run.signals`), and when training is interrupted. A
+    `NonFiniteError` or a `WriteError` leaves it as it is. Any other error in one of several
+    processes, or the death of one, does so too, and the processes that are left save
+    ``interrupted.ckpt`` beside it, unless each has only a share of the state.
 
     Args:
         ckptdir: Folder of the file.
@@ -135,7 +138,7 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
         self.path = Path(ckptdir) / "last.ckpt"
         self.every_n_train_steps = every_n_train_steps
-        self._has_started = self._requested = False
+        self._has_started = False
         self._saved_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -143,59 +146,98 @@ class LastCheckpoint(Checkpoint):
         self.path = trainer.strategy.broadcast(self.path)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle signals, except those that already have a handler, such as Slurm's requeueing."""
-        self._has_started = True
+        """Look out for signals after every batch from here on."""
+        self._has_started = watch.is_polled = True
         self._saved_step = trainer.global_step
-        handlers = {"SIGUSR1": self._request, "SIGUSR2": lambda *_: breakpoint()}
-        for name, handler in handlers.items():
-            number = signal.Signals.__members__.get(name)  # Windows has neither
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, handler)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is due; all processes agree on it, since saving waits for all of them."""
-        requested = trainer.strategy.reduce_boolean_decision(self._requested, all=False)
-        if requested or trainer.global_step - self._saved_step >= self.every_n_train_steps:
+        """Save if it is due or a signal asks for it, and end training if the signal does."""
+        request = _agree_on_request(trainer)
+        if request or trainer.global_step - self._saved_step >= self.every_n_train_steps:
             self._save(trainer)
+        watch.end(request)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Save and end training if a signal asks for it; the validation is then done again."""
+        # Processes that validate on streams may have different numbers of batches.
+        is_even = all(map(math.isfinite, trainer.num_val_batches))
+        request = _agree_on_request(trainer) if is_even else watch.request
+        if self._has_started and request.ends:
+            _restart_validation(trainer)
+            self._save(trainer)
+            watch.end(request)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after the epoch and its validation."""
+        """Save after the epoch and its validation, and end training if a signal asks for it."""
+        request = _agree_on_request(trainer)
         self._save(trainer)
+        watch.end(request)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the program at once if a signal asks for it from here on."""
+        self._has_started = watch.is_polled = False
+        watch.end(watch.request)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Save the current state, without waiting for processes that may have died."""
-        if not self._has_started or isinstance(exception, NonFiniteError | WriteError):
+        watch.is_polled = False
+        if not self._has_started or isinstance(exception, Interrupted):
             return
+        if not isinstance(exception, NonFiniteError | WriteError):
+            if trainer.world_size > 1:
+                watch.find_death()
+            self._save_alone(trainer, exception)
+
+    def _save_alone(self, trainer: Trainer, exception: BaseException) -> None:
+        """Save without the other processes, unless a share of the state is in each of them."""
         is_alone = trainer.world_size == 1
-        if not (is_alone or (isinstance(trainer.strategy, DDPStrategy) and trainer.is_global_zero)):
+        if not is_alone and not isinstance(trainer.strategy, DDPStrategy):
             return
         if trainer.validating:
             _restart_validation(trainer)
         path = self.path
+        is_wanted = watch.request.ends or isinstance(
+            exception, KeyboardInterrupt | SIGTERMException
+        )
+        if not is_alone and not is_wanted:
+            # It may be the consequence of a value that is not finite on another process.
+            path = self.path.with_name("interrupted.ckpt")
+        elif not trainer.is_global_zero:
+            return
         try:
             if is_alone:
                 self._save(trainer)
             else:  # Trainer.save_checkpoint would wait at a barrier for the other processes
                 checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-                if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
-                    # It may be the consequence of a value that is not finite on another process.
-                    path = self.path.with_name("interrupted.ckpt")
-                trainer.strategy.save_checkpoint(checkpoint, path)
+                trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
             logger.warning("%s: saved %s", type(exception).__name__, path)
         except WriteError as error:  # must not hide the reason why training stopped
             logger.warning("%s: %s", type(exception).__name__, error)
 
-    def _request(self, *_: Any) -> None:
-        self._requested = True
-
     def _save(self, trainer: Trainer) -> None:
-        self._requested = False
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(self.path, weights_only=False)
+        watch.saved()
+
+
+def _agree_on_request(trainer: Trainer) -> Request:
+    """Return the most urgent request that any process received; all must ask."""
+    if trainer.world_size == 1:
+        return watch.request
+    urgency = torch.tensor(watch.request.value, device=trainer.strategy.root_device)
+    return Request(int(trainer.strategy.reduce(urgency, reduce_op="max")))
 
 
 def _restart_validation(trainer: Trainer) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -17,6 +17,7 @@ from typing import Any
 
 from taming.run.check import check_block
 from taming.run.config import LoadedConfig, load_config
+from taming.run.lock import locked
 from taming.util import get_obj_from_str, instantiate_from_config, parameters_of
 
 # Environment variable by which processes that Lightning starts find their parent's run.
@@ -127,9 +128,14 @@ class RunDir:
 
     @contextmanager
     def kept_if_used(self) -> Iterator[None]:
-        """On exit, remove the folder, and that of all runs, if they are empty."""
+        """Hold the folder's lock; on exit, remove it, and that of all runs, if they are empty.
+
+        Raises:
+            ValueError: Another process uses the folder; names it.
+        """
         try:
-            yield
+            with locked(self.path) if is_first_process() else nullcontext():
+                yield
         finally:
             with suppress(OSError):  # not empty, or removed by another process
                 self.path.rmdir()

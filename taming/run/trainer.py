@@ -26,9 +26,20 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from taming.run.checkpoints import MonitorCheck, SafeCheckpointIO
 from taming.run.config import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
 from taming.run.folder import Experiment, PreparationError
-from taming.util import get_obj_from_str, instantiate_from_config, parameters_of
+from taming.run.processes import take_over
+from taming.util import (
+    DataError,
+    NonFiniteError,
+    WriteError,
+    get_obj_from_str,
+    instantiate_from_config,
+    parameters_of,
+)
 
 logger = logging.getLogger(__name__)
+
+# Errors of a user that may come up once everything is built.
+MISTAKES = (PreparationError, DataError, NonFiniteError, WriteError)
 
 # Messages of Lightning about intended behaviour.
 _KNOWN_WARNINGS = (
@@ -153,9 +164,11 @@ def build_trainer(
     io = SafeCheckpointIO(experiment.trust_checkpoint)
     plugins = [*_plugins(arguments.pop("plugins", None)), io]
     try:
-        return Trainer(**arguments, logger=loggers, callbacks=callbacks, plugins=plugins)
+        trainer = Trainer(**arguments, logger=loggers, callbacks=callbacks, plugins=plugins)
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"lightning.trainer: {error}") from error
+    take_over(trainer)
+    return trainer
 
 
 def _plugins(given: Any) -> list[Any]:
