@@ -360,15 +360,16 @@ class NonFiniteError(RuntimeError):
 
 
 def outlive_signals(worker: int) -> None:
-    """Let a loader process serve the last batch after a signal to a whole group of processes.
+    """Let a loader process serve on after a signal to a whole group of processes.
 
-    Its parent ends after that batch, and then ends it.
+    Its parent ends after the batch, and then ends it, or goes on.
 
     Args:
         worker: Its number, which torch passes on; not used.
     """
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         threading.Thread(target=_obey_parent, daemon=True).start()
 
 

@@ -96,7 +96,8 @@ def choose_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:
     on GPUs where NCCL is not available, such as on Windows.
 
     Raises:
-        ValueError: More GPUs are asked for than are visible.
+        ValueError: More GPUs are asked for than are visible, or the strategy does not start
+            processes as a program.
     """
     accelerator = arguments.get("accelerator", "auto")
     devices = _parse_devices(arguments.get("devices", "auto"))
@@ -105,6 +106,8 @@ def choose_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:
         logger.info("accelerator cpu: devices %s are indices of GPUs and are ignored", devices)
         return {"devices": "auto"} | choose_strategy({**arguments, "devices": "auto"})
     strategy, nodes = arguments.get("strategy", "auto"), arguments.get("num_nodes", 1)
+    if str(strategy).startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
+        raise ValueError(f"strategy {strategy} is for notebooks; with main.py, use ddp")
     several = _count_devices(accelerator, devices) * nodes > 1
     if strategy != "ddp" and not (strategy == "auto" and several):
         return {}
@@ -152,6 +155,11 @@ def build_trainer(
     """
     arguments = dict(arguments)
     if not model.automatic_optimization:
+        if "fsdp" in str(arguments.get("strategy")).lower():
+            raise ValueError(
+                f"strategy {arguments['strategy']} is for models with one optimizer, such as "
+                f"priors; a {type(model).__name__} optimizes manually: use ddp"
+            )
         arguments = hand_over_optimization(arguments, model)
     loggers = build_loggers(experiment) if arguments.pop("logger", True) is not False else []
     callbacks = build_callbacks(experiment)

@@ -117,8 +117,11 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> bool:
 
 def start(folder: Path, plan: Plan, *arguments: str) -> subprocess.Popen[Any]:
     """Start the run in a group of its own, as a terminal would."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, inherited
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     environment = {k: v for k, v in os.environ.items() if k != "TAMING_RUN"}
     environment |= {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONFAULTHANDLER": "1"}
     with open(folder / "stderr", "w") as errors:
         return subprocess.Popen(
             [
@@ -167,12 +170,14 @@ def play(folder: Path, plan: Plan) -> dict[str, Any]:
     send(run, plan)
     has_ended = wait_for(lambda: run.poll() is not None and not group_of(run.pid), LIMIT)
     seconds, status = time.time() - sent, run.poll()
-    errors = (folder / "stderr").read_text()
     if not has_ended:
         wrong.append("did not end")
+        os.killpg(run.pid, signal.SIGABRT)  # shows where it hangs
+        time.sleep(2)
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
-    elif status not in STATUS[plan.kind.split()[-1]]:
+    errors = (folder / "stderr").read_text()
+    if has_ended and status not in STATUS[plan.kind.split()[-1]]:
         wrong.append(f"status {status}")
     if "Traceback" in errors and "main.py" in errors:
         wrong.append("traceback")
@@ -206,7 +211,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             result = play(Path(folder), plan)
         if result["wrong"]:
-            sys.stdout.write(f"{plan}: {result['wrong']}\n{result['errors'][-2000:]}\n")
+            sys.stdout.write(f"{plan}: {result['wrong']}\n{result['errors'][-9000:]}\n")
             sys.stdout.flush()
         target = "group" if plan.target == "group" else "one"
         rows[plan.kind, target, plan.processes].append(result)

@@ -265,6 +265,22 @@ def test_strategy(monkeypatch, arguments, strategy):
     assert choose_strategy(arguments).get("strategy") == strategy
 
 
+@pytest.mark.parametrize(
+    "strategy", ["ddp_spawn", "ddp_notebook", "ddp_fork", "ddp_spawn_find_unused_parameters_true"]
+)
+def test_strategies_of_notebooks_are_refused(strategy):
+    with pytest.raises(ValueError, match=f"{strategy} .*use ddp"):
+        choose_strategy({"accelerator": "cpu", "devices": 2, "strategy": strategy})
+
+
+def test_shared_out_models_need_gpus_and_one_optimizer(run):
+    given = {"accelerator": "cpu", "devices": 2, "strategy": "fsdp"}
+    with pytest.raises(ValueError, match="`fsdp` requires a GPU"):
+        build(run, trainer=given)
+    with pytest.raises(ValueError, match="fsdp .*ToyManualModel optimizes manually: use ddp"):
+        build(run, ToyManualModel(), trainer=given)
+
+
 @pytest.mark.reported(21)
 def test_gpus_without_nccl_talk_through_gloo(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
