@@ -1,6 +1,9 @@
 """Helpers: objects from dotted paths, downloads that are whole or absent, path-style lookups."""
 
 import hashlib
+import signal
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -241,3 +244,22 @@ def test_sizes_are_filled_in_and_must_agree():
     block["params"]["width"] = 5
     with pytest.raises(ValueError, match="Forwarding: width is 5, but .* 3"):
         instantiate_with_sizes(block, {"width": 3})
+
+
+@pytest.mark.skipif(
+    not hasattr(signal, "sigwaitinfo"), reason="this system cannot wait for signals"
+)
+def test_only_its_parent_ends_a_loader_process():
+    serve = "outlive_signals(0); print('ready', flush=True); time.sleep(60)"
+    loader = subprocess.Popen(
+        [sys.executable, "-c", f"import time; from taming.util import outlive_signals; {serve}"],
+        stdout=subprocess.PIPE,
+    )
+    assert loader.stdout is not None and loader.stdout.readline() == b"ready\n"
+    for name in ("INT", "USR1", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(loader.pid)], check=True)  # another process
+    with pytest.raises(subprocess.TimeoutExpired):
+        loader.communicate(timeout=0.3)
+    loader.terminate()
+    loader.communicate(timeout=10)
+    assert loader.returncode == 0

@@ -106,18 +106,9 @@ class Watch:
         if threading.current_thread() is not threading.main_thread():
             yield  # signals are not for this thread
             return
-        defaults = (signal.SIG_DFL, signal.default_int_handler)
-        handlers: dict[int, Any] = dict.fromkeys(REQUESTS, self._handle)
-        if hasattr(signal, "SIGUSR2"):
-            handlers[signal.SIGUSR2] = lambda *_: breakpoint()
-        handlers = {n: h for n, h in handlers.items() if signal.getsignal(n) in defaults}
-        self._before = {n: signal.signal(n, handler) for n, handler in handlers.items()}
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._pid, self._parent = os.getpid(), int(os.environ.get(PARENT) or 0)
+        self._take_signals()
+        self._parent = int(os.environ.get(PARENT) or 0)
         thread = threading.Thread(target=self._watch, name="watch", daemon=True)
-        self.is_active = True
         thread.start()
         try:
             yield
@@ -134,18 +125,31 @@ class Watch:
                 raise SystemExit(1) from error
             raise
         finally:
-            self.leave_signals(wakeup)
+            self.leave_signals()
             self._writer.send(b"\0")  # wakes the thread
             thread.join()
             self._reader.close()
             self._writer.close()
             self._reset()
 
-    def leave_signals(self, wakeup: int = -1) -> None:
-        """Give signals back to the handlers, and to the wakeup file, that they had before."""
+    def _take_signals(self) -> None:
+        defaults = (signal.SIG_DFL, signal.default_int_handler)
+        handlers: dict[int, Any] = dict.fromkeys(REQUESTS, self._handle)
+        if hasattr(signal, "SIGUSR2"):
+            handlers[signal.SIGUSR2] = lambda *_: breakpoint()
+        handlers = {n: h for n, h in handlers.items() if signal.getsignal(n) in defaults}
+        self._before = {n: signal.signal(n, handler) for n, handler in handlers.items()}
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        # The thread learns of a signal even if the main thread does not get to its handler.
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._pid, self.is_active = os.getpid(), True
+
+    def leave_signals(self) -> None:
+        """Give signals back to the handlers that they had before."""
         if self.is_active:
             self.is_active = False
-            signal.set_wakeup_fd(wakeup)
+            signal.set_wakeup_fd(self._wakeup)
             for number, handler in self._before.items():
                 signal.signal(number, handler)
 

@@ -162,7 +162,7 @@ def learn_gan(rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
     generator = [p for p in model.parameters() if all(p is not d for d in discriminator)]
     images = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
-        x = (torch.rand(4, 3, 16, 16, generator=images) * 2 - 1).chunk(world_size)[rank]
+        x = (torch.rand(4, 3, 8, 8, generator=images) * 2 - 1).chunk(world_size)[rank]
         _, quantized, x_rec = model.reconstruct(x)
         for index, parameters in enumerate((generator, discriminator)):
             value, _ = model.compute_loss(x, quantized, x_rec, index, "train")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from taming.run.folder import RunDir
 from taming.run.lock import EXPIRY, NAME, locked
 
 HOLD = """
@@ -72,3 +73,15 @@ def test_an_owner_shows_life(tmp_path, monkeypatch):
                 break
             time.sleep(0.01)
         assert (tmp_path / NAME).stat().st_mtime
+
+
+def test_the_first_process_locks_the_folder_of_its_run(tmp_path, monkeypatch):
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir(parents=True)
+    with run.kept_if_used():
+        assert (run.path / NAME).exists()
+    assert not run.path.exists()
+    run.path.mkdir(parents=True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with run.kept_if_used():
+        assert not (run.path / NAME).exists()

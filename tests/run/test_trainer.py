@@ -1,5 +1,6 @@
 """The Trainer gets the values of the configuration, and good defaults for the rest."""
 
+import signal
 import warnings
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -16,6 +17,7 @@ from taming.run import trainer as building
 from taming.run.callbacks import ImageLogger, SetupCallback
 from taming.run.checkpoints import LastCheckpoint, MonitorCheck
 from taming.run.folder import Experiment, PreparationError, RunDir
+from taming.run.signals import watch
 from taming.run.trainer import build_callbacks, build_checkpoints, build_loggers, choose_strategy
 
 MODEL = {"target": "support.models.ToyModel"}
@@ -279,6 +281,19 @@ def test_shared_out_models_need_gpus_and_one_optimizer(run):
         build(run, trainer=given)
     with pytest.raises(ValueError, match="fsdp .*ToyManualModel optimizes manually: use ddp"):
         build(run, ToyManualModel(), trainer=given)
+
+
+def test_only_the_requeueing_of_slurm_is_left_to_lightning(run, monkeypatch):
+    for name, value in (("NTASKS", 1), ("JOB_NAME", "train"), ("PROCID", 0), ("LOCALID", 0)):
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    for given, is_ours in (({}, True), ({"plugins": SLURMEnvironment()}, False)):
+        with watch.handling():
+            numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+            before = [signal.getsignal(number) for number in numbers]
+            trainer = build(run, trainer={"accelerator": "cpu", "devices": 1, **given})
+            trainer._signal_connector.register_signal_handlers()
+            *ends, save = [signal.getsignal(number) for number in numbers]
+            assert ends == before[:2] and (save == before[2]) == is_ours
 
 
 @pytest.mark.reported(21)
