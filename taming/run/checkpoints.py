@@ -169,13 +169,17 @@ class LastCheckpoint(Checkpoint):
         dataloader_idx: int = 0,
     ) -> None:
         """Save and end training if a signal asks for it; the validation is then done again."""
-        # Processes that validate on streams may have different numbers of batches.
+        # Processes that validate on streams may have different numbers of batches: each ends alone.
         is_even = all(map(math.isfinite, trainer.num_val_batches))
         request = _agree_on_request(trainer) if is_even else watch.request
-        if self._has_started and request.ends:
+        if not self._has_started or not request.ends:
+            return
+        if is_even:
             _restart_validation(trainer)
             self._save(trainer)
-            watch.end(request)
+        else:
+            self._save_alone(trainer, Interrupted(request))
+        watch.end(request)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after the epoch and its validation, and end training if a signal asks for it."""

@@ -302,6 +302,27 @@ def test_one_of_several_processes_saves_what_it_can_vouch_for(tmp_path, error, n
     assert [path.name for path in tmp_path.iterdir()] == [name] * (name is not None)
 
 
+def test_processes_that_validate_on_streams_end_alone(tmp_path):
+    strategy = DDPStrategy(checkpoint_io=SafeCheckpointIO())
+    strategy.reduce = Mock(side_effect=AssertionError("others may not take part"))
+    connector = SimpleNamespace(dump_checkpoint=lambda weights_only: "state")
+    trainer: Any = SimpleNamespace(
+        world_size=2,
+        is_global_zero=True,
+        validating=False,
+        num_val_batches=[float("inf")],
+        strategy=strategy,
+        _checkpoint_connector=connector,
+    )
+    last = LastCheckpoint(tmp_path)
+    with pytest.raises(Interrupted), watch.handling():
+        last._has_started = watch.is_polled = True
+        last.on_validation_batch_end(trainer, ToyModel(), None, None, 0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        last.on_validation_batch_end(trainer, ToyModel(), None, None, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
 def test_an_error_before_training_leaves_the_checkpoint_alone(tmp_path):
     train(tmp_path, 1)
     data = ToyDataModule(size=0)
