@@ -17,14 +17,9 @@ from typing import TYPE_CHECKING, Any
 from taming.run.check import check_experiment
 from taming.run.cli import Options, parse_arguments
 from taming.run.config import load_config
-from taming.run.folder import (
-    Experiment,
-    RunDir,
-    is_first_process,
-    run_name,
-    without_starts,
-)
+from taming.run.folder import Experiment, RunDir, is_first_process, run_name, without_starts
 from taming.run.parts import loading
+from taming.run.signals import watch
 from taming.util import get_obj_from_str, instantiate_from_config
 
 if TYPE_CHECKING:
@@ -112,6 +107,7 @@ def log_to_console() -> None:
         logger.addHandler(logging.StreamHandler())
 
 
+@watch.handling()
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and test as the command line (by default that of the process) asks."""
     options = parse_arguments(sys.argv[1:] if argv is None else argv)

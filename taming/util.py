@@ -10,8 +10,10 @@ import logging
 import os
 import pkgutil
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -454,3 +456,23 @@ class WriteError(OSError):
 
 class NonFiniteError(RuntimeError):
     """A latent or loss is not finite; training stops and the last good checkpoint is kept."""
+
+
+def outlive_signals(worker: int) -> None:
+    """Let a loader process serve on after a signal to a whole group of processes.
+
+    Its parent ends after the batch, and then ends it, or goes on.
+
+    Args:
+        worker: Its number, which torch passes on; not used.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

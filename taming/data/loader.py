@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from taming.data.utils import custom_collate
-from taming.util import DataError
+from taming.util import DataError, outlive_signals
 
 # Uses of random numbers, which get different ones from the same seed.
 ORDER, ITEM, EPOCH, TRAINING, VALIDATION = range(5)
@@ -164,6 +164,7 @@ class Loader:
     def _read(self, dataset: Dataset[Any], **options: Any) -> Iterator[Any]:
         # Its own generator: torch would draw from the global one for each iteration.
         options |= {"pin_memory": torch.cuda.is_available(), "generator": torch.Generator()}
+        options |= {"worker_init_fn": outlive_signals}
         return iter(DataLoader(dataset, num_workers=self.num_workers, **options))
 
 

@@ -35,6 +35,7 @@ from taming.models.sampling import (
     known_sites,
     pictures_of,
 )
+from taming.modules.distributed import share_of_rank
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.transformer.generate import DEFAULT_SAMPLING, SamplingParams
 from taming.modules.transformer.permuter import Identity, Permuter
@@ -193,7 +194,7 @@ class Prior(pl.LightningModule, ABC):
         ):
             options: dict[str, Any] = {"prog_bar": name == "loss", "sync_dist": split == "val"}
             self.log(f"{split}/{name}", value, on_epoch=True, batch_size=weight, **options)
-        return loss
+        return loss * share_of_rank(tokens, loss) if split == "train" else loss
 
     def configure_optimizers(self) -> Any:
         """AdamW (arXiv:1711.05101) with weight decay on linear and convolution layers only."""

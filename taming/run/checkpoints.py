@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from taming.checkpoint import load_checkpoint
 from taming.data.loader import EPOCH, TRAINING, VALIDATION, seed_generators
 from taming.run.folder import PreparationError
 from taming.run.position import settle
+from taming.run.signals import Interrupted, Request, watch
 from taming.util import NonFiniteError, WriteError, nearest, replacing
 
 logger = logging.getLogger(__name__)
@@ -132,11 +133,12 @@ class RngState(Callback):
 class LastCheckpoint(Checkpoint):
     """Save ``last.ckpt``, from which a run is resumed.
 
-    It is saved at the end of every epoch, every so many steps, at the end of a batch in which the
-    process received SIGUSR1, and when training is interrupted: always between two batches, once the
-    gradients that are accumulated have been used. A `NonFiniteError` or a `WriteError` leaves it as
-    it is. Any other error within a batch, or in one of several processes, does so too, and
-    ``interrupted.ckpt`` is saved beside it. SIGUSR2 opens a debugger.
+    It is saved at the end of every epoch, every so many steps, after a batch in which any process
+    received a signal (see `taming.run.signals`), and when training is interrupted: always between
+    two batches, once the gradients that are accumulated have been used. A `NonFiniteError` or a
+    `WriteError` leaves it as it is. Any other error within a batch, or in one of several processes,
+    or the death of one, does so too, and the processes that are left save ``interrupted.ckpt``
+    beside it, unless each has only a share of the state.
 
     Args:
         ckptdir: Folder of the file.
@@ -151,7 +153,7 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
         self.path = Path(ckptdir) / "last.ckpt"
         self.every_n_train_steps = every_n_train_steps
-        self._has_started = self._requested = self._has_saved = False
+        self._has_started = self._has_saved = False
         self._saved_step = self._first_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -159,13 +161,16 @@ class LastCheckpoint(Checkpoint):
         self.path = trainer.strategy.broadcast(self.path)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle signals, except those that already have a handler, such as Slurm's requeueing."""
+        """Look out for signals after every batch from here on."""
+        watch.is_polled = True
         self._saved_step = self._first_step = trainer.global_step
-        handlers = {"SIGUSR1": self._request, "SIGUSR2": lambda *_: breakpoint()}
-        for name, handler in handlers.items():
-            number = signal.Signals.__members__.get(name)  # Windows has neither
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, handler)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after the earlier epoch, its validation and all that ends with it."""
+        request = _agree_on_request(trainer)
+        if trainer.global_step > self._first_step:
+            self._save(trainer)
+        watch.end(request)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Write what was logged up to the checkpoint, since a resumed run does not log it again."""
@@ -177,56 +182,92 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is due; all processes agree on it, since saving waits for all of them."""
+        """Save if it is due or a signal asks for it, and end training if the signal does."""
         self._has_started = True  # what fails in the first batch has changed nothing to save
-        requested = trainer.strategy.reduce_boolean_decision(self._requested, all=False)
-        is_due = trainer.global_step - self._saved_step >= self.every_n_train_steps
+        request = _agree_on_request(trainer)
         # After the last step, a resumed run would not validate any more.
-        must_wait = _is_accumulating(trainer) or trainer.global_step == trainer.max_steps
-        if (requested or is_due) and not must_wait:
+        if _is_accumulating(trainer) or trainer.global_step == trainer.max_steps:
+            return  # a signal waits, too
+        if request or trainer.global_step - self._saved_step >= self.every_n_train_steps:
             self._save(trainer)
+        watch.end(request)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after the earlier epoch, its validation and all that ends with it."""
-        if trainer.global_step > self._first_step:
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Save and end training if a signal asks for it; the validation is then done again."""
+        # Processes that validate on streams may have different numbers of batches: each ends alone.
+        is_even = all(map(math.isfinite, trainer.num_val_batches))
+        request = _agree_on_request(trainer) if is_even else watch.request
+        if not self._has_started or not request.ends:
+            return
+        if is_even:
             self._save(trainer)
+        else:
+            self._save_alone(trainer, Interrupted(request))
+        watch.end(request)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after the last epoch."""
+        """Save after the last epoch, and end the program if a signal asks for it."""
         self._save(trainer)
+        self._has_started = watch.is_polled = False
+        watch.end(watch.request)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Save the current state, without waiting for processes that may have died."""
-        if not self._has_started or isinstance(exception, NonFiniteError | WriteError):
+        watch.is_polled = False
+        if not self._has_started or isinstance(exception, Interrupted):
             return
+        if not isinstance(exception, NonFiniteError | WriteError):
+            if trainer.world_size > 1:
+                watch.find_death()
+            self._save_alone(trainer, exception)
+
+    def _save_alone(self, trainer: Trainer, exception: BaseException) -> None:
+        """Save without the other processes, unless a share of the state is in each of them."""
         is_alone = trainer.world_size == 1
-        if not (is_alone or (isinstance(trainer.strategy, DDPStrategy) and trainer.is_global_zero)):
+        if not is_alone and not isinstance(trainer.strategy, DDPStrategy):
             return
+        by_user = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        is_wanted = is_alone or by_user or watch.request.ends
         path = self.path
-        if path.exists() and _is_within_batch(trainer):  # which a resumed run would repeat
+        # A resumed run would repeat a batch that has begun. The error may be the consequence of a
+        # value that is not finite on another process.
+        if not is_wanted or (path.exists() and _is_within_batch(trainer)):
             path = self.path.with_name("interrupted.ckpt")
+        elif not trainer.is_global_zero:
+            return
         try:
             if is_alone:
                 self._save(trainer, path)
             else:  # Trainer.save_checkpoint would wait at a barrier for the other processes
                 checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-                if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
-                    # It may be the consequence of a value that is not finite on another process.
-                    path = self.path.with_name("interrupted.ckpt")
-                trainer.strategy.save_checkpoint(checkpoint, path)
+                trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
             logger.warning("%s: saved %s", type(exception).__name__, path)
         except WriteError as error:  # must not hide the reason why training stopped
             logger.warning("%s: %s", type(exception).__name__, error)
 
-    def _request(self, *_: Any) -> None:
-        self._requested = True
-
     def _save(self, trainer: Trainer, path: Path | None = None) -> None:
-        self._requested, self._has_saved = False, True
+        self._has_saved = True
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(path or self.path, weights_only=False)
+        watch.saved()
+
+
+def _agree_on_request(trainer: Trainer) -> Request:
+    """Return the most urgent request that any process received; all must ask."""
+    if trainer.world_size == 1:
+        return watch.request
+    urgency = torch.tensor(watch.request.value, device=trainer.strategy.root_device)
+    return Request(int(trainer.strategy.reduce(urgency, reduce_op="max")))
 
 
 def _is_accumulating(trainer: Trainer) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -18,6 +18,7 @@ from typing import Any
 
 from taming.run.check import check_block
 from taming.run.config import LoadedConfig, load_config
+from taming.run.lock import locked
 from taming.run.parts import find_run, is_trusting, loading, name_tokenizer
 from taming.run.trust import check_trust
 from taming.util import get_obj_from_str, instantiate_from_config, parameters_of
@@ -143,13 +144,17 @@ class RunDir:
 
     @contextmanager
     def kept_if_used(self) -> Iterator[None]:
-        """On exit, remove the folder, and that of all runs, if they are empty.
+        """Hold the folder's lock; on exit, remove the folder, and that of all runs, if empty.
 
         After an error it counts as empty unless a step was taken, by which its configuration was
         saved, or a checkpoint was.
+
+        Raises:
+            ValueError: Another process uses the folder; names it.
         """
         try:
-            yield
+            with locked(self.path) if is_first_process() else nullcontext():
+                yield
         except BaseException:
             is_used = self.saved_configs or any(self.checkpoints.glob("*.ckpt"))
             if is_first_process() and not is_used:

@@ -27,6 +27,7 @@ from taming.run.checkpoints import MonitorCheck, SafeCheckpointIO
 from taming.run.defaults import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
 from taming.run.folder import Experiment, PreparationError
 from taming.run.loggers import quiet_threads
+from taming.run.processes import take_over
 from taming.util import (
     DataError,
     NonFiniteError,
@@ -37,6 +38,9 @@ from taming.util import (
 )
 
 logger = logging.getLogger(__name__)
+
+# Errors of a user that may come up once everything is built.
+MISTAKES = (PreparationError, DataError, NonFiniteError, WriteError)
 
 # Messages of Lightning about intended behaviour.
 _KNOWN_WARNINGS = (
@@ -99,7 +103,8 @@ def choose_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:
     on GPUs where NCCL is not available, such as on Windows.
 
     Raises:
-        ValueError: More GPUs are asked for than are visible.
+        ValueError: More GPUs are asked for than are visible, or the strategy does not start
+            processes as a program.
     """
     accelerator = arguments.get("accelerator", "auto")
     devices = _parse_devices(arguments.get("devices", "auto"))
@@ -108,6 +113,8 @@ def choose_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:
         logger.info("accelerator cpu: devices %s are indices of GPUs and are ignored", devices)
         return {"devices": "auto"} | choose_strategy({**arguments, "devices": "auto"})
     strategy, nodes = arguments.get("strategy", "auto"), arguments.get("num_nodes", 1)
+    if str(strategy).startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
+        raise ValueError(f"strategy {strategy} is for notebooks; with main.py, use ddp")
     several = _count_devices(accelerator, devices) * nodes > 1
     if strategy != "ddp" and not (strategy == "auto" and several):
         return {}
@@ -155,6 +162,11 @@ def build_trainer(
     """
     arguments = dict(arguments)
     if not model.automatic_optimization:
+        if "fsdp" in str(arguments.get("strategy")).lower():
+            raise ValueError(
+                f"strategy {arguments['strategy']} is for models with one optimizer, such as "
+                f"priors; a {type(model).__name__} optimizes manually: use ddp"
+            )
         arguments = hand_over_optimization(arguments, model)
     logs = arguments.pop("logger", True) is not False and not arguments.get("fast_dev_run")
     loggers = build_loggers(experiment) if logs else []
@@ -168,9 +180,11 @@ def build_trainer(
     io = SafeCheckpointIO(experiment.trust_checkpoint)
     plugins = [*_plugins(arguments.pop("plugins", None)), io]
     try:
-        return Trainer(**arguments, logger=loggers, callbacks=callbacks, plugins=plugins)
+        trainer = Trainer(**arguments, logger=loggers, callbacks=callbacks, plugins=plugins)
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"lightning.trainer: {error}") from error
+    take_over(trainer)
+    return trainer
 
 
 def _plugins(given: Any) -> list[Any]:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -21,6 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from taming.run.callbacks import CodebookTelemetry, ImageLogger, SetupCallback
 from taming.run.checkpoints import LastCheckpoint, RngState, SafeCheckpointIO
+from taming.run.processes import take_over
+from taming.run.signals import Interrupted, Request, watch
 from taming.util import NonFiniteError, WriteError
 
 
@@ -195,6 +196,7 @@ def train(folder, epochs, model=None, ckpt_path=None, extra=(), data=None, logge
         callbacks=[RngState(), LastCheckpoint(folder, every_n_train_steps=3), *extra],
         plugins=[SafeCheckpointIO()],
     )
+    take_over(trainer)
     data = data or ToyDataModule()
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=bool(ckpt_path) or None)
     return model
@@ -307,9 +309,9 @@ def test_an_interrupted_validation_is_done_again_once(tmp_path, hook):
     Interrupt = type("Interrupt", (pl.Callback,), {hook: interrupt})
     with pytest.raises(SystemExit):
         train(tmp_path, 1, extra=[seen[0], Interrupt()])
-    for watch, epochs in zip(seen[1:], (1, 1, 2), strict=True):
-        train(tmp_path, epochs, ckpt_path=tmp_path / "last.ckpt", extra=[watch])
-    assert [watch.batches for watch in seen] == [[0, 1], [0, 1, 2, 3], [], [0, 1, 2, 3]]
+    for seer, epochs in zip(seen[1:], (1, 1, 2), strict=True):
+        train(tmp_path, epochs, ckpt_path=tmp_path / "last.ckpt", extra=[seer])
+    assert [seer.batches for seer in seen] == [[0, 1], [0, 1, 2, 3], [], [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize(("fail_at", "error"), [(2, "toy"), (-1, "disk is full")])
@@ -329,23 +331,25 @@ def test_keeps_the_last_good_checkpoint(tmp_path):
     assert saved_step(tmp_path) == 4
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("error", "name"),
     [
         (KeyboardInterrupt(), "last.ckpt"),
         (SIGTERMException(), "last.ckpt"),
         (RuntimeError("Connection closed by peer"), "interrupted.ckpt"),
+        (OSError("the disk is gone"), "interrupted.ckpt"),
         (NonFiniteError("loss"), None),
+        (Interrupted(Request.TERMINATE), None),  # saved already
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_one_of_several_processes_saves_what_it_can_vouch_for(tmp_path, error, name):
-    strategy = DDPStrategy()
-    strategy.save_checkpoint = lambda checkpoint, path: Path(path).write_text(checkpoint)
+def test_one_of_several_processes_saves_what_it_can_vouch_for(tmp_path, error, name, rank):
+    strategy = DDPStrategy(checkpoint_io=SafeCheckpointIO())
     connector = SimpleNamespace(dump_checkpoint=lambda weights_only: "state")
     trainer: Any = SimpleNamespace(
         world_size=2,
-        is_global_zero=True,
+        is_global_zero=rank == 0,
         validating=False,
         strategy=strategy,
         _checkpoint_connector=connector,
@@ -353,7 +357,30 @@ def test_one_of_several_processes_saves_what_it_can_vouch_for(tmp_path, error, n
     last = LastCheckpoint(tmp_path)
     last._has_started = True
     last.on_exception(trainer, ToyModel(), error)
+    if name == "last.ckpt" and rank:  # all have the same state, and live
+        name = None
     assert [path.name for path in tmp_path.iterdir()] == [name] * (name is not None)
+
+
+def test_processes_that_validate_on_streams_end_alone(tmp_path):
+    strategy = DDPStrategy(checkpoint_io=SafeCheckpointIO())
+    strategy.reduce = Mock(side_effect=AssertionError("others may not take part"))
+    connector = SimpleNamespace(dump_checkpoint=lambda weights_only: "state")
+    trainer: Any = SimpleNamespace(
+        world_size=2,
+        is_global_zero=True,
+        validating=False,
+        num_val_batches=[float("inf")],
+        strategy=strategy,
+        _checkpoint_connector=connector,
+    )
+    last = LastCheckpoint(tmp_path)
+    with pytest.raises(Interrupted), watch.handling():
+        last._has_started = watch.is_polled = True
+        last.on_validation_batch_end(trainer, ToyModel(), None, None, 0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        last.on_validation_batch_end(trainer, ToyModel(), None, None, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_an_error_before_training_leaves_the_checkpoint_alone(tmp_path):
@@ -364,21 +391,51 @@ def test_an_error_before_training_leaves_the_checkpoint_alone(tmp_path):
     assert saved_step(tmp_path) == 4
 
 
+class Signal(pl.Callback):
+    """Sends this process a signal at the second step, in a hook."""
+
+    def __init__(self, hook: str, number: signal.Signals) -> None:
+        def send(trainer, *_):
+            if trainer.global_step == 2 and not trainer.sanity_checking:
+                os.kill(os.getpid(), number)
+
+        setattr(self, hook, send)
+
+
 @pytest.mark.reported(21)
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
 def test_saves_at_the_end_of_the_batch_that_a_signal_met(tmp_path):
-    before = signal.getsignal(signal.SIGUSR1)
-
-    class Signal(pl.Callback):
+    class Check(pl.Callback):
         def on_train_batch_start(self, trainer, *_):
-            if trainer.global_step == 1:
-                os.kill(os.getpid(), signal.SIGUSR1)
-                assert not (tmp_path / "last.ckpt").exists()
-            if trainer.global_step == 2:
-                assert saved_step(tmp_path) == 2
+            assert (tmp_path / "last.ckpt").exists() == (trainer.global_step > 2)
+            if trainer.global_step > 2:
+                assert saved_step(tmp_path) == 3
 
-    train(tmp_path, 1, extra=[Signal()])
-    assert signal.getsignal(signal.SIGUSR1) is before
+    with watch.handling():
+        os.kill(os.getpid(), signal.SIGUSR1)  # while the run is prepared: saved after one batch
+        assert watch.request is Request.SAVE
+        watch.saved()
+        train(tmp_path, 1, extra=[Signal("on_train_batch_start", signal.SIGUSR1), Check()])
+        assert watch.request is Request.NOTHING
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("hook", "step"),
+    [
+        ("on_before_zero_grad", 3),
+        ("on_train_batch_end", 2),
+        ("on_save_checkpoint", 3),
+        ("on_validation_batch_start", 2),
+        ("on_train_epoch_end", 2),
+    ],
+)
+def test_a_signal_ends_training_once_all_is_saved(tmp_path, hook, step, number, status):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop, watch.handling():
+        train(tmp_path, 3, extra=[Signal(hook, number)], data=ToyDataModule(size=4))
+    assert stop.value.code == status and signal.getsignal(number) is before
+    assert saved_step(tmp_path) == step
 
 
 def test_the_frequency_of_checkpoints_is_checked(tmp_path):

@@ -1,5 +1,6 @@
 """The Trainer gets the values of the configuration, and good defaults for the rest."""
 
+import signal
 import warnings
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -17,6 +18,7 @@ from taming.run.callbacks import ImageLogger, SetupCallback
 from taming.run.checkpoints import LastCheckpoint, MonitorCheck
 from taming.run.epoch_values import EpochValues
 from taming.run.folder import Experiment, PreparationError, RunDir
+from taming.run.signals import watch
 from taming.run.trainer import build_callbacks, build_checkpoints, build_loggers, choose_strategy
 
 MODEL = {"target": "support.models.ToyModel"}
@@ -264,6 +266,35 @@ def test_strategy(monkeypatch, arguments, strategy):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
     assert choose_strategy(arguments).get("strategy") == strategy
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp_spawn", "ddp_notebook", "ddp_fork", "ddp_spawn_find_unused_parameters_true"]
+)
+def test_strategies_of_notebooks_are_refused(strategy):
+    with pytest.raises(ValueError, match=f"{strategy} .*use ddp"):
+        choose_strategy({"accelerator": "cpu", "devices": 2, "strategy": strategy})
+
+
+def test_shared_out_models_need_gpus_and_one_optimizer(run):
+    given = {"accelerator": "cpu", "devices": 2, "strategy": "fsdp"}
+    with pytest.raises(ValueError, match="`fsdp` requires a GPU"):
+        build(run, trainer=given)
+    with pytest.raises(ValueError, match="fsdp .*ToyManualModel optimizes manually: use ddp"):
+        build(run, ToyManualModel(), trainer=given)
+
+
+def test_only_the_requeueing_of_slurm_is_left_to_lightning(run, monkeypatch):
+    for name, value in (("NTASKS", 1), ("JOB_NAME", "train"), ("PROCID", 0), ("LOCALID", 0)):
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    for given, is_ours in (({}, True), ({"plugins": SLURMEnvironment()}, False)):
+        with watch.handling():
+            numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+            before = [signal.getsignal(number) for number in numbers]
+            trainer = build(run, trainer={"accelerator": "cpu", "devices": 1, **given})
+            trainer._signal_connector.register_signal_handlers()
+            *ends, save = [signal.getsignal(number) for number in numbers]
+            assert ends == before[:2] and (save == before[2]) == is_ours
 
 
 @pytest.mark.reported(21)

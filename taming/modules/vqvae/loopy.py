@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taming.modules.distributed import sum_over_ranks
+from taming.modules.distributed import share_of_rank, sum_over_ranks
 from taming.modules.sequence.notations import UnarySequence
 from taming.modules.util import checks_values
 from taming.modules.vqvae import rate
@@ -263,12 +263,13 @@ class LoopyVectorQuantizer(Quantizer):
     # --- learning --------------------------------------------------------------------------------
 
     def _loss(self, z: Tensor, searches: Searches) -> Tensor:
-        """Codebook and commitment loss, averaged over all turns of the sites in the loop."""
+        """Codebook and commitment loss, averaged over all searches; in training, of all ranks."""
         latents = z[searches.sites]  # (M, D)
-        commitment = F.mse_loss(searches.approximations.detach(), latents)
+        share = share_of_rank(len(latents), latents) if self.training else 1.0
+        commitment = F.mse_loss(searches.approximations.detach(), latents) * share
         if self.embedding.ema_decay is not None:
             return self.beta * commitment
-        codebook_term = F.mse_loss(searches.approximations, latents.detach())
+        codebook_term = F.mse_loss(searches.approximations, latents.detach()) * share
         return vq_loss(codebook_term, commitment, self.beta, self.legacy)
 
     @torch.no_grad()
