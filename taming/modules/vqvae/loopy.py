@@ -162,7 +162,7 @@ class LoopyVectorQuantizer(Quantizer):
         path, tau = self._find_paths(rows, z.shape[0], threshold, max_codes)
         lengths = rate.lengths_within(path.distances, tau)  # (N,): here each site ends
         codes = path.end_at(lengths)  # (N, T)
-        z_q = straight_through(flat, self._decode(codes).detach())
+        z_q = straight_through(flat, self._decode(codes, self.embedding.weight.detach()))
         searches = self.transform.retrace(rows, codes, self.embedding.weight.float())
         loss = self._loss(flat, searches)
         last = path.distances.gather(1, lengths[:, None] - 1).squeeze(1)  # (N,)
@@ -197,7 +197,8 @@ class LoopyVectorQuantizer(Quantizer):
         wrong = mark_impossible(codes, self.n_e, self.transform.dummies)
         turn = torch.arange(self.max_loops, device=codes.device)
         codes = torch.where(wrong[:, None], -(turn > 0).long(), codes)  # code 0 alone
-        z_q = self._decode(codes).masked_fill(wrong[:, None], math.nan)
+        z_q = self._decode(codes, self.embedding.weight)
+        z_q = z_q.masked_fill(wrong[:, None], math.nan)
         z_q = z_q.reshape(*grid, self.e_dim)
         return z_q if len(grid) == 1 else channels_second(z_q)
 
@@ -255,10 +256,9 @@ class LoopyVectorQuantizer(Quantizer):
         codebook = self.embedding.weight.detach().float()
         return self.transform.search(rows, codebook, tau, self.max_loops)
 
-    def _decode(self, codes: Tensor) -> Tensor:
+    def _decode(self, codes: Tensor, codebook: Tensor) -> Tensor:
         """Turn valid codes (N, T) into z_q (N, D), summed in float32 even in a half model."""
-        weight = self.embedding.weight
-        return self.transform.decode(codes, weight.float()).to(weight.dtype)
+        return self.transform.decode(codes, codebook.float()).to(codebook.dtype)
 
     # --- learning --------------------------------------------------------------------------------
 
