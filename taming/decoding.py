@@ -44,7 +44,7 @@ def picture_extensions(channels: int = 3) -> tuple[str, ...]:
     if channels not in MODES:
         return (".npy", ".tif", ".tiff")
     known = Image.registered_extensions()
-    decoded = [ending for kind in FORMATS for ending, own in known.items() if own == kind]
+    decoded = (ending for ending, kind in known.items() if kind in FORMATS)
     return tuple(dict.fromkeys((".jpg", ".jpeg", ".png", *decoded)))
 
 
@@ -148,7 +148,7 @@ def _transparent_colour(image: Image.Image) -> dict[str, Any]:
 def to_mode(
     image: Image.Image, channels: int = 3, upright: bool = True, background: Colour = "white"
 ) -> Image.Image:
-    """Convert a PIL image of any mode to 8 bits of a number of channels.
+    """Convert a PIL image of any mode to L, LA, RGB or RGBA of 8 bits.
 
     Args:
         image: Grey, palette, CMYK, transparent, ... of 8 bits; 16 bits, scaled from their whole
@@ -156,9 +156,6 @@ def to_mode(
         channels: 1 grey, 2 grey and alpha, 3 RGB, or 4 RGBA.
         upright: Apply the EXIF orientation.
         background: Colour under what is transparent; with alpha, under what is wholly so.
-
-    Returns:
-        An image of the mode L, LA, RGB or RGBA.
 
     Raises:
         ValueError: The values have no stated range, or leave it.
@@ -201,18 +198,14 @@ def _range_of(image: Image.Image) -> tuple[float, float] | None:
 def _eight_bits(image: Image.Image, black: float, white: float) -> Image.Image:
     """Scale a grey picture of more than 8 bits; a transparent value becomes alpha."""
     values = np.asarray(image)
-    grey = Image.fromarray(to_levels(values, black, white))
+    grey = Image.fromarray(_to_levels(values, black, white))
     if (hidden := image.info.get("transparency")) is not None:
         grey.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
     return grey
 
 
-def to_levels(values: np.ndarray, black: float, white: float) -> np.ndarray:
-    """Scale numbers to levels from 0 to 255, uint8.
-
-    Raises:
-        ValueError: A number lies outside [black, white], or is not finite.
-    """
+def _to_levels(values: np.ndarray, black: float, white: float) -> np.ndarray:
+    """Scale numbers in [black, white] to levels from 0 to 255, uint8; refuse others."""
     levels = (values.astype(np.float64) - black) / (white - black) * 255
     if not ((levels >= 0) & (levels <= 255)).all():  # False for NaN as well
         raise ValueError(
@@ -223,12 +216,7 @@ def to_levels(values: np.ndarray, black: float, white: float) -> np.ndarray:
 
 
 def _is_numpy(file: File) -> bool:
-    if not isinstance(file, (str, os.PathLike)) or Path(file).suffix.lower() != ".npy":
-        return False
-    if not os.path.isfile(path := os.path.expanduser(file)):
-        return False
-    with open(path, "rb") as opened:
-        return opened.read(6) == b"\x93NUMPY"
+    return isinstance(file, (str, os.PathLike)) and Path(file).suffix.lower() == ".npy"
 
 
 def _load_tiff(file: File, max_pixels: int | None) -> np.ndarray:
@@ -256,7 +244,7 @@ def _levels_of(array: np.ndarray) -> np.ndarray:
         return array
     if array.dtype.kind != "f" and array.dtype not in (np.bool_, np.uint16):
         raise ValueError(f"numbers must be uint8, uint16 or floats in [0, 1], not {array.dtype}")
-    return to_levels(array, 0, 65535 if array.dtype == np.uint16 else 1)
+    return _to_levels(array, 0, 65535 if array.dtype == np.uint16 else 1)
 
 
 def decode_image(
