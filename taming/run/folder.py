@@ -1,7 +1,7 @@
 """The folder of a run, and the model and data that are loaded from it.
 
 ``logs/<time>_<name>/`` holds ``checkpoints`` (``last.ckpt`` and the best ones), ``configs`` (one
-pair of files for each start) and ``images``.
+pair of files for each start that took a step) and ``images``.
 """
 
 from __future__ import annotations

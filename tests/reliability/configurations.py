@@ -105,6 +105,8 @@ def mutate(values: dict[str, Any], draw: random.Random) -> Mutant:
     words = words - {"params", "model", "data", "config"} or {str(key)}
     if kind in REPLACED:
         parent[key] = REPLACED[kind](parent[key], draw)
+        if isinstance(parent[key], bool | str):  # where a text is taken, True is one
+            words.add(str(parent[key]).lower())
     elif kind == "deleted key":
         del parent[key]
     elif kind == "misspelt key":

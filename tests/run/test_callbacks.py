@@ -164,9 +164,8 @@ def test_a_configuration_is_saved_with_the_first_step_before_its_checkpoint(tmp_
             assert len(list((tmp_path / "configs").glob("*.yaml"))) == 2
 
     setup = SetupCallback("now", tmp_path, tmp_path, tmp_path / "configs", {"data": {}}, {})
-    last = LastCheckpoint(tmp_path, every_n_train_steps=1)
     with pytest.raises(OSError, match="toy"):
-        fit(ToyModel(fail_at=fail_at), setup, last, Watch())
+        train(tmp_path, 1, ToyModel(fail_at=fail_at), extra=[setup, Watch()])
     assert (tmp_path / "configs").exists() == (tmp_path / "last.ckpt").exists() == (fail_at == 1)
 
 
