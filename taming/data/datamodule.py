@@ -128,7 +128,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         """Let the model look at a batch before it is on a GPU, which would wait for that."""
         model = self.trainer and self.trainer.lightning_module
         check = getattr(model, "check_batch", None)
-        if check is not None and model.device.type != "cpu":  # on a CPU, each step looks itself
+        if check and model and model.device.type != "cpu":  # on a CPU, each step looks itself
             check(batch)
         return batch
 

@@ -8,6 +8,7 @@ Axis letter: B items of a batch.
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -164,8 +165,13 @@ class Loader:
     def _read(self, dataset: Dataset[Any], **options: Any) -> Iterator[Any]:
         # Its own generator: torch would draw from the global one for each iteration.
         options |= {"pin_memory": torch.cuda.is_available(), "generator": torch.Generator()}
-        options |= {"worker_init_fn": outlive_signals}
+        options |= {"worker_init_fn": _start_worker}
         return iter(DataLoader(dataset, num_workers=self.num_workers, **options))
+
+
+def _start_worker(number: int) -> None:
+    outlive_signals(number)
+    gc.freeze()  # the collector would otherwise copy pages of modules that processes share
 
 
 class StreamLoader(Loader):

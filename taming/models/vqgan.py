@@ -221,11 +221,12 @@ class VQModel(ManualOptimization, FirstStage):
             ValueError: They are not codes of the quantizer (see its ``get_codebook_entry``).
         """
         if shape is None:
-            axes = tuple(getattr(code_b, "shape", ()))
+            axes = [*getattr(code_b, "shape", ())]
             if len(axes) not in (3, 4):
-                raise ValueError(f"codes of shape {axes} need the shape (B, h, w, D) they fill")
-            batch, h, w = axes[:3]
-            shape = (batch, h, w, self.quantize.e_dim)
+                raise ValueError(
+                    f"codes of shape {tuple(axes)} need the shape (B, h, w, D) they fill"
+                )
+            shape = (axes[0], axes[1], axes[2], self.quantize.e_dim)
         return self.decode(self.quantize.get_codebook_entry(code_b, shape))
 
     # --- training --------------------------------------------------------------------------------
