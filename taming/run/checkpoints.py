@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from taming.checkpoint import load_checkpoint
@@ -210,6 +210,7 @@ class LastCheckpoint(Checkpoint):
         if is_even:
             self._save(trainer)
         else:
+            trainer.state.status = TrainerStatus.INTERRUPTED  # callbacks must not gather any more
             self._save_alone(trainer, Interrupted(request))
         watch.end(request)
 

@@ -68,6 +68,7 @@ _ALLOWED: dict[str, tuple[_Allowed, ...]] = {
     "lightning": (
         _Allowed("taming.run.callbacks", f"{_LIGHTNING}.callbacks.callback.Callback"),
         _Allowed("taming.run.checkpoints", f"{_LIGHTNING}.callbacks.callback.Callback"),
+        _Allowed("taming.run.epoch_values", f"{_LIGHTNING}.callbacks.callback.Callback"),
         _Allowed(f"{_LIGHTNING}.callbacks", names=_CALLBACKS),
         _Allowed(f"{_LIGHTNING}.loggers", names=("CSVLogger", "TensorBoardLogger")),
         _Allowed("lightning.fabric.plugins.environments", names=("LightningEnvironment",)),
