@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Runs of the tests' own models are saved and loaded, as those of a user's own classes are.
-os.environ["TAMING_TRUST"] = "support"
+os.environ["TAMING_TRUST"] = "support,tests.reliability"
 
 # Work this small takes longer when several threads wait for each other.
 torch.set_num_threads(1)

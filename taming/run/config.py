@@ -295,10 +295,11 @@ def _record(
 ) -> None:
     """Record the origin and the text of a value that replaces an old one, and of those inside."""
     if path:
-        # A run's later starts save all values again.
-        if isinstance(value, Mapping) or (type(old), old) != (type(value), value):
+        # A run's later starts save all values again, beside the earlier files.
+        is_same = not isinstance(value, Mapping) and (type(old), old) == (type(value), value)
+        is_beside = Path(origins.get(path, "")).parent == Path(source.name).parent
+        if not (is_same and is_beside and path in origins) or source.name == COMMAND_LINE:
             origins[path] = source.name
-        origins.setdefault(path, source.name)
         texts.pop(path, None)
         texts.update({path: source.texts[path]} if path in source.texts else {})
     inside = dict(entries(old))

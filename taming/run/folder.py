@@ -163,8 +163,9 @@ class RunDir:
         finally:
             with suppress(OSError):  # not empty, or removed before, or by another process
                 self.path.rmdir()
-            with suppress(OSError):
-                self.path.parent.rmdir()
+            if not self.path.exists():
+                with suppress(OSError):
+                    self.path.parent.rmdir()
 
     @classmethod
     def resume(cls, path: str | Path) -> tuple[RunDir, Path]:

@@ -39,6 +39,8 @@ from taming.util import NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = "tests.reliability.kills"
+# Its classes may be named by the runs that are resumed.
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "TAMING_TRUST": "tests.reliability"}
 KINDS = ("tokenizer", "prior", "cache", "processes")
 
 
@@ -266,7 +268,7 @@ def _run(folder: Path, argv: Sequence[Any]) -> None:
     arguments = ["-t", "--no-test", *map(str, argv)]
     # From these, Lightning starts the second of two processes.
     sys.argv, sys.modules["__main__"].__spec__ = [str(ROOT / "main.py"), *arguments], None
-    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ.update(ENVIRONMENT)
     program.main(arguments)
 
 
@@ -309,7 +311,7 @@ def make_tokenizer(folder: Path) -> Path:
     folder.mkdir()
     config = write_config(folder / "tokenizer.yaml", "tokenizer", max_epochs=1)
     run = end(folder, start(folder, "-b", config))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **ENVIRONMENT}
     script = [sys.executable, str(ROOT / "scripts/encode.py"), "-r", str(run)]
     script += ["-o", str(folder / "cache"), "data.params.num_workers=0"]
     subprocess.run(script, check=True, env=environment, cwd=folder, capture_output=True)

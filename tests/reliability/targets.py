@@ -48,6 +48,7 @@ from taming.run.folder import SavedRun  # noqa: E402
 REASONS = (
     *("a saved run may", "is not valid YAML", "Recursive interpolation", " has no module "),
     *(" has no '", "may run code when loaded", "names itself", "unknown key evil"),
+    "must name a ",
 )
 BLOCKS = ("model", "data", "lightning")
 

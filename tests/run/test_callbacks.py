@@ -262,7 +262,7 @@ def test_waits_for_the_step_while_gradients_are_accumulated(tmp_path):
 
     class Watch(pl.Callback):
         def on_train_batch_start(self, *_):
-            last._request()
+            watch.request = Request.SAVE
 
         def on_train_batch_end(self, trainer, *_):
             steps.append(saved_step(tmp_path) if last.path.exists() else 0)
@@ -352,6 +352,8 @@ def test_one_of_several_processes_saves_what_it_can_vouch_for(tmp_path, error, n
         is_global_zero=rank == 0,
         validating=False,
         strategy=strategy,
+        state=SimpleNamespace(),
+        fit_loop=Mock(),
         _checkpoint_connector=connector,
     )
     last = LastCheckpoint(tmp_path)
@@ -372,6 +374,8 @@ def test_processes_that_validate_on_streams_end_alone(tmp_path):
         validating=False,
         num_val_batches=[float("inf")],
         strategy=strategy,
+        state=SimpleNamespace(),
+        fit_loop=Mock(),
         _checkpoint_connector=connector,
     )
     last = LastCheckpoint(tmp_path)
@@ -450,6 +454,6 @@ def test_a_configuration_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(OmegaConf, "save", full)
     setup = SetupCallback("now", tmp_path, tmp_path, tmp_path / "configs", {}, {})
-    with pytest.raises(WriteError, match="now-project.yaml cannot be saved.*No space"):
-        setup.on_fit_start(SimpleNamespace(is_global_zero=True), None)
+    with pytest.raises(WriteError, match="now-lightning.yaml cannot be saved.*No space"):
+        setup._save(SimpleNamespace(is_global_zero=True))
     assert not [*(tmp_path / "configs").iterdir()]

@@ -15,6 +15,7 @@ from support.runs import CONFIGS, call, fails, run_main, shipped
 import taming
 from taming.data.base import NumpyPaths
 from taming.models.vqgan import VQModel
+from taming.modules.losses.vqperceptual import DummyLoss
 from taming.run import trust
 from taming.run.config import ConfigError, load_config
 from taming.run.folder import SavedRun, data_from_run, model_from_run
@@ -103,7 +104,7 @@ def test_a_model_is_loaded_whatever_the_data_name(tmp_path):
 def test_the_user_is_trusted_and_may_trust(tmp_path, monkeypatch):
     """By a module's name, by a flag, by a file or a key of the command line; at any depth."""
     loss = "support.models.X"
-    monkeypatch.setattr("support.models.X", type("X", (torch.nn.Identity,), {}), raising=False)
+    monkeypatch.setattr("support.models.X", type("X", (DummyLoss,), {}), raising=False)
     monkeypatch.setattr("support.models.X.__module__", "support.models")
     path, config = "model.params.lossconfig", of_target("model.params.lossconfig", loss)
     tokenizer = write(tmp_path / "logs/tokenizer", config)
@@ -199,8 +200,10 @@ def test_programs_take_the_flag(script, tmp_path, capsys):
     assert REFUSED not in str(error.value)
 
 
-def test_the_program_takes_the_flag(tmp_path, capsys):
-    run = write(tmp_path / "run", of_target("model.params.lossconfig", "support.models.ToyModel"))
+def test_the_program_takes_the_flag(tmp_path, capsys, monkeypatch):
+    run = write(tmp_path / "run", of_target("model.params.lossconfig", "support.models.OwnLoss"))
+    monkeypatch.setattr("support.models.OwnLoss", type("OwnLoss", (DummyLoss,), {}), raising=False)
+    monkeypatch.setattr("support.models.OwnLoss.__module__", "support.models")
     with pytest.raises(SystemExit):
         run_main(tmp_path, "-r", run, "--no-test", "true")
     assert REFUSED in capsys.readouterr().err
@@ -249,6 +252,7 @@ def test_only_targets_become_code():
     outside = {(m, n) for m, n in found if not m.startswith("taming.run")}
     assert outside == {
         ("taming.__init__", "import_module"),  # of the names of the face
+        ("taming.util", "eval"),  # of the annotations in a target's own source
         ("taming.util", "import_module"),
         ("taming.util", "reload"),
         ("taming.util", "get_obj_from_str"),
