@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taming.modules.vqvae.base import Part
-from taming.modules.vqvae.nearest import nearest_codes
+from taming.modules.vqvae.nearest import distance_to, nearest_codes
 
 ABSENT = -1
 DepthShape = tuple[int, int] | None  # (T, D)
@@ -239,10 +239,11 @@ class Cascade(Transform):
         latents, paths, _ = residual.shape
         each = min(self.beam, len(seen))
         # No path can have more than ``beam`` survivors, so its nearest codes suffice.
-        found, distance = nearest_codes(residual.flatten(0, 1), seen, k=each)  # (N P, each)
+        found = nearest_codes(residual.flatten(0, 1), seen, k=each).view(latents, -1, each)
+        distance = distance_to(residual[:, :, None], seen[found])  # (N, P, each)
         kept = min(self.beam, paths * each)
-        distance, best = distance.view(latents, -1).topk(kept, largest=False)  # (N, P')
-        code = found.view(latents, -1).gather(1, best)  # (N, P')
+        distance, best = distance.flatten(1).topk(kept, largest=False)  # (N, P')
+        code = found.flatten(1).gather(1, best)  # (N, P')
         parent = (best // each)[..., None]  # (N, P', 1), the path that each one extends
         residual = residual.take_along_dim(parent, dim=1) - seen[code]  # (N, P', D)
         written = torch.cat([written.take_along_dim(parent, dim=1), code[..., None]], dim=2)
