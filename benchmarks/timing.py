@@ -53,10 +53,11 @@ def in_turn(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return {name: _summary(rounds) for name, rounds in times.items()}
+    return {name: summary(rounds) for name, rounds in times.items()}
 
 
-def _summary(rounds: list[tuple[float, float]]) -> Timing:
+def summary(rounds: list[tuple[float, float]]) -> Timing:
+    """Summarise the (wall, processor) seconds of the rounds of one side."""
     walls, cpus = zip(*rounds, strict=True)
     low, middle, high = statistics.quantiles(cpus, n=4, method="inclusive")
     return Timing(statistics.median(walls), middle, (high - low) / max(middle, 1e-9))
