@@ -19,7 +19,7 @@ folder = Path(sys.argv[1])  # of the setting and the weights
 setting = json.loads((folder / "setting.json").read_text())
 networks = importlib.import_module("taming.modules.diffusionmodules.model")
 quantizers = importlib.import_module("taming.modules.vqvae.quantize")
-losses = importlib.import_module("taming.modules.losses.vqperceptual")
+losses: Any = importlib.import_module("taming.modules.losses.vqperceptual")
 losses.LPIPS = nn.Identity  # its weights would be downloaded, and its factor is 0
 
 torch.set_num_threads(1)
