@@ -17,21 +17,10 @@ from typing import TYPE_CHECKING, Any
 from taming.run.check import check_experiment
 from taming.run.cli import Options, parse_arguments
 from taming.run.config import load_config
-from taming.run.folder import (
-    Experiment,
-    PreparationError,
-    RunDir,
-    is_first_process,
-    run_name,
-    without_starts,
-)
-from taming.util import (
-    DataError,
-    NonFiniteError,
-    WriteError,
-    get_obj_from_str,
-    instantiate_from_config,
-)
+from taming.run.folder import Experiment, RunDir, is_first_process, run_name, without_starts
+from taming.run.parts import loading
+from taming.run.signals import watch
+from taming.util import get_obj_from_str, instantiate_from_config
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import LearningRateMonitor
@@ -71,11 +60,15 @@ def __getattr__(name: str) -> Any:
 def load(options: Options) -> Experiment:
     """Merge and check the configuration, and find or create the run's folder."""
     run, checkpoint = RunDir.resume(options.resume) if options.resume else (None, None)
-    lightning: dict[str, Any] = {"trainer": options.trainer} if options.trainer else {}
+    given: dict[str, Any] = {"lightning": {"trainer": options.trainer}} if options.trainer else {}
     if run:  # it no longer needs the checkpoint that it once started from
-        lightning["ckpt_path"] = None
+        given.setdefault("lightning", {})["ckpt_path"] = None
     files = [*(run.saved_configs if run else []), *options.base]
-    config = load_config(files, options.dotlist, {"lightning": lightning} if lightning else None)
+    untrusted = run.configs if run and not options.trust_config else None
+    config = load_config(files, options.dotlist, given, untrusted)
+    if options.show:
+        sys.stdout.write(config.to_yaml())
+        sys.exit()
     check_experiment(config, train=options.train)
     model, lightning = config.block("model"), config.values.get("lightning") or {}
     if run:  # all weights are in the checkpoint
@@ -84,20 +77,22 @@ def load(options: Options) -> Experiment:
         name = run_name(options.name, options.base, options.postfix)
         run = RunDir.new(name, "logs/debug_runs" if options.debug else "logs")
         checkpoint = Path(lightning["ckpt_path"]) if lightning.get("ckpt_path") else None
-    blocks, wandb = (model, config.block("data"), lightning), options.wandb and options.project
-    return Experiment(run, checkpoint, *blocks, wandb or None, options.trust_checkpoint)
+    blocks = model, config.block("data"), lightning
+    wandb = options.project if options.wandb else None
+    return Experiment(run, checkpoint, *blocks, wandb, options.trust_checkpoint, config.trials)
 
 
 def build(options: Options, experiment: Experiment) -> tuple[Any, Any, Any]:
     """Build the Trainer, the model with its learning rate, and the data module."""
     from lightning.pytorch import seed_everything
 
+    from taming.run.memory import build_model
     from taming.run.trainer import build_trainer, learning_rate_scale, trainer_arguments
 
     arguments = trainer_arguments(experiment)
     seed_everything(options.seed, workers=True)
     data = instantiate_from_config(experiment.data)
-    model = instantiate_from_config(experiment.model)
+    model = build_model(experiment.model)
     trainer = build_trainer(experiment, arguments, model)
     if options.train:
         scale = learning_rate_scale(experiment, trainer.world_size) if options.scale_lr else 1
@@ -112,10 +107,11 @@ def log_to_console() -> None:
         logger.addHandler(logging.StreamHandler())
 
 
+@watch.handling()
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and test as the command line (by default that of the process) asks."""
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    from taming.run.trainer import fit, quiet_lightning, test
+    from taming.run.trainer import MISTAKES, fit, one_line, quiet_lightning, test
 
     log_to_console()
     quiet_lightning()
@@ -124,9 +120,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     mistakes: tuple[type[Exception], ...] = (ValueError, OSError)
     try:
         experiment = load(options)
-        with experiment.run.kept_if_used():
+        with experiment.run.kept_if_used(), loading(options.resume, options.trust_config):
             trainer, model, data = build(options, experiment)
-            mistakes = (PreparationError, DataError, NonFiniteError, WriteError)
+            mistakes = MISTAKES
             if options.train:
                 logger.info("the run's folder is %s", experiment.run.path)
                 fit(trainer, model, data, experiment.checkpoint)
@@ -139,9 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
             pdb.post_mortem(error.__traceback__)
         elif isinstance(error, mistakes):
-            # A loader process puts its traceback into the message, before the message itself.
-            line = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
-            sys.stderr.write(f"error: {line}\n")
+            sys.stderr.write(f"error: {one_line(error)}\n")
             sys.exit(2)
         raise
 

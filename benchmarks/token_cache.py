@@ -63,7 +63,7 @@ def training_step_of(model: Prior) -> Work:
 
     def step(batch: Mapping[str, Any]) -> None:
         batch = move_data_to_device(batch, model.device)
-        nats, lengths = model.likelihood(model.tokenize_batch(batch))
+        nats, lengths = model.measure_nats(model.tokenize_batch(batch))
         optimizer.zero_grad()
         (nats.sum() / lengths.sum()).backward()
         optimizer.step()

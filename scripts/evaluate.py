@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
 from taming.run import cli
-from taming.run.folder import data_from_run, model_from_run
+from taming.run.folder import SavedRun
 from taming.run.trainer import quiet_lightning
+from taming.util import replacing
 
 logger = logging.getLogger("taming.evaluate")
 
@@ -48,7 +49,7 @@ def tokens_per_image(model: VQModel, data: pl.LightningDataModule) -> list[int]:
 def main() -> None:
     """Print the validation metrics, and save them with the histograms as JSON."""
     parser = cli.script_parser(__doc__)
-    parser.add_argument("-r", "--resume", required=True, help="run, or one of its checkpoints")
+    cli.add_run_arguments(parser, "run, or one of its checkpoints")
     parser.add_argument("-o", "--output", default="results/evaluation.json", type=Path)
     options = parser.parse_args()
 
@@ -57,7 +58,9 @@ def main() -> None:
     if options.output.is_dir():
         raise ValueError(f"{options.output} is a folder; -o names the file to be written")
     quiet_lightning()
-    model, data = model_from_run(options.resume), data_from_run(options.resume)
+    about = {"tokenizer": options.tokenizer, "trust_config": options.trust_config}
+    saved = SavedRun.load(options.resume, **about)
+    model, data = saved.model(), saved.data("validate")
     keep = KeepHistograms()
     trainer = pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
@@ -72,7 +75,8 @@ def main() -> None:
     metrics["histograms"] = keep.histograms
     if isinstance(model, VQModel) and len(model.levels) == 1:  # several levels, several sequences
         metrics["tokens_per_image"] = tokens_per_image(model.to(device).eval(), data)
-    options.output.write_text(json.dumps(metrics, indent=2))
+    with replacing(options.output) as part:
+        part.write_text(json.dumps(metrics, indent=2))
     logger.info("written to %s", options.output)
 
 

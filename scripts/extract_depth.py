@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from taming.data.imagenet import ImageNetTrain, ImageNetValidation
-from taming.data.preprocessing import decode_image, error_context, to_unit_range
+from taming.data.preprocessing import error_context, refuse_failed, skipping, to_unit_range
 from taming.data.roots import data_root
+from taming.decoding import decode_image
+from taming.pictures import save_picture
 from taming.run import cli
 from taming.util import load_network
 
@@ -44,18 +46,13 @@ def estimate_depth(
 
 def save_depth(depth: np.ndarray, path: Path) -> None:
     """Save (H, W) float32 as the bytes of an RGBA image; missing folders are created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")  # an incomplete file must not count as done
-    try:
-        picture = Image.fromarray(np.ascontiguousarray(depth[..., None], "<f4").view(np.uint8))
-        picture.save(part, format="PNG")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    save_picture(
+        Image.fromarray(np.ascontiguousarray(depth[..., None], "<f4").view(np.uint8)), path
+    )
 
 
 def main() -> None:
-    """Save a map for every image without one."""
+    """Save a map for every image without one; name images that cannot be read, and go on."""
     parser = cli.script_parser(__doc__)
     add, hub = parser.add_argument, "intel-isl/MiDaS"
     add("-o", "--outdir", type=Path, help="default: imagenet_depth in the data root")
@@ -68,16 +65,20 @@ def main() -> None:
     datasets = {split: SPLITS[split]({"root": options.root}) for split in options.splits}
     network = load_network(options.hub, "MiDaS").eval().to(device)
     prepare = load_network(options.hub, "transforms").default_transform
+    failed: list[str] = []
+    total = 0
     for split, dataset in datasets.items():
         names = dataset.labels["relpath"]
         paths = [(outdir / split / name).with_suffix(".png") for name in names]
         missing = [number for number, path in enumerate(paths) if not path.exists()]
+        total += len(missing)
         for number in tqdm(missing, desc=split):
             file = dataset.labels["file_path_"][number]
-            with error_context(f"image {file}"):
+            with skipping(failed), error_context(f"image {file}"):
                 image = to_unit_range(decode_image(file, upright=False))  # as the data sets do
-            save_depth(estimate_depth(network, prepare, image), paths[number])
+                save_depth(estimate_depth(network, prepare, image), paths[number])
     logger.info("depth maps in %s", outdir)
+    refuse_failed(failed, total)
 
 
 if __name__ == "__main__":

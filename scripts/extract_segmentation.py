@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from taming.checkpoint import load_checkpoint
 from taming.data.custom import find_files
-from taming.data.preprocessing import decode_image
+from taming.data.preprocessing import error_context, skipping
 from taming.data.roots import data_root, read_list
+from taming.decoding import decode_image
+from taming.pictures import save_picture
 from taming.run import cli
 from taming.util import load_network
 
@@ -84,16 +86,12 @@ def main() -> None:
     if len({*paths.values()}) < len(paths):
         raise ValueError("images whose names differ only in the extension would share a map")
     network = load_segmenter(options).to(device)
-    done = 0
+    failed: list[str] = []
     for path, target in tqdm(paths.items(), desc="images"):
-        try:
+        with skipping(failed), error_context(f"image {path}"):
             image = decode_image(path, upright=False)  # as the data sets do
-        except ValueError as error:
-            logger.warning("%s %s", path, error)
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(segment(network, image.to(device))).save(target)
-        done += 1
+            save_picture(Image.fromarray(segment(network, image.to(device))), target)
+    done = len(paths) - len(failed)
     logger.info("%d of %d segmentations in %s", done, len(paths), options.dest)
 
 

@@ -6,12 +6,12 @@ python scripts/extract_submodel.py logs/<run>/checkpoints/last.ckpt first.ckpt f
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import torch
 
-from taming.checkpoint import load_checkpoint
+from taming.checkpoint import load_checkpoint, weights_of
 from taming.run import cli
+from taming.util import replacing
 
 logger = logging.getLogger("taming.extract_submodel")
 
@@ -25,14 +25,14 @@ def main() -> None:
     options = parser.parse_args()
 
     checkpoint = load_checkpoint(options.inpath)
-    weights = checkpoint.get("state_dict", checkpoint)
+    weights = weights_of(checkpoint)
     prefix = f"{options.submodel}."
     part = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     if not part:
         names = sorted({key.partition(".")[0] for key in weights})
         raise ValueError(f"{options.inpath} has no part {options.submodel!r}; its parts: {names}")
-    Path(options.outpath).parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": part}, options.outpath)
+    with replacing(options.outpath) as file:
+        torch.save({"state_dict": part}, file)
     logger.info("%d weights of %s in %s", len(part), options.submodel, options.outpath)
 
 

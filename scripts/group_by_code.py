@@ -21,7 +21,7 @@ from tqdm import tqdm
 from taming.models.vqgan import VQModel
 from taming.pictures import save_picture, tile
 from taming.run import cli
-from taming.run.folder import data_from_run, model_from_run
+from taming.run.folder import SavedRun
 
 logger = logging.getLogger("taming.group_by_code")
 
@@ -70,6 +70,7 @@ def main() -> None:
     parser = cli.script_parser(__doc__)
     add, n_help = parser.add_argument, "number of validation images to encode"
     add("-r", "--resume", required=True, help="run of the tokenizer")
+    add("--trust_config", action="store_true", help=cli.TRUST_HELP)
     add("-o", "--output", default="results/groups.png", type=Path)
     add("-n", "--num_images", type=int, default=2000, help=n_help)
     add("--rows", type=int, default=12, help="number of codes to show")
@@ -78,7 +79,8 @@ def main() -> None:
     if min(options.num_images, options.rows, options.columns) < 1:
         raise ValueError("--num_images, --rows and --columns must be at least 1")
     device = cli.choose_device(options.device)
-    model = cli.check_kind(model_from_run(options.resume), VQModel, options.resume, "a tokenizer")
+    saved = SavedRun.load(options.resume, trust_config=options.trust_config)
+    model = cli.check_kind(saved.model(), VQModel, options.resume, "a tokenizer")
     model.to(device)
     most = model.grid[0] * model.grid[1] * model.quantize.sequence.max_loops
     if most != 1:
@@ -86,7 +88,7 @@ def main() -> None:
             f"the tokenizer of {options.resume} has up to {most} codes per image instead of one; "
             "train one with configs/vqvae_single_code.yaml"
         )
-    images, codes, classes = encode(model, data_from_run(options.resume), options.num_images)
+    images, codes, classes = encode(model, saved.data("validate"), options.num_images)
     rows = rows_of(model, images, codes, options.rows, options.columns)
     save_picture(tile(torch.cat(rows), options.columns + 1), options.output)
     logger.info("%d images, %d codes", len(codes), len(codes.unique()))

@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 import taming
 from taming.data.custom import find_files
-from taming.data.preprocessing import error_context
+from taming.data.preprocessing import error_context, refuse_failed, skipping
 from taming.models.vqgan import VQModel
 from taming.pictures import load_image, save_picture, side_by_side
 from taming.run import cli
 from taming.tokenizer import Tokenizer
+from taming.util import replacing
 
 logger = logging.getLogger("taming.reconstruct")
 
@@ -115,7 +116,7 @@ def reconstruct(
         )
         numbers |= {
             "threshold": float(reached.max()) / latent_std(model) if len(reached) else 0.0,
-            "never_within_threshold": int((~trace.within).sum()),
+            "never_within_threshold": float((~trace.within).float().mean()),
             "turns_per_site": float(trace.lengths.float().mean()),
             "turns": turns.tolist()[1:],
         }
@@ -137,6 +138,7 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     add("images", nargs="+", help="image files or folders of them")
     add("-r", "--resume", required=True, help="run of the tokenizer, or a checkpoint")
+    add("--trust_config", action="store_true", help=cli.TRUST_HELP)
     add("-o", "--outdir", default="results/reconstructions", type=Path)
     add("-s", "--size", type=int, help="length of the short side in pixels")
     add = parser.add_mutually_exclusive_group().add_argument
@@ -152,34 +154,44 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Reconstruct each image, and save ``reconstructions.json`` with the numbers of all."""
+    """Reconstruct each image, and save ``reconstructions.json`` with the numbers of all.
+
+    An image that cannot be used is named, and the others go on.
+
+    Raises:
+        ValueError: An image could not be used.
+    """
     options = parse_options()
     paths = find_files(options.images)
     names = unique_names(paths)
     refuse_overwriting(paths, names, options.outdir)
-    loaded = taming.load(options.resume, cli.choose_device(options.device))
+    device = cli.choose_device(options.device)
+    loaded = taming.load(options.resume, device, trust_config=options.trust_config)
     tokenizer = cli.check_kind(loaded, Tokenizer, options.resume, "a tokenizer")
     if (channels := tokenizer.channels) != 3:
         raise ValueError(f"{options.resume} holds a tokenizer of {channels} channels, not 3")
     model = tokenizer.model
     rate = chosen_rate(options, model)
     report: dict[str, dict[str, Any]] = {}
+    failed: list[str] = []
     try:
         for path, name in tqdm(zip(paths, names, strict=True), "reconstruct", len(paths)):
-            x = load_image(path, options.size, model.factor)[None].to(model.device)
-            with error_context(str(path)):
+            with skipping(failed), error_context(f"image {path}"):
+                x = load_image(path, options.size, model.factor)[None].to(model.device)
                 pictures, numbers = reconstruct(model, x, rate)
-            save_pictures(pictures, options.outdir, name)
-            report[str(path)] = numbers
+                save_pictures(pictures, options.outdir, name)
+                report[str(path)] = numbers
     finally:
-        if report:  # images before one that fails are not lost
-            (options.outdir / "reconstructions.json").write_text(json.dumps(report, indent=2))
+        if report:  # what was done before a fault is not lost
+            with replacing(options.outdir / "reconstructions.json") as part:
+                part.write_text(json.dumps(report, indent=2))
     for name, numbers in report.items():
         target = rate.get("target_psnr", -math.inf)
         if numbers["psnr"] < target:
             message = "%s reaches only %.2f of the %.2f dB wanted, with all its turns"
             logger.warning(message, name, numbers["psnr"], target)
-    logger.info("%d reconstructions in %s", len(paths), options.outdir)
+    logger.info("%d reconstructions in %s", len(report), options.outdir)
+    refuse_failed(failed, len(paths))
 
 
 if __name__ == "__main__":

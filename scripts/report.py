@@ -19,6 +19,7 @@ matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 
 from taming.run import cli
+from taming.util import replacing
 
 logger = logging.getLogger("taming.report")
 
@@ -125,7 +126,9 @@ def main() -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     prior = json.loads((folder / "prior.json").read_text())
     rows = summary(tokenizer, prior)
-    (folder / "report.html").write_text(page(folder, tokenizer, rows), encoding="utf-8")
+    html_page = page(folder, tokenizer, rows)
+    with replacing(folder / "report.html") as part:
+        part.write_text(html_page, encoding="utf-8")
     for name, value in rows:
         logger.info("%-38s %s", name, value)
     logger.info("\nresults: %s\nreport:  %s", folder.resolve(), (folder / "report.html").resolve())

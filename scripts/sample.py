@@ -31,6 +31,7 @@ from tqdm import tqdm
 import taming
 from taming.data.base import ImagePaths
 from taming.data.custom import find_files
+from taming.data.preprocessing import refuse_failed, skipping
 from taming.generator import Generator
 from taming.models.sampling import numbers_of, paste, upper_part
 from taming.pictures import save_picture, tile, to_tensor
@@ -44,7 +45,7 @@ def parse_options() -> argparse.Namespace:
     parser = cli.script_parser(__doc__)
     add = parser.add_argument
     run_help = "run of the prior, or a checkpoint; or those of all levels, the top's first"
-    add("-r", "--resume", nargs="+", required=True, help=run_help)
+    cli.add_run_arguments(parser, run_help, nargs="+")
     add("-o", "--outdir", default="results/samples", type=Path)
     cli.add_sampling_arguments(parser, num_samples=16, batch_size=16)
     add("--min_p", type=float, help="sample among those this likely, relatively")
@@ -82,7 +83,7 @@ def sample(generator: Generator, options: argparse.Namespace, asked: dict[str, A
     for number, picture in enumerate(pictures):
         label = (asked["label"] or [None])[number // options.num_samples]
         suffix = "" if label is None else f"_class{label}"
-        picture.save(options.outdir / f"{number:06}{suffix}.png")
+        save_picture(picture, options.outdir / f"{number:06}{suffix}.png")
     save_picture(tile(pictures, 8), options.outdir / "grid.png")
 
 
@@ -91,12 +92,16 @@ def known_part(generator: Generator, options: argparse.Namespace, grid: tuple[in
     if options.mask is None:
         return upper_part(0.5 if options.known is None else options.known, grid)
     side = grid[0] * generator.model.first_stage_model.factor
-    mask = ImagePaths([options.mask], side, antialias=True)[0]["image"]  # (H, W, 3)
+    mask = ImagePaths([options.mask], side, antialias=True, background="black")[0]["image"]
     return generator.known_sites(mask.mean(axis=-1), grid)
 
 
 def complete(generator: Generator, options: argparse.Namespace, asked: dict[str, Any]) -> None:
-    """Save a row for each image: input, its known part, and completions."""
+    """Save a row for each image: input, its known part, and completions.
+
+    Raises:
+        ValueError: An image could not be used; the others are completed first.
+    """
     grid = options.grid or generator.model.grid
     if grid[0] != grid[1]:
         raise ValueError(f"--complete needs a square grid, got {grid[0]}x{grid[1]}")
@@ -105,15 +110,18 @@ def complete(generator: Generator, options: argparse.Namespace, asked: dict[str,
     side = grid[0] * generator.model.first_stage_model.factor
     images = ImagePaths(find_files(options.complete), side, antialias=True)
     known = known_part(generator, options, grid)
+    failed: list[str] = []
     for number in tqdm(range(len(images)), desc="complete"):
-        item = images[number]
-        first = numbers_of(number, [0])[0]
-        completed = generator.complete(item["image"], known, first=first, **asked)
-        row = torch.stack([to_tensor(picture) for picture in (item["image"], *completed)])
-        seen = paste(torch.ones_like(row[:1]), row[1:2], known.cpu())
-        row = torch.cat([row[:1], seen, row[1:]])
-        name = f"{number:06}_{Path(item['file_path_']).stem}_completed.png"
-        save_picture(tile(row, len(row)), options.outdir / name)
+        with skipping(failed):
+            item = images[number]
+            first = numbers_of(number, [0])[0]
+            completed = generator.complete(item["image"], known, first=first, **asked)
+            row = torch.stack([to_tensor(picture) for picture in (item["image"], *completed)])
+            seen = paste(torch.ones_like(row[:1]), row[1:2], known.cpu())
+            row = torch.cat([row[:1], seen, row[1:]])
+            name = f"{number:06}_{Path(item['file_path_']).stem}_completed.png"
+            save_picture(tile(row, len(row)), options.outdir / name)
+    refuse_failed(failed, len(images))
 
 
 def main(all_levels: bool = False) -> None:
@@ -121,7 +129,8 @@ def main(all_levels: bool = False) -> None:
     options = parse_options()
     cli.check_folder(options.outdir)
     runs = options.resume if all_levels or len(options.resume) > 1 else options.resume[0]
-    loaded = taming.load(runs, cli.choose_device(options.device))
+    about = {"tokenizer": options.tokenizer, "trust_config": options.trust_config}
+    loaded = taming.load(runs, cli.choose_device(options.device), **about)
     generator = cli.check_kind(loaded, Generator, runs, "a prior")
     generator.batch_size = options.batch_size
     names = ("seed", "grid", "temperature", "top_k", "top_p", "min_p", "guidance")

@@ -14,16 +14,20 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import ipaddress
 import json
 import logging
+import math
+import socket
 import threading
 import webbrowser
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +43,16 @@ from taming.run import cli
 logger = logging.getLogger("taming.sample_conditional")
 
 PAGE = Path(__file__).with_suffix(".html")
+LONGEST = 2000  # characters of a request's path
+MOST_SITES = 2**16  # of an image to sample
+# Name of a field -> its smallest and largest value. Logits overflow at a smaller temperature.
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("index", "label", "seed"), (0, 2**63 - 1)),
+    **dict.fromkeys(("top_k", "every"), (1, 2**31 - 1)),
+    **dict.fromkeys(("known", "greedy"), (0, 1)),
+    "scale": (1 / 64, 8),
+    "temperature": (1e-3, 1e3),
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,7 @@ class Wish:
         label: Class to sample, of a prior over classes.
         scale: Size of the image to sample; 1 is the example's own, or the one trained on.
         known: Share of the example's reconstruction, from above, that stays.
-        temperature: Divides the logits; above 0.
+        temperature: Divides the logits.
         top_k: Sample among the k likeliest tokens.
         greedy: 1 takes the likeliest token instead, 0 samples.
         every: Sites between two pictures.
@@ -71,16 +85,25 @@ class Wish:
 
     @classmethod
     def read(cls, query: str) -> Wish:
-        """Read a query string.
+        """Read a query string; the page also sends fields that do not apply, empty.
 
         Raises:
-            ValueError: A value is of the wrong type or out of range.
+            ValueError: A value is not a number, or out of range.
         """
-        given = {k: v for k, v in parse_qsl(query) if k in cls.__dataclass_fields__}
-        wish = cls(**{k: type(getattr(cls, k))(v) for k, v in given.items()})
-        if not (0 < wish.scale <= 8 and 0 <= wish.known <= 1 and wish.every >= 1):
-            raise ValueError("scale must be in (0, 8], known in [0, 1], every at least 1")
-        return wish
+        given: dict[str, Any] = {}
+        for name, text in parse_qsl(query):
+            if name not in RANGES:
+                given |= {"split": text} if name == "split" else {}
+                continue
+            kind, (least, most) = type(getattr(cls, name)), RANGES[name]
+            try:
+                given[name] = kind(text)
+            except ValueError:
+                given[name] = math.nan
+            if not least <= given[name] <= most:
+                what = f"{'an integer' if kind is int else 'a number'} from {least} to {most}"
+                raise ValueError(f"{name} must be {what}, got {text[:40]!r}")
+        return cls(**given)
 
 
 @dataclass(frozen=True)
@@ -91,7 +114,7 @@ class Studio:
         model: The prior, in eval mode.
         datasets: Data sets by name; may be empty unless the condition is an image.
         step: Steps that the prior was trained for.
-        busy: Held while a request is answered.
+        busy: Held while the model is used.
     """
 
     model: Net2NetTransformer
@@ -141,7 +164,8 @@ class Studio:
         if x.ndim != 4:
             return x
         factor = self.model.first_stage_model.factor
-        size = [max(round(side * scale / factor), 1) * factor for side in x.shape[2:]]
+        rows, columns = scaled_grid((x.shape[2] / factor, x.shape[3] / factor), scale)
+        size = [rows * factor, columns * factor]
         if x.shape[1] > 3:  # label maps have no values in between
             return F.interpolate(x, size, mode="nearest-exact")
         return F.interpolate(x, size, mode="bilinear", antialias=True)
@@ -170,8 +194,7 @@ class Studio:
         """Sample an image; send the number of finished sites, that of all, and the picture."""
         example, model = self.example(wish), self.model
         if example is None:
-            rows, columns = (max(round(side * wish.scale), 1) for side in model.grid)
-            codes, share = model.empty_codes(1, (rows, columns)), 0.0
+            codes, share = model.empty_codes(1, scaled_grid(model.grid, wish.scale)), 0.0
         else:
             codes, share = model.encode_codes(example[0]), wish.known
         grid = codes.shape[1], codes.shape[2]
@@ -200,6 +223,18 @@ class Studio:
         send_picture(sites, model.sample_codes(condition, params, **start))
 
 
+def scaled_grid(grid: tuple[float, float], scale: float) -> tuple[int, int]:
+    """Scale a grid of sites.
+
+    Raises:
+        ValueError: There would be too many.
+    """
+    rows, columns = (max(round(side * scale), 1) for side in grid)
+    if rows * columns > MOST_SITES:
+        raise ValueError(f"scale {scale} makes {rows} x {columns} sites, more than {MOST_SITES}")
+    return rows, columns
+
+
 def data_url(image: Tensor) -> str:
     """Encode an image (3, H, W) in [-1, 1] for a page."""
     buffer = io.BytesIO()
@@ -208,57 +243,90 @@ def data_url(image: Tensor) -> str:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the page: itself at ``/``, and what it asks for as JSON."""
+    """Serves the page: itself at ``/``, and what it asks for as JSON.
+
+    Args:
+        address: Host and port to listen at.
+        studio: Answers the requests.
+    """
 
     daemon_threads = True
 
     def __init__(self, address: tuple[str, int], studio: Studio) -> None:
         super().__init__(address, Handler)
         self.studio = studio
+        self.names = {name.lower() for name in (address[0], "localhost", socket.gethostname())}
+
+    def answers_to(self, host: str) -> bool:
+        """Return True for a Host header with an address, or a name of this machine.
+
+        A foreign page could lead its own name here, and then read the answers.
+        """
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            return (name != "" and name in self.names) or bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
 
 
 class Handler(BaseHTTPRequestHandler):
     """Answers one request."""
 
     server: Server
+    timeout = 60  # seconds that a request or an answer may stand still
+    has_begun = False  # to answer
 
     def do_GET(self) -> None:  # noqa: N802
         """Answer by path: the page itself, or rows of JSON as they become available."""
-        url = urlsplit(self.path)
+        try:
+            if len(self.path) > LONGEST:
+                self.send_error(414, f"a request may have {LONGEST} characters")
+            elif not self.server.answers_to(self.headers.get("Host", "")):
+                self.send_error(403, "this page answers to its address, or a name of its machine")
+            else:
+                self._answer(urlsplit(self.path))
+        except (BrokenPipeError, ConnectionResetError, TimeoutError):
+            logger.info("the page was closed")
+
+    def _answer(self, url: SplitResult) -> None:
+        """Send the page, or rows one after the other; a mistake ends them with its message."""
+        studio = self.server.studio
         try:
             if url.path == "/":
                 self._begin("text/html; charset=utf-8")
                 self.wfile.write(PAGE.read_bytes())
-            elif url.path in ("/about", "/example", "/sample"):
-                self._begin("application/x-ndjson")
-                self._answer(url.path, url.query)
+            elif url.path == "/about":
+                self._send(studio.describe())
+            elif url.path in ("/example", "/sample"):
+                wish = Wish.read(url.query)
+                with studio.busy:
+                    if url.path == "/example":
+                        self._send(studio.show(wish))
+                    else:
+                        studio.sample(wish, self._send)
             else:
-                self.send_error(404)
-        except (BrokenPipeError, ConnectionResetError):
-            logger.info("the page was closed")
+                self.send_error(404, f"there is no {url.path}")
+        except ValueError as error:
+            self.send_error(400, str(error))
+        except RuntimeError as error:  # such as too little memory
+            self.send_error(500, str(error))
 
-    def _begin(self, kind: str) -> None:
-        self.send_response(200)
+    def _begin(self, kind: str, status: int = 200) -> None:
+        self.has_begun = True
+        self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
 
-    def _send(self, row: dict[str, Any]) -> None:
+    def _send(self, row: dict[str, Any], status: int = 200) -> None:
+        if not self.has_begun:
+            self._begin("application/x-ndjson", status)
         self.wfile.write(json.dumps(row).encode() + b"\n")
 
-    def _answer(self, path: str, query: str) -> None:
-        """Send rows one after the other; a mistake ends them with its message."""
-        studio = self.server.studio
-        with studio.busy:
-            try:
-                if path == "/about":
-                    self._send(studio.describe())
-                elif path == "/example":
-                    self._send(studio.show(Wish.read(query)))
-                else:
-                    studio.sample(Wish.read(query), self._send)
-            except ValueError as error:
-                self._send({"error": str(error)})
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Send a row with the message; its status is that of the first row."""
+        self._send({"error": message or self.responses[HTTPStatus(code)][0]}, code)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep the console free of requests."""

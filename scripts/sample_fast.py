@@ -17,6 +17,7 @@ from tqdm import tqdm
 from taming.generator import Generator
 from taming.models.prior import Prior
 from taming.models.sampling import numbers_of
+from taming.pictures import save_picture
 from taming.run import cli
 
 logger = logging.getLogger("taming.sample_fast")
@@ -49,7 +50,7 @@ def main() -> None:
             first = numbers_of(model.sos_token if label is None else label, part)[0]
             pictures = generator.sample(len(part), label, first=first, **params)
             for number, picture in zip(part, pictures, strict=True):
-                picture.save(folder / f"{number:06}.png")
+                save_picture(picture, folder / f"{number:06}.png")
     logger.info("pictures in %s", target)
 
 

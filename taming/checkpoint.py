@@ -10,7 +10,8 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,12 +41,15 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Load a checkpoint onto the CPU.
 
+    The file is read whole once, to compare it with its checksums. Files saved by torch before 1.6,
+    or with ``torch.serialization.set_crc32_options(False)``, have none.
+
     Args:
         path: File saved by ``torch.save`` or Lightning (versions 1 and 2).
         trust_checkpoint: Also load objects of any class; such a file can run arbitrary code while
             it is loaded.
-        lazy: Map the file into memory, so that unused tensors, such as those of optimizers, are
-            never read. The file must not change meanwhile.
+        lazy: Map the file into memory, so that unused tensors, such as those of optimizers, take
+            no memory. The file must not change meanwhile.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -54,12 +58,16 @@ def load_checkpoint(
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
     try:
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"  # torch before 1.6 wrote none
+        if is_zip:
+            _check_records(path)
         with torch.serialization.safe_globals(HARMLESS):
             checkpoint = torch.load(
                 path,
                 map_location="cpu",
                 weights_only=not trust_checkpoint,
-                mmap=lazy and zipfile.is_zipfile(path),  # torch before 1.6 wrote no zip files
+                mmap=lazy and is_zip,
             )
     except Exception as error:  # damaged bytes may raise anything in the reader
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
@@ -70,12 +78,68 @@ def load_checkpoint(
                 "ckpt_path, or resume with --trust_checkpoint"
             ) from error
         raise ValueError(
-            f"{path} cannot be read as a checkpoint; it may be damaged or incompletely downloaded "
+            f"{path} cannot be read as a checkpoint; it is damaged or incompletely downloaded: "
+            "fetch it again, or use another checkpoint of its run "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'})"
         ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dict of weights")
     return checkpoint
+
+
+def _check_records(path: str | os.PathLike[str]) -> None:
+    """Compare every record of a zip file with its CRC-32, which torch never does.
+
+    Raises:
+        zipfile.BadZipFile: A record differs; names it.
+    """
+    with zipfile.ZipFile(path) as archive, ThreadPoolExecutor() as pool:
+        records = archive.infolist()
+        if any(record.CRC for record in records):  # all are 0 if torch was told to compute none
+            for _ in pool.map(partial(_check_record, archive), records):  # zlib frees the GIL
+                pass
+
+
+def _check_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
+    if record.external_attr & 0x10 and not record.is_dir():  # torch would read nothing, silently
+        raise zipfile.BadZipFile(f"{record.filename} is marked as a folder")
+    with archive.open(record) as opened:
+        left = record.file_size
+        while block := opened.read(1 << 20):  # the last one raises if the CRC-32 differs
+            left -= len(block)
+    if left:
+        raise zipfile.BadZipFile(f"{record.filename} lacks {left} bytes")
+
+
+# Where programs put a model's weights in a file, the first of them that is there; and what
+# DataParallel, DDP and torch.compile put into the names of the modules that they wrap.
+_WEIGHTS = ("state_dict", "model_state_dict", "model", "module", "ema")
+_WRAPPERS = {"module", "_orig_mod"}
+# Parts that no model was ever meant to take up from random weights.
+_ESSENTIAL = {"encoder", "decoder", "quant_conv", "post_quant_conv", "transformer", "pixelcnn"}
+
+
+def weights_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the state dict of a checkpoint, which may hold it beside other things."""
+    inner = next((checkpoint[k] for k in _WEIGHTS if isinstance(checkpoint.get(k), Mapping)), None)
+    return checkpoint if inner is None else weights_of(inner)
+
+
+def _unwrapped(key: str) -> str:
+    """Return the key of a weight without what wrappers of modules put into it."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+def _as_named_by(module: nn.Module, weights: Mapping[str, Any], path: Any) -> dict[str, Any]:
+    """Return weights under the keys of a module, wherever it or theirs was wrapped."""
+    own = {_unwrapped(key): key for key in module.state_dict()}
+    own |= {key: key for key in module.state_dict()}
+    named = {own.get(k, own.get(_unwrapped(k), _unwrapped(k))): v for k, v in weights.items()}
+    wrapped = {part for k in weights for part in k.split(".") if part in _WRAPPERS and k not in own}
+    if wrapped:
+        names = " and ".join(f"{part}." for part in sorted(wrapped))
+        logger.info("left %s of a wrapped model out of the keys in %s", names, path)
+    return named
 
 
 def load_weights(
@@ -91,7 +155,9 @@ def load_weights(
 
     Args:
         module: The module, changed in place.
-        path: A Lightning checkpoint (with ``state_dict``) or a bare state dict.
+        path: A Lightning checkpoint (with ``state_dict``), a bare state dict, or one under a name
+            such as ``model``; of a model that was wrapped by DataParallel, DDP or torch.compile,
+            too.
         ignore_keys: Prefixes of keys to skip; these weights keep their values.
         trust_checkpoint: Also load objects of any class, which can run arbitrary code.
 
@@ -103,7 +169,7 @@ def load_weights(
         raise ValueError(f"ignore_keys must be a list of prefixes, got the string {ignore_keys!r}")
     name, prefixes = type(module).__name__, tuple(ignore_keys)
     checkpoint = load_checkpoint(path, trust_checkpoint, lazy=True)
-    weights = checkpoint.get("state_dict", checkpoint)
+    weights = _as_named_by(module, weights_of(checkpoint), path)
     weights = {key: value for key, value in weights.items() if not key.startswith(prefixes)}
     try:
         missing, unexpected = module.load_state_dict(weights, strict=False)
@@ -117,10 +183,12 @@ def load_weights(
         )
     missing = [key for key in missing if not key.startswith(prefixes)]
     if absent := [key for key in missing if not _is_of_loss(key)]:
-        raise ValueError(
-            f"{path} lacks weights of {name}: {', '.join(absent)}; to keep their initial values, "
-            "list prefixes of them in ignore_keys"
-        )
+        # Nobody wants an encoder of random weights; a part that is new is another matter.
+        essential = any(_ESSENTIAL & {*key.split(".")} for key in absent)
+        remedy = f"; is it of another model? Its keys are like {list(weights)[:3]}"
+        if not essential:
+            remedy = "; to keep their initial values, list prefixes of them in ignore_keys"
+        raise ValueError(f"{path} lacks weights of {name}: {', '.join(absent)}{remedy}")
     if missing:
         logger.warning("%s lacks weights of the loss, which stay as they were: %s", path, missing)
     _log_unexpected(path, name, unexpected)

@@ -24,12 +24,17 @@ from taming.models.prior import Prior
 from taming.models.sampling import Grid, SamplingParams, generators_of, paste, sample_images
 from taming.pictures import Picture, is_single, to_picture, to_tensor
 from taming.tokenizer import Tokenizer
+from taming.util import usable_device
 
 Labels = int | Sequence[int] | None
 
 
 def load(
-    run: str | Path | Sequence[str | Path], device: torch.device | str = "cpu"
+    run: str | Path | Sequence[str | Path],
+    device: torch.device | str = "cpu",
+    *,
+    tokenizer: str | Path | None = None,
+    trust_config: bool = False,
 ) -> Tokenizer | Generator:
     """Load a trained model.
 
@@ -37,26 +42,32 @@ def load(
         run: Folder of a run, ``logs/<run>``, or one of its checkpoints. For a VQ-VAE-2, those of
             the priors of all levels, the top's first.
         device: Device for the model.
+        tokenizer: Run of a prior's tokenizer, or a checkpoint, if it is not where it was when the
+            prior was trained, nor beside the prior's run as it was then.
+        trust_config: Build whatever the run's configuration names, which may run any code; by
+            default, only what ``docs/security.md`` lists.
 
     Returns:
         A `Generator` for the run of a prior, a `Tokenizer` for that of a tokenizer.
 
     Raises:
         FileNotFoundError: There is no such run or checkpoint.
-        ValueError: It is not a run, or its model is neither.
+        ValueError: It is not a run, its model is neither, there is no such device, or its
+            configuration asks for what it may not.
     """
     from taming.run.folder import model_from_run
 
-    if isinstance(run, (str, os.PathLike)):
-        model = model_from_run(run)
-        face = Generator if hasattr(model, "sample_codes") else Tokenizer
-        return face(model).to(device)
-    priors = []
-    for name in run:
-        priors.append(model := model_from_run(name))
-        if not hasattr(model, "sample_codes"):
+    device = usable_device(device)  # before the run is loaded
+    several = not isinstance(run, (str, os.PathLike))
+    names: Sequence[str | Path] = run if several else [run]  # type: ignore[assignment]
+    options = {"tokenizer": tokenizer, "trust_config": trust_config}
+    models = [model_from_run(name, **options) for name in names]
+    for name, model in zip(names, models, strict=True):
+        if several and not hasattr(model, "sample_codes"):
             raise ValueError(f"{name} holds a {type(model).__name__}, not a prior of one level")
-    return Generator(priors).to(device)
+    if several:
+        return Generator(models).to(device)
+    return (Generator if hasattr(models[0], "sample_codes") else Tokenizer)(models[0]).to(device)
 
 
 class Generator:
@@ -113,6 +124,7 @@ class Generator:
 
     def to(self, device: torch.device | str) -> Generator:
         """Move the prior and its tokenizer to a device; return the generator."""
+        device = usable_device(device)
         for prior in self.priors:
             prior.to(device)
         return self
@@ -193,7 +205,8 @@ class Generator:
 
         Args:
             mask: A picture, scaled and cut to the size of the grid, that is bright where a picture
-                is known; or (h, w) bool sites. A site is known if all its pixels are.
+                is known (what is transparent is not); or (h, w) bool sites. A site is known if all
+                its pixels are.
             grid: (h, w) sites; None for the size trained on.
 
         Raises:
@@ -202,7 +215,7 @@ class Generator:
         grid = grid or self.model.grid
         if getattr(mask, "shape", ()) == grid and str(mask.dtype).endswith("bool"):
             return torch.as_tensor(mask, device=self.model.device)
-        bright = self._fit(to_tensor(mask), grid).mean(dim=0) > 0  # (H, W)
+        bright = self._fit(to_tensor(mask, background="black"), grid).mean(dim=0) > 0  # (H, W)
         factor = self.model.first_stage_model.factor
         sites = rearrange(bright, "(h f) (w g) -> h w (f g)", f=factor, g=factor)
         return sites.all(dim=-1)
@@ -233,7 +246,7 @@ class Generator:
             batch = {self.model.cond_stage_key: labels[part]}
             for prior in self.priors:
                 batch[prior.first_stage_key] = rearrange(x, "b c h w -> b h w c")
-            nats = [p.likelihood(p.tokenize_batch(batch))[0] for p in self.priors]  # each (B,)
+            nats = [p.measure_nats(p.tokenize_batch(batch))[0] for p in self.priors]  # each (B,)
             bits += (torch.stack(nats).sum(dim=0) / math.log(2)).tolist()
         return bits
 
@@ -274,7 +287,7 @@ class Generator:
 
     def _fitted(self, pictures: Sequence[Picture], grid: Grid | None = None) -> Tensor:
         """Scale and cut pictures to the size of a grid: (B, C, H, W) in [-1, 1]."""
-        images = (to_tensor(picture, self.tokenizer.channels) for picture in pictures)
+        images = (self.tokenizer.to_tensor(picture) for picture in pictures)
         return torch.stack([self._fit(image, grid or self.model.grid) for image in images])
 
     def _fit(self, image: Tensor, grid: Grid) -> Tensor:

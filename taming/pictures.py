@@ -1,4 +1,4 @@
-"""Pictures from image tensors, for scripts and reports.
+"""Pictures of any kind to image tensors, and image tensors to pictures.
 
 Axis letters: B pictures, C channels, H W picture.
 """
@@ -6,54 +6,21 @@ Axis letters: B pictures, C channels, H W picture.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 from torchvision.utils import make_grid
 
-T = TypeVar("T")
+from taming.decoding import MODES, Colour, decode_image, to_mode
+
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
-
-
-def decode(file: Any, convert: Callable[[Image.Image], T]) -> T:
-    """Open a picture file and convert it.
-
-    Args:
-        file: A path, or an open binary file.
-        convert: Function of the opened PIL image.
-
-    Raises:
-        ValueError: The file is missing, truncated, or not a picture that Pillow can decode.
-    """
-    try:
-        with Image.open(file) as image:
-            return convert(image)
-    # A damaged file makes Pillow raise OSError, SyntaxError, struct.error, EOFError and others.
-    except Exception as error:
-        raise ValueError(f"cannot be decoded as an image: {error}") from error
-
-
-def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
-    """Convert a PIL image of any mode to RGB.
-
-    Args:
-        image: Grey, palette, CMYK, transparent, ...; 16-bit grey is scaled, not clipped, to 8 bits.
-        upright: Apply the EXIF orientation.
-    """
-    if upright:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).clip(0, 65535) / 257
-        image = Image.fromarray(grey.round().astype(np.uint8))
-    if image.mode == "P":
-        image = image.convert("RGBA")  # straight to RGB, transparent palettes raise a warning
-    return image.convert("RGB")
 
 
 def is_single(pictures: Any) -> bool:
@@ -61,15 +28,22 @@ def is_single(pictures: Any) -> bool:
     return not isinstance(pictures, (list, tuple)) and getattr(pictures, "ndim", 0) != 4
 
 
-def to_tensor(picture: Picture, channels: int = 3) -> Tensor:
+def to_tensor(
+    picture: Picture,
+    channels: int = 3,
+    background: Colour = "white",
+    max_pixels: int | None = None,
+) -> Tensor:
     """Turn a picture of any kind into an image tensor.
 
     Args:
         picture: A path; a PIL image; an array (H, W) or (H, W, C); or a tensor (H, W) or (C, H, W).
             Integers must be uint8 or uint16 and use the whole range; floats must lie in [-1, 1].
-            Files are turned upright by their EXIF orientation.
-        channels: C, channels wanted. Files and PIL images are converted to 3 (RGB) or 1 (grey); an
+            Files and PIL images are turned upright by their EXIF orientation.
+        channels: C, channels wanted. Files and PIL images are converted, as by `decode_image`; an
             array or tensor of one channel serves for three.
+        background: Colour under what is transparent in a file or PIL image.
+        max_pixels: Refuse a larger file, as `decode_image` does.
 
     Returns:
         (C, H, W) float32 in [-1, 1].
@@ -84,13 +58,13 @@ def to_tensor(picture: Picture, channels: int = 3) -> Tensor:
         >>> to_tensor(torch.zeros(4, 5)).shape
         torch.Size([3, 4, 5])
     """
-    values = _values_of(picture, channels)
+    values = _values_of(picture, channels, background, max_pixels)
     if values.ndim != 3 or 0 in values.shape:
         raise ValueError(
             "expected a picture as an array (H, W) or (H, W, C) or a tensor (H, W) or (C, H, W), "
             f"got the shape {tuple(getattr(picture, 'shape', values.shape))}"
         )
-    if values.shape[0] == 1:
+    if values.shape[0] == 1 and channels == 3:
         values = values.expand(channels, -1, -1)
     if values.shape[0] != channels:
         raise ValueError(f"expected a picture of {channels} channels, got {values.shape[0]}")
@@ -115,7 +89,9 @@ def _in_unit_range(values: Tensor) -> Tensor:
     return values.float()
 
 
-def _values_of(picture: Picture, channels: int) -> Tensor:
+def _values_of(
+    picture: Picture, channels: int, background: Colour, max_pixels: int | None
+) -> Tensor:
     """Return the values (C, H, W) of a picture as they are; files are decoded to ``channels``."""
     if isinstance(picture, Tensor):
         values = picture.detach().cpu()
@@ -127,8 +103,11 @@ def _values_of(picture: Picture, channels: int) -> Tensor:
         # A copy: torch takes no negative strides or foreign byte order, and warns if read-only.
         own = np.array(array, array.dtype.newbyteorder("="), order="C")
         return torch.from_numpy(own).movedim(-1, 0)
-    image = to_rgb(picture) if isinstance(picture, Image.Image) else _decode_named(picture)
-    return pil_to_tensor(image.convert("L") if channels == 1 else image)
+    if not isinstance(picture, Image.Image):
+        return decode_image(picture, True, channels, background, max_pixels)
+    if channels not in MODES:
+        raise ValueError(f"a PIL image has at most 4 channels, not {channels}: give an array")
+    return pil_to_tensor(to_mode(picture, channels, True, background))
 
 
 def load_image(path: Path, size: int | None = None, site: int = 1) -> Tensor:
@@ -145,7 +124,7 @@ def load_image(path: Path, size: int | None = None, site: int = 1) -> Tensor:
     Raises:
         ValueError: The file is not an image, or smaller than a site.
     """
-    pixels = pil_to_tensor(_decode_named(path))  # (3, H, W) uint8
+    pixels = decode_image(path)  # (3, H, W) uint8
     if size is not None:
         scale = size / min(pixels.shape[1:])
         pixels = resize(pixels, [round(side * scale) for side in pixels.shape[1:]], antialias=True)
@@ -157,16 +136,8 @@ def load_image(path: Path, size: int | None = None, site: int = 1) -> Tensor:
     return to_tensor(pixels[:, top : top + rows, left : left + columns])
 
 
-def _decode_named(path: Any) -> Image.Image:
-    """Decode a file in RGB; an error names it."""
-    try:
-        return decode(path, to_rgb)
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
-
-
 def to_picture(image: Tensor) -> Image.Image:
-    """Turn an image (3, H, W), clamped to [-1, 1], into an 8-bit picture."""
+    """Turn an image (C, H, W), clamped to [-1, 1], into an 8-bit picture; C is 2, 3 or 4."""
     levels = (image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
     return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).numpy())
 
@@ -191,7 +162,23 @@ def side_by_side(*images: Tensor) -> Tensor:
     return tile(torch.stack([image.detach().float().cpu() for image in images]), len(images))
 
 
-def save_picture(image: Tensor, path: Path) -> None:
-    """Save an image (3, H, W) in [-1, 1] to a file; create missing folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_picture(image).save(path)
+def save_picture(image: Tensor | Image.Image, path: Path) -> None:
+    """Save a picture to a file, whole or not at all; create missing folders.
+
+    Args:
+        image: (3, H, W) in [-1, 1], or a PIL image.
+        path: The file; its extension names the format.
+
+    Raises:
+        OSError: The file cannot be saved; names it.
+    """
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (image if isinstance(image, Image.Image) else to_picture(image)).save(part)
+        part.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be saved ({error})") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()

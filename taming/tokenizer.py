@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from taming.decoding import Colour, rgb_of
 from taming.models.vqgan import VQModel
 from taming.pictures import Picture, is_single, to_picture, to_tensor
+from taming.util import usable_device
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,12 +55,16 @@ class Tokenizer:
     """Turns pictures into codes and codes into pictures, with a trained `VQModel`.
 
     A picture is a path, a PIL image, a NumPy array (H, W), (H, W, C) or a tensor (C, H, W); arrays
-    of integers are scaled from their whole range, arrays of floats lie in [-1, 1]. Its sides need
-    not fit the grid: it is extended by reflection to whole sites and cut back when it is decoded.
+    of integers are scaled from their whole range, arrays of floats lie in [-1, 1]. Files and PIL
+    images are converted to the model's channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA. The sides
+    need not fit the grid: a picture is extended by reflection to whole sites and cut back when it
+    is decoded.
 
     Args:
         model: The model, in any mode; it is switched to evaluation.
         batch_size: Largest number of pictures of one size that go through the model together.
+        background: Colour under what is transparent, as for `taming.decoding.decode_image`.
+        max_pixels: Refuse larger files, as `taming.decoding.decode_image` does.
 
     Raises:
         ValueError: The model is not a tokenizer, or one of label maps.
@@ -77,7 +83,13 @@ class Tokenizer:
         (15, 20)
     """
 
-    def __init__(self, model: VQModel, batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        model: VQModel,
+        batch_size: int = 16,
+        background: Colour = "white",
+        max_pixels: int | None = None,
+    ) -> None:
         if getattr(model, "value_range", None) != (-1.0, 1.0):
             raise ValueError(
                 "a Tokenizer takes a tokenizer of pictures with values in [-1, 1], got a "
@@ -85,17 +97,25 @@ class Tokenizer:
             )
         self.model = model.eval().requires_grad_(False)
         self.batch_size = batch_size
+        self.background, self.max_pixels = rgb_of(background), max_pixels
 
     def to(self, device: torch.device | str) -> Tokenizer:
         """Move the model to a device; return the tokenizer."""
-        self.model.to(device)
+        self.model.to(usable_device(device))
         return self
 
     @property
     def channels(self) -> int:
         """C, channels of a picture."""
-        owner = getattr(self.model, "model", self.model)  # a level's
-        return owner.encoder.conv_in.in_channels
+        return self.model.channels
+
+    def to_tensor(self, picture: Picture) -> Tensor:
+        """Turn a picture into an image (C, H, W) float32 in [-1, 1] of the model's channels.
+
+        Raises:
+            ValueError: It is not a picture, or has other channels.
+        """
+        return to_tensor(picture, self.channels, self.background, self.max_pixels)
 
     @overload
     def encode(
@@ -143,7 +163,7 @@ class Tokenizer:
         rate = {"max_codes": max_codes, "target_psnr": target_psnr, "threshold": threshold}
         if is_single(pictures):
             return self.encode([pictures], **rate)[0]
-        images = [to_tensor(picture, self.channels) for picture in pictures]
+        images = [self.to_tensor(picture) for picture in pictures]
         padded = [_pad(image, self.model.factor) for image in images]
         codes: list[Codes | None] = [None] * len(images)
         for numbers in _by_shape(padded, self.batch_size):
@@ -168,7 +188,8 @@ class Tokenizer:
             codes: The `Codes` of one picture, or of several.
 
         Returns:
-            PIL images: one for one, a list for several.
+            PIL images: one for one, a list for several. Those of 2 and 4 channels have alpha; of
+            more channels, the model's ``to_rgb`` shows some.
 
         Raises:
             ValueError: They are not codes of this tokenizer.
@@ -184,7 +205,9 @@ class Tokenizer:
             ]
             single = isinstance(codes[numbers[0]].indices, Tensor)
             images = self.model.decode_code(levels[0] if single else levels)
-            shown = images if images.shape[1] == 3 else self.model.to_rgb(images)
+            if not images.isfinite().all():  # where a GPU did not refuse them
+                raise ValueError("the codes are not those of this tokenizer: their picture is NaN")
+            shown = images if images.shape[1] in (2, 3, 4) else self.model.to_rgb(images)
             for number, image in zip(numbers, shown, strict=True):
                 height, width = codes[number].size
                 pictures[number] = to_picture(image).crop((0, 0, width, height))

@@ -9,11 +9,15 @@ import inspect
 import logging
 import os
 import pkgutil
+import shutil
+import signal
 import sys
 import textwrap
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from http.client import HTTPException
 from pathlib import Path
@@ -127,7 +131,8 @@ def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
         target: Class or function.
 
     Returns:
-        Name -> parameter; and True if the target may take other keywords as well.
+        Name -> parameter, whose annotation is a type where its source text can be evaluated; and
+        True if the target may take other keywords as well.
     """
     classes = getattr(target, "__mro__", ())
     inits = [vars(c)["__init__"] for c in classes if inspect.isfunction(vars(c).get("__init__"))]
@@ -141,6 +146,7 @@ def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
         for p in parameters:
             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in hidden:
                 is_made_optional = depth and p.default is p.empty
+                p = p.replace(annotation=_evaluated(p.annotation, init))
                 found.setdefault(p.name, p.replace(default=...) if is_made_optional else p)
         if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
             return found, False
@@ -149,6 +155,16 @@ def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
             return found, True
         hidden |= set_by_call
     return found, True
+
+
+def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
+    """Evaluate the source text of an annotation; return it as it is if its names are unknown."""
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, getattr(inspect.unwrap(function), "__globals__", {}))
+    except (NameError, AttributeError, TypeError, SyntaxError):  # imported for type checkers only
+        return annotation
 
 
 def _forwarded(init: Callable[..., Any], kwargs: str) -> set[str] | None:
@@ -206,6 +222,62 @@ def instantiate_with_sizes(config: Mapping[str, Any], sizes: Mapping[str, Any]) 
     return instantiate_from_config(config, **derived)
 
 
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path beside a file to save to; rename it to the file at the end.
+
+    An error or a kill leaves the earlier file as it was, never half of the new one.
+
+    Args:
+        path: The file; missing folders are created.
+
+    Raises:
+        WriteError: The file cannot be saved; names it and the free space.
+
+    Example:
+        >>> with replacing("numbers.json") as part:  # doctest: +SKIP
+        ...     part.write_text("[1, 2]")
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes do not share it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # the latter is torch's on a full disk
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        free = shutil.disk_usage(there).free
+        raise WriteError(
+            f"{path} cannot be saved, {free} bytes are free there ({error})"
+        ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def load_array(path: str | os.PathLike[str]) -> Any:
+    """Load the array of an ``.npy`` file, never objects, which could run code.
+
+    Returns:
+        The array, of any shape and dtype of numbers.
+
+    Raises:
+        ValueError: The file is missing or damaged, has more or fewer bytes than its header states,
+            or holds objects or several arrays.
+    """
+    import numpy as np  # takes a while, which the command line's --help does not need
+
+    try:
+        array = np.load(path, mmap_mode="r")  # allocates nothing for what the header states
+        if not isinstance(array, np.memmap) or array.dtype.kind not in "biuf":
+            raise ValueError("it holds no array of numbers")
+        if array.offset + array.nbytes != os.path.getsize(path):
+            raise ValueError("it is longer than its header states")
+        return np.array(array)
+    except Exception as error:  # damaged bytes may raise anything in the reader
+        raise ValueError(f"cannot be read as a NumPy array: {error}") from error
+
+
 def md5_hash(path: str | os.PathLike[str]) -> str:
     """Return the hexadecimal MD5 digest of a file."""
     digest = hashlib.md5(usedforsecurity=False)
@@ -249,6 +321,21 @@ def download(url: str, local_path: str | os.PathLike[str], chunk_size: int = 1 <
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def usable_device(device: Any) -> Any:
+    """Return the ``torch.device`` of a name.
+
+    Raises:
+        ValueError: The device is not available on this machine.
+    """
+    import torch  # takes seconds, which the command line's --help does not need
+
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"device {str(device)!r} cannot be used here: {why}") from error
 
 
 def load_network(hub: str, entry: str, **options: Any) -> Any:
@@ -315,6 +402,20 @@ def get_ckpt_path(name: str, root: str | os.PathLike[str], check: bool = False) 
     return str(path)
 
 
+def refuse_text(name: str, values: Any) -> None:
+    """Refuse a text where a list is meant: its letters would be taken for the items.
+
+    Args:
+        name: Name of the parameter, for the error.
+        values: Its value.
+
+    Raises:
+        ValueError: The value is a text, bytes or a path.
+    """
+    if isinstance(values, (str, bytes, os.PathLike)):
+        raise ValueError(f"{name} must be a list, got the text {values!r}: use [{values!r}]")
+
+
 class KeyNotFoundError(KeyError):
     """A path-style lookup met a missing key."""
 
@@ -355,3 +456,23 @@ class WriteError(OSError):
 
 class NonFiniteError(RuntimeError):
     """A latent or loss is not finite; training stops and the last good checkpoint is kept."""
+
+
+def outlive_signals(worker: int) -> None:
+    """Let a loader process serve on after a signal to a whole group of processes.
+
+    Its parent ends after the batch, and then ends it, or goes on.
+
+    Args:
+        worker: Its number, which torch passes on; not used.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

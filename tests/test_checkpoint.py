@@ -4,11 +4,13 @@ import copy
 import logging
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
+from reliability.files import count, failures
 from support.models import DDCONFIG, GAN, GPT, PLAIN, images, trainer
 from support.original import save_as_lightning_1
 from support.runs import run_main
@@ -248,6 +250,36 @@ def test_damaged_file_is_named(path, damage, trust):
         load_checkpoint(path, trust_checkpoint=trust)
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "checkpoint, mapped"])
+def test_no_damaged_file_is_taken_for_a_whole_one(name):
+    counts = count(name, n=60)
+    assert counts["refused"] > 30 and not any(counts[result] for result in failures(name))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_flipped_bit_of_any_record_is_refused_by_its_name(path, lazy):
+    torch.save({f"w{i}": torch.randn(50) for i in range(5)}, path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        records = [(record.filename, archive.open(record).read()) for record in archive.filelist]
+    for name, data in records:
+        start = whole.index(data, whole.index(name.encode()))
+        damaged = bytearray(whole)
+        damaged[start + len(data) // 2] ^= 16
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"cannot be read .*fetch it again.*{name}"):
+            load_checkpoint(path, lazy=lazy)
+
+
+def test_files_without_checksums_load(path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.arange(5)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_checkpoint(path)["w"].tolist() == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_unknown_classes_need_trust(path, zipped):
     torch.save({"a": Payload()}, path, _use_new_zipfile_serialization=zipped)
@@ -268,6 +300,48 @@ def test_loads_bare_and_wrapped_state_dicts(path, wrap):
     torch.save(wrap(source.state_dict()), path)
     load_weights(target, path)
     assert all(torch.equal(target.state_dict()[k], v) for k, v in source.state_dict().items())
+
+
+WRAPPED = {
+    "module.": lambda weights: {f"module.{k}": v for k, v in weights.items()},
+    "_orig_mod.": lambda weights: {"state_dict": {f"_orig_mod.{k}": v for k, v in weights.items()}},
+    "body._orig_mod.": lambda weights: {
+        k.replace("body.", "body._orig_mod."): v for k, v in weights.items()
+    },
+    "both": lambda weights: {"model": {f"module._orig_mod.{k}": v for k, v in weights.items()}},
+    "model": lambda weights: {"model": weights, "optimizer": {}},
+    "ema": lambda weights: {"ema": weights, "step": 3},
+}
+
+
+@pytest.mark.parametrize("wrapper", list(WRAPPED))
+def test_weights_of_a_wrapped_model_load(path, wrapper, caplog):
+    source, target = Model(), Model()
+    torch.save(WRAPPED[wrapper](source.state_dict()), path)
+    with caplog.at_level(logging.INFO):
+        load_weights(target, path)
+    torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
+    assert ("of a wrapped model" in caplog.text) == (wrapper not in ("model", "ema"))
+
+
+def test_weights_load_into_a_wrapped_model(path):
+    source = Model()
+    torch.save(source.state_dict(), path)
+    load_weights(target := nn.DataParallel(Model()), path)
+    torch.testing.assert_close(target.module.state_dict(), source.state_dict(), rtol=0, atol=0)
+
+
+def test_nobody_is_advised_to_keep_a_random_encoder(path):
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "depth": nn.Linear(2, 2)})
+    torch.save(model.state_dict(), path)
+    for part, advised in (("encoder", False), ("depth", True)):
+        kept = {k: v for k, v in model.state_dict().items() if not k.startswith(part)}
+        torch.save(kept, path)
+        with pytest.raises(
+            ValueError, match=f"lacks weights of ModuleDict: {part}.weight"
+        ) as caught:
+            load_weights(model, path)
+        assert ("ignore_keys" in str(caught.value)) == advised
 
 
 def test_shape_mismatch_lists_keys_and_both_shapes(path):

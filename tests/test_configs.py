@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs import CONDITION_OF, CONFIGS, ORIGINALS, TOKENIZER_OF, TinyRuns, run_main, shipped
+from support.runs import (
+    CONDITION_OF,
+    CONFIGS,
+    LIMITS,
+    ORIGINALS,
+    TOKENIZER_OF,
+    TinyRuns,
+    run_main,
+    shipped,
+)
 
 from taming.run.check import check_experiment
 from taming.run.config import ConfigError, load_config
@@ -41,7 +50,7 @@ def test_trains_validates_shows_pictures_and_resumes(
     monkeypatch.setenv("TAMING_DATA", str(tiny_runs.data))
     run = tmp_path / "logs" / "run"
     shutil.copytree(tiny_runs.of(name), run)
-    run_main(tmp_path, "-r", run, "-t", "--max_steps", "4")
+    run_main(tmp_path, "-r", run, "-t", "--max_steps", "4", *LIMITS)
     before, after = last(tiny_runs.of(name)), last(run)
     assert (before["global_step"], after["global_step"]) == (2, 4)
     for split in ("train", "val"):

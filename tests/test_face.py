@@ -263,6 +263,13 @@ def test_bits_are_the_priors_likelihood(generator: Generator) -> None:
     assert 0 < together[0] < 1.5 * uniform
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_there_is_not_is_refused_first(device: str, tokenizer: Tokenizer) -> None:
+    for place in (lambda: taming.load("no/such/run", device), lambda: tokenizer.to(device)):
+        with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
+            place()
+
+
 def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         taming.load(tmp_path / "nothing")

@@ -2,15 +2,18 @@
 
 import logging
 import os
+import random
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from reliability import configurations
 
 import main as program
 from taming.util import get_obj_from_str
@@ -101,6 +104,70 @@ def test_resume_continues_and_keeps_the_best_three(folder, caplog):
     assert len(list(run.glob("checkpoints/epoch=*"))) == 3
     assert len(list(run.glob("configs/*-project.yaml"))) == 3
     assert "learning rates stored there" in caplog.text
+
+
+@pytest.fixture
+def run(folder):
+    """A run of one epoch, four steps."""
+    program.main(["-b", "toy.yaml", "-t", "-n", "a", *CPU, "--limit_val_batches", "1"])
+    return only_run()
+
+
+def saved(run):
+    """Return the names and the whole text of a run's configurations."""
+    files = sorted((run / "configs").iterdir())
+    return [file.name for file in files], "".join(file.read_text() for file in files)
+
+
+@pytest.mark.parametrize(
+    ("trial", "steps"),
+    [
+        (["--fast_dev_run"], 0),
+        (["model.params.fail_at=4"], 0),  # a mistake: it fails in the first step
+        (["data.params.train.params.size=0"], 0),
+        (["--limit_train_batches", "1", "--profiler", "simple"], 1),
+        (["lightning.trainer.limit_train_batches=0.3", "--detect_anomaly"], 1),
+    ],
+)
+def test_what_was_tried_on_a_resume_does_not_stay(run, trial, steps):
+    before = saved(run)
+    assert "limit_val_batches" not in before[1]  # it was tried on the first start
+    with suppress(SystemExit):
+        program.main(["-r", str(run), "-t", "--max_epochs", "2", *trial])
+    assert last(run)["global_step"] == 4 + steps
+    assert (saved(run) == before) == (steps == 0)
+    for word in ("dev_run", "limit", "profiler", "anomaly", "fail", "size"):
+        assert word not in saved(run)[1].replace("batch_size", "")
+    program.main(["-r", str(run), "-t", "--max_epochs", "3"])
+    assert last(run)["global_step"] == (8 + steps if steps else 12)
+
+
+def test_show_prints_what_would_be_used_and_where_it_comes_from(run, capsys):
+    program.main(["-r", str(run), "-t", "--max_epochs", "2", "model.params.width=2"])
+    Path("more.yaml").write_text("data: {params: {batch_size: 1}}")
+    files = sorted(run.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        argv = ["-r", str(run), "-b", "more.yaml", "--show", "--max_epochs", "3"]
+        program.main([*argv, "--limit_train_batches", "7"])
+    assert not stop.value.code and sorted(run.rglob("*")) == files
+    text = capsys.readouterr().out
+    first, second = (name for name in saved(run)[0] if "project" in name)
+    for line in (
+        rf"monitor: val/loss  # .*/{first}",
+        rf"width: 2  # .*/{second}",
+        "batch_size: 1  # more.yaml",
+        "max_epochs: 3  # command line",
+        "limit_train_batches: 7  # command line",
+    ):
+        assert re.search(line, text), line
+    shown = OmegaConf.create(text)
+    assert shown.model.params == {"monitor": "val/loss", "width": 2}
+    assert "limit_train_batches" not in shown.lightning.trainer
+
+
+def test_a_trial_of_a_new_run_leaves_nothing(folder):
+    program.main(["-b", "toy.yaml", "-t", *CPU, "--fast_dev_run"])
+    assert os.listdir() == ["toy.yaml"]
 
 
 def test_resume_from_checkpoint_in_a_new_run(folder):
@@ -200,6 +267,19 @@ def test_mistakes_are_one_line_and_leave_nothing(folder, capsys, argv, message):
     assert os.listdir() == ["toy.yaml"]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_configurations_train_or_are_refused_in_one_line(tiny_runs, tmp_path):
+    names = ["demo/loopy_vqgan.yaml", "cifar10_two_level_transformer.yaml"]
+    recipes = configurations.bases(tiny_runs, names)
+    for number in range(30):
+        draw = random.Random(number)
+        mutant = configurations.mutate(recipes[draw.choice(names)], draw)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        outcome, text = configurations.train(mutant, folder)
+        assert outcome in ("trained", "refused"), (mutant.kind, mutant.path, text)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_image_is_named_in_one_line(folder, capsys, workers):
     image = Image.effect_noise((64, 64), 50).convert("RGB")
@@ -212,13 +292,12 @@ def test_a_broken_image_is_named_in_one_line(folder, capsys, workers):
     argv = ["-b", "toy.yaml", "-t", *CPU, f"data.params.num_workers={workers}"]
     error = fails([*argv, f"data.params.train={data}"], capsys)
     assert error.startswith("image c.jpg: ") and error.count("\n") == 1
-    assert only_run().is_dir()
 
 
 def test_a_monitor_that_nobody_logs_is_named_before_the_first_epoch(folder, capsys):
     error = fails(["-b", "toy.yaml", "-t", *CPU, "model.params.monitor=val/los"], capsys)
     assert re.search("monitor 'val/los'; .*'val/loss'", error) and error.count("\n") == 1
-    assert not list(only_run().glob("checkpoints/*"))
+    assert os.listdir() == ["toy.yaml"]
 
 
 def test_an_error_in_training_is_raised(folder):

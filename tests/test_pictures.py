@@ -1,6 +1,9 @@
 """Pictures show the values they are given."""
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -52,3 +55,18 @@ def test_deeper_sites_are_brighter() -> None:
     brightness = picture.mean(dim=(0, 1, 2))[::3]
     assert (brightness.diff() > 0).all()
     assert torch.equal(picture[..., 0], picture[..., 2])
+
+
+def test_a_picture_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    image = torch.zeros(3, 4, 4)
+    save_picture(image, tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+
+    def full(self, file, **_):
+        Path(file).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="a.png cannot be saved .*No space"):
+        save_picture(image + 1, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == before and len([*tmp_path.iterdir()]) == 1

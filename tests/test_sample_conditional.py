@@ -3,11 +3,13 @@
 import base64
 import io
 import json
+import socket
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -20,7 +22,7 @@ from support.browser import chromium
 from support.models import prior
 from support.runs import TinyRuns, call, fails
 
-from scripts.sample_conditional import Studio, Wish
+from scripts.sample_conditional import Server, Studio, Wish
 
 SIDE = 80  # pixels of the examples: 5 x 5 sites for a prior of 2 x 2
 
@@ -57,6 +59,17 @@ def rows(address: str, **wish: Any) -> list[dict[str, Any]]:
         return [json.loads(line) for line in answer]
 
 
+def refused(address: str, host: str | None = None, method: str = "GET", **wish: Any) -> str:
+    """Return the status and the message of an answer that refuses a request."""
+    headers = {} if host is None else {"Host": host}
+    request = urllib.request.Request(f"{address}?{urlencode(wish)}", None, headers, method=method)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=60)
+    with error.value as answer:
+        assert answer.headers["Content-Type"] == "application/x-ndjson"
+        return f"{answer.status} {json.loads(answer.read())['error']}"
+
+
 def decoded(source: str) -> np.ndarray:
     head, _, code = source.partition(",")
     assert head == "data:image/png;base64"
@@ -89,14 +102,9 @@ def test_images_are_drawn_for_depth_maps(tiny_runs: TinyRuns, examples: str) -> 
         assert drawn[-1] != rows(f"{address}/sample", **{**half, "seed": 4})[-1]
         larger = rows(f"{address}/sample", split="test", scale=1.5, every=100)
         assert decoded(larger[-1]["picture"]).shape == (128, 128, 3)  # whole sites of 16 pixels
-        (error,) = rows(f"{address}/sample", split="test", index=10**6)
-        assert "there is no example 1000000 of 'test'" in error["error"]
-        (error,) = rows(f"{address}/sample", split="test", temperature=0)
-        assert "temperature" in error["error"]
-        (error,) = rows(f"{address}/sample", split="test", scale=9)
-        assert "scale must be in (0, 8]" in error["error"]
-        with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(f"{address}/nowhere")
+        error = refused(f"{address}/sample", split="test", index=10**6)
+        assert error == "400 there is no example 1000000 of 'test'"
+        assert refused(f"{address}/nowhere") == "404 there is no /nowhere"
 
 
 def test_classes_need_no_data(tiny_runs: TinyRuns) -> None:
@@ -106,8 +114,101 @@ def test_classes_need_no_data(tiny_runs: TinyRuns) -> None:
         assert rows(f"{address}/example") == [{}]
         pictures = [rows(f"{address}/sample", label=label)[-1]["picture"] for label in (3, 3, 7)]
         assert pictures[0] == pictures[1] and decoded(pictures[0]).shape == (16, 16, 3)
-        (error,) = rows(f"{address}/sample", label=10)
-        assert error == {"error": "there is no class 10: the labels of this prior are 0 to 9"}
+        error = refused(f"{address}/sample", label=10)
+        assert error == "400 there is no class 10: the labels of this prior are 0 to 9"
+
+
+NUMBERS = [
+    *("0", "-1", "1", "0.5", "7", "1e-320", "1e-30", "1e30", "1e308", "1e999", "-1e999", "inf"),
+    *("-inf", "nan", "1e-3", "1000", "2147483647", "2147483648", "9223372036854775807"),
+    *("9223372036854775808", "-9223372036854775809", "1" + "0" * 400, "1" * 1500, "x", "0x10", " "),
+    *("1_0", "\u0661", "\u00b2", "1,5", "1.", "--1", "[]", "True", "None", "\0"),
+]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[str]:
+    """The page of a prior of 2 x 2 sites without a condition."""
+    studio = Studio(prior().eval(), {}, step=0)
+    with Server(("127.0.0.1", 0), studio) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Wish) if f.name != "split"])
+def test_any_number_is_refused_or_used(name: str, served: str) -> None:
+    used = []
+    for number in NUMBERS if name != "scale" else {*NUMBERS} - {"7"}:  # that would take long
+        wish = {"scale": 0.25, "every": 10**6, name: number}
+        try:
+            (*_, last) = rows(f"{served}/sample", **wish)
+        except urllib.error.HTTPError as error:
+            with error as answer:
+                assert answer.status == 400
+                assert f"{name} " in json.loads(answer.read())["error"]
+        else:
+            assert last["done"] == last["of"] and decoded(last["picture"]).ndim == 3
+            used.append(number)
+    assert "1" in used and "nan" not in used and "inf" not in used
+    assert name != "temperature" or {*used} == {
+        "1",
+        "0.5",
+        "7",
+        "1e-3",
+        "1000",
+        "1_0",
+        "\u0661",
+        "1.",
+    }
+
+
+@pytest.mark.parametrize(
+    ("host", "is_answered"),
+    [
+        *((host, True) for host in ("localhost", "127.0.0.1:80", "[::1]:8501", "192.168.1.7")),
+        *((socket.gethostname(), True), ("LOCALHOST:1", True)),
+        *(
+            (host, False)
+            for host in ("evil.example", "127.0.0.1.evil.example:8501", "", "[", "a b")
+        ),
+    ],
+)
+def test_the_page_answers_to_this_machine_alone(host: str, is_answered: bool, served: str) -> None:
+    for path in ("/", "/about", "/sample"):
+        if is_answered:
+            request = urllib.request.Request(f"{served}{path}", headers={"Host": host})
+            urllib.request.urlopen(request, timeout=60).close()
+        else:
+            assert refused(f"{served}{path}", host).startswith(
+                "403 this page answers to its address"
+            )
+
+
+def test_requests_that_are_none_are_refused_in_json(served: str) -> None:
+    assert refused(f"{served}/sample", seed="1" * 2000).startswith("414 a request may have 2000")
+    assert refused(f"{served}/sample", seed="1" * 70000).startswith("414 ")
+    assert refused(f"{served}/sample", method="POST").startswith("501 ")
+    assert refused(f"{served}/../main.py").startswith("404 ")
+
+
+def test_large_images_are_refused() -> None:
+    image = np.zeros((2048, 2048, 3), np.float32)
+    studio = Studio(prior().eval(), {"test": [{"image": image}]}, step=0)
+    with pytest.raises(ValueError, match="scale 0.5 makes 512 x 512 sites, more than 65536"):
+        studio.show(Wish(split="test", scale=0.5))
+
+
+def test_a_long_drawing_does_not_block_what_others_ask() -> None:
+    studio = Studio(prior().eval(), {}, step=7)
+    with Server(("127.0.0.1", 0), studio) as server, studio.busy:  # as while an image is drawn
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        assert rows(f"http://127.0.0.1:{server.server_port}/about")[0]["step"] == 7
+        server.shutdown()
+        thread.join()
 
 
 @pytest.mark.parametrize("order", ["Identity", "SpiralIn"])

@@ -137,19 +137,23 @@ def test_reconstructions(
         assert math.isfinite(values["psnr"])
 
 
-def test_images_before_one_that_fails_keep_their_numbers(
-    tokenizer: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_images_that_fail_do_not_stop_the_others(
+    tokenizer: Path, prior: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
     with Image.open(photo) as picture:
-        for name, side in (("a", 32), ("b", 32), ("c", 64)):
-            picture.resize((side, side)).save(tmp_path / f"{name}.png")
-    inputs, out = [tmp_path / f"{name}.png" for name in "abc"], tmp_path / "out"
-    limit = ("--max-tokens", 64)  # one for each site, but not for those of the third
-    error = fails(capsys, "reconstruct", "-r", tokenizer, *inputs, "-o", out, *limit)
-    assert "c.png" in error
-    assert list(json.loads((out / "reconstructions.json").read_text())) == [
-        str(path) for path in inputs[:2]
-    ]
+        for name, side in (("a", 32), ("b", 64), ("c", 32), ("d", 32)):
+            picture.resize((side, side)).save(images / f"{name}.png")
+    (images / "c.png").write_bytes((images / "c.png").read_bytes()[:300])
+    limit = ("--max-tokens", 64)  # one for each site, but not for those of the second
+    error = fails(capsys, "reconstruct", "-r", tokenizer, images, "-o", out, *limit)
+    assert "2 of 4 images failed" in error and "b.png" in error
+    done = [str(images / name) for name in ("a.png", "d.png")]
+    assert list(json.loads((out / "reconstructions.json").read_text())) == done
+    error = fails(capsys, "sample", "-r", prior, "--complete", images, "-o", out, "--top_k", 4)
+    assert "1 of 4 images failed" in error and "c.png" in error
+    assert len(list(out.glob("*_completed.png"))) == 3
 
 
 def test_results_overwrite_neither_each_other_nor_an_image(
@@ -348,7 +352,7 @@ def test_without_guidance_classes_do_not_matter(
     with torch.no_grad():  # after two steps, it hardly looks at the class
         for parameter in model.transformer.parameters():
             parameter.copy_(torch.randn_like(parameter))
-    monkeypatch.setattr("taming.run.folder.model_from_run", lambda run: model)
+    monkeypatch.setattr("taming.run.folder.model_from_run", lambda run, **_: model)
     pictures = {}
     for scale, label in product((0, 1, 3), (3, 7)):
         options = ("--guidance", scale, "--classes", label, "-o", tmp_path / f"{scale}")
@@ -363,7 +367,7 @@ def test_samples_of_a_grey_tokenizer_are_written(
     photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grey = Net2NetTransformer(GPT, vqmodel_config(1), "__is_unconditional__").eval()
-    monkeypatch.setattr("taming.run.folder.model_from_run", lambda run: grey)
+    monkeypatch.setattr("taming.run.folder.model_from_run", lambda run, **_: grey)
     call("sample", "-r", "run", "-n", 1, "-o", tmp_path)
     picture = read_pixels(tmp_path / "000000.png")
     assert picture.shape == (16, 16, 3) and (picture == picture[..., :1]).all()

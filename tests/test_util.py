@@ -1,6 +1,9 @@
 """Helpers: objects from dotted paths, downloads that are whole or absent, path-style lookups."""
 
 import hashlib
+import signal
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +15,7 @@ import pytest
 
 from taming.util import (
     KeyNotFoundError,
+    WriteError,
     download,
     get_ckpt_path,
     get_obj_from_str,
@@ -19,6 +23,7 @@ from taming.util import (
     instantiate_with_sizes,
     md5_hash,
     parameters_of,
+    replacing,
     retrieve,
 )
 
@@ -241,3 +246,40 @@ def test_sizes_are_filled_in_and_must_agree():
     block["params"]["width"] = 5
     with pytest.raises(ValueError, match="Forwarding: width is 5, but .* 3"):
         instantiate_with_sizes(block, {"width": 3})
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "new/numbers.json"
+    with replacing(file) as part:
+        part.write_text("[1]")
+    message = rf"{file} cannot be saved, \d+ bytes are free .*full"
+    for error in (OSError("full"), RuntimeError("full")):
+        with pytest.raises(WriteError, match=message), replacing(file) as part:
+            part.write_text("[1, 2")
+            raise error
+    with pytest.raises(KeyboardInterrupt), replacing(file) as part:
+        part.write_text("[1, 2")
+        raise KeyboardInterrupt
+    assert file.read_text() == "[1]" and [*file.parent.iterdir()] == [file]
+    below = pytest.raises(WriteError, match=rf"{file}/below.json cannot be saved")
+    with below, replacing(file / "below.json"):
+        pass
+
+
+@pytest.mark.skipif(
+    not hasattr(signal, "sigwaitinfo"), reason="this system cannot wait for signals"
+)
+def test_only_its_parent_ends_a_loader_process():
+    serve = "outlive_signals(0); print('ready', flush=True); time.sleep(60)"
+    loader = subprocess.Popen(
+        [sys.executable, "-c", f"import time; from taming.util import outlive_signals; {serve}"],
+        stdout=subprocess.PIPE,
+    )
+    assert loader.stdout is not None and loader.stdout.readline() == b"ready\n"
+    for name in ("INT", "USR1", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(loader.pid)], check=True)  # another process
+    with pytest.raises(subprocess.TimeoutExpired):
+        loader.communicate(timeout=0.3)
+    loader.terminate()
+    loader.communicate(timeout=10)
+    assert loader.returncode == 0

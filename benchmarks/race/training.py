@@ -185,7 +185,7 @@ def bits_per_image(model: Prior, data: DataLoader) -> float:
     total, images = 0.0, 0
     for batch in data:
         batch = move_data_to_device(batch, model.device)
-        nats, _ = model.likelihood(model.tokenize_batch(batch))
+        nats, _ = model.measure_nats(model.tokenize_batch(batch))
         total, images = total + float(nats.sum()), images + len(nats)
     return total / images / math.log(2)
 

@@ -18,8 +18,9 @@ from taming.data.conditional_builder.objects_center_points import (
 )
 from taming.data.crops import Crop, RandomSquare, SquareCrop, Stretch
 from taming.data.helper_types import Annotation, Category, CropMethodType
-from taming.data.preprocessing import decode_image, error_context, to_unit_range
-from taming.util import get_obj_from_str
+from taming.data.preprocessing import error_context, to_unit_range
+from taming.decoding import decode_image
+from taming.util import get_obj_from_str, refuse_text
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +206,7 @@ class AnnotatedObjectsDataset(Dataset[dict[str, Any]], ABC):
 
 
 def _check_keys(keys: Sequence[str], description_keys: Sequence[str]) -> list[str]:
+    refuse_text("keys", keys)
     valid = [*description_keys, "annotations", *PICTURE_KEYS, *BUILDERS]
     for key in keys:
         if key not in valid:

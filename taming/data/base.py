@@ -1,6 +1,6 @@
 """Data sets over lists of picture files.
 
-Items are dictionaries with ``image``, (H, W, 3) float32 in [-1, 1], and ``file_path_``.
+Items are dictionaries with ``image``, (H, W, C) float32 in [-1, 1], and ``file_path_``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from taming.data.crops import SquareCrop
-from taming.data.preprocessing import decode_image, error_context, to_unit_range
+from taming.data.paths import Texts, compact
+from taming.data.preprocessing import error_context, to_unit_range
+from taming.decoding import Colour, decode_image, rgb_of
+from taming.util import load_array, refuse_text
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ class PicturePaths(Dataset[dict[str, Any]], ABC):
     """Rescaled and cropped pictures from a list of files; subclasses implement `read`.
 
     Args:
-        paths: The files.
+        paths: The files; "~" stands for the user's folder.
         size: Side of the square crops in pixels; None keeps pictures whole.
         random_crop: Crop at random instead of at the centre.
         labels: Item key -> one value per file.
@@ -46,6 +49,10 @@ class PicturePaths(Dataset[dict[str, Any]], ABC):
         antialias: Rescale with antialiasing; the original does not.
         on_error: For a picture that cannot be read or is too small: "raise" a ValueError that
             names it, or "skip" it with a warning and use the next one.
+        channels: C: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; more are the bands of ``.npy`` and
+            TIFF files.
+        background: Colour under what is transparent, as for `decode_image`.
+        max_pixels: Refuse larger files, as `decode_image` does.
 
     Attributes:
         skipped: Positions of the files skipped so far in this process.
@@ -66,13 +73,22 @@ class PicturePaths(Dataset[dict[str, Any]], ABC):
         allow_upscale: bool = True,
         antialias: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
+        channels: int = 3,
+        background: Colour = "white",
+        max_pixels: int | None = None,
     ) -> None:
+        refuse_text("paths", paths)
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         self.crop = SquareCrop(size, random_crop, random_flip, random_scale, allow_upscale)
         self.antialias = antialias
         self.on_error = on_error
-        self.labels = {**(labels or {}), "file_path_": [os.fspath(path) for path in paths]}
+        self.channels, self.max_pixels, self.background = channels, max_pixels, rgb_of(background)
+        self.labels = {name: compact(name, values) for name, values in (labels or {}).items()}
+        self.labels["file_path_"] = Texts(os.path.expanduser(path) for path in paths)
+        self._length = len(paths)
         self.skipped: set[int] = set()
         for name, values in self.labels.items():
             if len(values) != len(paths):
@@ -80,14 +96,14 @@ class PicturePaths(Dataset[dict[str, Any]], ABC):
 
     @abstractmethod
     def read(self, path: str) -> Tensor:
-        """Read a file into (3, H, W) uint8.
+        """Read a file into (C, H, W) uint8.
 
         Raises:
             ValueError: The file cannot be read.
         """
 
     def __len__(self) -> int:
-        return len(self.labels["file_path_"])
+        return self._length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start = range(len(self))[index]
@@ -122,19 +138,18 @@ class ImagePaths(PicturePaths):
     """Pictures from image files such as JPEG and PNG."""
 
     def read(self, path: str) -> Tensor:
-        """Decode an image file into (3, H, W) uint8."""
-        return decode_image(path)
+        """Decode an image file into (C, H, W) uint8."""
+        return decode_image(path, True, self.channels, self.background, self.max_pixels)
 
 
 class NumpyPaths(PicturePaths):
-    """Pictures from ``.npy`` files, each (1, 3, H, W) uint8."""
+    """Pictures from ``.npy`` files, each (1, C, H, W) uint8."""
 
     def read(self, path: str) -> Tensor:
-        """Load an array into (3, H, W) uint8."""
-        try:
-            array = np.load(path)
-        except (OSError, EOFError) as error:
-            raise ValueError(f"cannot be read as a NumPy array: {error}") from error
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[:2] != (1, 3):
-            raise ValueError(f"expected uint8 (1, 3, H, W), found {array.dtype} {array.shape}")
+        """Load an array into (C, H, W) uint8."""
+        array, channels = load_array(path), self.channels
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[:2] != (1, channels):
+            raise ValueError(
+                f"expected uint8 (1, {channels}, H, W), found {array.dtype} {array.shape}"
+            )
         return torch.from_numpy(array[0])

@@ -27,10 +27,12 @@ from taming.data.preprocessing import (
     error_context,
     one_hot,
     read_pair,
+    shift_classes,
     to_unit_range,
 )
 from taming.data.roots import data_root, require
 from taming.data.segmentation import ExampleImages, mask_name
+from taming.util import refuse_text
 
 N_LABELS = 183  # unlabelled, 91 things, 91 stuff
 COCO = "https://cocodataset.org/#download"
@@ -46,8 +48,8 @@ class Examples(ExampleImages):
 
 
 def _indicators(mask: Tensor) -> np.ndarray:
-    """Encode classes 0 to 181 as 1 to 182; uint8 wraps 255 (unlabelled) to 0."""
-    return one_hot(mask + 1, N_LABELS)
+    """Encode classes 0 to 181 as 1 to 182, and 255 (unlabelled) as 0."""
+    return one_hot(shift_classes(mask), N_LABELS)
 
 
 class CocoBase(Dataset[dict[str, Any]]):
@@ -68,7 +70,8 @@ class CocoBase(Dataset[dict[str, Any]]):
 
     Raises:
         FileNotFoundError: A part of the data set does not exist.
-        ValueError: ``onehot_segmentation`` without ``use_stuffthing``.
+        ValueError: ``onehot_segmentation`` without ``use_stuffthing``, or ``given_files`` is a
+            text.
     """
 
     split: ClassVar[str]
@@ -89,6 +92,7 @@ class CocoBase(Dataset[dict[str, Any]]):
                 "onehot_segmentation needs use_stuffthing: true, because COCO's own pixel maps "
                 "hold colours instead of class numbers"
             )
+        refuse_text("given_files", given_files)
         folder = data_root(root)
         self.images = require(folder / "coco" / self.split, f"the images {self.split}", COCO)
         self.maps = _folder_of_maps(folder, self.split, use_stuffthing)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from taming.data.preprocessing import View, scale_short_side
+from taming.util import refuse_text
 
 
 class Crop(Protocol):
@@ -61,6 +62,7 @@ class SquareCrop:
         if self.size and self.crop_size and self.crop_size > self.size:
             raise ValueError(f"crop_size {self.crop_size} must not exceed size {self.size}")
         if self.random_scale is not None:
+            refuse_text("random_scale", self.random_scale)
             bounds = list(self.random_scale)
             if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
                 raise ValueError(f"random_scale must be [lo, hi] with 1 <= lo <= hi, got {bounds}")

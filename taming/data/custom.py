@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from taming.data.base import ImagePaths
+from taming.data.paths import find_images
 from taming.data.roots import read_text
-
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+from taming.util import refuse_text
 
 
 def read_path_list(list_file: str | os.PathLike[str]) -> list[str]:
@@ -26,12 +26,12 @@ def read_path_list(list_file: str | os.PathLike[str]) -> list[str]:
         FileNotFoundError: The list, or a file that it names, does not exist.
         ValueError: The list is empty.
     """
-    list_path = Path(list_file)
+    list_path = Path(list_file).expanduser()
     if not list_path.is_file():
         raise FileNotFoundError(f"the list of images {list_path} does not exist")
-    lines = enumerate(read_text(list_path).splitlines(), start=1)
-    names = [(name, number) for number, line in lines if (name := line.strip())]
-    paths = [_locate(name, list_path.parent) for name, _ in names]
+    folder, lines = str(list_path.parent), read_text(list_path).splitlines()
+    names = [(name, number) for number, line in enumerate(lines, 1) if (name := line.strip())]
+    paths = [_locate(name, folder) for name, _ in names]
     if not paths:
         raise ValueError(f"the list of images {list_path} is empty")
     if None in paths:
@@ -43,8 +43,12 @@ def read_path_list(list_file: str | os.PathLike[str]) -> list[str]:
     return [path for path in paths if path is not None]
 
 
-def _locate(name: str, folder: Path) -> str | None:
-    return next((str(path) for path in (Path(name), folder / name) if path.is_file()), None)
+def _locate(name: str, folder: str) -> str | None:
+    name = os.path.expanduser(name)
+    if os.path.isfile(name):
+        return name
+    beside = os.path.join(folder, name)
+    return beside if os.path.isfile(beside) else None
 
 
 class CustomTrain(ImagePaths):
@@ -73,42 +77,16 @@ class CustomTest(ImagePaths):
         super().__init__(read_path_list(test_images_list_file), size, **options)
 
 
-def find_images(
-    root: str | os.PathLike[str],
-    extensions: Sequence[str] = IMAGE_EXTENSIONS,
-    recursive: bool = True,
-) -> list[Path]:
-    """List the images below a folder in sorted order, skipping hidden files and folders.
-
-    Args:
-        root: The folder; links to folders are followed.
-        extensions: File name extensions to include; case is ignored.
-        recursive: Include subfolders.
-
-    Returns:
-        Paths relative to ``root``.
-
-    Raises:
-        FileNotFoundError: The folder does not exist or contains no image.
-    """
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"the image folder {root} does not exist")
-    endings = tuple(extension.lower() for extension in extensions)
-    paths = sorted(path for path in _walk(root, recursive) if path.name.lower().endswith(endings))
-    if not paths:
-        where = "in or below" if recursive else "directly in"
-        raise FileNotFoundError(f"no image ({', '.join(endings)}) was found {where} {root}")
-    return paths
-
-
 def find_files(paths: Sequence[str]) -> list[Path]:
     """List the given image files, replacing each folder by the images below it.
 
     Raises:
         FileNotFoundError: A path does not exist, or a folder contains no image.
+        ValueError: A folder cannot be read, or ``paths`` is a text.
     """
+    refuse_text("paths", paths)
     files: list[Path] = []
-    for path in map(Path, paths):
+    for path in (Path(path).expanduser() for path in paths):
         if path.is_dir():
             files += [path / name for name in find_images(path)]
         elif path.is_file():
@@ -118,17 +96,10 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     return files
 
 
-def _walk(root: str | os.PathLike[str], recursive: bool) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
-        for name in names:
-            if not name.startswith("."):
-                yield Path(folder, name).relative_to(root)
-
-
-def is_held_out(path: Path, fraction: float) -> bool:
+def is_held_out(path: str, fraction: float) -> bool:
     """Return True if a file belongs to the validation split, which only its path decides."""
-    digest = hashlib.md5(path.as_posix().encode(), usedforsecurity=False).digest()
+    name = path.replace(os.sep, "/").encode("utf-8", "surrogateescape")
+    digest = hashlib.md5(name, usedforsecurity=False).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
@@ -146,7 +117,7 @@ class ImageFolder(ImagePaths):
         labels: Use the folders directly below ``root`` as classes: items get ``class_label``
             (int64, rank of the sorted folder name, equal in both splits) and ``human_label``
             (the folder name).
-        extensions: File name extensions to include.
+        extensions: File name extensions to include; None includes all formats that are decoded.
         recursive: Include subfolders.
         allow_upscale: Enlarge images smaller than ``size`` instead of refusing them.
         antialias: Rescale with antialiasing, which large photographs need.
@@ -154,8 +125,8 @@ class ImageFolder(ImagePaths):
 
     Raises:
         FileNotFoundError: The folder does not exist or contains no image.
-        ValueError: An option is out of range, the split is empty, or ``labels`` is on and an image
-            lies directly in ``root``.
+        ValueError: A folder cannot be read, an option is out of range, the split is empty, or
+            ``labels`` is on and an image lies directly in ``root``.
     """
 
     def __init__(
@@ -166,17 +137,18 @@ class ImageFolder(ImagePaths):
         *,
         validation_fraction: float = 0.05,
         labels: bool = False,
-        extensions: Sequence[str] = IMAGE_EXTENSIONS,
+        extensions: Sequence[str] | None = None,
         recursive: bool = True,
         allow_upscale: bool = False,
         antialias: bool = True,
         **options: Any,
     ) -> None:
-        found = find_images(root, extensions, recursive)
+        found = find_images(root, extensions, recursive, options.get("channels", 3))
         self.classes = _class_names(root, found) if labels else []
         paths = _select_split(root, found, split, validation_fraction)
+        folder = "" if (name := str(Path(root).expanduser())) == "." else name
         super().__init__(
-            [Path(root, path) for path in paths],
+            [os.path.join(folder, path) for path in paths],
             size,
             labels=_class_labels(paths, self.classes) if labels else None,
             allow_upscale=allow_upscale,
@@ -186,8 +158,8 @@ class ImageFolder(ImagePaths):
 
 
 def _select_split(
-    root: str, paths: list[Path], split: str | None, validation_fraction: float
-) -> list[Path]:
+    root: str, paths: list[str], split: str | None, validation_fraction: float
+) -> list[str]:
     if split not in (None, "train", "validation"):
         raise ValueError(f"split must be 'train', 'validation' or none, got {split!r}")
     if not 0 < validation_fraction < 1:
@@ -204,14 +176,13 @@ def _select_split(
     return selected
 
 
-def _class_names(root: str, paths: list[Path]) -> list[str]:
-    if loose := [path for path in paths if len(path.parts) == 1]:
+def _class_names(root: str, paths: list[str]) -> list[str]:
+    if loose := [path for path in paths if os.sep not in path]:
         raise ValueError(f"labels needs a folder per class, but {loose[0]} is directly in {root}")
-    return sorted({path.parts[0] for path in paths})
+    return sorted({path.partition(os.sep)[0] for path in paths})
 
 
-def _class_labels(paths: list[Path], classes: list[str]) -> dict[str, Any]:
-    names = [path.parts[0] for path in paths]
+def _class_labels(paths: list[str], classes: list[str]) -> dict[str, Any]:
     number = {name: number for number, name in enumerate(classes)}
-    labels = np.array([number[name] for name in names], dtype=np.int64)
-    return {"class_label": labels, "human_label": names}
+    labels = np.array([number[path.partition(os.sep)[0]] for path in paths], dtype=np.int64)
+    return {"class_label": labels, "human_label": [classes[label] for label in labels]}

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from lightning.pytorch.trainer.states import TrainerStatus
+from torch.utils.data import Dataset
 
-from taming.data.utils import custom_collate
+from taming.data.loader import Loader, is_stream, length_of, make_loader
 from taming.util import instantiate_from_config
 
 # Stage -> the splits that it needs; other stages need all, since a test may follow a fit.
@@ -48,6 +49,9 @@ class WrappedDataset(Dataset[Any]):
 class DataModuleFromConfig(pl.LightningDataModule):
     """Data loaders over data sets given as ``{target, params}`` blocks.
 
+    Order and random numbers follow from the seed that torch was last given; see `Loader`. A resumed
+    run keeps the seed that it began with, and reads on from the batch that it had reached.
+
     Args:
         batch_size: Items per batch and process.
         train: Block of the training set; its items are shuffled.
@@ -59,6 +63,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     Attributes:
         datasets: Split name -> data set, for the splits that ``setup`` has built.
+        seed: Seed of order and random numbers.
 
     Raises:
         ValueError: ``batch_size`` or ``num_workers`` is out of range, or no split is given.
@@ -86,6 +91,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.wrap = wrap
         default_workers = min(2 * batch_size, _count_cpus())
         self.num_workers = default_workers if num_workers is None else num_workers
+        self.seed = torch.initial_seed()  # that seed_everything has set
         self.datasets: dict[str, Any] = {}
         # Lightning skips a loop only if its dataloader method is not defined.
         if validation is not None:
@@ -114,24 +120,55 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def _build(self, split: str) -> Any:
         block = self.dataset_configs[split]
         dataset = instantiate_from_config(block)
-        if len(dataset) == 0:
+        if length_of(dataset) == 0:
             raise ValueError(f"the {split} data set {block['target']} is empty")
-        return WrappedDataset(dataset) if self.wrap else dataset
+        return WrappedDataset(dataset) if self.wrap and not is_stream(dataset) else dataset
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return shuffled batches of the training set."""
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Let the model look at a batch before it is on a GPU, which would wait for that."""
+        model = self.trainer and self.trainer.lightning_module
+        check = getattr(model, "check_batch", None)
+        if check and model and model.device.type != "cpu":  # on a CPU, each step looks itself
+            check(batch)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seed, which a resumed run keeps."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the seed of the run that is resumed."""
+        self.seed = state_dict["seed"]
+
+    def train_dataloader(self) -> Loader:
+        """Return shuffled batches of the training set, from where training is."""
         if "train" not in self.datasets:
             raise ValueError("training needs a data.params.train block with target and params")
-        return self._loader("train", shuffle=True)
+        trainer: Any = self.trainer
+        if trainer is None:
+            return self._loader("train", shuffle=True)
+        self.seed = trainer.strategy.broadcast(self.seed)  # or processes might differ in the order
+        shuffle = not trainer.overfit_batches
+        return self._loader("train", shuffle=shuffle, position=self._position)
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
-        # Workers restart in each epoch and derive their random states from the main process,
-        # whose state a checkpoint stores, so a resumed run gets the same crops.
-        return DataLoader(
-            self.datasets[split],
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=custom_collate,
-        )
+    def _position(self) -> tuple[int, int] | None:
+        """Return the epoch and the number of its batches that are done, None after the last."""
+        if self.trainer is None or self.trainer.state.status == TrainerStatus.FINISHED:
+            return 0, 0
+        loop: Any = self.trainer.fit_loop
+        if loop.epoch_loop._num_ready_batches_reached():
+            return None
+        batches = loop.epoch_loop.batch_progress
+        return loop.epoch_progress.current.processed, batches.current.processed
+
+    def _loader(self, split: str, **options: Any) -> Loader:
+        options = {"seed": self.seed, "share": self._share(), **options}
+        return make_loader(self.datasets[split], self.batch_size, self.num_workers, **options)
+
+    def _share(self) -> tuple[int, int]:
+        """Return the number of this process and of all that share the data."""
+        trainer = self.trainer
+        if trainer is None or not trainer._accelerator_connector.use_distributed_sampler:
+            return 0, 1
+        processes = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return processes["rank"], processes["num_replicas"]

@@ -18,6 +18,7 @@ from taming.data.base import ConcatDatasetWithIndex, ImagePaths, NumpyPaths
 from taming.data.crops import SquareCrop
 from taming.data.preprocessing import View
 from taming.data.roots import data_root, read_list, require
+from taming.util import refuse_text
 
 # Reader and source of each set.
 _SETS = {
@@ -36,6 +37,7 @@ class FacesBase(Dataset[dict[str, Any]]):
 
     Raises:
         FileNotFoundError: The folder of portraits or its list does not exist.
+        ValueError: ``keys`` is a text.
     """
 
     name: ClassVar[str]
@@ -44,6 +46,7 @@ class FacesBase(Dataset[dict[str, Any]]):
     def __init__(
         self, size: int, keys: Sequence[str] | None = None, root: str | None = None
     ) -> None:
+        refuse_text("keys", keys)
         reader, source = _SETS[self.name]
         folder = require(data_root(root) / self.name, f"the portraits of {self.name}", source)
         files = read_list(data_root(root) / f"{self.name}{self.split}.txt")

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from taming.data.crops import SquareCrop
-from taming.data.preprocessing import decode_image, error_context, to_unit_range
+from taming.data.preprocessing import error_context, to_unit_range
 from taming.data.roots import cache_folder, data_root
+from taming.decoding import decode_image
+from taming.util import refuse_text
 
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -30,7 +32,7 @@ CIFAR10_CLASSES = (
 
 
 class LabelledRows(Protocol):
-    """Sequence of pairs: a picture, (3, H, W) uint8, and its class number or None."""
+    """Sequence of pairs: a picture, (C, H, W) uint8, and its class number or None."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> tuple[Tensor, int | None]: ...
@@ -63,20 +65,24 @@ class ParquetRows:
         path: The file.
         image_column: Column of structs with the encoded image in ``bytes``.
         label_column: Column of class numbers, or None.
+        channels: Channels of the pictures, as for `decode_image`.
 
     Raises:
         FileNotFoundError: The file does not exist.
         ValueError: It is not a Parquet file, or a column is missing or of another type.
     """
 
-    def __init__(self, path: str, image_column: str, label_column: str | None) -> None:
+    def __init__(
+        self, path: str, image_column: str, label_column: str | None, channels: int = 3
+    ) -> None:
+        path = os.path.expanduser(path)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"the Parquet file {path} does not exist")
         try:
             self.schema = pq.read_schema(path)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path} is not a Parquet file: {error}") from error
-        self.path = path
+        self.path, self.channels = path, channels
         self.image_column = image_column
         self.label_column = label_column
         self.columns = [name for name in (image_column, label_column) if name is not None]
@@ -105,7 +111,8 @@ class ParquetRows:
     def __getitem__(self, index: int) -> tuple[Tensor, int | None]:
         row = self.table.slice(index, 1)
         with error_context(f"{self.path}, row {index}"):
-            image = decode_image(io.BytesIO(row[self.image_column][0]["bytes"].as_py()))
+            file = io.BytesIO(row[self.image_column][0]["bytes"].as_py())
+            image = decode_image(file, channels=self.channels)
         return image, None if self.label_column is None else row[self.label_column][0].as_py()
 
     def class_names(self) -> list[str]:
@@ -128,6 +135,7 @@ class LabelledImages(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, rows: LabelledRows, class_names: Sequence[str], crop: SquareCrop) -> None:
+        refuse_text("class_names", class_names)
         self.rows = rows
         self.class_names = class_names
         self.crop = crop
@@ -155,6 +163,7 @@ class ParquetImages(LabelledImages):
         size: Side of the square crops in pixels; None keeps images whole.
         random_crop: Crop at random instead of at the centre.
         random_flip: Mirror images with probability 1/2.
+        channels: Channels of the images, as for `decode_image`.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -169,8 +178,9 @@ class ParquetImages(LabelledImages):
         size: int | None = None,
         random_crop: bool = False,
         random_flip: bool = False,
+        channels: int = 3,
     ) -> None:
-        rows = ParquetRows(path, image_column, label_column)
+        rows = ParquetRows(path, image_column, label_column, channels)
         super().__init__(rows, rows.class_names(), SquareCrop(size, random_crop, random_flip))
 
 

@@ -18,7 +18,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import adjust_hue
 
 from taming.data.crops import SquareCrop
-from taming.data.preprocessing import View, decode_image, scale_short_side, to_unit_range
+from taming.data.preprocessing import View, scale_short_side, to_unit_range
+from taming.decoding import decode_image
+from taming.util import refuse_text
 
 # The two motorcycle pictures are a stereo pair of one scene and must be in the same split.
 TRAIN_PHOTOS = (
@@ -86,6 +88,7 @@ class PhotosTrain(Dataset[dict[str, Any]]):
         flip: bool = True,
         hue: float = 0.0,
     ) -> None:
+        refuse_text("scale", scale)
         if not 0 <= hue <= 0.5:
             raise ValueError(f"hue must be in [0, 0.5], got {hue}")
         self.hue = hue
@@ -148,6 +151,7 @@ class PhotosValidation(Dataset[dict[str, Any]]):
     def __init__(
         self, size: int = 128, length: int | None = None, scales: Sequence[float] = (1.0, 2.0)
     ) -> None:
+        refuse_text("scales", scales)
         self.photos = load_photos(VALIDATION_PHOTOS, size)
         if not all(scale >= 1 for scale in scales):
             raise ValueError(f"scales must be at least 1, got {list(scales)}")

@@ -7,10 +7,10 @@ published models were trained and measured on such pictures.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from taming.pictures import decode, to_rgb
+from taming.decoding import File, decode, decode_image, raw_mode
 from taming.util import DataError
 
-File = str | os.PathLike[str] | IO[bytes]
+logger = logging.getLogger(__name__)
 
 INTERPOLATIONS = {
     "nearest": InterpolationMode.NEAREST,
@@ -57,42 +57,63 @@ def error_context(what: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise DataError(f"{what}: {error}") from error
+        reason = str(error).removeprefix(f"{what.partition(' ')[2]}: ")  # some name it themselves
+        raise DataError(f"{what}: {reason}") from error
 
 
-def decode_image(file: File, upright: bool = True) -> Tensor:
-    """Decode an image file of any format that Pillow reads, and convert it to RGB.
+@contextmanager
+def skipping(failed: list[str]) -> Iterator[None]:
+    """Log and collect a `DataError` about one of several files, so that the others go on."""
+    try:
+        yield
+    except DataError as error:
+        logger.warning("skipped: %s", error)
+        failed.append(str(error))
 
-    Args:
-        file: A path, or an open binary file.
-        upright: Apply the EXIF orientation. Masks, depth maps and boxes refer to the stored
-            image, so an image that goes with them must not be rotated.
 
-    Returns:
-        (3, H, W) uint8.
+def refuse_failed(failed: Sequence[str], total: int) -> None:
+    """End a program that has gone through all files, if some failed in `skipping`.
 
     Raises:
-        ValueError: The file is missing, truncated or not an image.
+        ValueError: Counts the failures, and names the first.
     """
-    return decode(file, lambda image: F.pil_to_tensor(to_rgb(image, upright)))
+    if failed:
+        raise ValueError(f"{len(failed)} of {total} images failed; the first: {failed[0]}")
 
 
 def decode_mask(file: File) -> Tensor:
-    """Decode a class map with one class number per pixel.
+    """Decode a class map with one class number per pixel: the number that the file stores.
+
+    Args:
+        file: A path, or an open binary file. In a picture of one bit, white is class 1.
 
     Returns:
-        (1, H, W) uint8.
+        (1, H, W) uint8, or int32 if the file holds more than 8 bits.
 
     Raises:
-        ValueError: The file cannot be decoded or has more than one byte per pixel.
+        ValueError: The file cannot be decoded, or holds colours or floats.
     """
 
     def convert(image: Image.Image) -> Tensor:
-        if image.mode not in ("L", "P"):
-            raise ValueError(f"expected one class number per pixel, found colours ({image.mode})")
-        return F.pil_to_tensor(image)
+        unit = _unit_of(image)
+        if image.mode in ("1", "L", "P"):
+            values = np.asarray(image).astype(np.uint8)
+        elif image.mode.startswith("I"):
+            values = np.asarray(image).astype(np.int32)
+        else:
+            kind = "floats" if image.mode == "F" else f"colours ({image.mode})"
+            raise ValueError(f"expected one class number per pixel, found {kind}")
+        return torch.from_numpy((values / unit).round().astype(values.dtype))[None]
 
     return decode(file, convert)
+
+
+def _unit_of(image: Image.Image) -> float:
+    """Return the grey level of class 1, since Pillow scales fewer than 8 or 16 bits to all."""
+    arguments = image.tile[0][3] if getattr(image, "tile", None) else None  # type: ignore[attr-defined]
+    if isinstance(arguments, tuple) and image.format == "PPM" and image.mode in ("L", "I"):
+        return (65535 if image.mode == "I" else 255) / int(arguments[1])
+    return {"L;2": 85, "L;4": 17}.get(raw_mode(image)[:3], 1)
 
 
 def decode_depth(file: File) -> Tensor:
@@ -102,13 +123,16 @@ def decode_depth(file: File) -> Tensor:
         (1, H, W) float32, rescaled to [-1, 1].
 
     Raises:
-        ValueError: The file cannot be decoded or does not have four bytes per pixel.
+        ValueError: The file cannot be decoded, does not have four bytes per pixel, or holds a
+            value that is not finite.
     """
 
     def convert(image: Image.Image) -> Tensor:
         if image.mode != "RGBA":
             raise ValueError(f"expected float32 depth stored as RGBA, found {image.mode}")
         depth = np.array(image).view("<f4")[..., 0]
+        if not np.isfinite(depth).all():
+            raise ValueError("the depth is not finite everywhere")
         scaled = (depth - depth.min()) / max(1e-8, depth.max() - depth.min())
         return torch.from_numpy(2 * scaled - 1)[None]
 
@@ -148,13 +172,21 @@ def to_unit_range(picture: Tensor) -> np.ndarray:
     return picture.permute(1, 2, 0).to(torch.float32).div(127.5).sub(1).contiguous().numpy()
 
 
+def shift_classes(mask: Tensor) -> Tensor:
+    """Add one to all classes; the last of 8 or 16 bits (unlabelled) becomes class 0."""
+    unlabelled = 255 if mask.dtype == torch.uint8 else 65535
+    return torch.where(mask == unlabelled, 0, mask + 1)
+
+
 def one_hot(mask: Tensor, n_labels: int) -> np.ndarray:
     """Convert a class map (1, H, W) to one-hot vectors (H, W, n_labels) float32.
 
     Raises:
-        ValueError: A class number is not below ``n_labels``.
+        ValueError: A class number is negative or not below ``n_labels``.
     """
-    highest = int(mask.max())
+    lowest, highest = int(mask.min()), int(mask.max())
+    if lowest < 0:
+        raise ValueError(f"the map holds class {lowest}, but classes count from 0")
     if highest >= n_labels:
         raise ValueError(f"the map holds class {highest}, but there are only {n_labels} labels")
     return np.eye(n_labels, dtype=np.float32)[mask[0].numpy()]

@@ -15,13 +15,14 @@ def cache_folder() -> Path:
 
 def data_root(root: str | os.PathLike[str] | None = None, default: str | Path = "data") -> Path:
     """Return the folder of the data sets: ``root``, else TAMING_DATA, else ``default``."""
-    return Path(root or os.environ.get("TAMING_DATA") or default)
+    return Path(root or os.environ.get("TAMING_DATA") or default).expanduser()
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
     """Resolve a path of a configuration: ``data/...`` lies below the data root."""
     parts = Path(path).parts
-    return data_root().joinpath(*parts[1:]) if parts[:1] == ("data",) else Path(path)
+    inside = parts[:1] == ("data",)
+    return data_root().joinpath(*parts[1:]) if inside else Path(path).expanduser()
 
 
 def require(path: str | os.PathLike[str], what: str, source: str) -> Path:
@@ -35,7 +36,7 @@ def require(path: str | os.PathLike[str], what: str, source: str) -> Path:
     Raises:
         FileNotFoundError: The path does not exist; names what to get, from where and where to.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist: get {what} from {source} and put it there, or name its "

@@ -14,12 +14,14 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 
 from taming.data.crops import Crop, SquareCrop
+from taming.data.paths import compact
 from taming.data.preprocessing import (
     decode_mask,
     error_context,
     interpolation_mode,
     one_hot,
     read_pair,
+    shift_classes,
     to_unit_range,
 )
 from taming.data.roots import UPSTREAM_LISTS, data_root, read_list, require
@@ -35,7 +37,8 @@ class SegmentationPaths(Dataset[dict[str, Any]]):
         interpolation: Rescaling of the images: nearest, bilinear, bicubic, area or lanczos. Class
             maps always take the class of the nearest pixel.
         n_labels: Number of classes.
-        shift_segmentation: Add one to all classes, so that 255 (unlabelled) becomes class 0.
+        shift_segmentation: Add one to all classes, so that 255 (of 16 bits 65535; unlabelled)
+            becomes class 0.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class SegmentationPaths(Dataset[dict[str, Any]]):
         n_labels: int,
         shift_segmentation: bool = False,
     ) -> None:
-        self.labels = labels
+        self.labels = {name: compact(name, values) for name, values in labels.items()}
         self.crop = crop
         self.interpolation = interpolation_mode(interpolation)
         self.n_labels = n_labels
@@ -59,7 +62,7 @@ class SegmentationPaths(Dataset[dict[str, Any]]):
         item = {name: values[index] for name, values in self.labels.items()}
         image, mask = read_pair(item["file_path_"], item["segmentation_path_"], decode_mask)
         if self.shift_segmentation:
-            mask = mask + 1  # uint8: 255 wraps to 0
+            mask = shift_classes(mask)
         view = self.crop.view(*image.shape[-2:])
         item["image"] = to_unit_range(view.apply(image, self.interpolation))
         with error_context(f"map {item['segmentation_path_']}"):
@@ -84,7 +87,8 @@ class SegmentationBase(SegmentationPaths):
         random_crop: Crop at random instead of at the centre.
         interpolation: Rescaling of the images: nearest, bilinear, bicubic, area or lanczos.
         n_labels: Number of classes.
-        shift_segmentation: Add one to all classes, so that 255 (unlabelled) becomes class 0.
+        shift_segmentation: Add one to all classes, so that 255 (of 16 bits 65535; unlabelled)
+            becomes class 0.
 
     Raises:
         FileNotFoundError: The list does not exist.
@@ -103,10 +107,11 @@ class SegmentationBase(SegmentationPaths):
         shift_segmentation: bool = False,
     ) -> None:
         names = read_list(data_csv)
+        folder, maps = os.path.expanduser(data_root), os.path.expanduser(segmentation_root)
         labels = {
             "relative_file_path_": names,
-            "file_path_": [os.path.join(data_root, name) for name in names],
-            "segmentation_path_": [os.path.join(segmentation_root, mask_name(n)) for n in names],
+            "file_path_": [os.path.join(folder, name) for name in names],
+            "segmentation_path_": [os.path.join(maps, mask_name(name)) for name in names],
         }
         crop = SquareCrop(size, random_crop)
         super().__init__(labels, crop, interpolation, n_labels, shift_segmentation)

@@ -4,7 +4,9 @@ A cache is a folder of Arrow files (the IPC format, which pandas calls feather) 
 image: its ragged ``tokens`` and other values of the data set's item, such as the class. The files
 also contain the tokenizer's fingerprint. They are memory-mapped, so processes share their pages
 and nothing is decoded. The folder is renamed to its final name when all files are complete, so an
-interrupted cache cannot be mistaken for a complete one.
+interrupted cache cannot be mistaken for a complete one. ``checksums.json`` has the CRC-32 and the
+number of images of every file; a cache without it is of an earlier version, and only what Arrow
+and the values themselves show is checked.
 
 Axis letters: B images, L tokens, h w grid.
 """
@@ -15,7 +17,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,22 +25,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-_KEY = b"taming.tokens"  # of the schema's metadata
+from taming.data.token_files import (
+    AGAIN,
+    CHECKSUMS,
+    KEY,
+    CacheInfo,
+    check_files,
+    check_table,
+    crc32_of,
+    named,
+    open_file,
+    properties_of,
+)
+from taming.util import replacing
+
 _OWN = {"tokens", "grid", "pixels", "fingerprint"}  # keys that the cache adds to every item
-
-
-class CacheInfo(NamedTuple):
-    """Properties shared by all images of a cache.
-
-    Attributes:
-        fingerprint: The tokenizer's fingerprint in hexadecimal.
-        grid: [h, w], the latent grid in sites.
-        pixels: Number of pixels of an image.
-    """
-
-    fingerprint: str
-    grid: list[int]
-    pixels: int
 
 
 def free_for_cache(folder: Path) -> Path:
@@ -82,10 +83,12 @@ class TokenCacheWriter:
         self.unfinished.mkdir(parents=True)
         self.folder = folder
         self.info = info
+        self.vocab_size = vocab_size
         self.type = pa.list_(pa.uint16() if vocab_size <= 1 << 16 else pa.int32())
+        self.schema: pa.Schema | None = None  # of the first file, and so of all
         self.images_per_file = images_per_file
         self.rows: list[dict[str, Any]] = []
-        self.files = 0
+        self.checksums: dict[str, dict[str, int]] = {}
 
     def add(self, tokens: Tensor, columns: Mapping[str, Sequence[Any]]) -> None:
         """Append images.
@@ -95,12 +98,16 @@ class TokenCacheWriter:
             columns: Item key -> B values: numbers, strings, or lists of numbers.
 
         Raises:
-            ValueError: A column has the name of one of the cache's own keys.
+            ValueError: A column has the name of one of the cache's own keys or changes its type, or
+                a token is outside the vocabulary.
+            WriteError: A file cannot be saved.
         """
         if taken := _OWN & columns.keys():
             raise ValueError(
                 f"the key {min(taken)!r} is reserved in a token cache: rename it in the data set"
             )
+        if len(outside := tokens[(tokens < -1) | (tokens >= self.vocab_size)]):
+            raise ValueError(f"token {int(outside[0])} is outside 0..{self.vocab_size - 1}")
         sequences = [row[row >= 0].numpy() for row in tokens.cpu()]
         for number, sequence in enumerate(sequences):
             values = {name: column[number] for name, column in columns.items()}
@@ -110,20 +117,30 @@ class TokenCacheWriter:
             self.rows = self.rows[self.images_per_file :]
 
     def close(self) -> None:
-        """Save the remaining images and rename the folder to its final name."""
+        """Save the remaining images and the checksums, and rename the folder to its final name."""
         if self.rows:
             self._save_file(self.rows)
+        with replacing(self.unfinished / CHECKSUMS) as part:
+            part.write_text(json.dumps(self.checksums, indent=1))
         self.unfinished.rename(self.folder)
 
     def _save_file(self, rows: Sequence[Mapping[str, Any]]) -> None:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         tokens = pa.array(columns.pop("tokens"), self.type)
         batch = pa.RecordBatch.from_pydict({"tokens": tokens, **columns})
-        batch = batch.replace_schema_metadata({_KEY: json.dumps(self.info._asdict())})
-        file = self.unfinished / f"{self.files:05}.arrow"
-        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        about = {**self.info._asdict(), "vocab_size": self.vocab_size}
+        batch = batch.replace_schema_metadata({KEY: json.dumps(about)})
+        schema = self.schema = self.schema or batch.schema
+        if changed := [field for field in batch.schema if field not in schema]:
+            raise ValueError(f"the columns {changed} have other types than in earlier images")
+        file = self.unfinished / f"{len(self.checksums):05}.arrow"
+        with (
+            replacing(file) as part,
+            pa.OSFile(str(part), "wb") as sink,
+            pa.ipc.new_file(sink, batch.schema) as writer,
+        ):
             writer.write_batch(batch)
-        self.files += 1
+        self.checksums[file.name] = {"images": len(rows), "crc32": crc32_of(file)}
 
 
 class TokenCache(Dataset[dict[str, Any]]):
@@ -143,24 +160,35 @@ class TokenCache(Dataset[dict[str, Any]]):
     Args:
         path: Folder of the cache.
 
+    Every file is read once and checked when the data set is built, not in loader processes.
+
     Raises:
         FileNotFoundError: The folder contains no cache.
-        ValueError: A file is damaged, or the files belong to different caches.
+        ValueError: A file is missing or damaged, or the files belong to different caches.
     """
 
     def __init__(self, path: str) -> None:
         self.files = sorted(Path(path).glob("*.arrow"))
         if not self.files:
             raise FileNotFoundError(f"{path} holds no token cache; scripts/encode.py makes one")
-        infos = [_info_of(file, _open(file).schema) for file in self.files]
-        if any(info != infos[0] for info in infos):
+        images = check_files(Path(path), [file.name for file in self.files])
+        schemas = []
+        for file in self.files:
+            with named(file):
+                table = open_file(file).read_all()
+                check_table(table, properties_of(table.schema), images.get(file.name))
+            schemas.append(table.schema)
+        if not all(schema.equals(schemas[0], check_metadata=True) for schema in schemas):
             raise ValueError(f"{path} holds files of different token caches; encode it again")
-        self.info = infos[0]
+        about = properties_of(schemas[0])
+        if not images and "vocab_size" in about:
+            raise ValueError(f"{path} has lost its {CHECKSUMS}; {AGAIN}")
+        self.info = CacheInfo(*(about[name] for name in CacheInfo._fields))
 
     @cached_property
     def table(self) -> pa.Table:
         """All rows, memory-mapped."""
-        return pa.concat_tables([_open(file).read_all() for file in self.files])
+        return pa.concat_tables([open_file(file).read_all() for file in self.files])
 
     @cached_property
     def longest(self) -> int:
@@ -193,18 +221,3 @@ def _value(scalar: pa.Scalar) -> Any:
     """Convert to a number or a string, or a vector to a tensor, which collation stacks."""
     value = scalar.as_py()
     return torch.tensor(value) if isinstance(value, list) else value
-
-
-def _open(file: Path) -> Any:
-    """Memory-map a file."""
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(file)))
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} is not a complete Arrow file: {error}") from error
-
-
-def _info_of(file: Path, schema: pa.Schema) -> CacheInfo:
-    """Read a file's cache properties from its schema."""
-    if _KEY not in (schema.metadata or {}):
-        raise ValueError(f"{file} does not belong to a token cache")
-    return CacheInfo(**json.loads(schema.metadata[_KEY]))

@@ -37,6 +37,7 @@ from taming.modules.transformer.generate import (
     mask_logits,
 )
 from taming.modules.transformer.network import PriorNetwork
+from taming.modules.util import checks_values
 
 __all__ = ["Grid", "Net2NetTransformer"]
 
@@ -181,7 +182,7 @@ class Net2NetTransformer(Prior):
             logits = mask_logits(logits, self.sequence.allowed(states)[present])
         return logits
 
-    def likelihood(self, seen: TokenizedBatch) -> tuple[Tensor, Tensor]:
+    def measure_nats(self, seen: TokenizedBatch) -> tuple[Tensor, Tensor]:
         """Measure -log p (B,) in nats and the number of tokens (B,) of images."""
         nats = self.nll(seen.tokens, seen.condition, seen.grid)
         return nats, (seen.tokens >= 0).sum(dim=1)
@@ -215,7 +216,8 @@ class Net2NetTransformer(Prior):
             ValueError: A condition contains that token.
         """
         token = self.transformer.vocab_size - 1
-        if (condition >= token).any():
+        unknown = self.cond_stage_model.condition_vocab_size is None  # else, it was checked
+        if (unknown or checks_values(condition)) and (condition >= token).any():
             raise ValueError(
                 f"conditions have the token {int(condition.max())}, but with condition_dropout "
                 f"the last of the transformer's vocab_size {token + 1} must be free"

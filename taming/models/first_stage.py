@@ -44,7 +44,8 @@ class FirstStage:
     def codes_by_level(self, quantized: Any) -> dict[str, Tensor]:
         """Return the codes (B, h, w, T) int64 in what ``encode`` returned, by level name."""
         batch, _, h, w = quantized.z_q.shape
-        return {"": quantized.info.indices.reshape(batch, h, w, -1)}
+        turns = self.quantize.sequence.max_loops
+        return {"": quantized.info.indices.reshape(batch, h, w, turns)}
 
     def encode_to_codes(self, x: Tensor, **rate: Any) -> Any:
         """Encode images as codes.
@@ -60,6 +61,11 @@ class FirstStage:
         return codes[0] if len(codes) == 1 else codes
 
     # --- sizes -----------------------------------------------------------------------------------
+
+    @property
+    def channels(self) -> int:
+        """C, channels of an image."""
+        return self.encoder.conv_in.in_channels
 
     @property
     def factor(self) -> int:
@@ -129,14 +135,17 @@ class FirstStage:
         return {name: self.to_rgb(image) for name, image in images.items()}
 
     def to_rgb(self, x: Tensor) -> Tensor:
-        """Colour images (B, C, H, W): grey if C is 1, a fixed random projection if not 3.
+        """Colour images (B, C, H, W) by their number of channels: (B, 3, H, W).
 
-        Raises:
-            ValueError: There is no projection for that many channels.
+        One is grey. Of other numbers than 1 and 3, ``colorize`` makes a fixed random projection.
+        Without it, 2 and 4 are grey or RGB with alpha, shown on white, and of more, the first three
+        are shown.
         """
-        if x.shape[1] in (1, 3):
-            return x.expand(-1, 3, -1, -1)
-        if self.colorize is None:
-            raise ValueError(f"set colorize_nlabels={x.shape[1]} to show {x.shape[1]} channels")
+        channels = x.shape[1]
+        if self.colorize is None or channels in (1, 3):
+            if channels in (2, 4):
+                alpha = (x[:, -1:].clamp(-1, 1) + 1) / 2
+                x = x[:, :-1] * alpha + (1 - alpha)
+            return x[:, :3].expand(-1, 3, -1, -1)
         x = F.conv2d(x, self.colorize)
         return 2 * (x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) - 1

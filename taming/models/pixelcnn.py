@@ -107,13 +107,13 @@ class PixelCNNPrior(Prior):
     # --- codes -> nats ---------------------------------------------------------------------------
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Measure images (B, C, H, W) in [-1, 1] of classes (B,): `likelihood` of a batch.
+        """Measure images (B, C, H, W) in [-1, 1] of classes (B,): `measure_nats` of a batch.
 
         For an unconditional prior, ``c`` is anything (B, ...).
         """
         return self._measure(self.encode_codes(x), self.encode_to_c(c)[1])
 
-    def likelihood(self, seen: TokenizedBatch) -> tuple[Tensor, Tensor]:
+    def measure_nats(self, seen: TokenizedBatch) -> tuple[Tensor, Tensor]:
         """Measure -log p (B,) in nats and the number of tokens (B,) of images."""
         return self._measure(seen.codes, seen.condition)
 

@@ -35,10 +35,11 @@ from taming.models.sampling import (
     known_sites,
     pictures_of,
 )
+from taming.modules.distributed import share_of_rank
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.transformer.generate import DEFAULT_SAMPLING, SamplingParams
 from taming.modules.transformer.permuter import Identity, Permuter
-from taming.modules.util import tensor_of
+from taming.modules.util import images_of, tensor_of
 from taming.util import DataError, NonFiniteError, instantiate_from_config
 
 # Parts of a tokenizer that do not affect the codes of an image.
@@ -170,8 +171,8 @@ class Prior(pl.LightningModule, ABC):
         return self._mean_nats(batch, "val")
 
     @abstractmethod
-    def likelihood(self, seen: TokenizedBatch) -> tuple[Tensor, Tensor]:
-        """Measure images: -log p (B,) float32 of their tokens in nats, lengths of sites included.
+    def measure_nats(self, seen: TokenizedBatch) -> tuple[Tensor, Tensor]:
+        """Measure -log p of images' tokens, lengths of sites included: (B,) float32, in nats.
 
         The second output is the number of tokens of each, (B,) int64.
         """
@@ -179,7 +180,7 @@ class Prior(pl.LightningModule, ABC):
     def _mean_nats(self, batch: Mapping[str, Any], split: str) -> Tensor:
         """Return -log p of a token, in nats; log it, and the bits per token, image and pixel."""
         seen = self.tokenize_batch(batch)
-        nats, lengths = self.likelihood(seen)
+        nats, lengths = self.measure_nats(seen)
         images, tokens = len(nats), int(lengths.sum())
         loss, bits = nats.sum() / tokens, nats.detach().sum() / math.log(2)
         if not torch.isfinite(loss):
@@ -193,7 +194,7 @@ class Prior(pl.LightningModule, ABC):
         ):
             options: dict[str, Any] = {"prog_bar": name == "loss", "sync_dist": split == "val"}
             self.log(f"{split}/{name}", value, on_epoch=True, batch_size=weight, **options)
-        return loss
+        return loss * share_of_rank(tokens, loss) if split == "train" else loss
 
     def configure_optimizers(self) -> Any:
         """AdamW (arXiv:1711.05101) with weight decay on linear and convolution layers only."""
@@ -256,14 +257,32 @@ class Prior(pl.LightningModule, ABC):
         """Take a tensor out of a batch; images (B, H, W, C) or (B, H, W) become (B, C, H, W).
 
         Raises:
-            DataError: The batch has no such tensor.
+            DataError: The batch has no such tensor, or it is not what the tokenizer or the
+                condition stage takes.
         """
-        x = tensor_of(batch, key, "the prior's first_stage_key or cond_stage_key")
+        x = self._checked_input(key, batch)
         if x.ndim == 3:
             x = x[..., None]
         if x.ndim == 4:
             x = x.permute(0, 3, 1, 2).contiguous()
         return x.float() if x.ndim == 4 or x.dtype == torch.float64 else x
+
+    def _checked_input(self, key: str, batch: Mapping[str, Any]) -> Tensor:
+        """Take a tensor out of a batch as it is, and refuse what its part does not take."""
+        is_image = key == self.first_stage_key
+        part: Any = self.first_stage_model if is_image else self.cond_stage_model
+        parameter = f"the prior's {'first' if is_image else 'cond'}_stage_key"
+        if channels := getattr(part, "channels", None):
+            return images_of(batch, key, parameter, channels, part.value_range)
+        x = tensor_of(batch, key, parameter)
+        if check := getattr(part, "check", None):
+            check(x)
+        return x
+
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a batch that is still on the CPU, and whose images or conditions do not fit."""
+        for key in {self.first_stage_key, self.cond_stage_key} & {*batch}:  # not all in a cache
+            self._checked_input(key, batch)
 
     def get_xc(self, batch: Mapping[str, Any], N: int | None = None) -> tuple[Tensor, Tensor]:
         """Take the first N (all, if None) images and conditions out of a batch."""
@@ -295,7 +314,7 @@ class Prior(pl.LightningModule, ABC):
         with torch.autocast(x.device.type, enabled=False):
             quant_z, _, info = self.first_stage_model.encode(x)
         batch, _, h, w = quant_z.shape
-        return quant_z, info.indices.reshape(batch, h, w, -1)  # (B, h, w, T)
+        return quant_z, info.indices.reshape(batch, h, w, self.sequence.max_loops)  # (B, h, w, T)
 
     @torch.no_grad()
     def decode_codes(self, codes: Tensor, quant_c: Tensor | None = None) -> Tensor:

@@ -20,11 +20,13 @@ from taming.models.first_stage import FirstStage
 from taming.models.gan import ManualOptimization
 from taming.modules.diffusionmodules.model import Decoder, Encoder, check_ddconfig
 from taming.modules.losses.base import DISCRIMINATOR, GENERATOR, AutoencoderLoss, check_finite
-from taming.modules.util import start_orthogonal, tensor_of
+from taming.modules.util import images_of, start_orthogonal
 from taming.modules.vqvae.base import GridShape, Quantizer, QuantizerOutput
 from taming.modules.vqvae.metrics import SplitMetrics
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from taming.util import instantiate_from_config, instantiate_with_sizes
+
+MOST_SITES = 1 << 24  # of an image to decode; an empty batch may state a larger grid at no cost
 
 # Arguments of VQModel for the default quantizer, which a quantizer_config replaces.
 DEFAULTS = {"beta": 0.25, "remap": None, "sane_index_shape": False, "legacy": True}
@@ -147,7 +149,7 @@ class VQModel(ManualOptimization, FirstStage):
 
     def encode_to_prequant(self, x: Tensor) -> Tensor:
         """Encode images (B, C, H, W) in [-1, 1] as latents z (B, D, h, w)."""
-        return self.quant_conv(self.encoder(x))
+        return self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype)))
 
     def encode(
         self,
@@ -191,29 +193,40 @@ class VQModel(ManualOptimization, FirstStage):
         low, high = self.value_range
 
         def psnr(codes: Tensor) -> Tensor:
-            x_rec = self.as_input(self.decode_code(codes)).clamp(low, high)
-            return peak_signal_noise_ratio(x_rec, x, high - low, reduction="none", dim=(1, 2, 3))
+            x_rec = self.as_input(self.decode_code(codes)).float().clamp(low, high)
+            images = (x_rec, x.float())
+            return peak_signal_noise_ratio(*images, high - low, reduction="none", dim=(1, 2, 3))
 
-        return self.quantize.fewest_codes(z, psnr, target_psnr.to(x))
+        return self.quantize.fewest_codes(z, psnr, target_psnr.to(x.device, torch.float32))
 
     def decode(self, quant: Tensor) -> Tensor:
-        """Decode z_q (B, D, h, w) to images (B, C, H, W), roughly in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(quant))
+        """Decode z_q (B, D, h, w) to images (B, C, H, W), roughly in [-1, 1].
+
+        Raises:
+            ValueError: A grid has no sites, or more than a memory holds.
+        """
+        h, w = quant.shape[2:]
+        if not 0 < h * w <= MOST_SITES:
+            raise ValueError(f"a grid of {h}x{w} sites: expected 1 to {MOST_SITES} sites")
+        return self.decoder(self.post_quant_conv(quant.to(self.post_quant_conv.weight.dtype)))
 
     def decode_code(self, code_b: Tensor, shape: GridShape | None = None) -> Tensor:
         """Decode codes to images (B, C, H, W).
 
         Args:
-            code_b: int64 (B, h, w) or (B, h, w, T), or flat with a shape.
+            code_b: Integers (B, h, w) or (B, h, w, T), or flat with a shape.
             shape: (B, h, w, D) of flat codes.
+
+        Raises:
+            ValueError: They are not codes of the quantizer (see its ``get_codebook_entry``).
         """
         if shape is None:
-            if code_b.ndim < 3:
+            axes = [*getattr(code_b, "shape", ())]
+            if len(axes) not in (3, 4):
                 raise ValueError(
-                    f"codes of shape {tuple(code_b.shape)} need the shape (B, h, w, D) they fill"
+                    f"codes of shape {tuple(axes)} need the shape (B, h, w, D) they fill"
                 )
-            batch, h, w = code_b.shape[:3]
-            shape = (batch, h, w, self.quantize.e_dim)
+            shape = (axes[0], axes[1], axes[2], self.quantize.e_dim)
         return self.decode(self.quantize.get_codebook_entry(code_b, shape))
 
     # --- training --------------------------------------------------------------------------------
@@ -284,15 +297,25 @@ class VQModel(ManualOptimization, FirstStage):
         return self.decoder.conv_out.weight
 
     def get_input(self, batch: Mapping[str, Tensor], k: str) -> Tensor:
-        """Take images out of a batch: (B, H, W, C) or (B, H, W) -> (B, C, H, W) float32."""
-        x = tensor_of(batch, k, "the model's image_key")
-        if x.ndim == 3:
-            x = x[..., None]  # (B, H, W, 1)
+        """Take images out of a batch: (B, H, W, C) or (B, H, W) -> (B, C, H, W) float32.
+
+        Raises:
+            DataError: The batch has no such images (see `images_of`).
+        """
+        x = images_of(batch, k, "the model's image_key", self.channels, self.value_range)
         return x.permute(0, 3, 1, 2).contiguous().float()
+
+    def check_batch(self, batch: Mapping[str, Tensor]) -> None:
+        """Refuse a batch that is still on the CPU, and whose images are not the model's."""
+        images_of(batch, self.image_key, "the model's image_key", self.channels, self.value_range)
+
+    def fetch_weights(self) -> None:
+        """Fetch the loss's pretrained weights, unless a checkpoint had them."""
+        self.loss.fetch_weights()
 
     def on_fit_start(self) -> None:
         """Fetch the loss's pretrained weights, after a resumed run has restored its own."""
-        self.loss.fetch_weights()
+        self.fetch_weights()
 
     def on_train_epoch_end(self) -> None:
         """Log the use of the codebook over the epoch."""

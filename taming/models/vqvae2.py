@@ -145,6 +145,11 @@ class Level(nn.Module, FirstStage):
         return self.model.quantize.levels[self.above]
 
     @property
+    def channels(self) -> int:
+        """C, channels of an image."""
+        return self.model.channels
+
+    @property
     def factor(self) -> int:
         """Side in pixels of a site of this level."""
         return self.model.encoder.factor * self.model.quantize.factors[self.above]

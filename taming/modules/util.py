@@ -22,6 +22,16 @@ def count_params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def checks_values(tensor: Tensor) -> bool:
+    """Return True if a check may look at the values of a tensor.
+
+    It may not while torch.export, torch.compile or a trace turns code into a graph, which has no
+    errors, nor on an accelerator, which each look would make the program wait for.
+    """
+    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return tensor.device.type == "cpu" and not captured
+
+
 @torch.no_grad()
 def start_orthogonal(*layers: nn.Conv2d) -> None:
     """Give layers orthogonal weights (Saxe et al. 2013, arXiv:1312.6120) and biases of zero.
@@ -130,11 +140,18 @@ class ConditionStage:
         condition_length: Tokens of a condition, of the images trained on; None if only the data
             determine it.
         n_classes: Number of classes; None for other conditions.
+        channels: Channels of conditions that are images; None for others.
+        value_range: Smallest and largest value of such an image.
     """
 
     condition_vocab_size: int | None
     condition_length: int | None
     n_classes: int | None = None
+    channels: int | None = None
+    value_range = (-1.0, 1.0)
+
+    def check(self, c: Tensor) -> None:
+        """Refuse conditions, as in a batch, that ``encode`` does not take; by default, none."""
 
     def condition_pictures(
         self, c: Tensor, quant_c: Tensor, size: tuple[int, int], datasets: Mapping[str, Any]
@@ -183,18 +200,27 @@ class Labelator(AbstractEncoder):
         self.n_classes = self.condition_vocab_size = n_classes
         self.quantize_interface = quantize_interface
 
+    def check(self, c: Tensor) -> None:
+        """Refuse labels that are not one whole number (B,) in [0, n_classes) for each image."""
+        if c.numel() != len(c) or c.is_floating_point() or c.is_complex():
+            raise DataError(
+                f"labels must be whole numbers (B,), one for each image, got {c.dtype} "
+                f"{tuple(c.shape)}"
+            )
+        if checks_values(c) and ((c < 0) | (c >= self.n_classes)).any():
+            raise DataError(
+                f"labels from {int(c.min())} to {int(c.max())} are not all among the "
+                f"n_classes {self.n_classes} of the Labelator, which begin at 0"
+            )
+
     def encode(self, c: Tensor) -> Tensor | Quantized:
         """Map labels (B,) in [0, n_classes) to tokens (B, 1) int64.
 
         Raises:
             ValueError: A label is out of range.
         """
-        tokens = c[:, None].long()
-        if ((tokens < 0) | (tokens >= self.n_classes)).any():
-            raise ValueError(
-                f"labels from {int(tokens.min())} to {int(tokens.max())} are not all among the "
-                f"n_classes {self.n_classes} of the Labelator, which begin at 0"
-            )
+        self.check(c)
+        tokens = c.reshape(-1, 1).long()
         return (tokens, None, (None, None, tokens)) if self.quantize_interface else tokens
 
 
@@ -235,3 +261,51 @@ def tensor_of(batch: Mapping[str, Any], key: str, parameter: str) -> Tensor:
         found = f"is a {type(value).__name__}, not a tensor" if key in batch else "is missing"
         raise DataError(f"{key!r}, {parameter}, {found} in the batch, which has {', '.join(batch)}")
     return value
+
+
+def images_of(
+    batch: Mapping[str, Any],
+    key: str,
+    parameter: str,
+    channels: int,
+    value_range: tuple[float, float] = (-1.0, 1.0),
+) -> Tensor:
+    """Take images out of a batch, and refuse those that a model was not built for.
+
+    Args:
+        batch: Name -> value.
+        key: Name.
+        parameter: The parameter that names the key, for the message.
+        channels: C, the model's ``ddconfig.in_channels``.
+        value_range: Smallest and largest value of an image. Values may lie outside by half its
+            width, which resampling does not reach; they are looked at as `checks_values` allows.
+
+    Returns:
+        (B, H, W, C), of the batch's dtype.
+
+    Raises:
+        DataError: There is no such tensor, or it has another layout, number of channels, type or
+            range.
+    """
+    x, what = tensor_of(batch, key, parameter), f"{key!r}, {parameter},"
+    if x.ndim == 3 and channels == 1:
+        x = x[..., None]  # (B, H, W, 1)
+    if x.ndim != 4 or x.shape[3] != channels or 0 in x.shape[1:3]:
+        is_first = x.ndim == 4 and x.shape[1] == channels
+        raise DataError(
+            f"{what} is {tuple(x.shape)}{', channels first' * is_first}: expected images (B, H, W, "
+            f"{channels}), channels last, for a ddconfig.in_channels of {channels}"
+        )
+    low, high = value_range
+    if x.is_complex() or (low < 0 and not x.is_floating_point()):
+        raise DataError(
+            f"{what} holds {str(x.dtype).removeprefix('torch.')}: expected floats from {low:g} to "
+            f"{high:g}; bytes are brought there by x / 127.5 - 1"
+        )
+    if checks_values(x) and x.numel() > 0:
+        least, most, slack = float(x.min()), float(x.max()), (high - low) / 2
+        if not (least >= low - slack and most <= high + slack):  # nor nan
+            raise DataError(
+                f"{what} has values from {least:.4g} to {most:.4g}: expected {low:g} to {high:g}"
+            )
+    return x

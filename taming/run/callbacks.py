@@ -20,13 +20,18 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
-from taming.pictures import tile, to_picture
+from taming.pictures import save_picture, tile, to_picture
+from taming.run.loggers import Tolerance
+from taming.util import replacing
 
 logger = logging.getLogger(__name__)
 
 
 class SetupCallback(Callback):
-    """Create the run's folders and save its configuration when training begins.
+    """Save the configuration of a run once its first step was taken.
+
+    What fails before has changed nothing. A checkpoint that is saved before the first step of a new
+    run has the configuration beside it too.
 
     Args:
         now: Time that names the files.
@@ -51,16 +56,39 @@ class SetupCallback(Callback):
         self.cfgdir = Path(cfgdir)
         self.config = config
         self.lightning_config = lightning_config
+        self._first_step = 0
+        self._is_saved = False
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Create the folders and save the files, on the first process only."""
-        if not trainer.is_global_zero:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where this start begins."""
+        self._first_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save the files after the first step, before a checkpoint is saved."""
+        if trainer.global_step > self._first_step:
+            self._save(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the files with the first checkpoint of a new run, if no step was taken yet."""
+        if not any(self.cfgdir.glob("*.yaml")):
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        """Create the folders and save the files, once and on the first process only."""
+        if self._is_saved or not trainer.is_global_zero:
             return
+        self._is_saved = True
         for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
-        blocks = {"project": self.config, "lightning": {"lightning": dict(self.lightning_config)}}
+        blocks = {"lightning": {"lightning": dict(self.lightning_config)}, "project": self.config}
         for name, block in blocks.items():
-            OmegaConf.save(OmegaConf.create(dict(block)), self.cfgdir / f"{self.now}-{name}.yaml")
+            # Half a file would stop every later resume.
+            with replacing(self.cfgdir / f"{self.now}-{name}.yaml") as part:
+                OmegaConf.save(OmegaConf.create(dict(block)), part)
 
 
 class ImageLogger(Callback):
@@ -68,7 +96,8 @@ class ImageLogger(Callback):
 
     The pictures come from the model's ``log_images(batch, split)``, which returns name -> tensor
     (B, 3, H, W), float, in [-1, 1]; models without it are skipped. Training goes on exactly as
-    without pictures: the modes of all submodules and the random states are restored.
+    without pictures: the modes of all submodules and the random states are restored, and a picture
+    that cannot be saved is a warning.
 
     Args:
         batch_frequency: Steps (optimizer steps of the generator) between pictures.
@@ -97,6 +126,7 @@ class ImageLogger(Callback):
         self.increase_log_steps = increase_log_steps
         self.logdir = None if logdir is None else Path(logdir)
         self._logged_step = {"train": 0, "val": 0}
+        self._files, self._loggers = Tolerance("a picture"), Tolerance("a logger's picture")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Skip what was due before a resumed run's checkpoint."""
@@ -149,14 +179,15 @@ class ImageLogger(Callback):
         step, epoch = trainer.global_step, trainer.current_epoch
         if self.logdir is not None:
             file = f"{name}_gs-{step:06}_e-{epoch:06}_b-{batch_idx:06}.png"
-            path = self.logdir / "images" / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            with self._files:
+                save_picture(picture, self.logdir / "images" / file)
         for destination in trainer.loggers:
-            if isinstance(destination, TensorBoardLogger):
-                destination.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")
-            elif isinstance(destination, WandbLogger):
-                destination.log_image(name, [picture], step=step)
+            with self._loggers:
+                if isinstance(destination, TensorBoardLogger):
+                    pixels = np.asarray(picture)
+                    destination.experiment.add_image(name, pixels, step, dataformats="HWC")
+                elif isinstance(destination, WandbLogger):
+                    destination.log_image(name, [picture], step=step)
 
 
 @torch.no_grad()
@@ -188,6 +219,7 @@ class CodebookTelemetry(Callback):
         if max_bins < 1:
             raise ValueError(f"max_bins must be at least 1, got {max_bins}")
         self.max_bins = max_bins
+        self._tolerance = Tolerance("a histogram")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the histograms of the validation."""
@@ -208,7 +240,8 @@ class CodebookTelemetry(Callback):
             bins = padded.view(-1, width).sum(1).numpy()
             edges = np.arange(len(bins) + 1) * width - 0.5
             for destination in trainer.loggers:
-                _add_histogram(destination, name, bins, edges, trainer.global_step)
+                with self._tolerance:
+                    _add_histogram(destination, name, bins, edges, trainer.global_step)
 
 
 def _add_histogram(

@@ -6,21 +6,20 @@ Targets are imported, so that their arguments can be inspected, but nothing is b
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from inspect import Parameter
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from types import NoneType
+from typing import Any
 
 from taming.run.config import (
-    DEFAULT_CHECKPOINT,
-    DEFAULT_LOGGER,
     LoadedConfig,
-    callback_blocks,
     entries,
-    merge_block,
 )
+from taming.run.defaults import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
+from taming.run.trust import check_trust
+from taming.run.values import Misfit, check_range, fit, members
 from taming.util import get_obj_from_str, nearest, parameters_of
 
 TRAINER = "lightning.pytorch.Trainer"
@@ -33,20 +32,41 @@ _ADDED_BY_MODEL = {
     "quantizer_config": ("n_e", "e_dim", "n_embed", "embedding_dim", "num_hiddens"),
     "transform_config": ("max_loops", "e_dim"),
     "transformer_config": ("vocab_size", "block_size", "site_shape"),
+    "transformer_config.depth": ("vocab_size", "block_size"),
+    "quantizer_config.ddconfig": ("in_channels", "out_ch", "z_channels", "double_z"),
 }
+
+# Blocks by the name of their key: what they describe, and a method of it.
+_ROLES = {
+    "model": ("a model", "training_step"),
+    "data": ("a data module", "from_datasets"),
+    **dict.fromkeys(("train", "validation", "test"), ("a data set", "__getitem__")),
+    "first_stage_config": ("a tokenizer", "encode_to_codes"),
+    "model_config": ("a tokenizer", "encode_to_codes"),
+    "cond_stage_config": ("a condition stage", "encode"),
+    "quantizer_config": ("a quantizer", "codebook_metrics"),
+    "transform_config": ("a transform", "retrace"),
+    "lossconfig": ("a loss", "fetch_weights"),
+    "transformer_config": ("a transformer", "predict"),
+    "stacks_config": ("stacks of a PixelCNN", "no_past"),
+    "sequence_config": ("a token sequence", "allowed"),
+    "permuter_config": ("a permuter", "forward"),
+    "scheduler_config": ("a schedule", "__call__"),
+    "temperature_scheduler_config": ("a schedule", "__call__"),
+}
+_OWN = ("taming.", "main.")
+
+# Options in the ``config`` of the original's data sets.
+_OPTIONS = {"size": int | None, "root": str | None, "sub_indices": str | None}
+
+# Arguments for which `true` asks the surrounding model.
+_DERIVED = ("site_shape",)
 
 # Mappings whose keys a class passes on as keyword arguments: parameter -> the receivers.
 _NETWORKS = "taming.modules.diffusionmodules.model"
-_SPLATTED = {"ddconfig": (f"{_NETWORKS}.Encoder", f"{_NETWORKS}.Decoder")}
-
-# Types of YAML values that fit an argument, by the argument's type. Other types are not checked.
-_FITTING = {
-    "int": {int},
-    "float": {float, int},
-    "bool": {bool},
-    "str": {str},
-    "None": {type(None)},
-    "Mapping[str, Any]": {dict},
+_SPLATTED = {
+    "ddconfig": (f"{_NETWORKS}.Encoder", f"{_NETWORKS}.Decoder"),
+    "depth": ("taming.modules.transformer.gpt.GPT",),
 }
 
 
@@ -65,11 +85,14 @@ def check_experiment(config: LoadedConfig, train: bool) -> None:
     """
     check_keys(config, "", config.values, ["model", "data", "lightning", *config.interpolated])
     model, data = config.block("model"), config.block("data")
-    check_block(config, "model", model, extra=["base_learning_rate"])
-    check_block(config, "data", data)
+    for name in ("model", "data", "lightning"):
+        check_trust(config, name)
+    _check_part(config, "model", "model", model)
+    _check_part(config, "data", "data", data)
     rate = model.get("base_learning_rate")
-    if train and not isinstance(rate, float | int):
-        raise config.error("model", f"model.base_learning_rate must be a number, got {rate!r}")
+    if train or rate is not None:
+        _fit(config, "model.base_learning_rate", rate, float)
+        _check_range(config, "model.base_learning_rate", rate)
     _check_lightning(config, config.values.get("lightning") or {})
 
 
@@ -79,7 +102,8 @@ def _check_lightning(config: LoadedConfig, lightning: Any) -> None:
     start = lightning.get("ckpt_path")
     if start and not Path(start).is_file():
         raise config.error("lightning.ckpt_path", f"there is no checkpoint {start} (ckpt_path)")
-    _check_arguments(config, "lightning.trainer", lightning.get("trainer") or {}, TRAINER)
+    for arguments in (lightning.get("trainer") or {}, config.trials):
+        _check_arguments(config, "lightning.trainer", arguments, TRAINER)
     for name, default in (("logger", DEFAULT_LOGGER), ("modelcheckpoint", DEFAULT_CHECKPOINT)):
         merged = merge_block(default, lightning.get(name))
         check_block(config, f"lightning.{name}", merged, added=_ADDED_BY_TRAINER)
@@ -153,6 +177,30 @@ def check_block(
         raise config.error(path, f"{path}.params lacks {', '.join(missing)} for {target}")
 
 
+def _check_part(config: LoadedConfig, path: str, name: str, block: Any) -> None:
+    """Check that an argument of `_ROLES` is a block of a class that can play the part."""
+    if name == "quantizers":  # by level
+        for level, item in block.items():
+            _check_part(config, f"{path}.{level}", "quantizer_config", item)
+    if name not in _ROLES:
+        return
+    extra = ["base_learning_rate"] if path == "model" else []
+    check_block(config, path, block, extra)
+    kind, method = _ROLES[name]
+    found, plays = get_obj_from_str(block["target"]), True
+    if inspect.isclass(found):
+        is_module = "forward" in dir(found)
+        plays = any(method in vars(base) for base in found.__mro__)
+        if method == "__getitem__":  # streams iterate
+            plays = (plays or "__iter__" in dir(found)) and not is_module
+        plays = plays and not (method == "__call__" and is_module)
+    elif block["target"].endswith(".model_from_run"):  # other functions may return anything
+        plays = kind in ("a tokenizer", "a condition stage")
+    if not plays:
+        message = f"{path}.target must name {kind}, got {block['target']}"
+        raise config.error(f"{path}.target", message)
+
+
 def _check_arguments(config: LoadedConfig, path: str, params: Any, target: str) -> None:
     if not isinstance(params, dict):
         raise config.error(path, f"{path} must be a mapping, got {params!r}")
@@ -162,16 +210,57 @@ def _check_arguments(config: LoadedConfig, path: str, params: Any, target: str) 
         if name not in parameters and not is_open:
             end = f"{target} takes no {name!r}{nearest(str(name), parameters)}"
             raise config.error(where, f"unknown key {where}: {end}")
-        if name in _SPLATTED and isinstance(value, Mapping):
-            receivers = [parameters_of(get_obj_from_str(r))[0] for r in _SPLATTED[name]]
-            check_keys(config, where, value, [key for taken in receivers for key in taken])
+        is_own = target.startswith(_OWN)
+        if is_own and name in _SPLATTED and isinstance(value, dict):
+            _check_splatted(config, where, value)
+        if is_own and name == "config" and isinstance(value, dict):
+            for key, item in value.items():
+                value[key] = _fit(config, f"{where}.{key}", item, _OPTIONS.get(key, Any))
+        if is_own and (isinstance(value, dict) or name not in parameters):
+            _check_part(config, where, name, value)
         _check_value(config, where, value)
-        if name not in parameters:  # it is one of **kwargs
-            continue
-        types = type_names(parameters[name].annotation)
-        # The Trainer takes more than it declares, such as 0 for False; of it, check numbers alone.
-        if target != TRAINER or (value is not None and {*types} <= {"int", "float", "None"}):
-            params[name] = _to_type(config, where, value, types)
+        if name in parameters and not (value is True and name in _DERIVED):  # or of **kwargs
+            kinds = members(parameters[name].annotation)
+            # The Trainer takes more than it declares, such as 0 for False; check numbers alone.
+            if target != TRAINER or (value is not None and {*kinds} <= {int, float, NoneType}):
+                params[name] = _fit(config, where, value, parameters[name].annotation)
+        if is_own or target == TRAINER:
+            _check_range(config, where, params[name])
+
+
+def _check_splatted(config: LoadedConfig, path: str, value: dict[str, Any]) -> None:
+    """Check a mapping whose items become keyword arguments of networks."""
+    name, surrounding = path.rpartition(".")[2], path.split(".")[-3]
+    taken: dict[str, Parameter] = {}
+    for receiver in _SPLATTED[name]:
+        taken |= parameters_of(get_obj_from_str(receiver))[0]
+    check_keys(config, path, value, list(taken))
+    given = {*value, *_ADDED_BY_MODEL.get(f"{surrounding}.{name}", ())}
+    required = [name for name, p in taken.items() if p.default is p.empty]
+    if missing := [name for name in required if name not in given]:
+        raise config.error(path, f"{path} lacks {', '.join(missing)}")
+    for key, item in value.items():
+        value[key] = _fit(config, f"{path}.{key}", item, taken[key].annotation)
+
+
+def _fit(config: LoadedConfig, path: str, value: Any, annotation: Any) -> Any:
+    try:
+        return fit(value, annotation, path, config.texts)
+    except Misfit as error:
+        raise config.error(path, f"{path} {error}") from error
+
+
+def _check_range(config: LoadedConfig, path: str, value: Any) -> None:
+    """Check the numbers in an argument of this package, except in blocks of other targets."""
+    if isinstance(value, Mapping):
+        if not _is_meant_as_block(value):
+            for key, item in value.items():
+                _check_range(config, f"{path}.{key}", item)
+        return
+    try:
+        check_range(path.rpartition(".")[2], value)
+    except Misfit as error:
+        raise config.error(path, f"{path} {error}") from error
 
 
 def _check_value(config: LoadedConfig, path: str, value: Any) -> None:
@@ -186,23 +275,3 @@ def _check_value(config: LoadedConfig, path: str, value: Any) -> None:
 def _is_meant_as_block(value: Mapping[str, Any]) -> bool:
     """Return True if a mapping has the keys of ``{target, params}``, perhaps misspelt."""
     return "params" in value or bool(get_close_matches("target", map(str, value), cutoff=0.8))
-
-
-def _to_type(config: LoadedConfig, path: str, value: Any, names: Sequence[str]) -> Any:
-    """Refuse a value whose type does not fit its argument; 1e4 becomes an int."""
-    if not set(names) <= set(_FITTING) or any(type(value) in _FITTING[name] for name in names):
-        return value
-    if "int" in names and isinstance(value, float) and value.is_integer():
-        return int(value)
-    wanted = " | ".join(names).replace("Mapping[str, Any]", "mapping")
-    raise config.error(path, f"{path} must be {wanted}, got {value!r}")
-
-
-def type_names(annotation: Any) -> list[str]:
-    """Return the types, such as ``["int", "None"]``, of an annotation or of its source text."""
-    if isinstance(annotation, str):
-        return annotation.split(" | ")
-    is_union = get_origin(annotation) in (Union, UnionType)
-    kinds = get_args(annotation) if is_union else (annotation,)
-    names = (re.sub(r"\w+\.", "", inspect.formatannotation(kind)) for kind in kinds)
-    return ["None" if name == "NoneType" else name for name in names]

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import yaml
 from omegaconf import OmegaConf
 
-from taming.run.check import TRAINER, type_names
+from taming.run.check import TRAINER
 from taming.run.folder import SavedRun
 from taming.run.legacy import OLD_TRAINER_ARGUMENTS
-from taming.util import get_obj_from_str, nearest, parameters_of
+from taming.run.values import members
+from taming.util import get_obj_from_str, nearest, parameters_of, usable_device
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,8 @@ _TRAINER_HELP = {
     "enable_progress_bar": "show a progress bar (default: true)",
 }
 
+TRUST_HELP = "build whatever the configuration of a saved run names: it may run any code"
+
 _ONLY_IN_YAML = ("callbacks", "plugins")
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.\[\]]*=")
@@ -78,8 +81,10 @@ class Options:
         postfix: Appended to the name.
         resume: Run folder or checkpoint to continue; empty for a new run.
         trust_checkpoint: Allow that checkpoint to hold objects of any class.
+        trust_config: Build any targets that its run's own configurations name.
         train: Train; otherwise only test.
         no_test: Skip the test after training.
+        show: Print the merged configuration and do nothing else.
         debug: Open a debugger at an error; a new run is saved in ``logs/debug_runs``.
         seed: Seed of all random number generators.
         project: Name of the Weights & Biases project.
@@ -94,8 +99,10 @@ class Options:
     postfix: str
     resume: str
     trust_checkpoint: bool
+    trust_config: bool
     train: bool
     no_test: bool
+    show: bool
     debug: bool
     seed: int
     project: str
@@ -123,10 +130,10 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         SystemExit: With status 2 and one line on stderr for a mistake, 0 after ``--help``.
     """
     if {"-h", "--help"} & set(argv):  # which must not import torch
-        trainer_types = dict.fromkeys(_TRAINER_HELP, [""])
+        trainer_types = dict.fromkeys(_TRAINER_HELP, ())
     else:
         parameters, _ = parameters_of(get_obj_from_str(TRAINER))
-        trainer_types = {name: type_names(p.annotation) for name, p in parameters.items()}
+        trainer_types = {name: members(p.annotation) for name, p in parameters.items()}
     parser = _build_parser(trainer_types)
     dotlist, rest = split_overrides(parser, argv)
     known, unknown = parser.parse_known_args(rest)
@@ -165,7 +172,7 @@ def split_overrides(
     return overrides, rest
 
 
-def _build_parser(trainer_types: Mapping[str, Sequence[str]]) -> argparse.ArgumentParser:
+def _build_parser(trainer_types: Mapping[str, Sequence[Any]]) -> argparse.ArgumentParser:
     """Return the parser, with the given arguments of the Trainer: name -> types."""
     parser = _Parser(
         prog="main.py",
@@ -184,8 +191,11 @@ def _build_parser(trainer_types: Mapping[str, Sequence[str]]) -> argparse.Argume
     add("-f", "--postfix", default="", help="appended to the run's name")
     add("-r", "--resume", default="", metavar="RUN", help="continue a run folder or a checkpoint")
     add("--trust_checkpoint", **off, help="resume from a file that may run code when it is loaded")
+    add("--trust_config", **off, help=TRUST_HELP)
     add("-t", "--train", **off, help="train; without it, only test")
     add("--no-test", **off, help="skip the test after training")
+    show = "print the configuration, with the file that each value comes from, and do nothing else"
+    add("--show", **off, help=show)
     add("-d", "--debug", **off, help="open a debugger at an error")
     add("-s", "--seed", type=int, default=23, help="random seed (default: 23)")
     rate = "learning rate = accumulate x devices x nodes x batch size x base (default: true)"
@@ -193,10 +203,10 @@ def _build_parser(trainer_types: Mapping[str, Sequence[str]]) -> argparse.Argume
     add("--wandb", **off, help="log to Weights & Biases as well")
     add("-p", "--project", default="taming", help="Weights & Biases project (default: taming)")
     add = parser.add_argument_group("the Trainer", _TRAINER_DESCRIPTION).add_argument
-    for name, types in {**dict.fromkeys(OLD_TRAINER_ARGUMENTS, ("bool",)), **trainer_types}.items():
+    for name, types in {**dict.fromkeys(OLD_TRAINER_ARGUMENTS, (bool,)), **trainer_types}.items():
         value: dict[str, Any] = {"metavar": "VALUE", "default": argparse.SUPPRESS}
         value["type"] = _parse_time if name == "max_time" else _parse_yaml
-        if "bool" in types and name != "gpus":  # a switch needs no value
+        if bool in types and name != "gpus":  # a switch needs no value
             value |= {"nargs": "?", "const": True}
         if name not in _ONLY_IN_YAML:
             add(f"--{name}", **value, help=_TRAINER_HELP.get(name, argparse.SUPPRESS))
@@ -233,6 +243,17 @@ def script_parser(description: str | None, device: bool = True) -> argparse.Argu
     return parser
 
 
+def add_run_arguments(parser: argparse.ArgumentParser, help: str, **options: Any) -> None:
+    """Add ``--resume`` with the options given, and those for what the run's files may name."""
+    add = parser.add_argument
+    add("-r", "--resume", required=True, help=help, **options)
+    add("--trust_config", action="store_true", help=TRUST_HELP)
+    tokenizer_help = (
+        "run of a prior's tokenizer; default: as when the prior was trained, or as near"
+    )
+    add("--tokenizer", metavar="RUN", help=tokenizer_help)
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """Add the options of scripts that sample new images; ``defaults`` by name."""
     add = parser.add_argument
@@ -250,7 +271,7 @@ def run_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser for scripts that use a saved run and take the original's options for it."""
     parser = script_parser(description)
     add = parser.add_argument
-    add("-r", "--resume", required=True, help="a run's folder, or a checkpoint")
+    add_run_arguments(parser, "a run's folder, or a checkpoint")
     base_help = "YAML files, merged from left to right into the run's own; key=value items override"
     add("-b", "--base", nargs="*", default=[], metavar="CONFIG", help=base_help)
     config_help = "this YAML file instead of the run's own; without a value, the last of --base"
@@ -288,8 +309,16 @@ def parse_run(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Save
     dotlist, rest = split_overrides(parser, sys.argv[1:])
     options = parser.parse_args(rest)
     files = [options.config] if isinstance(options.config, str) else options.base
-    alone, ignore = options.config is not None, options.ignore_base_data
-    return options, SavedRun.load(options.resume, files, dotlist, alone=alone, ignore_data=ignore)
+    saved = SavedRun.load(
+        options.resume,
+        files,
+        dotlist,
+        alone=options.config is not None,
+        ignore_data=options.ignore_base_data,
+        tokenizer=options.tokenizer,
+        trust_config=options.trust_config,
+    )
+    return options, saved
 
 
 def samples_folder(options: argparse.Namespace, saved: SavedRun) -> Path:
@@ -319,10 +348,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {error}") from error
+    return usable_device(name)
 
 
 def check_folder(path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,21 +17,26 @@ from taming.run.legacy import modernize
 
 COMMAND_LINE = "command line"
 
-DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
-    "setup_callback": {"target": "taming.run.callbacks.SetupCallback"},
-    "rng_state": {"target": "taming.run.checkpoints.RngState"},
-    "image_logger": {"target": "taming.run.callbacks.ImageLogger"},
-    "codebook_telemetry": {"target": "taming.run.callbacks.CodebookTelemetry"},
-    "learning_rate_logger": {
-        "target": "lightning.pytorch.callbacks.LearningRateMonitor",
-        "params": {"logging_interval": "step"},
-    },
-    "last_checkpoint": {"target": "taming.run.checkpoints.LastCheckpoint"},
-}
-DEFAULT_LOGGER = {"target": "lightning.pytorch.loggers.TensorBoardLogger"}
-DEFAULT_CHECKPOINT = {"target": "lightning.pytorch.callbacks.ModelCheckpoint"}
+# Trainer arguments for trying something out. From the command line, they count for one start only.
+TRIALS = (
+    *("fast_dev_run", "limit_train_batches", "limit_val_batches", "limit_test_batches"),
+    *("limit_predict_batches", "overfit_batches", "num_sanity_val_steps", "detect_anomaly"),
+    *("profiler", "barebones"),
+)
 
+_BROKEN = (yaml.YAMLError, OmegaConfBaseException)
 _INTERPOLATED = re.compile(r"\$\{\s*(\w+)")
+
+# ${name:argument}, also where the name is put together, as opposed to ${key} and ${.key}.
+_RESOLVER = re.compile(r"\$\{[^}]*(:|\$\{)")
+
+# Environment variable with modules of the user, separated by commas.
+TRUST_VARIABLE = "TAMING_TRUST"
+
+TRUST_REMEDY = (
+    "if you trust whoever made the run, pass --trust_config (trust_config=True in Python), or list "
+    f"modules of your own in the environment variable {TRUST_VARIABLE}; see docs/security.md"
+)
 
 
 class ConfigError(ValueError):
@@ -37,17 +44,25 @@ class ConfigError(ValueError):
 
 
 class LoadedConfig(NamedTuple):
-    """A merged configuration and the origin of each of its keys.
+    """A merged configuration, and the origin and source text of its values.
 
     Attributes:
         values: Plain nested dicts and lists; interpolations are resolved.
-        origins: Dotted key path -> the file that set it last, or ``command line``.
+        origins: Dotted key path -> the file that gave the value, the first of several that agree,
+            or ``command line``.
         interpolated: Top-level keys that a ``${...}`` refers to.
+        untrusted: Folder of the files whose targets are checked by `taming.run.trust`, or None.
+        texts: Dotted key path -> text of an unquoted value.
+        trials: Trainer arguments of `TRIALS` that the command line gives. They belong to this
+            start alone and are not in ``values``, which a resumed run gets again.
     """
 
     values: dict[str, Any]
     origins: dict[str, str]
     interpolated: frozenset[str] = frozenset()
+    untrusted: Path | None = None
+    texts: Mapping[str, str] = {}
+    trials: Mapping[str, Any] = {}
 
     def origin(self, path: str) -> str:
         """Return the file that set a key, or the nearest key above it."""
@@ -59,6 +74,13 @@ class LoadedConfig(NamedTuple):
         """Return an error that begins with the file that set a key."""
         return ConfigError(f"{self.origin(path)}: {message}")
 
+    def is_untrusted(self, path: str) -> bool:
+        """Return True if a value may come from a file that is not trusted."""
+        if self.untrusted is None or self.interpolated:  # a ${...} may refer to such a value
+            return self.untrusted is not None
+        origin = self.origin(path)
+        return origin != COMMAND_LINE and _lies_below(Path(origin), self.untrusted)
+
     def block(self, name: str) -> dict[str, Any]:
         """Return a top-level block.
 
@@ -69,70 +91,194 @@ class LoadedConfig(NamedTuple):
             raise ConfigError(f"there is no {name!r} block; add a YAML file that has one with -b")
         return self.values[name]
 
+    def to_yaml(self) -> str:
+        """Return the values as YAML, each with its origin in a comment."""
+        lines = _yaml_lines(self.values, "", self.origin)
+        if self.trials:
+            lines += ["# lightning.trainer of this start alone:"]
+            lines += _yaml_lines(self.trials, "", lambda _: COMMAND_LINE, "#   ")
+        return "".join(f"{line}\n" for line in lines)
+
+
+def _yaml_lines(
+    values: Mapping[Any, Any], path: str, origin: Callable[[str], str], indent: str = ""
+) -> list[str]:
+    """Return a mapping as lines of YAML, with the origin of each value."""
+    lines = []
+    for key, value in values.items():
+        where, name = f"{path}.{key}" if path else str(key), _yaml_line(key)
+        if isinstance(value, Mapping) and value:
+            lines += [f"{indent}{name}:", *_yaml_lines(value, where, origin, f"{indent}  ")]
+        else:
+            lines.append(f"{indent}{name}: {_yaml_line(value)}  # {origin(where)}")
+    return lines
+
+
+def _yaml_line(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+class _Source(NamedTuple):
+    """Attributes: name of a file or the command line, its values, and texts as `LoadedConfig`."""
+
+    name: str
+    values: dict[str, Any]
+    texts: dict[str, str]
+
 
 def load_config(
     paths: Sequence[str | Path],
     dotlist: Sequence[str] = (),
     overrides: Mapping[str, Any] | None = None,
+    untrusted: Path | None = None,
+    ignore_data: bool = False,
 ) -> LoadedConfig:
     """Merge YAML files from left to right, then overrides, then ``key=value`` items.
 
     Mappings are merged key by key and lists are replaced, as OmegaConf does. A later ``target``
     thus keeps the earlier ``params``; `taming.run.check` reports those that it does not take. Old
-    spellings are translated (`taming.run.legacy`).
+    spellings are translated (`taming.run.legacy`), and ``~/`` is the user's home.
 
     Args:
         paths: YAML files.
         dotlist: Items such as ``model.params.n_embed=64`` or ``data="{target: main.X}"``.
         overrides: Nested values that override the files.
+        untrusted: Folder of a saved run's own configurations, if the run is not trusted.
+        ignore_data: Ignore the ``data`` block of all files.
 
     Raises:
-        ConfigError: A file is missing or broken, or two files cannot be merged.
+        ConfigError: A file is missing or broken, two files cannot be merged, or one that is not
+            trusted calls a resolver.
     """
-    merged, origins = OmegaConf.create(), {}
-    sources = [(str(path), _read(Path(path))) for path in paths]
+    files, given = [_read(Path(path), untrusted) for path in paths], []
+    if ignore_data:
+        for source in files:
+            source.values.pop("data", None)
     if overrides:
-        sources.append((COMMAND_LINE, modernize(overrides)))
+        given.append(_Source(COMMAND_LINE, modernize(overrides), {}))
     if dotlist:
-        sources.append((COMMAND_LINE, _parse_dotlist(dotlist)))
-    for name, values in sources:
-        try:
-            merged = OmegaConf.merge(merged, values)
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
-            raise ConfigError(f"{name} cannot be merged into the files before: {error}") from error
-        _record(values, name, "", origins)
+        given.append(_parse_dotlist(dotlist))
+    merged, tried = OmegaConf.create(), {}
+    origins: dict[str, str] = {}
+    texts: dict[str, str] = {}
+    for source in [*files, *(_without_trials(source, tried) for source in given)]:
+        _record(source, source.values, OmegaConf.to_container(merged), "", origins, texts)
+        merged = _merge(merged, source)
+    values, trials = _to_plain(merged, origins), {}
+    if tried:
+        for source in given:
+            merged = _merge(merged, source)
+        trainer = _to_plain(merged, origins)["lightning"]["trainer"]
+        trials = {name: trainer[name] for name in tried}
+        origins.update({f"lightning.trainer.{name}": COMMAND_LINE for name in tried})
+    # An override may have replaced the value that referred to a key.
+    named = frozenset(_INTERPOLATED.findall(str([*files, *given])))
+    return LoadedConfig(values, origins, named, untrusted, texts, trials)
+
+
+def _merge(merged: Any, source: _Source) -> Any:
+    try:
+        return OmegaConf.merge(merged, source.values)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        where = _clash(OmegaConf.to_container(merged), source.values, "")
+        message = f"{source.name} cannot be merged into the files before: {where}: {error}"
+        raise ConfigError(message) from error
+
+
+def _clash(old: Any, new: Any, path: str) -> str:
+    """Return the key path at which a list and a mapping meet."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = ((old[key], value, f"{path}.{key}") for key, value in new.items() if key in old)
+        return next(filter(None, (_clash(*pair) for pair in pairs)), "")
+    meet = isinstance(old, dict | list) and isinstance(new, dict | list)
+    return path[1:] if meet and type(old) is not type(new) else ""
+
+
+def _to_plain(merged: Any, origins: dict[str, str]) -> dict[str, Any]:
+    """Resolve interpolations and ``~/``."""
     try:
         plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         message = str(error).splitlines()[0]
         raise LoadedConfig({}, origins).error(error.full_key or "", message) from error
     assert isinstance(plain, dict)
-    # An override may have replaced the value that referred to a key.
-    named = frozenset(_INTERPOLATED.findall(str(sources)))
-    return LoadedConfig({str(key): value for key, value in plain.items()}, origins, named)
+    return {str(key): _expand_home(value) for key, value in plain.items()}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _lies_below(path: Path, folder: Path) -> bool:
+    """Compare paths without following links: a link in the folder may lead anywhere."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+
+
+def _expand_home(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value[:2] == "~/" else value
+
+
+def _without_trials(source: _Source, found: dict[str, Any]) -> _Source:
+    """Return a source without the `TRIALS`, which are collected in ``found``."""
+    lightning = source.values.get("lightning")
+    if not isinstance(lightning, dict) or not isinstance(trainer := lightning.get("trainer"), dict):
+        return source
+    found.update({name: value for name, value in trainer.items() if name in TRIALS})
+    kept = {name: value for name, value in trainer.items() if name not in TRIALS}
+    return source._replace(values={**source.values, "lightning": {**lightning, "trainer": kept}})
+
+
+def _read(path: Path, untrusted: Path | None) -> _Source:
+    path = path.expanduser()
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {path}")
     try:
         loaded = OmegaConf.load(path)
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ConfigError(f"{path}:{line} is not valid YAML: {error.problem}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, *_BROKEN) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold a mapping with the keys model, data, lightning")
-    return _to_modern(loaded, str(path))
+    if untrusted is not None and _lies_below(path, untrusted):
+        _refuse_resolvers(str(path), OmegaConf.to_container(loaded))
+    return _Source(str(path), _to_modern(loaded, str(path)), dict(_plain_texts(node, "")))
 
 
-def _parse_dotlist(dotlist: Sequence[str]) -> dict[str, Any]:
+def _refuse_resolvers(name: str, value: Any) -> None:
+    """Refuse ``${oc.env:TOKEN}`` and functions that a program registers, often ``eval``."""
+    if isinstance(value, str) and _RESOLVER.search(value):
+        raise ConfigError(f"{name}: a saved run may not call a resolver, {value!r}; {TRUST_REMEDY}")
+    for _, item in entries(value):
+        _refuse_resolvers(name, item)
+
+
+def _parse_dotlist(dotlist: Sequence[str]) -> _Source:
+    texts: dict[str, str] = {}
     try:
-        return _to_modern(OmegaConf.from_dotlist(list(dotlist)), COMMAND_LINE)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        values = _to_modern(OmegaConf.from_dotlist(list(dotlist)), COMMAND_LINE)
+        for key, _, text in (item.partition("=") for item in dotlist):
+            path = key.replace("[", ".").replace("]", "")
+            texts.update(_plain_texts(yaml.compose(text, Loader=yaml.SafeLoader), path))
+    except _BROKEN as error:
         message = " ".join(str(error).split())
         raise ConfigError(f"{COMMAND_LINE}: cannot read {' '.join(dotlist)}: {message}") from error
+    return _Source(COMMAND_LINE, values, texts)
+
+
+def _plain_texts(node: yaml.Node | None, path: str) -> Iterable[tuple[str, str]]:
+    """Yield key path and text of the unquoted scalars of a YAML node."""
+    if isinstance(node, yaml.ScalarNode) and node.style is None:
+        yield path, node.value
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _plain_texts(item, f"{path}.{index}")
+    elif isinstance(node, yaml.MappingNode):
+        for key, item in node.value:
+            yield from _plain_texts(item, f"{path}.{key.value}" if path else str(key.value))
 
 
 def _to_modern(config: DictConfig, name: str) -> dict[str, Any]:
@@ -144,12 +290,21 @@ def _to_modern(config: DictConfig, name: str) -> dict[str, Any]:
         raise ConfigError(f"{name}: {error}") from error
 
 
-def _record(value: Any, name: str, path: str, origins: dict[str, str]) -> None:
-    """Record the file that set a value and everything inside it."""
+def _record(
+    source: _Source, value: Any, old: Any, path: str, origins: dict[str, str], texts: dict[str, str]
+) -> None:
+    """Record the origin and the text of a value that replaces an old one, and of those inside."""
     if path:
-        origins[path] = name
+        # A run's later starts save all values again.
+        if isinstance(value, Mapping) or (type(old), old) != (type(value), value):
+            origins[path] = source.name
+        origins.setdefault(path, source.name)
+        texts.pop(path, None)
+        texts.update({path: source.texts[path]} if path in source.texts else {})
+    inside = dict(entries(old))
     for key, item in entries(value):
-        _record(item, name, f"{path}.{key}" if path else str(key), origins)
+        where = f"{path}.{key}" if path else str(key)
+        _record(source, item, inside.get(key), where, origins, texts)
 
 
 def entries(value: Any) -> Iterable[tuple[Any, Any]]:
@@ -157,28 +312,3 @@ def entries(value: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(value, Mapping):
         return value.items()
     return enumerate(value) if isinstance(value, list) else ()
-
-
-def merge_block(default: Mapping[str, Any], block: Any) -> Any:
-    """Complete a ``{target, params}`` block with the defaults for its target.
-
-    A block without a target takes the default's; one with another target takes no defaults.
-    `taming.run.check` refuses what is not a mapping.
-    """
-    block = {} if block is None else block
-    if not isinstance(block, Mapping) or block.get("target") not in (None, default["target"]):
-        return block
-    params = block.get("params") or {}
-    if isinstance(params, Mapping):
-        params = {**(default.get("params") or {}), **params}
-    return {**default, **block, "target": default["target"], "params": params}
-
-
-def callback_blocks(lightning: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Merge the configured callbacks into the default ones; a null entry removes a default."""
-    configured = lightning.get("callbacks") or {}
-    defaults = {
-        name: merge_block(block, configured.get(name)) for name, block in DEFAULT_CALLBACKS.items()
-    }
-    blocks = {**defaults, **{k: v for k, v in configured.items() if k not in defaults}}
-    return {name: b for name, b in blocks.items() if name not in configured or configured[name]}

@@ -1,15 +1,16 @@
 """The folder of a run, and the model and data that are loaded from it.
 
 ``logs/<time>_<name>/`` holds ``checkpoints`` (``last.ckpt`` and the best ones), ``configs`` (one
-pair of files for each start) and ``images``.
+pair of files for each start that took a step) and ``images``.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any
 
 from taming.run.check import check_block
 from taming.run.config import LoadedConfig, load_config
+from taming.run.lock import locked
+from taming.run.parts import find_run, is_trusting, loading, name_tokenizer
+from taming.run.trust import check_trust
 from taming.util import get_obj_from_str, instantiate_from_config, parameters_of
 
 # Environment variable by which processes that Lightning starts find their parent's run.
@@ -24,6 +28,9 @@ _RUN_VARIABLE = "TAMING_RUN"
 
 # Environment variables with the number of a process: of torchrun, Lightning, Slurm and jsrun.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
+# Name of the tokenizer's run in the priors' recipes, for the user to replace.
+_PLACEHOLDER = "the_tokenizers_run"
 
 # Format of the time in the names of folders and files.
 _TIME = "%Y-%m-%dT%H-%M-%S"
@@ -88,14 +95,24 @@ class RunDir:
     def start_time(self) -> str:
         """Return the time that names the files of this start of the run.
 
-        It is later than the times of all earlier starts, even if the clock was set back: by
-        another time zone, or at the end of summer time.
+        It is later than the times of all earlier starts, failed ones included, even if the clock
+        was set back: by another time zone, or at the end of summer time.
+
+        Raises:
+            PreparationError: A file bears the last date that there is.
         """
         earliest = datetime.now()
-        for path in self.saved_configs:
-            with suppress(ValueError):  # a published model's file may have any name
+        for path in (*self.saved_configs, *self.path.glob("csv/*")):
+            try:
                 saved = datetime.strptime(path.name[:19], _TIME)
                 earliest = max(earliest, saved + timedelta(seconds=1))
+            except ValueError:  # a published model's file may have any name
+                continue
+            except OverflowError as error:
+                raise PreparationError(
+                    f"{path} bears the last date that there is, and each start a later one than "
+                    "those before: rename it by the time of its start"
+                ) from error
         return earliest.strftime(_TIME)
 
     @classmethod
@@ -127,12 +144,26 @@ class RunDir:
 
     @contextmanager
     def kept_if_used(self) -> Iterator[None]:
-        """On exit, remove the folder, and that of all runs, if they are empty."""
+        """Hold the folder's lock; on exit, remove the folder, and that of all runs, if empty.
+
+        After an error it counts as empty unless a step was taken, by which its configuration was
+        saved, or a checkpoint was.
+
+        Raises:
+            ValueError: Another process uses the folder; names it.
+        """
         try:
-            yield
+            with locked(self.path) if is_first_process() else nullcontext():
+                yield
+        except BaseException:
+            is_used = self.saved_configs or any(self.checkpoints.glob("*.ckpt"))
+            if is_first_process() and not is_used:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
         finally:
-            with suppress(OSError):  # not empty, or removed by another process
+            with suppress(OSError):  # not empty, or removed before, or by another process
                 self.path.rmdir()
+            with suppress(OSError):
                 self.path.parent.rmdir()
 
     @classmethod
@@ -149,7 +180,12 @@ class RunDir:
             FileNotFoundError: The path does not exist, or the run has no checkpoint yet.
             ValueError: The path is not a run.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
+        if path.name == _PLACEHOLDER:
+            raise FileNotFoundError(
+                f"{path} is a placeholder: set the `run` of the first_stage_config to your "
+                "tokenizer's, such as logs/<run>"
+            )
         if not path.exists():
             raise FileNotFoundError(f"the run {path} does not exist")
         run = cls(path if path.is_dir() else path.absolute().parent.parent)
@@ -176,6 +212,7 @@ class Experiment:
         lightning: The ``lightning`` block.
         wandb_project: Weights & Biases project to log to as well, or None.
         trust_checkpoint: Allow the checkpoint to hold objects of any class.
+        trials: Trainer arguments for this start alone.
     """
 
     run: RunDir
@@ -185,6 +222,12 @@ class Experiment:
     lightning: Mapping[str, Any]
     wandb_project: str | None = None
     trust_checkpoint: bool = False
+    trials: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        """Trainer arguments of this start."""
+        return {**(self.lightning.get("trainer") or {}), **self.trials}
 
     @cached_property
     def start_time(self) -> str:
@@ -197,17 +240,18 @@ def run_name(name: str, base: Sequence[str], postfix: str = "") -> str:
     return (name or (Path(base[0]).stem if base else "run")) + postfix
 
 
-def without_starts(block: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop every ``ckpt_path`` and its ``ignore_keys`` from a block and the blocks inside it.
+def without_starts(value: Any) -> Any:
+    """Drop every ``ckpt_path``, and what stands beside it, from a block and those inside it.
 
     They name the files that parts of a model once started from. A checkpoint of the whole model
     holds all weights, so these files are not needed any more, and may be gone.
     """
-    return {
-        key: without_starts(value) if isinstance(value, Mapping) else value
-        for key, value in block.items()
-        if key not in ("ckpt_path", "ignore_keys")
-    }
+    if isinstance(value, list):
+        return [without_starts(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    starts = ("ckpt_path", "ignore_keys", "trust_checkpoint")
+    return {key: without_starts(item) for key, item in value.items() if key not in starts}
 
 
 @dataclass(frozen=True)
@@ -218,11 +262,13 @@ class SavedRun:
         folder: Folder of the run.
         checkpoint: File with the weights.
         config: Configuration to build the model and the data from, overrides included.
+        trust_config: Build any targets that the run's own files name.
     """
 
     folder: Path
     checkpoint: Path
     config: LoadedConfig
+    trust_config: bool = False
 
     @classmethod
     def load(
@@ -233,6 +279,8 @@ class SavedRun:
         *,
         alone: bool = False,
         ignore_data: bool = False,
+        tokenizer: str | Path | None = None,
+        trust_config: bool = False,
     ) -> SavedRun:
         """Find a run and load its latest configuration.
 
@@ -243,23 +291,26 @@ class SavedRun:
             dotlist: ``key=value`` items to merge last.
             alone: Use the last file only, instead of the run's own.
             ignore_data: Ignore the ``data`` block of all files.
+            tokenizer: Run of a prior's tokenizer, in place of the one that the prior names.
+            trust_config: Build any targets that the run's own files name, and those that it loads.
 
         Raises:
             FileNotFoundError: The run or the checkpoint does not exist.
-            ValueError: The path is not a run, or a file cannot be read.
+            ValueError: The path is not a run, a file cannot be read, or the model is no prior with
+                a tokenizer of another run.
         """
-        path = Path(path)
+        path, trust = Path(path), trust_config or is_trusting()
         run = RunDir(path.absolute().parent.parent)
         if path.is_file() and files and not run.saved_configs:
             checkpoint, files = path, list(files)
         else:
             run, checkpoint = RunDir.resume(path)
             files = [run.project_config, *files]
-        files = files[-1:] if alone else files
-        if ignore_data:
-            model = {"model": load_config(files).values.get("model")}
-            return cls(run.path, checkpoint, load_config([], dotlist, overrides=model))
-        return cls(run.path, checkpoint, load_config(files, dotlist))
+        files, untrusted = files[-1:] if alone else files, None if trust else run.configs
+        config = load_config(files, dotlist, untrusted=untrusted, ignore_data=ignore_data)
+        if tokenizer is not None:
+            name_tokenizer(config, tokenizer)
+        return cls(run.path, checkpoint, config, trust)
 
     def model(self, **params: Any) -> Any:
         """Build the model with its trained weights, in evaluation mode.
@@ -268,21 +319,26 @@ class SavedRun:
             **params: Values that replace entries of ``model.params``.
 
         Raises:
-            ValueError: The configuration is wrong, the checkpoint does not match it, or the model
-                does not take one of the params.
+            ValueError: The configuration is wrong or asks for what it may not, the checkpoint does
+                not match it, or the model does not take one of the params.
         """
         block = self.config.block("model")
+        check_trust(self.config, "model")
         check_block(self.config, "model", block, extra=["base_learning_rate"])
         target = block["target"]
         valid, is_open = parameters_of(get_obj_from_str(target))
         if not is_open and (unknown := [name for name in params if name not in valid]):
             raise ValueError(
                 f"the run {self.folder} holds a {target}, which takes no {', '.join(unknown)}; "
-                "name the run of a model that does"
+                "name the run of a model that does, such as a tokenizer"
             )
-        params = without_starts({**(block.get("params") or {}), **params})
-        params["ckpt_path"] = str(self.checkpoint)
-        return instantiate_from_config({"target": target, "params": params}).eval()
+        merged = {**(block.get("params") or {}), **params}
+        wanted = without_starts(merged) | {"ckpt_path": str(self.checkpoint)}
+        of_user = not self.config.is_untrusted("model.params.trust_checkpoint")
+        if merged.get("trust_checkpoint") and (of_user or "trust_checkpoint" in params):
+            wanted["trust_checkpoint"] = True
+        with loading(self.folder, self.trust_config):
+            return instantiate_from_config({"target": target, "params": wanted}).eval()
 
     def data(self, stage: str | None = None) -> Any:
         """Build the data module and set up its data sets.
@@ -291,13 +347,15 @@ class SavedRun:
             stage: Stage to set up the data sets of, such as ``validate``; None for all stages.
 
         Raises:
-            ValueError: The configuration is wrong.
+            ValueError: The configuration is wrong or asks for what it may not.
         """
         block = self.config.block("data")
+        check_trust(self.config, "data")
         check_block(self.config, "data", block)
-        data = instantiate_from_config(block)
-        data.prepare_data()
-        data.setup(stage)
+        with loading(self.folder, self.trust_config):
+            data = instantiate_from_config(block)
+            data.prepare_data()
+            data.setup(stage)
         return data
 
     def step(self) -> int:
@@ -307,14 +365,23 @@ class SavedRun:
         return load_checkpoint(self.checkpoint, lazy=True).get("global_step", 0)
 
 
-def model_from_run(run: str | Path, **params: Any) -> Any:
+def model_from_run(
+    run: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    trust_config: bool = False,
+    **params: Any,
+) -> Any:
     """Build the model of a run with its trained weights, in evaluation mode.
 
     The YAML file of a prior names its tokenizer so:
     ``first_stage_config: {target: taming.run.folder.model_from_run, params: {run: logs/<run>}}``.
 
     Args:
-        run: Run folder (``last.ckpt`` is loaded) or one of its checkpoints.
+        run: Run folder (``last.ckpt`` is loaded) or one of its checkpoints. When the model of
+            another run is loaded, it may also lie beside that one (`find_run`).
+        tokenizer: Run of a prior's tokenizer, in place of the one that the prior names.
+        trust_config: Build any targets that the run's own files name, and those that it loads.
         **params: Values that replace entries of the saved ``model.params``.
 
     Returns:
@@ -322,19 +389,22 @@ def model_from_run(run: str | Path, **params: Any) -> Any:
 
     Raises:
         FileNotFoundError: The run or the checkpoint does not exist.
-        ValueError: The path is not a run, or its model does not take one of the params.
+        ValueError: The path is not a run, its model does not take one of the params, or its
+            configuration asks for what it may not (`taming.run.trust`).
     """
-    return SavedRun.load(run).model(**params)
+    path = find_run(run)
+    return SavedRun.load(path, tokenizer=tokenizer, trust_config=trust_config).model(**params)
 
 
-def data_from_run(run: str | Path) -> Any:
+def data_from_run(run: str | Path, *, trust_config: bool = False) -> Any:
     """Build the data module of a run, set up for validation.
 
     Args:
         run: Run folder or one of its checkpoints.
+        trust_config: Build any targets that the run's own files name.
 
     Raises:
         FileNotFoundError: The run or the checkpoint does not exist.
-        ValueError: The path is not a run.
+        ValueError: The path is not a run, or its configuration asks for what it may not.
     """
-    return SavedRun.load(run).data("validate")
+    return SavedRun.load(find_run(run), trust_config=trust_config).data("validate")

@@ -24,11 +24,23 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from taming.run.checkpoints import MonitorCheck, SafeCheckpointIO
-from taming.run.config import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
+from taming.run.defaults import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
 from taming.run.folder import Experiment, PreparationError
-from taming.util import get_obj_from_str, instantiate_from_config, parameters_of
+from taming.run.loggers import quiet_threads
+from taming.run.processes import take_over
+from taming.util import (
+    DataError,
+    NonFiniteError,
+    WriteError,
+    get_obj_from_str,
+    instantiate_from_config,
+    parameters_of,
+)
 
 logger = logging.getLogger(__name__)
+
+# Errors of a user that may come up once everything is built.
+MISTAKES = (PreparationError, DataError, NonFiniteError, WriteError)
 
 # Messages of Lightning about intended behaviour.
 _KNOWN_WARNINGS = (
@@ -36,7 +48,8 @@ _KNOWN_WARNINGS = (
     r"Consider setting `persistent_workers=True`",  # a resumed run needs new ones each epoch
     r"Total length of `list` across ranks is zero",
     r"The dirpath has changed from",
-    r"You're resuming from a checkpoint that ended before the epoch ended",  # fit() logs it
+    r"You're resuming from a checkpoint that ended before the epoch ended",  # of other loaders
+    r"Be aware that when using `ckpt_path`, callbacks used to create",  # fast_dev_run saves nothing
     r"`ModelCheckpoint\(monitor=.*could not find the monitored key",
     r".*number of training batches .* is smaller than the logging interval",
     r".*Checkpoint directory .* exists and is not empty",
@@ -44,6 +57,9 @@ _KNOWN_WARNINGS = (
     r".*Found .* in eval mode at the start of training",
     r".*isinstance\(treespec, LeafSpec\).* is deprecated",
 )
+
+# Errors of a running training that end in one line; others are bugs.
+MISTAKES = (PreparationError, DataError, NonFiniteError, WriteError)
 
 # Arguments that a model with manual optimization takes over, since Lightning then refuses them.
 _MANUAL = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
@@ -55,8 +71,10 @@ def trainer_arguments(experiment: Experiment) -> dict[str, Any]:
     Raises:
         ValueError: More GPUs are asked for than are visible, or an argument is out of range.
     """
-    given = experiment.lightning.get("trainer") or {}
-    built = {name: _built(value) for name, value in given.items()}
+    if experiment.trials:
+        message = "for this start alone, unless a YAML file sets them: %s"
+        logger.info(message, ", ".join(f"{k}={v}" for k, v in experiment.trials.items()))
+    built = {name: _built(value) for name, value in experiment.trainer.items()}
     arguments: dict[str, Any] = {"default_root_dir": experiment.run.path, **built}
     if arguments.get("precision") in ("bf16-true", "16-true"):
         raise ValueError(
@@ -85,7 +103,8 @@ def choose_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:
     on GPUs where NCCL is not available, such as on Windows.
 
     Raises:
-        ValueError: More GPUs are asked for than are visible.
+        ValueError: More GPUs are asked for than are visible, or the strategy does not start
+            processes as a program.
     """
     accelerator = arguments.get("accelerator", "auto")
     devices = _parse_devices(arguments.get("devices", "auto"))
@@ -94,6 +113,8 @@ def choose_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:
         logger.info("accelerator cpu: devices %s are indices of GPUs and are ignored", devices)
         return {"devices": "auto"} | choose_strategy({**arguments, "devices": "auto"})
     strategy, nodes = arguments.get("strategy", "auto"), arguments.get("num_nodes", 1)
+    if str(strategy).startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
+        raise ValueError(f"strategy {strategy} is for notebooks; with main.py, use ddp")
     several = _count_devices(accelerator, devices) * nodes > 1
     if strategy != "ddp" and not (strategy == "auto" and several):
         return {}
@@ -141,8 +162,14 @@ def build_trainer(
     """
     arguments = dict(arguments)
     if not model.automatic_optimization:
+        if "fsdp" in str(arguments.get("strategy")).lower():
+            raise ValueError(
+                f"strategy {arguments['strategy']} is for models with one optimizer, such as "
+                f"priors; a {type(model).__name__} optimizes manually: use ddp"
+            )
         arguments = hand_over_optimization(arguments, model)
-    loggers = build_loggers(experiment) if arguments.pop("logger", True) is not False else []
+    logs = arguments.pop("logger", True) is not False and not arguments.get("fast_dev_run")
+    loggers = build_loggers(experiment) if logs else []
     callbacks = build_callbacks(experiment)
     if not loggers:  # with which Lightning's monitor raises an error
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
@@ -153,9 +180,11 @@ def build_trainer(
     io = SafeCheckpointIO(experiment.trust_checkpoint)
     plugins = [*_plugins(arguments.pop("plugins", None)), io]
     try:
-        return Trainer(**arguments, logger=loggers, callbacks=callbacks, plugins=plugins)
+        trainer = Trainer(**arguments, logger=loggers, callbacks=callbacks, plugins=plugins)
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"lightning.trainer: {error}") from error
+    take_over(trainer)
+    return trainer
 
 
 def _plugins(given: Any) -> list[Any]:
@@ -220,12 +249,18 @@ def build_loggers(experiment: Experiment) -> list[Logger]:
     blocks = {t: {"target": t, "params": {**folder, **p}} for t, p in defaults.items()}
     if block:
         blocks[block["target"]] = merge_block(blocks.get(block["target"]) or block, block)
+    for name, own in (("CSVLogger", "Table"), ("TensorBoardLogger", "Events")):
+        if block := blocks.get(f"{module}.{name}"):
+            block["target"] = f"taming.run.loggers.{own}"  # the same, but a full disk is no end
     return [instantiate_from_config(block) for block in blocks.values()]
 
 
 def build_callbacks(experiment: Experiment) -> list[Callback]:
-    """Build the default and the configured callbacks, except those that save checkpoints."""
-    run = experiment.run
+    """Build the default and the configured callbacks, except those that save checkpoints.
+
+    Those of a ``fast_dev_run`` save nothing.
+    """
+    run, blocks = experiment.run, callback_blocks(experiment.lightning)
     added: dict[str, dict[str, Any]] = {
         "setup_callback": {
             "now": experiment.start_time,
@@ -237,8 +272,11 @@ def build_callbacks(experiment: Experiment) -> list[Callback]:
         },
         "image_logger": {"logdir": run.path},
     }
+    if experiment.trainer.get("fast_dev_run"):
+        added["image_logger"]["logdir"] = None
+        blocks.pop("setup_callback", None)
     callbacks = []
-    for name, block in callback_blocks(experiment.lightning).items():
+    for name, block in blocks.items():
         if name != "last_checkpoint":
             taken, _ = parameters_of(get_obj_from_str(block["target"]))
             params = {k: v for k, v in added.get(name, {}).items() if k in taken}
@@ -254,7 +292,7 @@ def build_checkpoints(experiment: Experiment, model: LightningModule) -> list[Ca
     monitor = given.get("monitor") or getattr(model, "monitor", None)
     if configured or monitor:
         often = {"every_n_train_steps", "train_time_interval"} & {*given}
-        several = often or "val_check_interval" in (lightning.get("trainer") or {})  # in an epoch
+        several = often or "val_check_interval" in experiment.trainer  # in an epoch
         params: dict[str, Any] = {
             "dirpath": str(directory),
             "filename": "{epoch:06}-{step:09}" if several else "{epoch:06}",
@@ -281,7 +319,7 @@ def learning_rate_scale(experiment: Experiment, devices: int) -> int:
     Raises:
         ValueError: The ``data`` block has no batch size.
     """
-    accumulate = (experiment.lightning.get("trainer") or {}).get("accumulate_grad_batches") or 1
+    accumulate = experiment.trainer.get("accumulate_grad_batches") or 1
     batch_size = (experiment.data.get("params") or {}).get("batch_size")
     if batch_size is None:
         raise ValueError("data.params.batch_size is missing; set it, or pass --scale_lr false")
@@ -293,30 +331,55 @@ def learning_rate_scale(experiment: Experiment, devices: int) -> int:
     return scale
 
 
+class _Steps(Callback):
+    """Know if this start has taken a step."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.first = trainer.global_step
+
+    def taken(self, trainer: Trainer) -> bool:
+        return self.first is not None and trainer.global_step > self.first
+
+
 def fit(
     trainer: Trainer, model: LightningModule, data: LightningDataModule, checkpoint: Path | None
 ) -> None:
     """Train, from a checkpoint if there is one.
 
     Raises:
-        PreparationError: Training failed before the data could be read.
+        PreparationError: An error before the first step, such as sizes that do not fit.
     """
     if checkpoint is not None:
         logger.info(
-            "resuming from %s: optimizers keep the learning rates stored there; if it was saved "
-            "within an epoch, the remaining number of batches is sampled anew from all images",
+            "resuming from %s: optimizers keep the learning rates stored there, the run its seed",
             checkpoint,
         )
+    steps = _Steps()
+    trainer.callbacks.insert(0, steps)  # type: ignore[attr-defined]
     try:
+        if checkpoint is None and (fetch := getattr(model, "fetch_weights", None)):
+            fetch()  # before the data are built, which may take long
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except MISTAKES:
+        raise
     except (ValueError, OSError, RuntimeError, UnpicklingError, MisconfigurationException) as error:
-        if trainer.val_dataloaders is not None or trainer.train_dataloader is not None:
+        if steps.taken(trainer):
             raise
-        text = str(error).strip() or type(error).__name__
-        title, *details = [line.strip() for line in text.splitlines()]
-        if title.startswith("Error(s) in loading state_dict"):
-            title = f"{checkpoint} does not fit the model:"
-        raise PreparationError(" ".join([title, *details])) from error
+        line = one_line(error)
+        if line.startswith("Error(s) in loading state_dict"):
+            line = f"{checkpoint} does not fit the model:{line.partition(':')[2]}"
+        raise PreparationError(line) from error
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error in one line."""
+    text = str(error).strip() or type(error).__name__
+    # A loader process puts its traceback into the message, before the message itself.
+    text = text.rpartition(f"{type(error).__name__}: ")[2]
+    return " ".join(line.strip() for line in text.splitlines())
 
 
 def test(
@@ -329,6 +392,7 @@ def test(
 
 def quiet_lightning() -> None:
     """Hide Lightning's advertisements, and its warnings about intended behaviour."""
+    quiet_threads()
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):

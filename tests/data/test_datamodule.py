@@ -1,12 +1,13 @@
 """Data modules: each data set is built once, and each split has the right loader."""
 
 import os
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch.utils.data import Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import Dataset
 
 from taming.data.datamodule import DataModuleFromConfig, WrappedDataset
 
@@ -110,12 +111,36 @@ def test_fit_needs_no_validation_split(trainer):
 
 
 def test_only_training_is_shuffled():
-    data = DataModuleFromConfig(2, block(5), block(3), block(2), num_workers=0)
+    data = DataModuleFromConfig(2, block(5), block(3), block(20), num_workers=0)
     data.setup()
-    assert isinstance(data.train_dataloader().sampler, RandomSampler)
-    for loader in (data.val_dataloader(), data.test_dataloader()):
-        assert isinstance(loader.sampler, SequentialSampler)
     assert [batch.flatten().tolist() for batch in data.val_dataloader()] == [[0, 1], [2]]
+    assert len(data.val_dataloader()) == 2
+    assert torch.cat(list(data.test_dataloader())).flatten().tolist() == list(range(20))
+    assert sorted(torch.cat(list(data.train_dataloader())).flatten().tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_a_resumed_run_keeps_its_seed():
+    torch.manual_seed(3)
+    data = DataModuleFromConfig(2, block(9), num_workers=0)
+    torch.manual_seed(4)
+    other = DataModuleFromConfig(2, block(9), num_workers=0)
+    for module in (data, other):
+        module.setup()
+    orders = [torch.cat(list(m.train_dataloader())).flatten().tolist() for m in (data, other)]
+    other.load_state_dict(data.state_dict())
+    assert torch.cat(list(other.train_dataloader())).flatten().tolist() == orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+
+
+@few_workers
+@few_batches
+def test_nothing_is_shuffled_where_batches_are_to_be_learned_by_heart(tmp_path):
+    options = {"limit_train_batches": 1.0, "overfit_batches": 2, "max_epochs": 2}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, **options, **quiet)
+    model = Sum()
+    trainer.fit(model, DataModuleFromConfig(2, block(9), block(9), num_workers=0))
+    assert model.seen == [0, 1, 2, 3] * 2
 
 
 def test_workers_give_the_same_batches():
@@ -167,3 +192,13 @@ def test_bad_arguments_are_refused():
         DataModuleFromConfig(0, block(1))
     with pytest.raises(ValueError, match="num_workers must be 0 or more, got -1"):
         DataModuleFromConfig(1, block(1), num_workers=-1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_model_looks_at_a_batch_before_it_is_on_a_gpu(device: str) -> None:
+    seen: list[object] = []
+    data = DataModuleFromConfig(batch_size=1, train={"target": "x"})
+    model = SimpleNamespace(device=torch.device(device), check_batch=seen.append)
+    data.trainer = SimpleNamespace(lightning_module=model)  # type: ignore[assignment]
+    assert data.on_before_batch_transfer("batch", 0) == "batch"
+    assert seen == (["batch"] if device == "cuda" else [])

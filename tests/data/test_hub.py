@@ -68,6 +68,11 @@ def test_loader_processes_get_a_path_and_not_the_images(parquet):
         assert here["class_label"].dtype == torch.int64
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_rows_have_the_channels_that_are_asked_for(parquet, channels):
+    assert ParquetImages(parquet, channels=channels)[1]["image"].shape[2] == channels
+
+
 def test_a_damaged_row_is_named(tmp_path):
     table = pa.table({"img": [png(0), {"bytes": b"junk", "path": ""}], "label": [0, 1]})
     pq.write_table(table, tmp_path / "a.parquet")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reliability.pictures import save_png
 from torchvision.transforms.v2 import InterpolationMode
 
 from taming.data.crops import RandomSquare, SquareCrop, Stretch
@@ -20,6 +21,9 @@ from taming.data.preprocessing import (
     interpolation_mode,
     one_hot,
     read_pair,
+    refuse_failed,
+    shift_classes,
+    skipping,
     to_unit_range,
 )
 from taming.util import DataError
@@ -81,9 +85,73 @@ def test_masks_hold_class_numbers(mode):
     np.testing.assert_array_equal(decode_mask(encoded(image))[0], numbers)
 
 
-def test_masks_in_colour_are_refused():
-    with pytest.raises(ValueError, match=r"class number .*RGB"):
-        decode_mask(encoded(Image.new("RGB", (2, 2))))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "CMYK", "F"])
+def test_masks_of_colours_or_floats_are_refused(mode):
+    with pytest.raises(ValueError, match="class number .*(colours|floats)"):
+        decode_mask(encoded(Image.new(mode, (2, 2)), "TIFF"))
+
+
+def test_masks_hold_the_numbers_that_the_file_stores():
+    numbers = np.array([[0, 1, 2, 3]])
+    bits = Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1")
+    for kind in ("PNG", "TIFF", "BMP", "PPM"):
+        assert decode_mask(encoded(bits, kind))[0].tolist() == [[0, 1]]
+    for depth in (2, 4):
+        png = io.BytesIO(save_png(numbers[..., None], depth, 0))
+        assert decode_mask(png)[0].tolist() == numbers.tolist()
+    for highest in (3, 7, 300):
+        values = numbers.astype(np.uint8 if highest < 256 else ">u2").tobytes()
+        assert decode_mask(io.BytesIO(b"P5 4 1 %d\n" % highest + values))[0].tolist() == [
+            [0, 1, 2, 3]
+        ]
+        assert decode_mask(io.BytesIO(b"P2 4 1 %d\n0 1 2 3" % highest))[0].tolist() == [
+            [0, 1, 2, 3]
+        ]
+
+
+@pytest.mark.parametrize(("dtype", "kinds"), [("uint16", "PNG TIFF PPM"), ("int32", "TIFF")])
+def test_masks_of_more_classes_than_256(dtype, kinds):
+    numbers = np.array([[0, 255, 256, 65535]], dtype)
+    for kind in kinds.split():
+        mask = decode_mask(encoded(Image.fromarray(numbers), kind))
+        assert mask.dtype == torch.int32 and mask[0].tolist() == numbers.tolist()
+    assert shift_classes(mask)[0].tolist() == [[1, 256, 257, 0]]
+    view = View((2, 4), 0, 0, 2, 4, flip=True)
+    classes = one_hot(view.apply(mask[..., :3], InterpolationMode.NEAREST), 300).argmax(-1)
+    assert classes[0].tolist() == [256, 255, 0, 0]
+
+
+def test_negative_classes_are_refused():
+    mask = decode_mask(encoded(Image.fromarray(np.array([[0, -1]], np.int32)), "TIFF"))
+    with pytest.raises(ValueError, match="class -1"):
+        one_hot(mask, 3)
+
+
+def test_unlabelled_becomes_the_first_class():
+    assert shift_classes(torch.tensor([[[0, 254, 255]]], dtype=torch.uint8)).tolist() == [
+        [[1, 255, 0]]
+    ]
+
+
+def test_depth_that_is_not_finite_is_refused():
+    depth = np.array([[1, np.nan]], "<f4")
+    with pytest.raises(ValueError, match="not finite"):
+        decode_depth(encoded(Image.fromarray(depth[..., None].view(np.uint8))))
+
+
+def test_one_damaged_file_of_several_does_not_stop_the_others(caplog):
+    failed: list[str] = []
+    for name in ("a", "b", "c"):
+        with skipping(failed), error_context(f"image {name}"):
+            if name != "b":
+                raise ValueError(f"{name}: broken")
+    assert failed == ["image a: broken", "image c: broken"]
+    assert [str(error) for record in caplog.records for error in record.args] == failed
+    with pytest.raises(ValueError, match="2 of 3 images failed; the first: image a: broken"):
+        refuse_failed(failed, 3)
+    refuse_failed([], 3)
+    with pytest.raises(ValueError, match="^other$"), skipping(failed):
+        raise ValueError("other")
 
 
 def test_depth_is_read_from_bytes_and_rescaled():

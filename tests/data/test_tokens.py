@@ -1,25 +1,31 @@
 """Token caches: round trips across files, complete values, refusal of damaged caches."""
 
+import json
+import logging
 import pickle
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
 import torch
+from reliability.files import count, failures, save_earlier_cache
 from torch.utils.data import DataLoader
 
 from scripts.encode import columns_of
 from taming.data.helper_types import Annotation
 from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
 from taming.data.utils import custom_collate
+from taming.util import WriteError
 
 INFO = CacheInfo("abc", [2, 3], 96)
-LENGTHS = [3, 7, 1, 5, 6, 2, 4]
+LENGTHS = [8, 12, 6, 10, 11, 7, 9]
 
 
 def sequences() -> torch.Tensor:
-    tokens = torch.randint(0, 300, (len(LENGTHS), 7))
-    return tokens.masked_fill(torch.arange(7) >= torch.tensor(LENGTHS)[:, None], -1)
+    tokens = torch.randint(0, 300, (len(LENGTHS), 12))
+    return tokens.masked_fill(torch.arange(12) >= torch.tensor(LENGTHS)[:, None], -1)
 
 
 def write(
@@ -41,7 +47,7 @@ def test_round_trip(vocab_size: int, tmp_path: Path) -> None:
     tokens = sequences() * (vocab_size // 300)
     tokens = tokens.clamp(min=-1)
     write(tmp_path / "new/cache", tokens, vocab_size)
-    assert len(list((tmp_path / "new/cache").iterdir())) == 3
+    assert len(list((tmp_path / "new/cache").glob("*.arrow"))) == 3
     cache = pickle.loads(pickle.dumps(TokenCache(str(tmp_path / "new/cache"))))
     (batch,) = DataLoader(cache, batch_size=7, collate_fn=custom_collate)
     assert torch.equal(batch["tokens"], tokens)
@@ -106,15 +112,95 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
         write(tmp_path / "a", tokens)
     write(tmp_path / "b", tokens, info=INFO._replace(fingerprint="def"))
     (tmp_path / "b/00000.arrow").rename(tmp_path / "a/00009.arrow")
-    with pytest.raises(ValueError, match="different token caches"):
+    with pytest.raises(ValueError, match="00009.arrow does not belong"):
         TokenCache(str(tmp_path / "a"))
     whole = (tmp_path / "b/00001.arrow").read_bytes()
     (tmp_path / "b/00001.arrow").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="00001.arrow .* Arrow file"):
+    with pytest.raises(ValueError, match="00000.arrow is missing"):
         TokenCache(str(tmp_path / "b"))
     (tmp_path / "c").mkdir()
     table = pa.table({"tokens": [[1]]})
-    with pa.OSFile(str(tmp_path / "c/0.arrow"), "wb") as sink:
+    with pa.OSFile(str(tmp_path / "c/00000.arrow"), "wb") as sink:
         pa.ipc.new_file(sink, table.schema).close()
-    with pytest.raises(ValueError, match="0.arrow .* token cache"):
+    with pytest.raises(ValueError, match="00000.arrow .* token cache"):
         TokenCache(str(tmp_path / "c"))
+
+
+def test_no_damaged_file_is_taken_for_a_whole_one(tmp_path: Path) -> None:
+    for name in ("token cache", "token cache, earlier version"):
+        counts = count(name, n=40)
+        assert counts["refused"] > 20 and not any(counts[result] for result in failures(name))
+
+
+def test_the_last_and_a_middle_file_cannot_go_missing(tmp_path: Path) -> None:
+    write(tmp_path / "whole", sequences())
+    for number in range(3):
+        copy = shutil.copytree(tmp_path / "whole", tmp_path / f"{number}")
+        (copy / f"{number:05}.arrow").unlink()
+        with pytest.raises(ValueError, match=f"{copy}/{number:05}.arrow is missing.* copy"):
+            TokenCache(str(copy))
+    (tmp_path / "whole/checksums.json").unlink()
+    with pytest.raises(ValueError, match="has lost its checksums.json"):
+        TokenCache(str(tmp_path / "whole"))
+
+
+def test_a_cache_without_checksums_opens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cache").mkdir()
+    save_earlier_cache(tmp_path / "cache")
+    with caplog.at_level(logging.INFO):
+        assert TokenCache(str(tmp_path / "cache"))[20]["name"] == "20.png"
+    assert "no checksums.json" in caplog.text
+    (tmp_path / "cache/00001.arrow").unlink()
+    with pytest.raises(ValueError, match="00001.arrow is missing"):
+        TokenCache(str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("grid", grid) for grid in ([2], [2, 0], [2.0, 3], [True, 3], "23", None)),
+        *(("pixels", 0), ("pixels", "96"), ("vocab_size", 299), ("vocab_size", 0)),
+        *(("fingerprint", None), ("other", 1), ("grid", [3, 3])),
+    ],
+)
+def test_properties_out_of_range_are_refused(tmp_path: Path, name: str, value: object) -> None:
+    write(tmp_path / "cache", sequences().where(torch.arange(12) > 0, 299))
+    (tmp_path / "cache/checksums.json").unlink()
+    for file in (tmp_path / "cache").iterdir():
+        table = pa.ipc.open_file(file.read_bytes()).read_all()
+        about = json.loads(table.schema.metadata[b"taming.tokens"]) | {name: value}
+        table = table.replace_schema_metadata({b"taming.tokens": json.dumps(about)})
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(ValueError, match="00000.arrow is damaged"):
+        TokenCache(str(tmp_path / "cache"))
+
+
+def test_loader_processes_do_not_check_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "cache", sequences())
+    cache = TokenCache(str(tmp_path / "cache"))
+    monkeypatch.setattr("taming.data.token_files.crc32_of", Mock(side_effect=AssertionError))
+    assert len(pickle.loads(pickle.dumps(cache))) == len(LENGTHS)
+
+
+def test_tokens_outside_the_vocabulary_and_columns_of_two_types_are_not_saved(
+    tmp_path: Path,
+) -> None:
+    writer = TokenCacheWriter(tmp_path / "cache", INFO, 300, images_per_file=1)
+    with pytest.raises(ValueError, match="token 300 is outside 0..299"):
+        writer.add(torch.full((1, 6), 300), {})
+    writer.add(torch.zeros(1, 6, dtype=torch.int64), {"depth": [1]})
+    with pytest.raises(ValueError, match="depth"):
+        writer.add(torch.zeros(1, 6, dtype=torch.int64), {"depth": [1.5]})
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = TokenCacheWriter(tmp_path / "cache", INFO, 300)
+    writer.add(sequences(), {})
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(pa.RecordBatchFileWriter, "write_batch", full)
+    with pytest.raises(WriteError, match=r"cache.unfinished/00000.arrow cannot be saved.* space"):
+        writer.close()
+    assert not (tmp_path / "cache").exists()

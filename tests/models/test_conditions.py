@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.dummy_cond_stage import DummyCondStage
 from taming.models.vqgan import VQSegmentationModel
+from taming.util import DataError
 
 BCE = {"target": "taming.modules.losses.segmentation.BCELossWithQuant"}
 SEGMENTATION = vqmodel_config(5, n_labels=5, lossconfig=BCE, image_key="segmentation")
@@ -157,12 +158,16 @@ def test_samples_of_a_grey_tokenizer_are_shown_in_three_channels() -> None:
     assert {p.shape for p in model.eval().log_images(batch).values()} == {(2, 3, 16, 16)}
 
 
-def test_pictures_of_whole_numbers_are_encoded_as_by_the_tokenizer() -> None:
+def test_pictures_of_whole_numbers_are_refused_as_by_the_tokenizer() -> None:
     model = prior("class_label", first_stage_key="image").eval()
     batch = next(iter(Data().train_dataloader()))
-    whole = batch["image"].round().to(torch.int16)
-    x = model.get_input("image", {"image": whole})
-    assert torch.equal(x, model.first_stage_model.get_input({"image": whole}, "image"))
+    whole = {"image": batch["image"].round().to(torch.int16)}
+    for refuse in (
+        lambda: model.get_input("image", whole),
+        lambda: model.first_stage_model.get_input(whole, "image"),
+    ):
+        with pytest.raises(DataError, match="'image', .*int16: expected floats from -1 to 1"):
+            refuse()
     assert torch.equal(model.get_input("class_label", batch), batch["class_label"])
 
 

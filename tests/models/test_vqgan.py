@@ -276,8 +276,15 @@ def test_more_channels_are_coloured_by_a_projection() -> None:
     picture = model(colorize_nlabels=5).to_rgb(labels)
     assert picture.shape == (2, 3, 4, 4) and picture.min() == -1 and picture.max() == 1
     assert "colorize" not in model().state_dict()
-    with pytest.raises(ValueError, match="colorize_nlabels=5 .*5 channels"):
-        model().to_rgb(labels)
+    assert torch.equal(model().to_rgb(labels), labels[:, :3])
+
+
+def test_alpha_is_shown_on_white() -> None:
+    colours, opaque = torch.rand(2, 3, 4, 4) * 2 - 1, torch.ones(2, 1, 4, 4)
+    for x in (colours, colours[:, :1]):
+        shown = model().to_rgb(torch.cat([x, opaque], dim=1))
+        torch.testing.assert_close(shown, x.expand(-1, 3, -1, -1))
+        assert (model().to_rgb(torch.cat([x, -opaque], dim=1)) == 1).all()
 
 
 def test_an_orthogonal_start_keeps_lengths_on_both_sides_of_the_latents() -> None:

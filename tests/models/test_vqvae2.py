@@ -127,7 +127,7 @@ def test_training_changes_every_part_and_counts_every_level(
             lambda: model("ema", "flat").decode_code(
                 [torch.zeros(1, 4, n, 1).long() for n in (4, 4)]
             ),
-            r"codes of 'bottom' are \(1, 4, 4, 1\), not \(B, 8, 8, T\)",
+            r"codes of 'bottom' are \(1, 4, 4, 1\), not \(1, 8, 8, T\)",
         ),
         (lambda: model("ema", "flat").quantize.sequence, "are not one sequence"),
         (

@@ -11,7 +11,9 @@ from taming.modules.util import (
     SOSProvider,
     count_params,
     first_non_finite,
+    images_of,
 )
+from taming.util import DataError
 
 
 def test_labelator_gives_one_token_per_label():
@@ -97,3 +99,48 @@ def test_first_non_finite_ends_before_later_modules_fail_and_leaves_no_hook():
     with pytest.raises(ValueError, match="non-finite latents"):
         module(torch.randn(1, 2))
     assert not linear._forward_hooks
+
+
+GREY, RGB, LABELS = (1, (-1.0, 1.0)), (3, (-1.0, 1.0)), (5, (0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("image", "model", "names"),
+    [
+        (torch.zeros(2, 3, 8, 8), RGB, r"\(2, 3, 8, 8\), channels first: .*\(B, H, W, 3\)"),
+        (torch.zeros(2, 1, 8, 8), GREY, r"\(2, 1, 8, 8\), channels first: .*\(B, H, W, 1\)"),
+        (torch.zeros(2, 8, 8, 1), RGB, r"is \(2, 8, 8, 1\): .*ddconfig.in_channels of 3"),
+        (torch.zeros(2, 8, 8, 4), RGB, r"is \(2, 8, 8, 4\): .*ddconfig.in_channels of 3"),
+        (torch.zeros(2, 8, 8, 3), GREY, r"is \(2, 8, 8, 3\): .*ddconfig.in_channels of 1"),
+        (torch.zeros(2, 8, 8), RGB, r"is \(2, 8, 8\): .*\(B, H, W, 3\)"),
+        (torch.zeros(8, 3), RGB, r"is \(8, 3\): "),
+        (torch.zeros(2, 0, 8, 3), RGB, r"is \(2, 0, 8, 3\): "),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), RGB, r"uint8: .*-1 to 1; .*127.5"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.int64), RGB, "int64: .*-1 to 1"),
+        (torch.zeros(2, 8, 8, 5, dtype=torch.complex64), LABELS, "complex64: "),
+        (torch.arange(384).view(2, 8, 8, 3) / 1.5, RGB, "from 0 to 255.3: expected -1 to 1"),
+        (torch.full((2, 8, 8, 5), -1), LABELS, "from -1 to -1: expected 0 to 1"),
+        (torch.full((2, 8, 8, 3), torch.nan), RGB, "from nan to nan"),
+        ([1, 2], RGB, "is a list, not a tensor"),
+    ],
+)
+def test_images_of_another_form_are_refused_by_what_is_wrong(image, model, names: str) -> None:
+    with pytest.raises(DataError, match=f"'picture', its key,.*{names}"):
+        images_of({"picture": image}, "picture", "its key", *model)
+
+
+def test_images_of_the_model_s_form_stay_as_they_are() -> None:
+    for shape, model in (((2, 4, 6, 3), RGB), ((2, 4, 6, 1), GREY), ((0, 4, 6, 3), RGB)):
+        x = torch.rand(shape) * 2.2 - 1.1  # resampling may overshoot
+        assert images_of({"x": x}, "x", "its key", *model) is x
+    assert images_of({"x": torch.ones(2, 4, 6)}, "x", "its key", *GREY).shape == (2, 4, 6, 1)
+    whole = torch.eye(5, dtype=torch.int64)[torch.zeros(2, 4, 6).long()]
+    assert images_of({"x": whole}, "x", "its key", *LABELS) is whole
+
+
+def test_labels_are_whole_numbers_one_for_each_image() -> None:
+    stage = Labelator(10)
+    for labels in (torch.zeros(2, 10).long(), torch.tensor([0.5, 1.0]), torch.tensor([3, 10])):
+        with pytest.raises(ValueError, match="labels"):
+            stage.encode(labels)
+    assert stage.encode(torch.tensor([[3], [7]]))[0].tolist() == [[3], [7]]

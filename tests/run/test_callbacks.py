@@ -1,7 +1,6 @@
 """Pictures and checkpoints do not change the training; an interrupted run continues exactly."""
 
 import os
-import random
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
@@ -21,7 +20,9 @@ from support.models import ToyDataModule, ToyModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from taming.run.callbacks import CodebookTelemetry, ImageLogger, SetupCallback
-from taming.run.checkpoints import LastCheckpoint, RngState
+from taming.run.checkpoints import LastCheckpoint, RngState, SafeCheckpointIO
+from taming.run.processes import take_over
+from taming.run.signals import Interrupted, Request, watch
 from taming.util import NonFiniteError, WriteError
 
 
@@ -157,18 +158,45 @@ def test_setup_saves_both_configurations(tmp_path):
     assert (run / "checkpoints").is_dir()
 
 
-def train(folder, epochs, model=None, ckpt_path=None, extra=(), data=None):
+@pytest.mark.parametrize("fail_at", [0, 1])
+def test_a_configuration_is_saved_with_the_first_step_before_its_checkpoint(tmp_path, fail_at):
+    class Watch(pl.Callback):
+        def on_save_checkpoint(self, *_):
+            assert len(list((tmp_path / "configs").glob("*.yaml"))) == 2
+
+    setup = SetupCallback("now", tmp_path, tmp_path, tmp_path / "configs", {"data": {}}, {})
+    with pytest.raises(OSError, match="toy"):
+        train(tmp_path, 1, ToyModel(fail_at=fail_at), extra=[setup, Watch()])
+    assert (tmp_path / "configs").exists() == (tmp_path / "last.ckpt").exists() == (fail_at == 1)
+
+
+def test_a_checkpoint_before_the_first_step_has_its_configuration(tmp_path):
+    class Save(pl.Callback):
+        def on_train_start(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+            raise KeyError
+
+    setup = SetupCallback("now", tmp_path, tmp_path, tmp_path / "configs", {"data": {}}, {})
+    with pytest.raises(KeyError):
+        fit(ToyModel(), setup, Save())
+    assert len(list((tmp_path / "configs").glob("*.yaml"))) == 2
+
+
+def train(folder, epochs, model=None, ckpt_path=None, extra=(), data=None, logger=False):
     """Train a toy in a folder; returns it with the batches it saw."""
     model = model or ToyModel()
     model.learning_rate = 0.1
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        logger=False,
+        logger=logger,
+        log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[RngState(), LastCheckpoint(folder, every_n_train_steps=3), *extra],
+        plugins=[SafeCheckpointIO()],
     )
+    take_over(trainer)
     data = data or ToyDataModule()
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=bool(ckpt_path) or None)
     return model
@@ -192,14 +220,6 @@ def test_resumed_equals_uninterrupted(tmp_path, validation):
     torch.testing.assert_close(second.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
-def test_rng_state_survives_safe_loading(tmp_path):
-    torch.save(RngState().state_dict(), tmp_path / "rng")
-    expected = torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()
-    np.random.normal(), torch.rand(1), random.gauss(0, 1)
-    RngState().load_state_dict(torch.load(tmp_path / "rng", weights_only=True))
-    assert (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()) == expected
-
-
 def test_saves_within_an_epoch_and_at_its_end(tmp_path):
     steps = []
 
@@ -216,6 +236,48 @@ def test_saves_on_an_exception(tmp_path):
     with pytest.raises(OSError):
         train(tmp_path, 2, ToyModel(fail_at=2))
     assert saved_step(tmp_path) == 2
+
+
+def test_an_error_within_a_batch_leaves_what_was_saved_between_batches(tmp_path):
+    with pytest.raises(OSError):
+        train(tmp_path, 2, ToyModel(fail_at=5))
+    assert saved_step(tmp_path) == 4
+    assert torch.load(tmp_path / "interrupted.ckpt", weights_only=True)["global_step"] == 5
+
+
+def test_what_was_logged_before_the_checkpoint_is_on_the_disk(tmp_path):
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 4:  # saved at 3
+                lines = (tmp_path / "metrics.csv").read_text().splitlines()
+                assert lines[-1].split(",")[lines[0].split(",").index("step")] == "2"
+
+    logger = CSVLogger(tmp_path, name="", version="")
+    train(tmp_path, 1, extra=[Watch()], logger=logger)
+    assert saved_step(tmp_path) == 4
+
+
+def test_waits_for_the_step_while_gradients_are_accumulated(tmp_path):
+    steps, last = [], LastCheckpoint(tmp_path)
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, *_):
+            last._request()
+
+        def on_train_batch_end(self, trainer, *_):
+            steps.append(saved_step(tmp_path) if last.path.exists() else 0)
+
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accumulate_grad_batches=2,
+        callbacks=[Watch(), last],
+    )
+    trainer.fit(ToyModel(), datamodule=ToyDataModule())
+    assert steps == [0, 0, 1, 1] and saved_step(tmp_path) == 2
 
 
 def test_saves_on_an_interrupt(tmp_path):
@@ -247,9 +309,9 @@ def test_an_interrupted_validation_is_done_again_once(tmp_path, hook):
     Interrupt = type("Interrupt", (pl.Callback,), {hook: interrupt})
     with pytest.raises(SystemExit):
         train(tmp_path, 1, extra=[seen[0], Interrupt()])
-    for watch, epochs in zip(seen[1:], (1, 1, 2), strict=True):
-        train(tmp_path, epochs, ckpt_path=tmp_path / "last.ckpt", extra=[watch])
-    assert [watch.batches for watch in seen] == [[0, 1], [0, 1, 2, 3], [], [0, 1, 2, 3]]
+    for seer, epochs in zip(seen[1:], (1, 1, 2), strict=True):
+        train(tmp_path, epochs, ckpt_path=tmp_path / "last.ckpt", extra=[seer])
+    assert [seer.batches for seer in seen] == [[0, 1], [0, 1, 2, 3], [], [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize(("fail_at", "error"), [(2, "toy"), (-1, "disk is full")])
@@ -269,23 +331,25 @@ def test_keeps_the_last_good_checkpoint(tmp_path):
     assert saved_step(tmp_path) == 4
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("error", "name"),
     [
         (KeyboardInterrupt(), "last.ckpt"),
         (SIGTERMException(), "last.ckpt"),
         (RuntimeError("Connection closed by peer"), "interrupted.ckpt"),
+        (OSError("the disk is gone"), "interrupted.ckpt"),
         (NonFiniteError("loss"), None),
+        (Interrupted(Request.TERMINATE), None),  # saved already
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_one_of_several_processes_saves_what_it_can_vouch_for(tmp_path, error, name):
-    strategy = DDPStrategy()
-    strategy.save_checkpoint = lambda checkpoint, path: Path(path).write_text(checkpoint)
+def test_one_of_several_processes_saves_what_it_can_vouch_for(tmp_path, error, name, rank):
+    strategy = DDPStrategy(checkpoint_io=SafeCheckpointIO())
     connector = SimpleNamespace(dump_checkpoint=lambda weights_only: "state")
     trainer: Any = SimpleNamespace(
         world_size=2,
-        is_global_zero=True,
+        is_global_zero=rank == 0,
         validating=False,
         strategy=strategy,
         _checkpoint_connector=connector,
@@ -293,7 +357,30 @@ def test_one_of_several_processes_saves_what_it_can_vouch_for(tmp_path, error, n
     last = LastCheckpoint(tmp_path)
     last._has_started = True
     last.on_exception(trainer, ToyModel(), error)
+    if name == "last.ckpt" and rank:  # all have the same state, and live
+        name = None
     assert [path.name for path in tmp_path.iterdir()] == [name] * (name is not None)
+
+
+def test_processes_that_validate_on_streams_end_alone(tmp_path):
+    strategy = DDPStrategy(checkpoint_io=SafeCheckpointIO())
+    strategy.reduce = Mock(side_effect=AssertionError("others may not take part"))
+    connector = SimpleNamespace(dump_checkpoint=lambda weights_only: "state")
+    trainer: Any = SimpleNamespace(
+        world_size=2,
+        is_global_zero=True,
+        validating=False,
+        num_val_batches=[float("inf")],
+        strategy=strategy,
+        _checkpoint_connector=connector,
+    )
+    last = LastCheckpoint(tmp_path)
+    with pytest.raises(Interrupted), watch.handling():
+        last._has_started = watch.is_polled = True
+        last.on_validation_batch_end(trainer, ToyModel(), None, None, 0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        last.on_validation_batch_end(trainer, ToyModel(), None, None, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_an_error_before_training_leaves_the_checkpoint_alone(tmp_path):
@@ -304,23 +391,65 @@ def test_an_error_before_training_leaves_the_checkpoint_alone(tmp_path):
     assert saved_step(tmp_path) == 4
 
 
+class Signal(pl.Callback):
+    """Sends this process a signal at the second step, in a hook."""
+
+    def __init__(self, hook: str, number: signal.Signals) -> None:
+        def send(trainer, *_):
+            if trainer.global_step == 2 and not trainer.sanity_checking:
+                os.kill(os.getpid(), number)
+
+        setattr(self, hook, send)
+
+
 @pytest.mark.reported(21)
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
 def test_saves_at_the_end_of_the_batch_that_a_signal_met(tmp_path):
-    before = signal.getsignal(signal.SIGUSR1)
-
-    class Signal(pl.Callback):
+    class Check(pl.Callback):
         def on_train_batch_start(self, trainer, *_):
-            if trainer.global_step == 1:
-                os.kill(os.getpid(), signal.SIGUSR1)
-                assert not (tmp_path / "last.ckpt").exists()
-            if trainer.global_step == 2:
-                assert saved_step(tmp_path) == 2
+            assert (tmp_path / "last.ckpt").exists() == (trainer.global_step > 2)
+            if trainer.global_step > 2:
+                assert saved_step(tmp_path) == 3
 
-    train(tmp_path, 1, extra=[Signal()])
-    assert signal.getsignal(signal.SIGUSR1) is before
+    with watch.handling():
+        os.kill(os.getpid(), signal.SIGUSR1)  # while the run is prepared: saved after one batch
+        assert watch.request is Request.SAVE
+        watch.saved()
+        train(tmp_path, 1, extra=[Signal("on_train_batch_start", signal.SIGUSR1), Check()])
+        assert watch.request is Request.NOTHING
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("hook", "step"),
+    [
+        ("on_before_zero_grad", 3),
+        ("on_train_batch_end", 2),
+        ("on_save_checkpoint", 3),
+        ("on_validation_batch_start", 2),
+        ("on_train_epoch_end", 2),
+    ],
+)
+def test_a_signal_ends_training_once_all_is_saved(tmp_path, hook, step, number, status):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop, watch.handling():
+        train(tmp_path, 3, extra=[Signal(hook, number)], data=ToyDataModule(size=4))
+    assert stop.value.code == status and signal.getsignal(number) is before
+    assert saved_step(tmp_path) == step
 
 
 def test_the_frequency_of_checkpoints_is_checked(tmp_path):
     with pytest.raises(ValueError, match="at least 1, got 0"):
         LastCheckpoint(tmp_path, every_n_train_steps=0)
+
+
+def test_a_configuration_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(config, file):
+        Path(file).write_text("model: {tar")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(OmegaConf, "save", full)
+    setup = SetupCallback("now", tmp_path, tmp_path, tmp_path / "configs", {}, {})
+    with pytest.raises(WriteError, match="now-project.yaml cannot be saved.*No space"):
+        setup.on_fit_start(SimpleNamespace(is_global_zero=True), None)
+    assert not [*(tmp_path / "configs").iterdir()]

@@ -1,19 +1,16 @@
 """Merging follows OmegaConf; every wrong key is named with its file, path and nearest neighbour."""
 
-from collections.abc import Mapping
-from typing import Any, Optional, Union
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from taming.run.check import check_block, check_experiment, type_names
+from taming.run.check import check_block, check_experiment
 from taming.run.config import (
-    DEFAULT_CALLBACKS,
     ConfigError,
-    callback_blocks,
     load_config,
-    merge_block,
 )
+from taming.run.defaults import DEFAULT_CALLBACKS, callback_blocks, merge_block
 from taming.util import retrieve
 
 
@@ -68,6 +65,38 @@ def test_unreadable_files_are_named(write, text, message):
         load_config([write("x.yaml", text)])
 
 
+def test_a_number_is_the_text_that_was_written_where_a_text_is_taken(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    name = write("x.yaml", "model: {target: support.models.ToyModel, params: {monitor: 007}}")
+    for dotlist, expected in (
+        ([], "007"),
+        (["model.params.monitor=12:30"], "12:30"),
+        (["model={params: {monitor: 1_000}}"], "1_000"),
+        (["model.params.monitor=~/x"], "/home/me/x"),
+        (["model.params.monitor=null"], None),
+    ):
+        config = load_config([name], dotlist)
+        check_block(config, "model", config.values["model"])
+        assert config.values["model"]["params"]["monitor"] == expected
+
+
+def test_the_first_file_that_agrees_gave_a_value(write):
+    texts = ["a: {b: 1, c: [1]}", "a: {b: 2, c: [1]}", "a: {b: 2, c: [1], d: 3}"]
+    files = [write(f"{index}.yaml", text) for index, text in enumerate(texts)]
+    config = load_config(files)
+    assert [config.origin(f"a.{key}") for key in "bcd"] == ["1.yaml", "0.yaml", "2.yaml"]
+    assert OmegaConf.create(config.to_yaml()) == config.values
+    assert "  b: 2  # 1.yaml" in config.to_yaml().splitlines()
+
+
+def test_trials_of_the_command_line_are_kept_apart(write):
+    name = write("x.yaml", "lightning: {trainer: {limit_val_batches: 9, max_steps: 1}}")
+    flags = {"lightning": {"trainer": {"limit_val_batches": 2, "max_steps": 3}}}
+    config = load_config([name], ["lightning.trainer.profiler=simple"], flags)
+    assert config.values["lightning"]["trainer"] == {"limit_val_batches": 9, "max_steps": 3}
+    assert config.trials == {"limit_val_batches": 2, "profiler": "simple"}
+
+
 def test_missing_files_are_named():
     with pytest.raises(ConfigError, match=r"no .*file nowhere\.yaml"):
         load_config(["nowhere.yaml"])
@@ -92,7 +121,6 @@ def check(write, text, **options):
         "model: {target: support.models.ToyModel, params: {width: 3}}",
         "model: {target: support.models.ToyModel, params: null}",
         "model: {target: builtins.dict, params: {anything: 3}}",
-        "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, train: {size: 5}}}",
         "model: {target: main.DataModuleFromConfig, params: {batch_size: 1, "
         "train: {target: support.models.ToyData}}}",
     ],
@@ -123,7 +151,7 @@ DATA = "target: main.DataModuleFromConfig, params: {batch_size: 1, train: "
         (f"{{{TOY}, params: {{width: four}}}}", "model.params.width must be int, .* 'four'"),
         (f"{{{TOY}, params: {{width: }}}}", "model.params.width must be int, .* None"),
         (f"{{{TOY}, params: {{width: [3, 4]}}}}", r"model.params.width must be int, .* \[3, 4\]"),
-        (f"{{{TOY}, params: {{monitor: 3}}}}", r"monitor must be str \| None, .* 3"),
+        (f"{{{TOY}, params: {{monitor: [3]}}}}", r"monitor must be str \| None, .* \[3\]"),
         (f"{{{DATA} 3}}}}", r"model.params.train must be mapping \| None, .* 3"),
         (f"{{{TOY}, params: [1]}}", "model.params must be a mapping"),
         ("3", "model must be a mapping"),
@@ -184,22 +212,6 @@ def test_sizes_that_the_surrounding_model_fills_in_need_not_be_there(write):
         check(write, f"{surrounding} quantizer_config: {block}}}}}")
 
 
-@pytest.mark.parametrize(
-    ("annotation", "names"),
-    [
-        ("int | None", ["int", "None"]),
-        (int | None, ["int", "None"]),
-        (Optional[int], ["int", "None"]),  # noqa: UP045
-        (Union[float, int], ["float", "int"]),  # noqa: UP007
-        ("Mapping[str, Any]", ["Mapping[str, Any]"]),
-        (Mapping[str, Any] | None, ["Mapping[str, Any]", "None"]),
-        (str, ["str"]),
-    ],
-)
-def test_types_are_read_from_text_and_from_objects(annotation, names):
-    assert type_names(annotation) == names
-
-
 def test_splatted_mappings_are_checked(write):
     vqmodel = "model: {{target: taming.models.vqgan.VQModel, params: {{n_embed: 8, embed_dim: 4, "
     vqmodel += "lossconfig: {{target: taming.modules.losses.DummyLoss}}, ddconfig: {{{} }} }} }}"
@@ -208,6 +220,16 @@ def test_splatted_mappings_are_checked(write):
     check(write, vqmodel.format(ddconfig))
     with pytest.raises(ConfigError, match=r"ddconfig\.num_res_block; .*'num_res_blocks'"):
         check(write, vqmodel.format(ddconfig + ", num_res_block: 3"))
+    for old, new, words in (
+        ("num_res_blocks: 1", "num_res_blocks: -2", r"ddconfig\.num_res_blocks must be at least 0"),
+        ("[1]", "'1,2'", r"ddconfig\.ch_mult must be list of int, got '1,2'"),
+        ("resolution: 8, ", "", "ddconfig lacks resolution"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check(write, vqmodel.format(ddconfig.replace(old, new)))
+    with pytest.raises(ConfigError, match="lossconfig.target must name a loss, got .*Identity"):
+        other = "taming.modules.transformer.permuter.Identity"
+        check(write, vqmodel.format(ddconfig).replace("taming.modules.losses.DummyLoss", other))
 
 
 def test_the_file_that_set_a_key_last_is_named(write):
@@ -287,7 +309,7 @@ def test_right_experiments_pass_unchanged(toy, change):
     ("change", "message"),
     [
         ("modle.x=1", "key modle; .*'model'"),
-        ("model.base_learning_rate=null", "base_learning_rate must be a number, got None"),
+        ("model.base_learning_rate=null", "base_learning_rate must be float, got None"),
         (
             "lightning.trainer.max_step=3",
             "lightning.trainer.max_step: lightning.pytorch.Trainer takes .*'max_steps'",

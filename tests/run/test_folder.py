@@ -2,6 +2,7 @@
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime, timedelta
 
 import pytest
@@ -95,14 +96,32 @@ def test_a_start_is_newer_than_all_before_whatever_the_clock_says(tmp_path, save
         assert len(times) == len({*times})
 
 
-@pytest.mark.parametrize("writes", [False, True])
-def test_a_run_that_writes_nothing_leaves_no_folder(writes, tmp_path):
+def test_a_start_is_newer_than_one_that_failed(tmp_path):
+    run = RunDir(tmp_path)
+    (tmp_path / "csv" / "2100-01-01T00-00-00").mkdir(parents=True)
+    assert run.start_time() == "2100-01-01T00-00-01"
+
+
+@pytest.mark.parametrize(
+    ("file", "fails", "is_kept"),
+    [
+        (None, False, False),
+        (None, True, False),
+        ("csv/metrics.csv", False, True),
+        ("csv/metrics.csv", True, False),
+        ("configs/a-project.yaml", True, True),
+        ("checkpoints/last.ckpt", True, True),
+    ],
+)
+def test_a_run_that_took_no_step_leaves_no_folder(file, fails, is_kept, tmp_path):
     run = RunDir.new("a", tmp_path / "logs")
-    with pytest.raises(KeyError), run.kept_if_used():
-        if writes:
-            run.configs.mkdir()
-        raise KeyError
-    assert (tmp_path / "logs").exists() == run.path.exists() == writes
+    with suppress(KeyError), run.kept_if_used():
+        if file:
+            (run.path / file).parent.mkdir()
+            (run.path / file).touch()
+        if fails:
+            raise KeyError
+    assert (tmp_path / "logs").exists() == run.path.exists() == is_kept
 
 
 def test_relaunched_processes_share_their_parents_run(tmp_path, monkeypatch):
@@ -140,6 +159,7 @@ def test_resume_finds_run_and_checkpoint(run):
     ("path", "error", "message"),
     [
         ("nowhere", FileNotFoundError, "nowhere does not exist"),
+        ("logs/the_tokenizers_run", FileNotFoundError, "placeholder: .*run.* first_stage_config"),
         ("logs", ValueError, "logs is not a run"),
         ("logs/run/configs/2024-project.yaml", None, None),
         ("logs/empty", FileNotFoundError, "logs/empty .*logs/empty/checkpoints/last.ckpt"),
@@ -216,3 +236,13 @@ def test_model_from_run_takes_the_newest_configuration(run):
     newer = {"model": {**PROJECT["model"], "params": {"width": 5, "monitor": "newer"}}}
     OmegaConf.save(OmegaConf.create(newer), run.configs / "2025-project.yaml")
     assert model_from_run(run.path).monitor == "newer"
+
+
+def test_the_last_date_of_all_is_named(tmp_path):
+    run = RunDir(tmp_path)
+    run.configs.mkdir()
+    (run.configs / "9999-12-31T23-59-58-project.yaml").touch()
+    assert run.start_time() == "9999-12-31T23-59-59"
+    (run.configs / "9999-12-31T23-59-59-project.yaml").touch()
+    with pytest.raises(ValueError, match="9999-12-31T23-59-59-project.yaml .*rename"):
+        run.start_time()

@@ -1,5 +1,6 @@
 """The Trainer gets the values of the configuration, and good defaults for the rest."""
 
+import signal
 import warnings
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -15,7 +16,9 @@ from support.models import ToyDataModule, ToyManualModel, ToyModel
 from taming.run import trainer as building
 from taming.run.callbacks import ImageLogger, SetupCallback
 from taming.run.checkpoints import LastCheckpoint, MonitorCheck
+from taming.run.epoch_values import EpochValues
 from taming.run.folder import Experiment, PreparationError, RunDir
+from taming.run.signals import watch
 from taming.run.trainer import build_callbacks, build_checkpoints, build_loggers, choose_strategy
 
 MODEL = {"target": "support.models.ToyModel"}
@@ -178,9 +181,9 @@ def test_no_logger_needs_no_learning_rate_monitor(run):
 def test_callbacks_know_the_run(run):
     blocks = {"callbacks": {"image_logger": {"params": {"max_images": 1}}, "rng_state": None}}
     callbacks = build_callbacks(experiment(run, **blocks))
-    setup, images = callbacks[0], callbacks[1]
+    setup, values, images = callbacks[:3]
     assert isinstance(setup, SetupCallback) and setup.cfgdir == run.configs
-    assert isinstance(images, ImageLogger)
+    assert isinstance(values, EpochValues) and isinstance(images, ImageLogger)
     assert (images.max_images, images.logdir) == (1, run.path)
 
 
@@ -265,6 +268,35 @@ def test_strategy(monkeypatch, arguments, strategy):
     assert choose_strategy(arguments).get("strategy") == strategy
 
 
+@pytest.mark.parametrize(
+    "strategy", ["ddp_spawn", "ddp_notebook", "ddp_fork", "ddp_spawn_find_unused_parameters_true"]
+)
+def test_strategies_of_notebooks_are_refused(strategy):
+    with pytest.raises(ValueError, match=f"{strategy} .*use ddp"):
+        choose_strategy({"accelerator": "cpu", "devices": 2, "strategy": strategy})
+
+
+def test_shared_out_models_need_gpus_and_one_optimizer(run):
+    given = {"accelerator": "cpu", "devices": 2, "strategy": "fsdp"}
+    with pytest.raises(ValueError, match="`fsdp` requires a GPU"):
+        build(run, trainer=given)
+    with pytest.raises(ValueError, match="fsdp .*ToyManualModel optimizes manually: use ddp"):
+        build(run, ToyManualModel(), trainer=given)
+
+
+def test_only_the_requeueing_of_slurm_is_left_to_lightning(run, monkeypatch):
+    for name, value in (("NTASKS", 1), ("JOB_NAME", "train"), ("PROCID", 0), ("LOCALID", 0)):
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    for given, is_ours in (({}, True), ({"plugins": SLURMEnvironment()}, False)):
+        with watch.handling():
+            numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+            before = [signal.getsignal(number) for number in numbers]
+            trainer = build(run, trainer={"accelerator": "cpu", "devices": 1, **given})
+            trainer._signal_connector.register_signal_handlers()
+            *ends, save = [signal.getsignal(number) for number in numbers]
+            assert ends == before[:2] and (save == before[2]) == is_ours
+
+
 @pytest.mark.reported(21)
 def test_gpus_without_nccl_talk_through_gloo(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
@@ -301,3 +333,13 @@ def test_a_run_of_gpus_goes_on_without_them(devices):
     arguments |= choose_strategy(arguments)
     assert arguments == {"accelerator": "cpu", "devices": "auto"}
     assert pl.Trainer(**arguments, logger=False).num_devices == 1
+
+
+def test_a_loss_fetches_its_weights_before_the_data_are_built():
+    model, data, trainer = Mock(), Mock(), Mock(val_dataloaders=None, train_dataloader=None)
+    model.fetch_weights.side_effect = ConnectionError("no network; perceptual_weight: 0")
+    with pytest.raises(PreparationError, match="perceptual_weight: 0"):
+        building.fit(trainer, model, data, None)
+    assert not data.mock_calls and not trainer.fit.called
+    building.fit(trainer, model, data, Mock())  # a checkpoint has them
+    assert trainer.fit.called

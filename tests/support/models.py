@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.vqvae2 import VQVAE2
-from taming.util import NonFiniteError
+from taming.util import NonFiniteError, instantiate_from_config
 
 DDCONFIG = {
     "double_z": False,
@@ -297,3 +297,53 @@ class ToyTestedModel(ToyModel):
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.log("test/loss", self._loss(batch))
+
+
+ALWAYS = {
+    "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler",
+    "params": {"warm_up_steps": 0, "max_decay_steps": 9, "lr_min": 1, "lr_max": 1, "lr_start": 1},
+}
+
+
+def _loopy(transform: str = "Residual", max_loops: int = 3, **params: Any) -> dict[str, Any]:
+    block = {"target": f"taming.modules.vqvae.transforms.{transform}", "params": params}
+    loopy = {"threshold": 0.3, "start_batches": 0, "max_loops": max_loops}
+    return vqmodel_config(quantizer_config={**LOOPY, "params": loopy | {"transform_config": block}})
+
+
+def _variant(name: str, **params: Any) -> dict[str, Any]:
+    config = vqmodel_config(**params)
+    return {**config, "target": f"taming.models.vqgan.{name}"}
+
+
+def _quantizer(name: str, **params: Any) -> dict[str, Any]:
+    block = {"target": f"taming.modules.vqvae.quantize.{name}", "params": params}
+    return vqmodel_config(quantizer_config=block)
+
+
+# A tokenizer of images of 16 x 16 with each quantizer and transform.
+QUANTIZED = {
+    "first": _quantizer("VectorQuantizer", beta=0.25),
+    "plain": vqmodel_config(),
+    "averages": _variant("EMAVQ"),
+    "gumbel": _variant("GumbelVQ", temperature_scheduler_config=ALWAYS),
+    "residual": _loopy(),
+    "one-turn": _loopy(max_loops=1),
+    "beam": _loopy(beam=2),
+    "linear": _loopy("LinearResidual"),
+    "depth": _loopy(depth_embedding=True),
+    "attract": _loopy("Attract", depth_embedding=True),
+    "levels": vqvae2_config("ema", "flat"),
+    "loopy-levels": vqvae2_config("loopy", "loopy"),
+}
+every_quantizer = pytest.mark.parametrize("quantizer", list(QUANTIZED))
+
+
+def tokenizer_of(quantizer: str) -> Any:
+    """A tokenizer of `QUANTIZED` in eval mode, whose latents fall on many codes and lengths."""
+    torch.manual_seed(0)
+    built = instantiate_from_config(QUANTIZED[quantizer]).eval()
+    for name, parameter in built.quantize.named_parameters():
+        if "embed" in name or name.endswith("depth"):
+            nn.init.normal_(parameter, std=0.4)
+    return built.requires_grad_(False)

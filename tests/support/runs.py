@@ -45,9 +45,10 @@ ORIGINALS = [
     *("faceshq_transformer.yaml", "coco_scene_images_transformer.yaml"),
     "open_images_scene_images_transformer.yaml",
 ]
+# They count for one start, not for those that resume its run.
+LIMITS = ["--limit_train_batches", "2", "--limit_val_batches", "1"]
 TRAINER = [
-    *("--accelerator", "cpu", "--devices", "1"),
-    *("--limit_train_batches", "2", "--limit_val_batches", "1"),
+    *("--accelerator", "cpu", "--devices", "1", *LIMITS),
     *("--enable_progress_bar", "false", "--enable_model_summary", "false"),
     "lightning.callbacks.image_logger.params.batch_frequency=1",
     "lightning.callbacks.image_logger.params.max_images=2",

@@ -124,8 +124,14 @@ class Encoder(nn.Module):
             (B, z_channels, H / factor, W / factor), or twice the channels with ``double_z``.
 
         Raises:
-            ValueError: H or W is not a multiple of ``factor``.
+            ValueError: x has other axes or channels, or H or W is not a multiple of ``factor``.
         """
+        channels = self.conv_in.in_channels
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(
+                f"expected images (B, {channels}, H, W) for in_channels {channels}, got "
+                f"{tuple(x.shape)}"
+            )
         height, width = x.shape[-2:]
         if height % self.factor or width % self.factor:
             raise ValueError(

@@ -7,9 +7,40 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
+from taming.modules.distributed import differentiable_sum_over_ranks, is_distributed
 from taming.modules.util import ActNorm
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose statistics in training are those of the images of all ranks.
+
+    Unlike `torch.nn.SyncBatchNorm`, it also runs on CPUs.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        if not self.training or not is_distributed():
+            return super().forward(input)
+        each = (1, -1, 1, 1)
+        ones = input.new_full((1,), input.numel() / input.shape[1])
+        *sums, count = differentiable_sum_over_ranks(torch.cat([input.sum((0, 2, 3)), ones]))
+        mean = torch.stack(sums) / count  # (C,)
+        centred = input - mean.view(each)
+        variance = differentiable_sum_over_ranks(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale.view(each) + self.bias.view(each)
 
 
 def weights_init(module: nn.Module) -> None:
@@ -32,13 +63,21 @@ class NLayerDiscriminator(nn.Module):
         ndf: Channels of the first layer; they double per layer, up to 8 times.
         n_layers: Strided convolutions; 3 gives patches of 70 x 70 pixels.
         use_actnorm: Normalise by `ActNorm` instead of batch norm.
+        sync_batchnorm: Take batch norm's statistics over all ranks; False: over each rank's own
+            images, as the original does.
     """
 
     def __init__(
-        self, input_nc: int = 3, ndf: int = 64, n_layers: int = 3, use_actnorm: bool = False
+        self,
+        input_nc: int = 3,
+        ndf: int = 64,
+        n_layers: int = 3,
+        use_actnorm: bool = False,
+        sync_batchnorm: bool = True,
     ) -> None:
         super().__init__()
-        norm = ActNorm if use_actnorm else nn.BatchNorm2d
+        batch_norm = BatchNorm2d if sync_batchnorm else nn.BatchNorm2d
+        norm = ActNorm if use_actnorm else batch_norm
         widths = [ndf * min(2**i, 8) for i in range(n_layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(input_nc, ndf, 4, stride=2, padding=1)]
         layers += [nn.LeakyReLU(0.2, inplace=True)]

@@ -20,6 +20,8 @@ from taming.util import get_ckpt_path
 
 logger = logging.getLogger(__name__)
 
+WITHOUT = "perceptual_weight: 0 in the loss's params trains without LPIPS"
+
 # Widths of VGG16's convolutions; every group but the first starts with a max pooling.
 VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -47,7 +49,7 @@ def fetch_heads() -> Path:
     except ConnectionError as error:
         raise ConnectionError(
             f"{error}, or set the environment variable TAMING_LPIPS to its path; the pip package "
-            "lpips holds the same file as lpips/weights/v0.1/vgg.pth"
+            f"lpips holds the same file as lpips/weights/v0.1/vgg.pth; {WITHOUT}"
         ) from error
 
 
@@ -64,7 +66,8 @@ def fetch_vgg16() -> dict[str, Tensor]:
         place = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
         raise ConnectionError(
             f"cannot download {weights.url} ({error}); without a network, fetch it elsewhere and "
-            f"put it at {place}, or set the environment variable TAMING_VGG16 to its path"
+            f"put it at {place}, or set the environment variable TAMING_VGG16 to its path; "
+            f"{WITHOUT}"
         ) from error
 
 

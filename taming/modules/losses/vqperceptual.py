@@ -102,6 +102,8 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
         max_d_weight: Upper bound of the adaptive weight.
         perceptual_pretrained: Fetch the weights of LPIPS; False if a checkpoint holds them.
         distance: Pixel distance: "l1" as in the original, or "l2", which learns colours sooner.
+        disc_sync_batchnorm: Take the statistics of the discriminator's batch norm over the images
+            of all processes; False: of each process's own, as the original does.
 
     Raises:
         ValueError: ``disc_loss`` or ``distance`` is unknown, or a step count or weight is negative.
@@ -127,6 +129,7 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
         max_d_weight: float = 1e4,
         perceptual_pretrained: bool = True,
         distance: str = "l1",
+        disc_sync_batchnorm: bool = True,
     ) -> None:
         super().__init__()
         self.pixel_distance = pixel_distance(distance)
@@ -147,7 +150,7 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
             LPIPS(pretrained=perceptual_pretrained) if perceptual_weight else None
         )
         self.discriminator = NLayerDiscriminator(
-            disc_in_channels, disc_ndf, disc_num_layers, use_actnorm
+            disc_in_channels, disc_ndf, disc_num_layers, use_actnorm, disc_sync_batchnorm
         ).apply(weights_init)
 
     def fetch_weights(self) -> None:

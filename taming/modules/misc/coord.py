@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from taming.modules.util import ConditionStage, Quantized
+from taming.modules.util import ConditionStage, Quantized, checks_values
 
 
 class CoordStage(ConditionStage):
@@ -23,6 +23,7 @@ class CoordStage(ConditionStage):
     """
 
     condition_length = None  # follows from the size of the map
+    channels, value_range = 1, (0.0, 1.0)
 
     def __init__(self, n_embed: int, down_factor: int) -> None:
         self.n_embed = n_embed
@@ -46,7 +47,7 @@ class CoordStage(ConditionStage):
         Raises:
             ValueError: There are several channels, or values outside [0, 1].
         """
-        if c.shape[1] != 1 or c.min() < 0 or c.max() > 1:
+        if c.shape[1] != 1 or (checks_values(c) and (c.min() < 0 or c.max() > 1)):
             raise ValueError(
                 f"CoordStage takes one channel of values in [0, 1], got {c.shape[1]} "
                 f"in [{c.min():.3g}, {c.max():.3g}]"

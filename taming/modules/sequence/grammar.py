@@ -9,6 +9,8 @@ Axis letters: B images, h w grid, S = h w sites, T turns, L tokens, K codes, V v
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PAD = -1
+
+# Without uint64, whose largest value would turn into PAD.
+_INTEGERS = {
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32),
+}
+_MOST_SITES = 1 << 31
 
 
 class GrammarState(NamedTuple):
@@ -59,50 +68,90 @@ class TokenSequence(ABC):
         """Encode codes as tokens.
 
         Args:
-            codes: (B, h, w, T) or (B, h, w) int64, -1 after a site's end.
+            codes: (B, h, w, T), or (B, h, w) where T is 1; integers, -1 after a site's end.
 
         Returns:
             tokens: (B, L) int64, -1 after each sequence's end; L is the longest length.
             lengths: (B,) int64.
+
+        Raises:
+            ValueError: The codes have another dtype or shape, or `decode` cannot give them.
         """
-        table = self._encode_sites(codes.reshape(len(codes), -1, self.max_loops)).flatten(1)
+        codes = _integers(codes, "codes")
+        turns = (self.max_loops,)
+        if codes.ndim < 3 or codes.shape[3:] != turns and (codes.ndim, turns) != (3, (1,)):
+            raise ValueError(f"expected codes (B, h, w, {turns[0]}), got {tuple(codes.shape)}")
+        codes = codes.reshape(len(codes), _count_sites(codes.shape[1:3]), *turns)  # (B, S, T)
+        self._refuse_codes(codes)
+        return self._pack(codes)
+
+    def _refuse_codes(self, codes: Tensor) -> None:
+        """Raise a ValueError that names the first of the codes (B, S, T) out of place, if any."""
+        present = codes >= 0
+        after = F.pad(present[..., 1:], (0, 1))  # (B, S, T): another code follows
+        wrong = (codes < PAD) | (codes >= self.n_e + self.dummies) | (after & ~present)
+        wrong[..., 0] |= ~present[..., 0]
+        if self.dummies:  # all but the last code of a site are D
+            wrong |= present & ((codes == self.n_e) != after)
+        if wrong.any():
+            row, site, turn = wrong.nonzero()[0].tolist()
+            code = int(codes[row, site, turn])
+            where = f"image {row}: site {site} of {codes.shape[1]}"
+            if code == PAD and turn == 0:
+                raise ValueError(f"{where} has no code")
+            form = "D,..,D,A" if self.dummies else "A1,..,An"
+            raise ValueError(
+                f"{where}: code {code} at turn {turn} breaks the form {form} with A in "
+                f"0..{self.n_e - 1}, D = {self.n_e}, and -1 after it"
+            )
+
+    def _pack(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode codes (B, S, T), valid or not: tokens (B, L) and lengths (B,)."""
+        table = self._encode_sites(codes).flatten(1)
         present = table >= 0  # (B, S P), P places per site of which some hold no token
         lengths = present.sum(dim=1)
+        longest = int(lengths.max()) if len(lengths) else 0
         # A token moves to the left past the empty places; those all go to one column past the end,
         # which is then cut off.
-        column = torch.where(present, present.cumsum(dim=1) - 1, lengths.max())  # (B, S P)
-        tokens = table.new_full((len(codes), int(lengths.max()) + 1), PAD)
+        column = torch.where(present, present.cumsum(dim=1) - 1, longest)  # (B, S P)
+        tokens = table.new_full((len(codes), longest + 1), PAD)
         return tokens.scatter_(1, column, table)[:, :-1], lengths
 
-    def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def decode(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
         """Decode tokens into codes; the inverse of `encode`.
 
         Args:
-            tokens: (B, L) int64, -1 after each sequence's end.
+            tokens: (B, L) integers, -1 after each sequence's end.
             grid: (h, w).
 
         Returns:
             (B, h, w, T) int64.
 
         Raises:
-            ValueError: A sequence breaks the grammar or has another number of sites.
+            ValueError: The tokens have another dtype or shape, or a sequence breaks the grammar or
+                has another number of sites.
         """
+        tokens, sites = _integers(tokens, "tokens"), _count_sites(grid)
+        if tokens.ndim != 2:
+            raise ValueError(f"expected tokens (B, L), got {tuple(tokens.shape)}")
         outside = (tokens < PAD) | (tokens >= self.vocab_size)
         _refuse(outside, tokens, f"is outside the vocabulary of {self.vocab_size}")
-        states, sites = self.states(tokens), grid[0] * grid[1]
+        if len(tokens) == 0:
+            return tokens.new_empty((0, *grid, self.max_loops))
+        if sites > tokens.shape[1]:  # refused before anything of their number is allocated
+            given = f"{tokens.shape[1]} tokens"
+            raise ValueError(f"{given} are too few: site {sites - 1} of {sites} has no code")
+        states = self.states(tokens)
         beyond = (tokens >= 0) & (states.site >= sites)
         _refuse(beyond, tokens, f"follows the last of {sites} sites")
         codes = self._decode_sites(tokens, states, sites)  # (B, S, T)
         # A sequence is valid if and only if encoding the result gives it again.
-        again, _ = self.encode(codes)
+        again, _ = self._pack(codes)
         given = F.pad(tokens, (0, max(0, again.shape[1] - tokens.shape[1])), value=PAD)
         again = F.pad(again, (0, given.shape[1] - again.shape[1]), value=PAD)
         why = f"breaks the grammar of {type(self).__name__} for {sites} sites"
         _refuse(given != again, given, why)
-        empty = (codes < 0).all(dim=2)
-        if empty.any():
-            row, site = empty.nonzero()[0].tolist()
-            raise ValueError(f"sequence {row}: site {site} of {sites} has no code")
+        self._refuse_codes(codes)  # the last site may have ended too early
         return codes.reshape(len(tokens), *grid, self.max_loops)
 
     @abstractmethod
@@ -129,6 +178,23 @@ class TokenSequence(ABC):
     @abstractmethod
     def _decode_sites(self, tokens: Tensor, states: GrammarState, sites: int) -> Tensor:
         """Tokens (B, L) and states -> codes (B, S, T); any codes for an invalid sequence."""
+
+
+def _integers(values: Tensor, name: str) -> Tensor:
+    """Return integers as int64; raise a ValueError for any other dtype."""
+    if values.dtype not in _INTEGERS:
+        raise ValueError(f"{name} must be integers of int64's range, got {values.dtype}")
+    return values.long()
+
+
+def _count_sites(grid: Sequence[int]) -> int:
+    """Return the number of sites of a grid (h, w); raise a ValueError for any other."""
+    if len(grid) != 2 or not all(isinstance(side, Integral) and side > 0 for side in grid):
+        raise ValueError(f"expected a grid (h, w) of at least one site, got {tuple(grid)}")
+    sites = grid[0] * grid[1]
+    if sites > _MOST_SITES:
+        raise ValueError(f"a grid may have {_MOST_SITES} sites, got {tuple(grid)}")
+    return sites
 
 
 def _refuse(wrong: Tensor, tokens: Tensor, why: str) -> None:

@@ -78,11 +78,17 @@ def filter_logits(
         tensor([1., 0., 0.])
     """
     if not temperature > 0:  # so that nan is refused too
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+        greedy = "; greedy, or top_k 1, takes the likeliest token always"
+        raise ValueError(
+            f"temperature must be above 0, got {temperature}{greedy if temperature == 0 else ''}"
+        )
     logits = logits / temperature
     if top_k is not None:
         if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
+            raise ValueError(
+                f"top_k must be at least 1, got {top_k}; to sample among all tokens, leave it out "
+                "(None), or give more than there are"
+            )
         least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p is not None:

@@ -5,6 +5,7 @@ Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.sequence.notations import RasterSequence
+from taming.modules.vqvae.checks import check_finite_latents, mark_outside, rows_of_codes
 from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics
-from taming.util import NonFiniteError
+from taming.util import load_array
 
 GridShape = tuple[int, int, int, int]  # (B, h, w, D)
 Quality = Callable[[Tensor], Tensor]  # codes (B, h, w, T) -> (B,)
@@ -69,7 +71,10 @@ def channels_second(z_q: Tensor) -> Tensor:
 
 def code_perplexity(codes: Tensor, n_e: int) -> Tensor:
     """Exponential of the entropy (nats) of the codes of a batch; a scalar in [1, K]."""
-    share = torch.bincount(codes.flatten(), minlength=n_e).float() / codes.numel()
+    codes = codes.flatten()
+    # As bincount does, which waits for a GPU to learn the size of its output.
+    counts = codes.new_zeros(n_e).scatter_add_(0, codes, torch.ones_like(codes))
+    share = counts.float() / codes.numel()
     return torch.special.entr(share).sum().exp()
 
 
@@ -171,9 +176,26 @@ class Quantizer(Part, ABC):
         if z.ndim not in (2, 4) or z.shape[1] != self.e_dim:
             expected = f"(B, {self.e_dim}, h, w) or (N, {self.e_dim})"
             raise ValueError(f"expected latents {expected}, got {tuple(z.shape)}")
-        if not torch.isfinite(z).all():
-            raise NonFiniteError("the latents that reach the quantizer are not finite")
+        check_finite_latents(z)
         return rearrange(z, "b d h w -> (b h w) d").float() if z.ndim == 4 else z.float()
+
+
+def load_used_codes(remap: str, n_e: int) -> Tensor:
+    """Load the codes (N,) int64 that an ``.npy`` file of a ``remap`` names.
+
+    Raises:
+        ValueError: The file cannot be read, or does not name different codes of 0..n_e - 1.
+    """
+    try:
+        used = load_array(remap)
+    except ValueError as error:
+        raise ValueError(f"remap: {remap} {error}") from error
+    codes = {int(code) for code in used.flat} if used.dtype.kind in "iu" and used.ndim == 1 else {}
+    if not codes or min(codes) < 0 or max(codes) >= n_e or len(codes) < len(used):
+        raise ValueError(
+            f"remap: {remap} must name codes 0..{n_e - 1} as integers (N,), at least one, each once"
+        )
+    return torch.from_numpy(used.astype(np.int64))
 
 
 class SingleCodeQuantizer(Quantizer):
@@ -203,9 +225,7 @@ class SingleCodeQuantizer(Quantizer):
             )
         self.remap, self.unknown_index, self.re_embed = remap, unknown_index, n_e
         if remap is not None:
-            used = torch.from_numpy(np.load(remap)).long()
-            if len(used) == 0 or used.min() < 0 or used.max() >= n_e:
-                raise ValueError(f"remap: {remap} must name codes 0..{n_e - 1}, and at least one")
+            used = load_used_codes(remap, n_e)
             if isinstance(unknown_index, int) and not 0 <= unknown_index < len(used):
                 most = len(used) - 1  # of the numbers of used codes
                 raise ValueError(f"unknown_index must be in 0..{most}, got {unknown_index}")
@@ -222,6 +242,7 @@ class SingleCodeQuantizer(Quantizer):
 
     def remap_to_used(self, indices: Tensor) -> Tensor:
         """Number codes among the used ones; unused ones become ``unknown_index``. Any shape."""
+        indices = indices.masked_fill(mark_outside(indices, self.n_e), 0)
         table = self.used.new_full((self.n_e,), -1)
         table[self.used] = torch.arange(len(self.used), device=table.device)
         new = table[indices]
@@ -233,14 +254,28 @@ class SingleCodeQuantizer(Quantizer):
 
     def unmap_to_all(self, indices: Tensor) -> Tensor:
         """Turn indices among the used codes back into codes; the extra index becomes the first."""
-        return self.used[torch.where(indices >= len(self.used), 0, indices)]
+        wrong = mark_outside(indices, self.re_embed)
+        return self.used[torch.where(wrong | (indices >= len(self.used)), 0, indices)]
 
     def get_codebook_entry(self, indices: Tensor, shape: GridShape | None = None) -> Tensor:
-        """Look up indices (int64, any shape): z_q (B, D, h, w), or (N, D) without a shape."""
-        codes = indices.reshape(-1)
-        if len(wrong := codes[(codes < 0) | (codes >= self.re_embed)]):
-            raise ValueError(f"index {int(wrong[0])} is out of range 0..{self.re_embed - 1}")
+        """Look up indices.
+
+        Args:
+            indices: Integers in 0..``re_embed``-1, of any shape.
+            shape: (B, h, w, D) that they fill.
+
+        Returns:
+            z_q (B, D, h, w), or (N, D) without a shape.
+
+        Raises:
+            ValueError: They are no such integers, or do not fill the shape. On an accelerator and
+                in a graph, an index that is out of range becomes NaN instead.
+        """
+        rows, grid = rows_of_codes(indices, None, shape, self.e_dim)
+        codes = rows.squeeze(1)  # (N,)
+        wrong = mark_outside(codes, self.re_embed)
+        codes = codes.masked_fill(wrong, 0)
         if self.remap is not None:
             codes = self.unmap_to_all(codes)
-        z_q = F.embedding(codes, self.codebook)
-        return z_q if shape is None else channels_second(z_q.view(shape))
+        z_q = F.embedding(codes, self.codebook).masked_fill(wrong[:, None], math.nan)
+        return z_q if shape is None else channels_second(z_q.view(*grid, self.e_dim))

@@ -140,6 +140,7 @@ class Codebook(nn.Module):
             found: (M,) int64, codes found.
             weights: (M,) float32, weight of each target in the averages.
         """
+        check_precision(self.weight, targets)
         found_and_weights = torch.stack([torch.ones_like(weights), weights], dim=1)
         totals = weights.new_zeros(len(self.weight), 2).index_add_(0, found, found_and_weights)
         counts, votes = sum_over_ranks(totals).unbind(1)  # (K,) each, in one all-reduce

@@ -158,7 +158,10 @@ class Hierarchy(Quantizer):
         info = HierarchyInfo(
             tuple(q.info.perplexity for q in quantized),
             levels,
-            tuple(q.info.indices.reshape(len(z), *q.z_q.shape[2:], -1) for q in quantized),
+            tuple(
+                q.info.indices.reshape(z.shape[0], *q.z_q.shape[2:], level.sequence.max_loops)
+                for q, level in zip(quantized, self.levels, strict=True)
+            ),
         )
         return HierarchyOutput(stack, torch.stack([q.loss for q in quantized]).sum(), info)
 
@@ -186,19 +189,23 @@ class Hierarchy(Quantizer):
         Raises:
             ValueError: There are codes of no level or of too many, or a grid does not fit.
         """
+        given = [*indices] if isinstance(indices, Sequence) else [None]
+        fit = (isinstance(c, Tensor) and c.ndim in (3, 4) and 0 not in c.shape[1:3] for c in given)
+        if not all(fit):
+            raise ValueError(f"expected codes (B, h, w, T) of each level in turn: {self.names}")
         if not 1 <= len(indices) <= len(self.names):
             raise ValueError(f"got codes of {len(indices)} levels, there are {list(self.names)}")
-        top = indices[0].shape[1:3]
+        batch, *top = indices[0].shape[:3]
         stack = None
         for name, quantizer, codes, factor in zip(
             self.names, self.levels, indices, self.factors, strict=False
         ):
             h, w = (side * self.factors[0] // factor for side in top)
-            if codes.shape[1:3] != (h, w):
+            if codes.shape[:3] != (batch, h, w):
                 raise ValueError(
-                    f"codes of {name!r} are {tuple(codes.shape)}, not (B, {h}, {w}, T)"
+                    f"codes of {name!r} are {tuple(codes.shape)}, not ({batch}, {h}, {w}, T)"
                 )
-            z_q = quantizer.get_codebook_entry(codes, (len(codes), h, w, quantizer.e_dim))
+            z_q = quantizer.get_codebook_entry(codes, (batch, h, w, quantizer.e_dim))
             stack = z_q if stack is None else extend_stack(stack, z_q)
         assert stack is not None
         return stack

@@ -42,9 +42,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taming.modules.vqvae.base import Part
+from taming.modules.vqvae.checks import ABSENT as ABSENT
 from taming.modules.vqvae.nearest import distance_to, nearest_codes
 
-ABSENT = -1
 DepthShape = tuple[int, int] | None  # (T, D)
 
 
@@ -63,7 +63,7 @@ class Path(NamedTuple):
 
     def end_at(self, lengths: Tensor) -> Tensor:
         """Codes (N, T) of loops that end after ``lengths`` turns, (N,) int64 in [1, T]."""
-        return self.codes[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+        return self.codes[torch.arange(lengths.shape[0], device=lengths.device), lengths - 1]
 
 
 class Searches(NamedTuple):
@@ -87,29 +87,6 @@ class Searches(NamedTuple):
     approximations: Tensor
     targets: Tensor
     weights: Tensor
-
-
-def check_codes(codes: Tensor, n_e: int, dummies: bool) -> None:
-    """Raise a ValueError that names the first site of codes (N, T) that no loop produces.
-
-    Args:
-        codes: (N, T) int64.
-        n_e: K.
-        dummies: True for the form ``D,D,A'``, False for ``A1,A2,A3``.
-    """
-    last = (codes >= 0).sum(dim=1, keepdim=True) - 1  # (N, 1)
-    turn = torch.arange(codes.shape[1], device=codes.device)  # (T,)
-    is_code = (codes >= 0) & (codes < n_e)
-    body = (codes == n_e) if dummies else is_code
-    right = torch.where(turn < last, body, torch.where(turn == last, is_code, codes == ABSENT))
-    wrong = ~right.all(dim=1) | (last.squeeze(1) < 0)  # (N,)
-    if wrong.any():
-        site = int(wrong.nonzero()[0])
-        form = "D,D,A'" if dummies else "A1,A2,A3"
-        raise ValueError(
-            f"site {site} has the codes {codes[site].tolist()}, which are not of the form {form} "
-            f"with codes 0..{n_e - 1}, D = {n_e} and -1 after the end"
-        )
 
 
 class Transform(Part, ABC):
@@ -208,15 +185,17 @@ class Cascade(Transform):
     @torch.no_grad()
     def search(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
         """Find the path of each latent; a turn searches only those still in the loop."""
-        codes = torch.full((len(z), max_loops, max_loops), ABSENT, device=z.device)
-        distances = torch.full((len(z), max_loops), math.inf, device=z.device)
-        sites, residual = torch.arange(len(z), device=z.device), z[:, None]  # (N,), (N, 1, D)
-        written = torch.empty(len(z), 1, 0, dtype=torch.int64, device=z.device)
+        codes = torch.full((z.shape[0], max_loops, max_loops), ABSENT, device=z.device)
+        distances = torch.full((z.shape[0], max_loops), math.inf, device=z.device)
+        sites, residual = torch.arange(z.shape[0], device=z.device), z[:, None]  # (N,), (N, 1, D)
+        written = torch.empty(z.shape[0], 1, 0, dtype=torch.int64, device=z.device)
         for turn in range(max_loops):
             seen = self.project(codebook, turn)
             residual, written, distance = self._extend_beam(residual, written, seen)
             codes[sites, turn, : turn + 1] = written[:, 0]  # the best of the beam
             distances[sites, turn] = distance[:, 0]
+            if torch.compiler.is_compiling():
+                continue  # a graph takes every turn, which changes no code of a cut path
             on = distance[:, 0] > threshold[sites]
             if not on.any():
                 break
@@ -236,22 +215,23 @@ class Cascade(Transform):
         Returns:
             Residuals (N, P', D), codes (N, P', n + 1) and distances (N, P'), nearest first.
         """
-        latents, paths, _ = residual.shape
+        latents, paths, channels = residual.shape
         each = min(self.beam, len(seen))
         # No path can have more than ``beam`` survivors, so its nearest codes suffice.
-        found = nearest_codes(residual.flatten(0, 1), seen, k=each).view(latents, -1, each)
+        found = nearest_codes(residual.flatten(0, 1), seen, k=each).view(latents, paths, each)
         distance = distance_to(residual[:, :, None], seen[found])  # (N, P, each)
         kept = min(self.beam, paths * each)
         distance, best = distance.flatten(1).topk(kept, largest=False)  # (N, P')
         code = found.flatten(1).gather(1, best)  # (N, P')
         parent = (best // each)[..., None]  # (N, P', 1), the path that each one extends
-        residual = residual.take_along_dim(parent, dim=1) - seen[code]  # (N, P', D)
-        written = torch.cat([written.take_along_dim(parent, dim=1), code[..., None]], dim=2)
+        residual = residual.gather(1, parent.expand(-1, -1, channels)) - seen[code]  # (N, P', D)
+        written = written.gather(1, parent.expand(-1, -1, written.shape[2]))  # (N, P', n)
+        written = torch.cat([written, code[..., None]], dim=2)
         return residual, written, distance
 
     def retrace(self, z: Tensor, codes: Tensor, codebook: Tensor) -> Searches:
         """List the searches of each latent, one turn after the other, with gradient."""
-        sites, sums = torch.arange(len(z), device=z.device), torch.zeros_like(z)
+        sites, sums = torch.arange(z.shape[0], device=z.device), torch.zeros_like(z)
         searches = []
         for turn in range(self.max_loops):
             on = codes[sites, turn] >= 0
@@ -263,12 +243,12 @@ class Cascade(Transform):
             pulls, weight = self.backproject(z[sites] - sums.detach(), turn)
             targets = codebook.detach()[found] + pulls / weight
             columns = (torch.full_like(sites, turn), z[sites] - before, found, sums, targets)
-            searches.append((sites, *columns, weight.expand(len(sites))))
+            searches.append((sites, *columns, weight.expand(sites.shape[0])))
         return Searches(*(torch.cat(column) for column in zip(*searches, strict=True)))
 
     def compose(self, codes: Tensor, codebook: Tensor) -> Tensor:
         """Sum the codes (N, T) of each site as their turns saw them: (N, D), with gradient."""
-        z_q = codebook.new_zeros(len(codes), codebook.shape[1])
+        z_q = codebook.new_zeros(codes.shape[0], codebook.shape[1])
         for turn, code in enumerate(codes.unbind(1)):
             part = F.embedding(code.clamp(min=0), self.project(codebook, turn))  # (N, D)
             # Where the site has ended, zero is added, which leaves its sum bit for bit.

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taming.modules.distributed import sum_over_ranks
+from taming.modules.distributed import share_of_rank, sum_over_ranks
 from taming.modules.sequence.notations import UnarySequence
+from taming.modules.util import checks_values
 from taming.modules.vqvae import rate
 from taming.modules.vqvae.base import (
     GridShape,
@@ -30,8 +31,9 @@ from taming.modules.vqvae.base import (
     straight_through,
     vq_loss,
 )
+from taming.modules.vqvae.checks import mark_impossible, rows_of_codes
 from taming.modules.vqvae.codebook import Codebook
-from taming.modules.vqvae.loop import Path, Searches, Transform, check_codes
+from taming.modules.vqvae.loop import Path, Searches, Transform
 from taming.modules.vqvae.metrics import LoopMetrics
 from taming.modules.vqvae.nearest import distance_to, nearest_codes
 from taming.util import instantiate_with_sizes
@@ -146,8 +148,8 @@ class LoopyVectorQuantizer(Quantizer):
                 smallest threshold that keeps to it.
 
         Returns:
-            z_q like z, float32; loss; info with a `LoopTrace` (fields (B, h, w) or (N,)) and
-            indices (B, h, w, T) or (N, T).
+            z_q like z, of the codebook's dtype; loss; info with a `LoopTrace` (fields (B, h, w) or
+            (N,)) and indices (B, h, w, T) or (N, T).
 
         Raises:
             ValueError: Both threshold and max_codes are given, a threshold is negative or NaN, or
@@ -157,11 +159,11 @@ class LoopyVectorQuantizer(Quantizer):
         rows = flat.detach()
         if self.training and self.embedding.steps < self.start_batches:
             self._start_from_data(rows, len(z))
-        path, tau = self._find_paths(rows, len(z), threshold, max_codes)
+        path, tau = self._find_paths(rows, z.shape[0], threshold, max_codes)
         lengths = rate.lengths_within(path.distances, tau)  # (N,): here each site ends
         codes = path.end_at(lengths)  # (N, T)
-        z_q = straight_through(flat, self.transform.decode(codes, self.embedding.weight.detach()))
-        searches = self.transform.retrace(rows, codes, self.embedding.weight)
+        z_q = straight_through(flat, self._decode(codes, self.embedding.weight.detach()))
+        searches = self.transform.retrace(rows, codes, self.embedding.weight.float())
         loss = self._loss(flat, searches)
         last = path.distances.gather(1, lengths[:, None] - 1).squeeze(1)  # (N,)
         trace = LoopTrace(*(self._grid(x, z) for x in (lengths, last, last <= tau)))
@@ -171,29 +173,32 @@ class LoopyVectorQuantizer(Quantizer):
                 self._steer_threshold(path.distances)
         perplexity = code_perplexity(searches.found, self.n_e)
         info = QuantizerInfo(perplexity, trace, self._grid(codes, z))
-        z_q = self._grid(z_q, z)
+        z_q = self._grid(z_q.to(self.embedding.weight.dtype), z)
         return QuantizerOutput(z_q if z.ndim == 2 else channels_second(z_q), loss, info)
 
     def get_codebook_entry(self, indices: Tensor, shape: GridShape | None = None) -> Tensor:
         """Turn codes back into latents: exactly the z_q of `forward` in eval mode.
 
         Args:
-            indices: (B, h, w, T) or (N, T) int64, valid codes.
+            indices: (B, h, w, T) or (N, T) integers, valid codes.
             shape: (B, h, w, D) if the indices are flat.
 
         Returns:
             z_q (B, D, h, w), or (N, D) for codes (N, T) without a shape.
 
         Raises:
-            ValueError: The loop cannot produce such codes.
+            ValueError: The loop cannot produce such codes, or they do not fill the shape. On an
+                accelerator and in a graph, a site of impossible codes becomes NaN instead.
         """
-        grid = indices.shape[:-1] if shape is None else shape[:3]
-        if indices.numel() != math.prod(grid) * self.max_loops:
+        codes, grid = rows_of_codes(indices, self.max_loops, shape, self.e_dim)  # (N, T)
+        if len(grid) not in (1, 3):
             got = tuple(indices.shape)
-            raise ValueError(f"expected {self.max_loops} codes for each site, got the shape {got}")
-        codes = indices.reshape(-1, self.max_loops)  # (N, T)
-        check_codes(codes, self.n_e, self.transform.dummies)
-        z_q = self.transform.decode(codes, self.embedding.weight)
+            raise ValueError(f"codes must be (B, h, w, T) or (N, T), got the shape {got}")
+        wrong = mark_impossible(codes, self.n_e, self.transform.dummies)
+        turn = torch.arange(self.max_loops, device=codes.device)
+        codes = torch.where(wrong[:, None], -(turn > 0).long(), codes)  # code 0 alone
+        z_q = self._decode(codes, self.embedding.weight)
+        z_q = z_q.masked_fill(wrong[:, None], math.nan)
         z_q = z_q.reshape(*grid, self.e_dim)
         return z_q if len(grid) == 1 else channels_second(z_q)
 
@@ -233,33 +238,38 @@ class LoopyVectorQuantizer(Quantizer):
         """Find the path of latents (N, D), as long as needed, and the tau (N,) that cuts it."""
         if threshold is not None and max_codes is not None:
             raise ValueError("give a threshold or max_codes, not both")
-        sites = len(rows) // images
+        sites = rows.shape[0] // max(images, 1)
         if threshold is None and max_codes is None and self.training and self.length_range:
             max_codes = rate.sample_budgets(images, sites, self.length_range, rows.device)
         if max_codes is None:
             tau = torch.as_tensor(self.threshold if threshold is None else threshold)
-            if threshold is not None and not (tau >= 0).all():
+            if threshold is not None and checks_values(tau) and not (tau >= 0).all():
                 raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
             tau = rate.expand_per_image("threshold", tau.to(rows), images).repeat_interleave(sites)
             return self._search(rows, tau), tau
         path = self.whole_path(rows)
-        budgets = torch.as_tensor(max_codes, device=rows.device)
-        budgets = rate.expand_per_image("max_codes", budgets, images)
+        budgets = rate.expand_per_image("max_codes", torch.as_tensor(max_codes), images)
         return path, rate.threshold_for(path.distances, budgets)
 
     def _search(self, rows: Tensor, tau: Tensor) -> Path:
         """Find the path of latents (N, D) until they are within tau (N,)."""
-        return self.transform.search(rows, self.embedding.weight.detach(), tau, self.max_loops)
+        codebook = self.embedding.weight.detach().float()
+        return self.transform.search(rows, codebook, tau, self.max_loops)
+
+    def _decode(self, codes: Tensor, codebook: Tensor) -> Tensor:
+        """Turn valid codes (N, T) into z_q (N, D), summed in float32 even in a half model."""
+        return self.transform.decode(codes, codebook.float()).to(codebook.dtype)
 
     # --- learning --------------------------------------------------------------------------------
 
     def _loss(self, z: Tensor, searches: Searches) -> Tensor:
-        """Codebook and commitment loss, averaged over all turns of the sites in the loop."""
+        """Codebook and commitment loss, averaged over all searches; in training, of all ranks."""
         latents = z[searches.sites]  # (M, D)
-        commitment = F.mse_loss(searches.approximations.detach(), latents)
+        share = share_of_rank(len(latents), latents) if self.training else 1.0
+        commitment = F.mse_loss(searches.approximations.detach(), latents) * share
         if self.embedding.ema_decay is not None:
             return self.beta * commitment
-        codebook_term = F.mse_loss(searches.approximations, latents.detach())
+        codebook_term = F.mse_loss(searches.approximations, latents.detach()) * share
         return vq_loss(codebook_term, commitment, self.beta, self.legacy)
 
     @torch.no_grad()
@@ -329,4 +339,4 @@ class LoopyVectorQuantizer(Quantizer):
     @staticmethod
     def _grid(rows: Tensor, z: Tensor) -> Tensor:
         """Give rows (N, ...) the grid of z: (B, h, w, ...), or leave them for z (N, D)."""
-        return rows if z.ndim == 2 else rows.reshape(len(z), *z.shape[2:], *rows.shape[1:])
+        return rows if z.ndim == 2 else rows.reshape(z.shape[0], *z.shape[2:], *rows.shape[1:])

@@ -26,10 +26,10 @@ from taming.modules.vqvae.base import (
     straight_through,
     vq_loss,
 )
+from taming.modules.vqvae.checks import check_finite_latents
 from taming.modules.vqvae.codebook import check_precision, update_means
 from taming.modules.vqvae.loopy import LoopyVectorQuantizer as LoopyVectorQuantizer
 from taming.modules.vqvae.nearest import nearest_codes
-from taming.util import NonFiniteError
 
 
 class EmbeddingEMA(nn.Module):
@@ -96,10 +96,10 @@ class NearestQuantizer(SingleCodeQuantizer):
         rows = self._rows(z)  # (N, D)
         codes = nearest_codes(rows, self.codebook)  # (N,)
         entries = self.embedding(codes)  # (N, D)
-        loss = self._loss(rows, entries)
+        loss = self._loss(rows, entries.float())
         if self.training:
             self._learn(rows.detach(), codes)
-        z_q = channels_second(entries.detach().view(len(z), *z.shape[2:], self.e_dim))
+        z_q = channels_second(entries.detach().view(z.shape[0], *z.shape[2:], self.e_dim))
         return QuantizerOutput(straight_through(z, z_q), loss, self._info(codes, z))
 
     @abstractmethod
@@ -113,7 +113,7 @@ class NearestQuantizer(SingleCodeQuantizer):
         """Describe the codes (N,) of latents z (B, D, h, w)."""
         perplexity = code_perplexity(codes, self.n_e) if self._perplexity else None
         indices = codes if self.remap is None else self.remap_to_used(codes)
-        shape = (len(z), *z.shape[2:]) if self.sane_index_shape else self._flat_shape
+        shape = (z.shape[0], *z.shape[2:]) if self.sane_index_shape else self._flat_shape
         return QuantizerInfo(perplexity, None, indices.reshape(shape))
 
 
@@ -190,7 +190,7 @@ class VectorQuantizer(VectorQuantizer2):
         super().__init__(n_e, e_dim, beta)
 
     def _info(self, codes: Tensor, z: Tensor) -> QuantizerInfo:
-        one_hot = F.one_hot(codes, self.n_e).to(z.dtype)  # (N, K)
+        one_hot = z.new_zeros(len(codes), self.n_e).scatter_(1, codes[:, None], 1)  # (N, K)
         return super()._info(codes, z)._replace(encodings=one_hot)
 
 
@@ -304,12 +304,14 @@ class GumbelQuantize(SingleCodeQuantizer):
             return_logits: Return the scores (B, K, h, w) too, as a fourth value.
 
         Returns:
-            z_q (B, D, h, w); loss; info with indices (B, h, w), a `QuantizerOutput`. All float32.
+            z_q (B, D, h, w) of the codebook's dtype; loss, float32; info with indices (B, h, w), a
+            `QuantizerOutput`.
         """
-        if not torch.isfinite(z).all():
-            raise NonFiniteError("the latents that reach the quantizer are not finite")
+        check_finite_latents(z)
         with torch.autocast(z.device.type, enabled=False):
-            logits = self.proj(z.float())  # (B, K, h, w), under remap of the used codes only
+            # (B, K, h, w), under remap of the used codes only; in float32 even in a half model
+            weight, bias = (parameter.float() for parameter in self.proj.parameters())
+            logits = F.conv2d(z.float(), weight, bias)
             logits = logits if self.remap is None else logits[:, self.used]
             z_q, indices = self._choose(logits, self.temperature if temp is None else temp)
         log_q = logits.log_softmax(dim=1)
@@ -328,4 +330,5 @@ class GumbelQuantize(SingleCodeQuantizer):
             return channels_second(F.embedding(indices, codes)), indices
         hard = self.straight_through or not self.training
         choice = F.gumbel_softmax(logits, temperature, hard=hard, dim=1)  # (B, K, h, w)
-        return torch.einsum("bkhw,kd->bdhw", choice, codes), choice.argmax(dim=1)
+        z_q = torch.einsum("bkhw,kd->bdhw", choice, codes.float()).to(codes.dtype)
+        return z_q, choice.argmax(dim=1)

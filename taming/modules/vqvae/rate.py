@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from taming.modules.util import checks_values
+
 
 def expand_per_image(name: str, value: Tensor, images: int) -> Tensor:
     """Expand one number, or one per image, to (B,); raise a ValueError for any other shape."""
@@ -59,7 +61,7 @@ def threshold_for(distances: Tensor, max_codes: Tensor) -> Tensor:
     sites = distances.shape[1]
     if max_codes.is_floating_point():
         raise ValueError(f"max_codes must be a whole number, got {max_codes.tolist()}")
-    if (max_codes < sites).any():
+    if checks_values(max_codes) and (max_codes < sites).any():
         raise ValueError(
             f"an image of {sites} sites needs at least {sites} codes, got {int(max_codes.min())}"
         )
@@ -67,7 +69,7 @@ def threshold_for(distances: Tensor, max_codes: Tensor) -> Tensor:
     # The threshold 0 at the end is for budgets in which every site may take every turn.
     ordered = F.pad(minima.sort(dim=1, descending=True).values, (0, 1))  # (B, S (T - 1) + 1)
     # With the m-th largest minimum (from 0) as threshold, at most m minima are above it.
-    further = (max_codes - sites).clamp(max=minima.shape[1])  # (B,), codes beyond one per site
+    further = (max_codes.to(ordered.device) - sites).clamp(0, minima.shape[1])  # (B,)
     return ordered.gather(1, further[:, None]).squeeze(1).repeat_interleave(sites)
 
 

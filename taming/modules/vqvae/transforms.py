@@ -17,9 +17,9 @@ RIDGE = 1e-2  # of least squares, relative to the mean square of a code's coordi
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply float32 matrices in float32 even under autocast: codes must not be rounded."""
+    """Multiply matrices in float32, even under autocast: codes must not be rounded."""
     with torch.autocast(a.device.type, enabled=False):
-        return a @ b
+        return a.float() @ b.float()
 
 
 def relative_sizes(searches: Searches, default: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Attract(Transform):
     def retrace(self, z: Tensor, codes: Tensor, codebook: Tensor) -> Searches:
         """List the one search of each latent, with gradient."""
         found = self._last_code(codes)
-        sites = torch.arange(len(z), device=z.device)
+        sites = torch.arange(z.shape[0], device=z.device)
         weights = torch.ones_like(z[:, 0])
         return Searches(sites, torch.zeros_like(sites), z, found, codebook[found], z, weights)
 

@@ -125,7 +125,7 @@ def test_heads_are_downloaded_once_and_checked(monkeypatch, tmp_path):
     monkeypatch.setitem(PUBLISHED, "vgg_lpips", ("file:///does/not/exist", name, md5))
     assert lpips.fetch_heads() == path
     path.write_bytes(b"half a file")
-    with pytest.raises(ConnectionError, match="TAMING_LPIPS") as caught:
+    with pytest.raises(ConnectionError, match="TAMING_LPIPS.*perceptual_weight: 0") as caught:
         lpips.fetch_heads()
     assert str(path) in str(caught.value)
     wrong = tmp_path / "wrong.pth"
@@ -142,7 +142,7 @@ def test_unreachable_vgg_names_the_address_and_the_path(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     monkeypatch.setattr("torch.hub.urlopen", refuse)
-    with pytest.raises(ConnectionError, match="TAMING_VGG16") as caught:
+    with pytest.raises(ConnectionError, match="TAMING_VGG16.*perceptual_weight: 0") as caught:
         lpips.fetch_vgg16()
     assert str(tmp_path / "checkpoints" / "vgg16-397923af.pth") in str(caught.value)
     assert "https://download.pytorch.org/models/vgg16-397923af.pth" in str(caught.value)

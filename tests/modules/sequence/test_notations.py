@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reliability.sequences import CHECKS, NOTATIONS, count, draw_sequence
 from torch import Tensor
 
 from taming.modules.sequence.grammar import GrammarState, TokenSequence, by_site, place
@@ -131,8 +134,38 @@ def test_forms_of_the_idea() -> None:
         (RunLengthSequence(K, 3, False), [K, 0, K, 1, 2, 3, 4], "breaks the grammar"),
         (RasterSequence(K), [0, 1, 2, 9], "token 9 at position 3 is outside the vocabulary of 5"),
         (RasterSequence(K), [0, -1, 2, 3], "the end at position 1 breaks the grammar"),
+        (UnarySequence(K, 3, True), [0, 1, 2, K, K], "site 3 of 4: code 5 at turn 1"),
     ],
 )
 def test_other_sequences_are_refused(sequence: TokenSequence, tokens: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sequence.decode(torch.tensor([tokens]), (2, 2))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", NOTATIONS)
+@given(rng=st.randoms(use_true_random=False))
+@settings(max_examples=50, deadline=None, database=None, derandomize=True)
+def test_any_input_is_refused_or_comes_back(name: str, check: str, rng) -> None:
+    CHECKS[check](rng, draw_sequence(rng, name))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", NOTATIONS)
+def test_many_inputs_are_right_and_many_are_refused(name: str, check: str) -> None:
+    counts = count(name, check, n=150)
+    assert not counts["wrong"] and min(counts["right"], counts["refused"]) > 30
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_an_empty_batch_has_codes_and_tokens(turns: int) -> None:
+    sequence = UnarySequence(K, turns, False)
+    tokens, lengths = sequence.encode(torch.zeros(0, *GRID, turns, dtype=torch.int64))
+    assert tokens.shape == (0, 0) and lengths.shape == (0,)
+    assert sequence.decode(tokens, GRID).shape == (0, *GRID, turns)
+
+
+@pytest.mark.parametrize("grid", [(1 << 20, 1 << 20), (1 << 16, 1 << 14), (0, 4), (-1, -4), (4,)])
+def test_grids_are_refused_before_anything_is_allocated(grid: tuple) -> None:
+    with pytest.raises(ValueError, match="grid|too few"):
+        RasterSequence(K).decode(torch.zeros(1, 4, dtype=torch.int64), grid)

@@ -307,9 +307,9 @@ def test_filters_keep_what_they_say() -> None:
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0; greedy, or top_k 1"),
         ({"temperature": float("nan")}, "temperature must be above 0, got nan"),
-        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0; .*all tokens, leave it out"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
         ({"min_p": -0.1}, r"min_p must be in \[0, 1\]"),
     ],

@@ -104,6 +104,14 @@ def test_gradient_goes_straight_through(transform: str) -> None:
     assert torch.equal(z.grad, weight)
 
 
+@pytest.mark.parametrize("transform", ["attract-depth", "residual-depth"])
+def test_the_decoder_s_gradient_reaches_the_depth_embedding_but_no_code(transform: str) -> None:
+    quantizer = loopy(transform)
+    quantizer(torch.randn(2, D, 3, 3)).z_q.sum().backward()
+    assert quantizer.transform.depth.grad.abs().sum() > 0
+    assert quantizer.embedding.weight.grad is None
+
+
 @every_transform
 def test_an_image_is_quantized_as_if_it_were_alone(transform: str) -> None:
     quantizer, z = loopy(transform), torch.randn(4, D, 3, 3)

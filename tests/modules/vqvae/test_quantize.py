@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reliability.files import count, failures
 from support.original import load_golden
 
 from taming.modules.vqvae import codebook, quantize
@@ -138,9 +139,16 @@ def test_codes_that_do_not_exist_are_refused(remap: str, tmp_path) -> None:
                 quantizer.get_codebook_entry(torch.tensor([0, wrong]))
     with pytest.raises(ValueError, match="unknown_index must be in 0..2.* got -5"):
         VectorQuantizer2(K, D, 0.25, remap, unknown_index=-5)
-    np.save(tmp_path / "wrong.npy", np.array([3, K]))
-    with pytest.raises(ValueError, match=rf"wrong.npy must name codes 0..{K - 1}"):
-        VectorQuantizer2(K, D, 0.25, str(tmp_path / "wrong.npy"))
+    for wrong in ([3, K], [-1], [], [1.0, 2.0], [[1], [2]], [3, 3], [2**64 - 1], [True]):
+        np.save(tmp_path / "wrong.npy", np.array(wrong))
+        with pytest.raises(ValueError, match=r"wrong.npy (must name codes 0..|cannot be read)"):
+            VectorQuantizer2(K, D, 0.25, str(tmp_path / "wrong.npy"))
+
+
+@pytest.mark.parametrize("name", ["remap .npy", "picture .npy", "picture .npz"])
+def test_damaged_arrays_are_refused_or_arrays(name: str) -> None:
+    counts = count(name, n=60)
+    assert counts["refused"] > 10 and not any(counts[result] for result in failures(name))
 
 
 def test_latents_without_a_grid_are_refused() -> None:

@@ -1,0 +1,170 @@
+"""Tables and TensorBoard files of a run, which a full disk or a lost folder does not stop.
+
+They are for looking at, unlike checkpoints: where they cannot be written, a warning is logged and
+training goes on. Rows of ``metrics.csv`` wait until they can be written; what TensorBoard misses
+meanwhile is left out there.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+from torch.utils.tensorboard import SummaryWriter
+
+from taming.util import WriteError, replacing
+
+logger = logging.getLogger(__name__)
+
+
+class Tolerance:
+    """Context that turns an OSError into a warning, one until writing succeeds again.
+
+    Args:
+        what: What is written, for the warning.
+
+    Attributes:
+        failed: True if the last attempt failed.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what, self.failed = what, False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> bool:
+        if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):
+            error = error.__cause__  # as Lightning wraps those of TensorBoard
+        if error is not None and not isinstance(error, OSError):
+            return False
+        if error is not None and not self.failed:
+            logger.warning("%s cannot be saved, training goes on: %s", self.what, error)
+        self.failed = error is not None
+        return True
+
+
+class TableWriter(ExperimentWriter):
+    """Writer of ``metrics.csv``: rows that cannot be saved wait, and rows that were are never lost.
+
+    Lightning's empties the file before it writes the rows anew for a new column.
+    """
+
+    def save(self) -> None:
+        """Append the new rows, or save the whole table for new columns."""
+        if not self.metrics:
+            return
+        path = Path(self.metrics_file_path)
+        columns = sorted({*self.metrics_keys}.union(*self.metrics))
+        if columns == self.metrics_keys and path.is_file():
+            self._append(path)
+        else:
+            with replacing(path) as part, open(part, "w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                if path.is_file():
+                    with open(path, newline="") as earlier:
+                        writer.writerows(csv.DictReader(earlier))
+                writer.writerows(self.metrics)
+        self.metrics, self.metrics_keys = [], columns
+
+    def _append(self, path: Path) -> None:
+        size = path.stat().st_size
+        try:
+            with open(path, "a", newline="") as file:
+                csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
+        except OSError:
+            os.truncate(path, size)  # no half row; all are saved next time
+            raise
+
+
+class Tolerant(Logger):
+    """Base class of loggers to files, which go on where Lightning's raise an OSError."""
+
+    what = "a log"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        what = f"{self.what} in {self.save_dir}"
+        # Apart, since rows are logged without an error while they cannot be saved.
+        self.logging, self.saving = Tolerance(what), Tolerance(what)
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        """Log metrics as Lightning's logger does."""
+        with self.logging:
+            super().log_metrics(*args, **kwargs)  # type: ignore[safe-super]
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Log hyperparameters as Lightning's logger does."""
+        with self.logging:
+            super().log_hyperparams(*args, **kwargs)  # type: ignore[safe-super]
+
+    def save(self) -> None:
+        """Save what waits."""
+        with self.saving:
+            super().save()
+
+    def finalize(self, status: str) -> None:
+        """Save what waits, and close the file."""
+        with self.saving:
+            super().finalize(status)
+
+
+class Table(Tolerant, CSVLogger):
+    """Lightning's CSVLogger, with a `TableWriter`."""
+
+    what = "metrics.csv"
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> TableWriter:
+        """The writer, made when it is first used."""
+        writer: Any = self._experiment or TableWriter(self.log_dir)
+        self._experiment = writer
+        return writer
+
+
+class Events(Tolerant, TensorBoardLogger):
+    """Lightning's TensorBoardLogger; it begins another file after one that failed."""
+
+    what = "TensorBoard's file"
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        """The writer, made when it is first used; a run does not start without one."""
+        try:
+            return super().experiment
+        except OSError as error:
+            where = f"{self.what} in {self.save_dir}"
+            raise WriteError(f"{where} cannot be saved ({error})") from error
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        """Log metrics; after a failure, to a new file."""
+        super().log_metrics(*args, **kwargs)
+        if self.logging.failed:  # its thread has ended, and it would raise for ever
+            self._experiment = None
+
+
+def quiet_threads() -> None:
+    """Leave out the traceback of TensorBoard's thread, whose exception `Events` reports."""
+    if not isinstance(threading.excepthook, partial):
+        threading.excepthook = partial(_report_thread, threading.excepthook)
+
+
+def _report_thread(before: Callable[[Any], Any], args: threading.ExceptHookArgs) -> None:
+    if not (isinstance(args.thread, _AsyncWriterThread) and isinstance(args.exc_value, OSError)):
+        before(args)
