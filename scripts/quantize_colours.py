@@ -57,7 +57,7 @@ def quantize(image: Tensor, colours: int, iterations: int = 20) -> Painting:
     if not 1 <= colours <= len(pixels):
         raise ValueError(f"the number of colours must be in 1..{len(pixels)}, got {colours}")
     palette = k_means(pixels, pixels[torch.randperm(len(pixels))[:colours]], iterations)
-    return Painting(palette, nearest_codes(pixels, palette).indices.view(image.shape[1:]))
+    return Painting(palette, nearest_codes(pixels, palette).view(image.shape[1:]))
 
 
 def main() -> None:

@@ -89,12 +89,19 @@ class ManualOptimization(pl.LightningModule):
     def backward_and_step(
         self, optimizer: LightningOptimizer, loss: Tensor, batch_idx: int
     ) -> None:
-        """Run the backward pass and, once enough batches are accumulated, a step."""
-        self.manual_backward(loss / self.accumulate_grad_batches)
+        """Run the backward pass and, once enough batches are accumulated, a step.
+
+        A loss without gradient, of a discriminator that does not train yet, moves its schedule
+        alone; Adam then counts from the first step with gradients.
+        """
+        if loss.requires_grad:
+            self.manual_backward(loss / self.accumulate_grad_batches)
         if (batch_idx + 1) % self.accumulate_grad_batches and not self.trainer.is_last_batch:
             return
         inner = optimizer.optimizer
-        if optimizer is self.optimizer_list()[0]:
+        if not loss.requires_grad:
+            inner.step()  # changes nothing without gradients, but the schedule waits for it
+        elif optimizer is self.optimizer_list()[0]:
             optimizer.step()
         else:
             # The Trainer counts the steps of its wrapped optimizers. Bypassing the wrapper, with

@@ -263,8 +263,10 @@ class VQModel(ManualOptimization, FirstStage):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of the generator (0) or discriminator (1), and the values to log."""
         step, last_layer = self.global_step, self.get_last_layer()
+        # Values of an adversary that does not count yet are computed only where they are logged.
+        logged = split == "val" or self.trainer._logger_connector.should_update_logs
         loss, logs = self.loss(
-            quantized.loss, x, x_rec, optimizer_idx, step, last_layer=last_layer, split=split
+            quantized.loss, x, x_rec, optimizer_idx, step, last_layer, split=split, all_logs=logged
         )
         with self.locating_non_finite(x):
             check_finite(logs)

@@ -191,8 +191,8 @@ def test_gradients_of_both_optimizers_are_clipped(tmp_path, algorithm: str) -> N
     seen = []
 
     def watch(optimizer, *_) -> None:
-        grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
-        total = torch.cat(grads)
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        total = torch.cat([torch.zeros(1), *(g.flatten() for g in grads if g is not None)])
         seen.append(float(total.norm() if algorithm == "norm" else total.abs().max()))
 
     class Watch(pl.Callback):
@@ -204,6 +204,29 @@ def test_gradients_of_both_optimizers_are_clipped(tmp_path, algorithm: str) -> N
     tokenizer.gradient_clip_val, tokenizer.gradient_clip_algorithm = 1e-3, algorithm
     trainer(tmp_path, callbacks=[Watch()]).fit(tokenizer, images(8), images(2))
     assert len(seen) == 8 and 0 < max(seen) <= 1.01e-3
+
+
+def test_before_its_start_the_discriminator_runs_on_logged_steps_only(tmp_path) -> None:
+    tokenizer = model()  # disc_start: 2
+    calls, states = [], []
+    tokenizer.loss.discriminator.register_forward_pre_hook(
+        lambda *_: calls.append(tokenizer.global_step) if tokenizer.training else None
+    )
+    before = {k: v.clone() for k, v in tokenizer.loss.discriminator.named_parameters()}
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_) -> None:
+            now = dict(module.loss.discriminator.named_parameters())
+            states.append(all(torch.equal(before[name], now[name]) for name in now))
+
+    logger = CSVLogger(tmp_path)
+    options = {"logger": logger, "log_every_n_steps": 3, "callbacks": [Watch()]}
+    trainer(tmp_path, max_epochs=2, **options).fit(tokenizer, images(6), images(2))
+    # A discriminator's step counts the generator's step before it. Steps 2 and 5 are logged.
+    assert states == [True, False, False, False, False, False]
+    assert calls == [2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6]
+    (step,) = {int(s["step"]) for s in tokenizer.optimizer_list()[1].state.values()}
+    assert step == 5
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path) -> None:

@@ -123,7 +123,10 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
         h = self.norm(x)
-        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        # Contiguous: with channels apart, torch's CPU kernel builds the whole attention matrix.
+        q, k, v = (
+            rearrange(f(h), "b c h w -> b 1 (h w) c").contiguous() for f in (self.q, self.k, self.v)
+        )
         h = F.scaled_dot_product_attention(q, k, v)
         h = rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(h)

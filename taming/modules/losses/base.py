@@ -55,6 +55,7 @@ class Reconstructions(NamedTuple):
         global_step: Generator steps so far.
         last_layer: Weight of the decoder's last convolution, or None.
         cond: (B, C', H, W) condition of the discriminator, or None.
+        all_logs: Compute the logged values of terms whose factor is 0 as well.
     """
 
     images: Tensor
@@ -63,6 +64,7 @@ class Reconstructions(NamedTuple):
     global_step: int
     last_layer: Tensor | None
     cond: Tensor | None
+    all_logs: bool
 
 
 class AutoencoderLoss(nn.Module, ABC):
@@ -102,6 +104,7 @@ class AutoencoderLoss(nn.Module, ABC):
         last_layer: Tensor | None = None,
         cond: Tensor | None = None,
         split: str = "train",
+        all_logs: bool = True,
     ) -> LossAndLogs:
         """Compute the loss of one optimizer in float32, regardless of autocast.
 
@@ -115,6 +118,8 @@ class AutoencoderLoss(nn.Module, ABC):
                 by its gradients and needs it in training.
             cond: (B, C', H, W) condition of the discriminator.
             split: Prefix of the logged names: "train" or "val".
+            all_logs: Compute the logged values of an adversary that does not count yet; False
+                saves its time.
 
         Returns:
             The loss, a scalar, and detached scalars to log by ``{split}/{name}``.
@@ -131,6 +136,7 @@ class AutoencoderLoss(nn.Module, ABC):
             global_step=global_step,
             last_layer=last_layer,
             cond=None if cond is None else cond.float(),
+            all_logs=all_logs,
         )
         losses = (self.generator_loss, self.discriminator_loss)
         with torch.autocast(inputs.device.type, enabled=False):

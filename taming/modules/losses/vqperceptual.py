@@ -161,28 +161,37 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
     def generator_loss(self, batch: Reconstructions) -> LossAndLogs:
         """Compute the autoencoder's loss: equation 6, with a perceptual distance."""
         rec_loss, p_loss = self.reconstruction_loss(batch.images, batch.fakes)
-        g_loss = -self.judge(batch.fakes, batch.cond).mean()
-        d_weight = self.weigh_adversary(rec_loss, g_loss, batch.last_layer)
         factor = self.generator_factor(batch.global_step)
         loss = rec_loss + self.codebook_weight * batch.quant_loss
-        if factor:
-            loss = loss + d_weight * factor * g_loss
+        logs = {}
+        if factor or batch.all_logs:
+            g_loss = -self.judge(batch.fakes, batch.cond).mean()
+            d_weight = self.weigh_adversary(rec_loss, g_loss, batch.last_layer)
+            logs = {"d_weight": d_weight, "g_loss": g_loss}
+            if factor:
+                loss = loss + d_weight * factor * g_loss
         return loss, {
             "total_loss": loss,
             "quant_loss": batch.quant_loss,
             "nll_loss": rec_loss,
             "rec_loss": rec_loss,
             "p_loss": p_loss,
-            "d_weight": d_weight,
             "disc_factor": loss.new_tensor(factor),
-            "g_loss": g_loss,
+            **logs,
         }
 
     def discriminator_loss(self, batch: Reconstructions) -> LossAndLogs:
-        """Compute the discriminator's loss; no gradient reaches the autoencoder."""
-        logits_real = self.judge(batch.images.detach(), batch.cond)
-        logits_fake = self.judge(batch.fakes.detach(), batch.cond)
+        """Compute the discriminator's loss; no gradient reaches the autoencoder.
+
+        Before ``disc_start`` the loss is 0 without gradient.
+        """
         factor = adopt_weight(self.disc_factor, batch.global_step, threshold=self.disc_start)
+        if not (factor or batch.all_logs):
+            loss = batch.images.new_zeros(())
+            return loss, {"disc_loss": loss}
+        with torch.set_grad_enabled(bool(factor) and torch.is_grad_enabled()):
+            logits_real = self.judge(batch.images.detach(), batch.cond)
+            logits_fake = self.judge(batch.fakes.detach(), batch.cond)
         loss = factor * self.disc_loss(logits_real, logits_fake)
         return loss, {
             "disc_loss": loss,

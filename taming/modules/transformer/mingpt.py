@@ -89,7 +89,7 @@ class KMeans(nn.Module):
         if reverse:
             return F.embedding(x, self.C).mT.reshape(len(x), *(shape or self.shape))
         pixels = rearrange(x, "b c h w -> (b h w) c")
-        return nearest_codes(pixels, self.C).indices.view(len(x), -1)
+        return nearest_codes(pixels, self.C).view(len(x), -1)
 
 
 __all__ = [

@@ -24,7 +24,7 @@ def k_means(vectors: Tensor, centers: Tensor, iterations: int = 10) -> Tensor:
         iterations: Rounds of assignment and averaging.
     """
     for _ in range(iterations):
-        found = nearest_codes(vectors, centers).indices
+        found = nearest_codes(vectors, centers)
         counts = torch.bincount(found, minlength=len(centers))[:, None]
         sums = torch.zeros_like(centers).index_add_(0, found, vectors)
         centers = torch.where(counts > 0, sums / counts.clamp(min=1), centers)
@@ -84,7 +84,7 @@ class Codebook(nn.Module):
     Example:
         >>> codebook, z = Codebook(n_e=4, e_dim=2, ema_decay=0.9), torch.randn(100, 2)
         >>> codebook.initialize(z, fresh=True)
-        >>> found = nearest_codes(z, codebook.weight).indices
+        >>> found = nearest_codes(z, codebook.weight)
         >>> codebook.learn(z, found, torch.ones(100))
         >>> codebook(found).shape, int(codebook.steps)
         (torch.Size([100, 2]), 1)

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from taming.modules.vqvae.base import Part
 from taming.modules.vqvae.checks import ABSENT as ABSENT
-from taming.modules.vqvae.nearest import nearest_codes
+from taming.modules.vqvae.nearest import distance_to, nearest_codes
 
 DepthShape = tuple[int, int] | None  # (T, D)
 
@@ -218,11 +218,11 @@ class Cascade(Transform):
         latents, paths, channels = residual.shape
         each = min(self.beam, len(seen))
         # No path can have more than ``beam`` survivors, so its nearest codes suffice.
-        found, distance = nearest_codes(residual.flatten(0, 1), seen, k=each)  # (N P, each)
+        found = nearest_codes(residual.flatten(0, 1), seen, k=each).view(latents, paths, each)
+        distance = distance_to(residual[:, :, None], seen[found])  # (N, P, each)
         kept = min(self.beam, paths * each)
-        extended = latents, paths * each
-        distance, best = distance.view(extended).topk(kept, largest=False)  # (N, P')
-        code = found.view(extended).gather(1, best)  # (N, P')
+        distance, best = distance.flatten(1).topk(kept, largest=False)  # (N, P')
+        code = found.flatten(1).gather(1, best)  # (N, P')
         parent = (best // each)[..., None]  # (N, P', 1), the path that each one extends
         residual = residual.gather(1, parent.expand(-1, -1, channels)) - seen[code]  # (N, P', D)
         written = written.gather(1, parent.expand(-1, -1, written.shape[2]))  # (N, P', n)

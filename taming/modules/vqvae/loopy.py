@@ -35,7 +35,7 @@ from taming.modules.vqvae.checks import mark_impossible, rows_of_codes
 from taming.modules.vqvae.codebook import Codebook
 from taming.modules.vqvae.loop import Path, Searches, Transform
 from taming.modules.vqvae.metrics import LoopMetrics
-from taming.modules.vqvae.nearest import nearest_codes
+from taming.modules.vqvae.nearest import distance_to, nearest_codes
 from taming.util import instantiate_with_sizes
 
 RESIDUAL = {"target": "taming.modules.vqvae.transforms.Residual"}
@@ -278,7 +278,8 @@ class LoopyVectorQuantizer(Quantizer):
         first = self.embedding.steps == 0
         self.embedding.initialize(rows, fresh=bool(first))
         if first and self.target_length is not None:
-            self.threshold.copy_(self._mean(nearest_codes(rows, self.embedding.weight).distances))
+            nearest = self.embedding.weight[nearest_codes(rows, self.embedding.weight)]
+            self.threshold.copy_(self._mean(distance_to(rows, nearest)))
         for _ in range(self.max_loops - 1):  # a turn's size depends on the turns before it
             path, tau = self._find_paths(rows, images)
             codes = path.end_at(rate.lengths_within(path.distances, tau))

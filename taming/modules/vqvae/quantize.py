@@ -94,7 +94,7 @@ class NearestQuantizer(SingleCodeQuantizer):
         if z.ndim != 4:
             raise ValueError(f"expected latents (B, {self.e_dim}, h, w), got {tuple(z.shape)}")
         rows = self._rows(z)  # (N, D)
-        codes = nearest_codes(rows, self.codebook).indices  # (N,)
+        codes = nearest_codes(rows, self.codebook)  # (N,)
         entries = self.embedding(codes)  # (N, D)
         loss = self._loss(rows, entries.float())
         if self.training:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from taming.modules.distributed import sum_over_ranks
 from taming.modules.vqvae.loop import ABSENT, Cascade, DepthShape, Path, Searches, Transform
-from taming.modules.vqvae.nearest import nearest_codes
+from taming.modules.vqvae.nearest import distance_to, nearest_codes
 
 MOMENTUM = 0.95  # weight of the old value in running statistics
 RIDGE = 1e-2  # of least squares, relative to the mean square of a code's coordinates
@@ -74,7 +74,8 @@ class Attract(Transform):
     @torch.no_grad()
     def search(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
         """Find the whole path of each latent by one search, at a cost independent of T."""
-        found, first = nearest_codes(z, codebook)  # (N,)
+        found = nearest_codes(z, codebook)  # (N,)
+        first = distance_to(z, codebook[found])  # (N,)
         turn = torch.arange(max_loops, device=z.device)
         going, ended = turn < turn[:, None], turn > turn[:, None]  # (T, T): [end, turn]
         codes = found[:, None, None].expand(-1, max_loops, max_loops)  # (N, T, T)

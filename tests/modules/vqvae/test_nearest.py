@@ -1,37 +1,93 @@
-"""The search agrees with the full distance matrix, whatever the chunk."""
+"""The search agrees with the full distance matrix, whatever the sizes and the device's way."""
 
 import pytest
 import torch
+from torch import Tensor
 
-from taming.modules.vqvae.nearest import nearest_codes
+from taming.modules.vqvae import nearest
+from taming.modules.vqvae.nearest import distance_to, nearest_codes
+
+
+def exact(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Squared distances (N, K) in float64."""
+    return torch.cdist(
+        vectors.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    ).square()
+
+
+def is_nearest(found: Tensor, vectors: Tensor, codebook: Tensor) -> Tensor:
+    """True (N,) where no code is nearer than the one found by more than float32 can resolve."""
+    squares = exact(vectors, codebook)
+    centred = vectors - codebook.mean(dim=0)
+    scale = centred.norm(dim=1) * (codebook - codebook.mean(dim=0)).norm(dim=1).max()
+    excess = squares.gather(1, found[:, None])[:, 0] - squares.amin(dim=1)
+    return excess <= 8 * torch.finfo(torch.float32).eps * scale
+
+
+@pytest.fixture(params=["in the cache", "in whole chunks"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Search as on a CPU, or as on any other device."""
+    if request.param != "in the cache":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
 @pytest.mark.reported(25)
-@pytest.mark.parametrize("max_scores", [1, 50, 64, 1 << 20])
-def test_equals_full_matrix_for_every_chunk(max_scores: int) -> None:
+@pytest.mark.parametrize("chunk", [1, 50, 64, 1 << 20])
+def test_equals_full_matrix_for_every_chunk(
+    way: None, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    for name, size in {"MAX_SCORES": chunk, "_VECTORS": chunk, "_CODES": 32}.items():
+        monkeypatch.setattr(nearest, name, size)
+    vectors, codebook = torch.randn(37, 5), torch.randn(75, 5)
+    found = nearest_codes(vectors, codebook)
+    assert torch.equal(found, exact(vectors, codebook).argmin(dim=1))
+    torch.testing.assert_close(
+        distance_to(vectors, codebook[found]), torch.cdist(vectors, codebook).amin(dim=1)
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (3, 1, 7), (1500, 8, 1), (1025, 3, 2100), (40, 64, 33)]
+)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_is_the_argmin_of_float64_but_for_ties(
+    way: None, sizes: tuple[int, int, int], offset: float
+) -> None:
+    n, d, k = sizes
+    vectors, codebook = torch.randn(n, d) + offset, torch.randn(k, d) + offset
+    found = nearest_codes(vectors, codebook)
+    assert is_nearest(found, vectors, codebook).all()
+    differ = found != exact(vectors, codebook).argmin(dim=1)
+    assert differ.float().mean() <= 1e-3
+
+
+def test_a_vector_far_from_the_codebook_keeps_its_digits(way: None) -> None:
+    codebook = torch.randn(64, 16)
+    vectors = codebook[:8] + 100 * torch.randn(16)
+    assert is_nearest(nearest_codes(vectors, codebook), vectors, codebook).all()
+
+
+def test_equal_codes_are_found_by_the_lowest_index(way: None) -> None:
+    codebook = torch.randn(700, 4).repeat(3, 1)
+    assert torch.equal(nearest_codes(codebook, codebook), torch.arange(700).repeat(3))
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 1 << 20])
+def test_several_are_the_nearest_in_order(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(nearest, "MAX_SCORES", chunk)
     vectors, codebook = torch.randn(37, 5), torch.randn(11, 5)
-    full = torch.cdist(vectors, codebook)
-    found = nearest_codes(vectors, codebook, max_scores=max_scores)
-    assert torch.equal(found.indices, full.argmin(dim=1))
-    torch.testing.assert_close(found.distances, full.min(dim=1).values)
+    indices = torch.cdist(vectors, codebook).sort(dim=1).indices
+    assert torch.equal(nearest_codes(vectors, codebook, k=4), indices[:, :4])
+    assert torch.equal(nearest_codes(vectors, codebook, k=1), indices[:, :1])
 
 
-@pytest.mark.parametrize("max_scores", [1, 50, 1 << 20])
-def test_several_are_the_nearest_in_order(max_scores: int) -> None:
-    vectors, codebook = torch.randn(37, 5), torch.randn(11, 5)
-    distances, indices = torch.cdist(vectors, codebook).sort(dim=1)
-    found = nearest_codes(vectors, codebook, k=4, max_scores=max_scores)
-    assert torch.equal(found.indices, indices[:, :4])
-    torch.testing.assert_close(found.distances, distances[:, :4])
-
-
-def test_a_code_finds_itself_at_distance_zero_even_under_autocast() -> None:
+def test_a_code_finds_itself_at_distance_zero_even_under_autocast(way: None) -> None:
     codebook = torch.randn(64, 16) * 100
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = nearest_codes(codebook, codebook)
-    assert torch.equal(found.indices, torch.arange(64))
-    assert torch.equal(found.distances, torch.zeros(64))
+    assert torch.equal(found, torch.arange(64))
+    assert torch.equal(distance_to(codebook, codebook[found]), torch.zeros(64))
 
 
-def test_no_vectors_find_nothing() -> None:
-    assert nearest_codes(torch.empty(0, 4), torch.randn(3, 4)).indices.shape == (0,)
+def test_no_vectors_find_nothing(way: None) -> None:
+    assert nearest_codes(torch.empty(0, 4), torch.randn(3, 4)).shape == (0,)

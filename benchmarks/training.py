@@ -1,0 +1,161 @@
+"""Time a VQGAN's training step against the original's modules in a plain loop.
+
+pip install --target PEER --no-deps taming-transformers-rom1504
+python -m benchmarks.training --peer PEER
+
+Both sides start from the same weights, train on the same images and take turns; ours runs in
+Lightning as main.py runs it. The losses of the first step are compared before anything is timed.
+LPIPS, whose weights would have to be downloaded, is left out of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from benchmarks.timing import save, summary, table
+from benchmarks.workers import ROOT, Server, Worker
+from taming.models.vqgan import VQModel
+from taming.run.cli import run, script_parser
+from taming.run.trainer import quiet_lightning
+
+logger = logging.getLogger("taming.benchmark")
+
+SETTING: dict[str, Any] = {
+    "ddconfig": {
+        "double_z": False,
+        "z_channels": 64,
+        "resolution": 64,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 64,
+        "ch_mult": [1, 1, 2, 2],
+        "num_res_blocks": 2,
+        "attn_resolutions": [8],
+        "dropout": 0.0,
+    },
+    "n_embed": 1024,
+    "embed_dim": 64,
+    "batch_size": 4,
+    "learning_rate": 1e-5,
+    "loss": {"disc_start": 0, "perceptual_weight": 0.0},
+}
+STARTS = {"with the discriminator": 0, "before disc_start": 1_000_000}
+
+
+def build(setting: dict[str, Any]) -> VQModel:
+    """Build our model of a setting."""
+    target = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
+    loss = {"target": target, "params": setting["loss"]}
+    model = VQModel(setting["ddconfig"], loss, setting["n_embed"], setting["embed_dim"])
+    model.learning_rate = setting["learning_rate"]
+    return model
+
+
+class Served(pl.Callback):
+    """Serve one training step for each request."""
+
+    def __init__(self) -> None:
+        self.server, self.report = Server(), {}
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Report the step before, with all that Lightning did after it, and wait."""
+        self.server.turn(**self.report)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Note the generator's loss."""
+        self.report = {"loss": float(trainer.callback_metrics["train/aeloss"])}
+
+
+def train(folder: Path) -> None:
+    """Serve our steps; the worker's program."""
+    torch.set_num_threads(1)
+    quiet_lightning()
+    setting = json.loads((folder / "setting.json").read_text())
+    model = build(setting)
+    model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+    torch.manual_seed(0)
+    side = setting["ddconfig"]["resolution"]
+    images = torch.rand(setting["batch_size"], 3, side, side) * 2 - 1
+    batches: Any = [{"image": images.movedim(1, -1)}] * 1_000_000
+    trainer = pl.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=CSVLogger(folder),
+        callbacks=[Served()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=1,
+    )
+    trainer.fit(model, DataLoader(batches, batch_size=None))
+
+
+def measure(start: int, peer: Path, repeats: int) -> dict[str, Any]:
+    """Measure one step of both sides, ``repeats`` times in turn.
+
+    Args:
+        start: ``disc_start``.
+        peer: Folder of the original's package.
+        repeats: Number of timed steps.
+
+    Returns:
+        Seconds of processor time of a step of each side, their ratio, the larger spread, and the
+        relative difference of the first losses.
+    """
+    setting = {**SETTING, "loss": {**SETTING["loss"], "disc_start": start}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "setting.json").write_text(json.dumps(setting))
+        torch.manual_seed(1)
+        torch.save(build(setting).state_dict(), folder / "weights.pt")
+        original = [ROOT / "benchmarks/original_step.py", folder]
+        sides = {
+            "original": Worker(original, [peer]),
+            "ours": Worker(["-m", "benchmarks.training", "--serve", folder], [ROOT]),
+        }
+        try:
+            first = [side.request()["loss"] for side in sides.values()]
+            rounds = [{k: side.request() for k, side in sides.items()} for _ in range(repeats)]
+        finally:
+            for side in sides.values():
+                side.close()
+    times = {k: summary([(r[k]["wall"], r[k]["cpu"]) for r in rounds]) for k in sides}
+    return {
+        "original, s": times["original"].cpu,
+        "ours, s": times["ours"].cpu,
+        "faster by": times["original"].cpu / times["ours"].cpu,
+        "spread": max(timing.spread for timing in times.values()),
+        "loss differs by": abs(first[0] - first[1]) / abs(first[0]),
+    }
+
+
+def main() -> None:
+    """Log the table and save it."""
+    parser = script_parser(__doc__, device=False)
+    parser.add_argument("--peer", type=Path, help="folder of the original's package")
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps (default: 7)")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        train(options.serve)
+        return
+    if not options.peer or not (options.peer / "taming").is_dir():
+        raise ValueError(f"--peer {options.peer} holds no package taming; see --help")
+    peer = options.peer.resolve()
+    rows = [{"step": k, **measure(v, peer, options.repeats)} for k, v in STARTS.items()]
+    logger.info("Processor time of one thread:\n%s", table(rows))
+    logger.info("saved %s", save("training", rows))
+
+
+if __name__ == "__main__":
+    run(main)
