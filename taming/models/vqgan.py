@@ -237,12 +237,15 @@ class VQModel(ManualOptimization, FirstStage):
         z, quantized, x_rec = self.reconstruct(x)
         self.codebook.update("train", z, quantized)
         generator, *discriminator = self.optimizer_list()
+        # Values of an adversary that does not count yet are computed only where they are logged.
+        all_logs = self.trainer._logger_connector.should_update_logs
+        outputs = (x, quantized, x_rec)
         with self.toggled_optimizer(generator):
-            loss, logs = self.compute_loss(x, quantized, x_rec, GENERATOR, "train")
+            loss, logs = self.compute_loss(*outputs, GENERATOR, "train", all_logs)
             self.backward_and_step(generator, loss, batch_idx)
         for optimizer in discriminator:  # at most one
             with self.toggled_optimizer(optimizer):
-                d_loss, d_logs = self.compute_loss(x, quantized, x_rec, DISCRIMINATOR, "train")
+                d_loss, d_logs = self.compute_loss(*outputs, DISCRIMINATOR, "train", all_logs)
                 self.backward_and_step(optimizer, d_loss, batch_idx)
             logs |= d_logs | {"train/discloss": d_loss.detach()}
         self.log("train/aeloss", loss.detach(), prog_bar=True, batch_size=len(x))
@@ -259,15 +262,18 @@ class VQModel(ManualOptimization, FirstStage):
         return z, quantized, x_rec
 
     def compute_loss(
-        self, x: Tensor, quantized: QuantizerOutput, x_rec: Tensor, optimizer_idx: int, split: str
+        self,
+        x: Tensor,
+        quantized: QuantizerOutput,
+        x_rec: Tensor,
+        optimizer_idx: int,
+        split: str,
+        all_logs: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of the generator (0) or discriminator (1), and the values to log."""
-        step, last_layer = self.global_step, self.get_last_layer()
-        # Values of an adversary that does not count yet are computed only where they are logged.
-        logged = split == "val" or self.trainer._logger_connector.should_update_logs
-        loss, logs = self.loss(
-            quantized.loss, x, x_rec, optimizer_idx, step, last_layer, split=split, all_logs=logged
-        )
+        options: dict[str, Any] = {"split": split, "all_logs": all_logs}
+        arguments = (optimizer_idx, self.global_step, self.get_last_layer())
+        loss, logs = self.loss(quantized.loss, x, x_rec, *arguments, **options)
         with self.locating_non_finite(x):
             check_finite(logs)
         return loss, logs

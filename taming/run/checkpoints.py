@@ -153,7 +153,7 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
         self.path = Path(ckptdir) / "last.ckpt"
         self.every_n_train_steps = every_n_train_steps
-        self._has_started = self._has_saved = False
+        self._has_started = False
         self._saved_step = self._first_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -173,24 +173,28 @@ class LastCheckpoint(Checkpoint):
         watch.end(request)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Write what was logged up to the checkpoint, since a resumed run does not log it again."""
-        if self._has_saved:
-            for destination in trainer.loggers:
-                destination.save()
-        self._has_saved = False
+        """Save after the batch before, whose values Lightning has only now logged."""
+        self._obey(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after the batch before the validation."""
+        if not trainer.sanity_checking:
+            self._obey(trainer)
+
+    def _obey(self, trainer: Trainer) -> None:
         """Save if it is due or a signal asks for it, and end training if the signal does."""
-        self._has_started = True  # what fails in the first batch has changed nothing to save
         request = _agree_on_request(trainer)
-        # After the last step, a resumed run would not validate any more.
-        if _is_accumulating(trainer) or trainer.global_step == trainer.max_steps:
+        if not self._has_started or _is_accumulating(trainer):
             return  # a signal waits, too
         if request or trainer.global_step - self._saved_step >= self.every_n_train_steps:
             self._save(trainer)
         watch.end(request)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note that there is something to save; what fails in the first batch changed nothing."""
+        self._has_started = True
 
     def on_validation_batch_end(
         self,
@@ -257,8 +261,9 @@ class LastCheckpoint(Checkpoint):
             logger.warning("%s: %s", type(exception).__name__, error)
 
     def _save(self, trainer: Trainer, path: Path | None = None) -> None:
-        self._has_saved = True
         self._saved_step = trainer.global_step
+        for destination in trainer.loggers:  # a resumed run does not log this again
+            destination.save()
         trainer.save_checkpoint(path or self.path, weights_only=False)
         watch.saved()
 

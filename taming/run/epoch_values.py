@@ -99,6 +99,7 @@ class EpochValues(Callback):
         """Take the values of this process."""
         values = checkpoint.get(_KEY, [])[trainer.global_rank :]
         self._loaded = values[0] if values else None
+        self._steps = self._loaded["steps"] if self._loaded else 0
 
     def _values(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         if self._loaded is not None:  # nothing has been added yet

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from taming.util import NonFiniteError
+
 # Scores held at once. On a GPU (64 MiB) enough to keep it busy; the full N x K matrix, which
 # reaches gigabytes for a batch of f=8 grids, never exists.
 MAX_SCORES = 1 << 24
@@ -35,12 +37,15 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, k: int | None = None) -> Te
         (N,) int64 in [0, K); with k, (N, k), nearest first. Of codes with equal scores, the search
         for one finds the lowest index.
 
+    Raises:
+        NonFiniteError: On a CPU, a vector or a code is NaN; elsewhere, that code is found.
+
     Example:
         >>> nearest_codes(torch.tensor([[0.9], [3.0]]), torch.tensor([[0.0], [1.0], [4.0]]))
         tensor([1, 2])
     """
     vectors, codebook = vectors.float(), codebook.float()
-    mean = codebook.mean(dim=0)
+    mean = codebook.mean(dim=0).nan_to_num(0.0, 0.0, 0.0)  # a code of NaN must not hide in others
     codebook = codebook - mean
     half = codebook.square().sum(dim=1) / 2  # (K,)
     with torch.autocast(vectors.device.type, enabled=False):
@@ -104,9 +109,11 @@ def _search_in_cache(vectors: Tensor, mean: Tensor, codebook: Tensor, half: Tens
             scores = buffer[: len(chunk) * len(rows)].view(len(chunk), len(rows))
             torch.mm(chunk, rows.T, out=scores)
             least, index = _least(scores.view(len(chunk) // _GROUP, _GROUP, len(rows)))
-            closer = least < best
+            closer = (least < best) | least.isnan()
             place = torch.where(closer, index + number * _CODES, place)
             best = torch.where(closer, least, best)
+        if best.isnan().any():
+            raise NonFiniteError("the search meets a vector or a code that is not a number")
         result.copy_(place)
     return found
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from taming.modules.vqvae import nearest
 from taming.modules.vqvae.nearest import distance_to, nearest_codes
+from taming.util import NonFiniteError
 
 
 def exact(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -91,3 +92,15 @@ def test_a_code_finds_itself_at_distance_zero_even_under_autocast(way: None) -> 
 
 def test_no_vectors_find_nothing(way: None) -> None:
     assert nearest_codes(torch.empty(0, 4), torch.randn(3, 4)).shape == (0,)
+
+
+@pytest.mark.parametrize("place", ["vectors", "codebook"])
+def test_a_nan_is_not_hidden_by_other_codes(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"vectors": torch.randn(5, 4), "codebook": torch.randn(40, 4)}
+    tensors[place][3, 1] = torch.nan
+    with pytest.raises(NonFiniteError, match="not a number"):
+        nearest_codes(**tensors)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = nearest_codes(**tensors)
+    if place == "codebook":
+        assert (found == 3).all()
