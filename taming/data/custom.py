@@ -121,6 +121,7 @@ class ImageFolder(ImagePaths):
         recursive: Include subfolders.
         allow_upscale: Enlarge images smaller than ``size`` instead of refusing them.
         antialias: Rescale with antialiasing, which large photographs need.
+        channels: C, channels of the images.
         **options: Other options of `PicturePaths`.
 
     Raises:
@@ -141,9 +142,10 @@ class ImageFolder(ImagePaths):
         recursive: bool = True,
         allow_upscale: bool = False,
         antialias: bool = True,
+        channels: int = 3,
         **options: Any,
     ) -> None:
-        found = find_images(root, extensions, recursive, options.get("channels", 3))
+        found = find_images(root, extensions, recursive, channels)
         self.classes = _class_names(root, found) if labels else []
         paths = _select_split(root, found, split, validation_fraction)
         folder = "" if (name := str(Path(root).expanduser())) == "." else name
@@ -153,6 +155,7 @@ class ImageFolder(ImagePaths):
             labels=_class_labels(paths, self.classes) if labels else None,
             allow_upscale=allow_upscale,
             antialias=antialias,
+            channels=channels,
             **options,
         )
 

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from taming.data.custom import CustomTest, CustomTrain, ImageFolder
+from taming.util import parameters_of
 
 
 def save(path, size=(12, 10)):
@@ -173,3 +174,8 @@ def test_training_images_can_be_augmented(tmp_path, option):
     assert kinds(CustomTrain(8, listed, **option)) > 1
     assert kinds(CustomTrain(8, listed, random_scale=(1, 1.25))) > 1
     assert kinds(ImageFolder(str(tmp_path), 8, **option)) > 1
+
+
+def test_a_misspelt_option_of_a_folder_is_known_to_be_one() -> None:
+    names, is_open = parameters_of(ImageFolder)
+    assert not is_open and {"channels", "background", "on_error"} <= names.keys()

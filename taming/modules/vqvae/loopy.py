@@ -124,7 +124,8 @@ class LoopyVectorQuantizer(Quantizer):
             raise ValueError(f"target_length must be in [1, {max_loops}], got {target_length}")
         bounds = list(length_range or (1.0, 1.0))
         if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= max_loops:
-            raise ValueError(f"length_range must be two bounds in [1, {max_loops}], got {bounds}")
+            limits = f"[1, max_loops = {max_loops}]"
+            raise ValueError(f"length_range must be two bounds in {limits}, got {bounds}")
         self.beta, self.legacy, self.max_loops = beta, legacy, max_loops
         self.target_length, self.length_range = target_length, length_range
         self.start_batches = start_batches

@@ -374,7 +374,7 @@ def test_quantizing_is_float32_under_autocast(transform: str) -> None:
         ({"ema_decay": 1.0}, "ema_decay must be in"),
         (
             {"length_range": (0.5, 2)},
-            r"length_range must be two bounds in \[1, 4\], got \[0.5, 2\]",
+            r"length_range must be two bounds in \[1, max_loops = 4\], got \[0.5, 2\]",
         ),
         ({"length_range": (3, 2)}, "length_range must be"),
         ({"length_range": (1, 2, 3)}, "length_range must be two bounds"),
