@@ -88,7 +88,9 @@ def mark_impossible(codes: Tensor, n_e: int, dummies: bool) -> Tensor:
     turn = torch.arange(codes.shape[1], device=codes.device)  # (T,)
     is_code = (codes >= 0) & (codes < n_e)
     body = (codes == n_e) if dummies else is_code
-    right = torch.where(turn < last, body, torch.where(turn == last, is_code, codes == ABSENT))
+    # By logic rather than `where`, which onnxruntime does not have for truth values.
+    right = ((turn < last) & body) | ((turn == last) & is_code)
+    right = right | ((turn > last) & (codes == ABSENT))  # (N, T)
     wrong = ~right.all(dim=1) | (last.squeeze(1) < 0)  # (N,)
     if checks_values(wrong) and wrong.any():
         site = int(wrong.nonzero()[0])
