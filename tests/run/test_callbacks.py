@@ -424,6 +424,14 @@ def test_saves_at_the_end_of_the_batch_that_a_signal_met(tmp_path):
         assert watch.request is Request.NOTHING
 
 
+@pytest.fixture
+def heard_signals():
+    """SIGINT has its handler also in a shell's background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize(
     ("hook", "step"),
@@ -435,7 +443,9 @@ def test_saves_at_the_end_of_the_batch_that_a_signal_met(tmp_path):
         ("on_train_epoch_end", 2),
     ],
 )
-def test_a_signal_ends_training_once_all_is_saved(tmp_path, hook, step, number, status):
+def test_a_signal_ends_training_once_all_is_saved(
+    tmp_path, hook, step, number, status, heard_signals
+):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop, watch.handling():
         train(tmp_path, 3, extra=[Signal(hook, number)], data=ToyDataModule(size=4))
