@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize
 from torchvision.utils import make_grid
 
 from taming.decoding import MODES, Colour, decode_image, to_mode
+from taming.util import replacing
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
@@ -170,15 +170,8 @@ def save_picture(image: Tensor | Image.Image, path: Path) -> None:
         path: The file; its extension names the format.
 
     Raises:
-        OSError: The file cannot be saved; names it.
+        WriteError: The file cannot be saved; names it.
     """
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (image if isinstance(image, Image.Image) else to_picture(image)).save(part)
-        part.replace(path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be saved ({error})") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    with replacing(path) as part:
+        (image if isinstance(image, Image.Image) else to_picture(image)).save(part, format=kind)

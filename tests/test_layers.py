@@ -17,7 +17,7 @@ LEAVES = {"checkpoint", "lr_scheduler", "util"}  # import nothing of taming
 ALLOWED: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "decoding": {"util"},
-    "pictures": {"decoding"},
+    "pictures": {"decoding", "util"},
     "modules": {"modules", "util"},
     "models": {"models", "modules", "checkpoint", "lr_scheduler", "util"},
     "data": {"data", "decoding", "util"},
