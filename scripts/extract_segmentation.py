@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from taming.checkpoint import load_checkpoint
 from taming.data.custom import find_files
-from taming.data.preprocessing import error_context, skipping
+from taming.data.preprocessing import error_context, refuse_failed, skipping
 from taming.data.roots import data_root, read_list
 from taming.decoding import decode_image
 from taming.pictures import save_picture
@@ -93,6 +93,7 @@ def main() -> None:
             save_picture(Image.fromarray(segment(network, image.to(device))), target)
     done = len(paths) - len(failed)
     logger.info("%d of %d segmentations in %s", done, len(paths), options.dest)
+    refuse_failed(failed, len(paths))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ def check_inputs(network: PriorNetwork, sequence: TokenSequence, length: int, gr
     (h, w), shape = grid, network.site_shape
     if shape is not None and (h > shape[0] or w > shape[1]):
         raise ValueError(
-            f"a grid of {h}x{w} sites does not fit the transformer's site_shape {shape}"
+            f"a grid of {h}x{w} sites does not fit the transformer's site_shape {shape}: the size "
+            "of the images, or the site_shape, must change"
         )
     if network.n_unmasked > length:
         raise ValueError(

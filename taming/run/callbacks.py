@@ -128,9 +128,13 @@ class ImageLogger(Callback):
         self._logged_step = {"train": 0, "val": 0}
         self._files, self._loggers = Tolerance("a picture"), Tolerance("a logger's picture")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Skip what was due before a resumed run's checkpoint."""
-        self._logged_step = {"train": trainer.global_step, "val": trainer.global_step}
+    def state_dict(self) -> dict[str, int]:
+        """Return the steps of the last pictures, so that a resumed run takes none twice."""
+        return dict(self._logged_step)
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on after the pictures of a checkpoint."""
+        self._logged_step = dict(state_dict)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

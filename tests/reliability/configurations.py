@@ -105,7 +105,7 @@ def mutate(values: dict[str, Any], draw: random.Random) -> Mutant:
     words = words - {"params", "model", "data", "config"} or {str(key)}
     if kind in REPLACED:
         parent[key] = REPLACED[kind](parent[key], draw)
-        if isinstance(parent[key], bool | str):  # where a text is taken, True is one
+        if isinstance(parent[key], bool | str | float):  # where a text is taken, they are one
             words.add(str(parent[key]).lower())
     elif kind == "deleted key":
         del parent[key]

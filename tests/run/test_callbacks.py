@@ -62,6 +62,22 @@ def test_without_warm_up(tmp_path):
     assert steps(tmp_path, "val") == [8, 12]
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
+def test_a_resumed_run_takes_the_pictures_that_were_due(tmp_path):
+    class SaveAtSix(pl.Callback):
+        def on_train_batch_end(self, trainer, *unused):
+            if trainer.global_step == 6:
+                trainer.save_checkpoint(tmp_path / "six.ckpt")
+
+    def options(folder):
+        return {"batch_frequency": 5, "increase_log_steps": False, "logdir": tmp_path / folder}
+
+    fit(ToyModel(), ImageLogger(**options("whole")), SaveAtSix(), epochs=3)
+    fit(ToyModel(), ImageLogger(**options("rest")), epochs=3, ckpt_path=tmp_path / "six.ckpt")
+    assert steps(tmp_path / "rest", "val") == steps(tmp_path / "whole", "val") == [8, 12]
+    assert steps(tmp_path / "rest", "train") == [10]
+
+
 def test_milestones_never_pass_the_step():
     logger = ImageLogger(batch_frequency=750)
     milestones = [logger._milestone(step) for step in range(3000)]

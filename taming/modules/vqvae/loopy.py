@@ -117,7 +117,7 @@ class LoopyVectorQuantizer(Quantizer):
         if max_loops < 1:
             raise ValueError(f"max_loops must be at least 1, got {max_loops}")
         if (threshold is None) == (target_length is None):
-            raise ValueError("give exactly one of threshold and target_length")
+            raise ValueError("a loopy quantizer's params need one of threshold and target_length")
         if threshold is not None and not threshold >= 0:
             raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
         if target_length is not None and not 1 <= target_length <= max_loops:
