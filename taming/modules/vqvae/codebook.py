@@ -125,7 +125,9 @@ class Codebook(nn.Module):
             fresh: Start from randomly chosen vectors rather than from the present codes.
         """
         # All ranks must gather equally many; sixteen vectors per code settle its mean.
-        pool = rows_of_all_ranks(self._sample(vectors, 16 * len(self.weight)))
+        fewest = rows_of_all_ranks(torch.tensor([len(vectors)], device=vectors.device)).min()
+        amount = min(int(fewest), 16 * len(self.weight))
+        pool = rows_of_all_ranks(self._sample(vectors, amount))
         centers = self._sample(pool, len(self.weight)) if fresh else self.weight
         # Sums on GPUs are not deterministic, and every rank must have the same codes.
         means = from_first_rank(k_means(pool, centers))

@@ -196,6 +196,18 @@ def test_a_later_start_begins_from_the_present_codes() -> None:
     assert torch.equal(codebook.weight, places)
 
 
+@pytest.mark.parametrize(("vectors", "taken"), [(5, 5), (40, 40), (16 * K + 7, 16 * K)])
+def test_a_start_takes_each_vector_at_most_once(
+    monkeypatch: pytest.MonkeyPatch, vectors: int, taken: int
+) -> None:
+    def keep(pool: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+        assert len(pool.unique()) == len(pool) == taken and len(centers) == K
+        return centers
+
+    monkeypatch.setattr("taming.modules.vqvae.codebook.k_means", keep)
+    Codebook(K, 1).initialize(torch.arange(float(vectors))[:, None], fresh=True)
+
+
 def test_the_first_batch_sets_the_threshold() -> None:
     quantizer = LoopyVectorQuantizer(K, D, max_loops=T, target_length=T, start_batches=1).train()
     z = 100 * torch.randn(500, D)
