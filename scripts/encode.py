@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from taming.data.tokens import CacheInfo, TokenCacheWriter, free_for_cache
 from taming.data.utils import custom_collate
-from taming.models.prior import fingerprint
 from taming.models.vqgan import VQModel
 from taming.run import cli
 
@@ -57,7 +56,7 @@ def encode(model: VQModel, loader: DataLoader[Any], folder: Path, passes: int) -
     Raises:
         ValueError: Images differ in size, or the folder is not free.
     """
-    sequence, own = model.quantize.sequence, fingerprint(model)
+    sequence, own = model.quantize.sequence, model.fingerprint()
     writer = None
     for number in range(passes):
         first = 0

@@ -5,15 +5,21 @@ Axis letters: B images, C channels, H W image, h w grid, T turns.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from taming.modules.diffusionmodules.model import Encoder
 from taming.modules.vqvae.base import Quantizer
 from taming.modules.vqvae.metrics import length_heat_map
+
+# Parts of a tokenizer that do not affect the codes of an image.
+_AFTER = ("loss", "decoder", "post_quant_conv", "colorize")
 
 
 class FirstStage:
@@ -33,6 +39,7 @@ class FirstStage:
     colorize: Tensor | None
     encode: Any
     decode: Any
+    state_dict: Any
 
     # --- codes -----------------------------------------------------------------------------------
 
@@ -59,6 +66,17 @@ class FirstStage:
         """
         codes = tuple(self.codes_by_level(self.encode(x, **rate)).values())
         return codes[0] if len(codes) == 1 else codes
+
+    def fingerprint(self) -> str:
+        """Return a hexadecimal number that two models share only if they give the same tokens."""
+        sequence = self.quantize.sequence
+        about = [type(sequence).__name__, vars(sequence), self.quantize.identity()]
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode())
+        for name, value in sorted(self.state_dict().items()):
+            if name.split(".")[0] not in _AFTER:
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     # --- sizes -----------------------------------------------------------------------------------
 

@@ -7,8 +7,6 @@ Axis letters: B images, C channels, H W image, D latent channels, h w grid, T tu
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -41,21 +39,6 @@ from taming.modules.transformer.generate import DEFAULT_SAMPLING, SamplingParams
 from taming.modules.transformer.permuter import Identity, Permuter
 from taming.modules.util import images_of, tensor_of
 from taming.util import DataError, NonFiniteError, instantiate_from_config
-
-# Parts of a tokenizer that do not affect the codes of an image.
-_AFTER = ("loss", "decoder", "post_quant_conv", "colorize")
-
-
-def fingerprint(tokenizer: Any) -> str:
-    """Return a hexadecimal number that two tokenizers share only if they give the same tokens."""
-    quantizer, sequence = tokenizer.quantize, tokenizer.quantize.sequence
-    about = [type(sequence).__name__, vars(sequence), quantizer.identity()]
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode())
-    for name, value in sorted(tokenizer.state_dict().items()):
-        if name.split(".")[0] not in _AFTER:
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def is_cached(batch: Mapping[str, Any]) -> bool:
@@ -250,8 +233,8 @@ class Prior(pl.LightningModule, ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """The tokenizer's `fingerprint`."""
-        return fingerprint(self.first_stage_model)
+        """The tokenizer's fingerprint (see `FirstStage.fingerprint`)."""
+        return self.first_stage_model.fingerprint()
 
     def get_input(self, key: str, batch: Mapping[str, Any]) -> Tensor:
         """Take a tensor out of a batch; images (B, H, W, C) or (B, H, W) become (B, C, H, W).

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
 from taming.data.utils import custom_collate
-from taming.models.prior import fingerprint
 from taming.modules.vqvae.transforms import Residual
 from taming.util import NonFiniteError
 
@@ -199,13 +198,13 @@ def test_what_is_not_finite_stops_training(tmp_path) -> None:
 @pytest.mark.parametrize("kind", ["residual", "plain"])
 def test_a_tokenizer_is_known_by_the_weights_that_choose_its_codes(kind: str) -> None:
     tokenizer = prior(kind).first_stage_model
-    marks = [fingerprint(tokenizer)]
+    marks = [tokenizer.fingerprint()]
     for part in (tokenizer.decoder, tokenizer.post_quant_conv):
         next(part.parameters()).data.add_(1)
-        assert fingerprint(tokenizer) == marks[0]
+        assert tokenizer.fingerprint() == marks[0]
     for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize):
         next(part.parameters()).data.add_(1)
-        marks.append(fingerprint(tokenizer))
+        marks.append(tokenizer.fingerprint())
     assert len(set(marks)) == 4
 
 
