@@ -35,6 +35,7 @@ model = nn.ModuleDict(
     }
 )
 model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+model.to(setting["device"])
 loss: Any = model["loss"]
 generator = [p for name, p in model.named_parameters() if not name.startswith("loss.")]
 rate, betas = setting["learning_rate"], (0.5, 0.9)
@@ -44,6 +45,7 @@ optimizers = [
 ]
 torch.manual_seed(0)
 images = torch.rand(setting["batch_size"], 3, *[setting["ddconfig"]["resolution"]] * 2) * 2 - 1
+images = images.to(setting["device"])
 last_layer = model.get_parameter("decoder.conv_out.weight")
 
 

@@ -2,10 +2,12 @@
 
 pip install --target PEER --no-deps taming-transformers-rom1504
 python -m benchmarks.training --peer PEER
+python -m benchmarks.training --peer PEER --device cuda --precision bf16-mixed --compile
 
 Both sides start from the same weights, train on the same images and take turns; ours runs in
 Lightning as main.py runs it. The losses of the first step are compared before anything is timed.
-LPIPS, whose weights would have to be downloaded, is left out of both.
+LPIPS, whose weights would have to be downloaded, is left out of both. On a CPU, processor time of
+one thread counts; on a GPU, wall time. ``--precision`` and ``--compile`` are of our side alone.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch.utils.data import DataLoader
 from benchmarks.timing import save, summary, table
 from benchmarks.workers import ROOT, Server, Worker
 from taming.models.vqgan import VQModel
-from taming.run.cli import run, script_parser
+from taming.run.cli import choose_device, run, script_parser
 from taming.run.trainer import quiet_lightning
 
 logger = logging.getLogger("taming.benchmark")
@@ -49,6 +51,14 @@ SETTING: dict[str, Any] = {
     "learning_rate": 1e-5,
     "loss": {"disc_start": 0, "perceptual_weight": 0.0},
 }
+ON_GPU: dict[str, Any] = {
+    "ddconfig": SETTING["ddconfig"]
+    | {"z_channels": 256, "resolution": 256, "ch": 128, "ch_mult": [1, 1, 2, 2, 4]}
+    | {"attn_resolutions": [16]},
+    "n_embed": 16384,
+    "embed_dim": 256,
+    "batch_size": 8,
+}
 STARTS = {"with the discriminator": 0, "before disc_start": 1_000_000}
 
 
@@ -56,7 +66,8 @@ def build(setting: dict[str, Any]) -> VQModel:
     """Build our model of a setting."""
     target = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
     loss = {"target": target, "params": setting["loss"]}
-    model = VQModel(setting["ddconfig"], loss, setting["n_embed"], setting["embed_dim"])
+    sizes = (setting["n_embed"], setting["embed_dim"])
+    model = VQModel(setting["ddconfig"], loss, *sizes, compile=setting["compile"])
     model.learning_rate = setting["learning_rate"]
     return model
 
@@ -89,7 +100,9 @@ def train(folder: Path) -> None:
     batches: Any = [{"image": images.movedim(1, -1)}] * 1_000_000
     trainer = pl.Trainer(
         default_root_dir=folder,
-        accelerator="cpu",
+        accelerator="gpu" if setting["device"] == "cuda" else "cpu",
+        devices=1,
+        precision=setting["precision"],
         logger=CSVLogger(folder),
         callbacks=[Served()],
         enable_checkpointing=False,
@@ -100,19 +113,18 @@ def train(folder: Path) -> None:
     trainer.fit(model, DataLoader(batches, batch_size=None))
 
 
-def measure(start: int, peer: Path, repeats: int) -> dict[str, Any]:
+def measure(setting: dict[str, Any], peer: Path, repeats: int) -> dict[str, Any]:
     """Measure one step of both sides, ``repeats`` times in turn.
 
     Args:
-        start: ``disc_start``.
+        setting: Sizes and devices of both sides.
         peer: Folder of the original's package.
         repeats: Number of timed steps.
 
     Returns:
-        Seconds of processor time of a step of each side, their ratio, the larger spread, and the
-        relative difference of the first losses.
+        Seconds of a step of each side, their ratio, the larger spread, and the relative difference
+        of the first losses.
     """
-    setting = {**SETTING, "loss": {**SETTING["loss"], "disc_start": start}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "setting.json").write_text(json.dumps(setting))
@@ -129,7 +141,8 @@ def measure(start: int, peer: Path, repeats: int) -> dict[str, Any]:
         finally:
             for side in sides.values():
                 side.close()
-    times = {k: summary([(r[k]["wall"], r[k]["cpu"]) for r in rounds]) for k in sides}
+    counted = "wall" if setting["device"] == "cuda" else "cpu"
+    times = {k: summary([(r[k]["wall"], r[k][counted]) for r in rounds]) for k in sides}
     return {
         "original, s": times["original"].cpu,
         "ours, s": times["ours"].cpu,
@@ -141,7 +154,9 @@ def measure(start: int, peer: Path, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Log the table and save it."""
-    parser = script_parser(__doc__, device=False)
+    parser = script_parser(__doc__)
+    parser.add_argument("--precision", default="32-true", help="of ours (default: 32-true)")
+    parser.add_argument("--compile", action="store_true", help="compile ours")
     parser.add_argument("--peer", type=Path, help="folder of the original's package")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps (default: 7)")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
@@ -152,9 +167,15 @@ def main() -> None:
     if not options.peer or not (options.peer / "taming").is_dir():
         raise ValueError(f"--peer {options.peer} holds no package taming; see --help")
     peer = options.peer.resolve()
-    rows = [{"step": k, **measure(v, peer, options.repeats)} for k, v in STARTS.items()]
-    logger.info("Processor time of one thread:\n%s", table(rows))
-    logger.info("saved %s", save("training", rows))
+    device = choose_device(options.device).type
+    setting = {**SETTING, **(ON_GPU if device == "cuda" else {}), "device": device}
+    setting |= {"precision": options.precision, "compile": options.compile}
+    rows = []
+    for name, start in STARTS.items():
+        loss = setting["loss"] | {"disc_start": start}
+        rows.append({"step": name, **measure(setting | {"loss": loss}, peer, options.repeats)})
+    logger.info("Processor time of one thread, on a GPU wall time:\n%s", table(rows))
+    logger.info("saved %s", save("training" if device == "cpu" else "training_gpu", rows))
 
 
 if __name__ == "__main__":

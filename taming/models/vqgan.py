@@ -76,6 +76,7 @@ class VQModel(ManualOptimization, FirstStage):
             the decoder gets the latents themselves and the quantizer learns from them without
             influencing the encoder, which then uses more directions of the latent space.
         orthogonal_start: Start the linear layers on both sides of the latents orthogonal.
+        compile: Compile encoder and decoder when they are first used, by `torch.compile`.
 
     Example:
         >>> sizes = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": []}
@@ -110,6 +111,7 @@ class VQModel(ManualOptimization, FirstStage):
         trust_checkpoint: bool = False,
         quantize_start: int = 0,
         orthogonal_start: bool = False,
+        compile: bool = False,
     ) -> None:
         check_ddconfig(ddconfig)
         super().__init__(betas, scheduler_config)
@@ -131,6 +133,9 @@ class VQModel(ManualOptimization, FirstStage):
         if orthogonal_start:
             linear = (self.quant_conv, self.post_quant_conv)
             start_orthogonal(*linear, self.encoder.conv_out, self.decoder.conv_in)
+        if compile:
+            self.encoder.compile()
+            self.decoder.compile()
         projection = None if colorize_nlabels is None else torch.randn(3, colorize_nlabels, 1, 1)
         self.register_buffer("colorize", projection)
         if ckpt_path is not None:

@@ -3,6 +3,7 @@
 import csv
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -67,6 +68,31 @@ def test_codes_of_any_shape_decode(kwargs: dict) -> None:
             torch.testing.assert_close(again, tokenizer.decode(quant), rtol=0, atol=0)
         with pytest.raises(ValueError, match=r"codes of shape \(128, .*need the shape"):
             tokenizer.decode_code(flat)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by torch.compile itself
+def test_compiled_networks_compute_the_same(monkeypatch) -> None:
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.manual_seed(0)
+    plain = model()
+    compiled = model(compile=True)
+    compiled.load_state_dict(plain.state_dict())
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+    x = torch.rand(2, 3, 16, 16)
+    rebuilt = [each(x)[0] for each in (plain, compiled)]
+    assert len(graphs) == 2  # one graph for each network: nothing breaks it
+    torch.testing.assert_close(*rebuilt, atol=1e-4, rtol=0)
+    gradients = [
+        torch.autograd.grad(out.square().mean(), each.encoder.conv_in.weight)[0]
+        for out, each in zip(rebuilt, (plain, compiled), strict=True)
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.reported(7)
