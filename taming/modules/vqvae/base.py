@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.sequence.notations import RasterSequence
+from taming.modules.util import checks_values
 from taming.modules.vqvae.checks import check_finite_latents, mark_outside, rows_of_codes
 from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics
 from taming.util import load_array
@@ -58,7 +59,9 @@ class QuantizerOutput(NamedTuple):
 
 def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
     """Pass z_q's value forward, bit for bit, and its gradient to z (and to z_q's own graph)."""
-    return z_q + (z - z.detach())
+    if checks_values(z) and not (torch.is_grad_enabled() and z.requires_grad):
+        return z_q.to(torch.result_type(z, z_q))
+    return z_q + (z - z.detach())  # elsewhere, this makes z_q of a NaN a NaN
 
 
 def channels_second(z_q: Tensor) -> Tensor:
@@ -67,6 +70,11 @@ def channels_second(z_q: Tensor) -> Tensor:
     Contiguous: the decoder's GroupNorm loses two digits on channels-last memory on the CPU.
     """
     return rearrange(z_q, "b h w d -> b d h w").contiguous()
+
+
+def as_rows(z: Tensor) -> Tensor:
+    """Lay latents (B, D, h, w) or (N, D) out as rows (N, D) float32."""
+    return rearrange(z, "b d h w -> (b h w) d").float() if z.ndim == 4 else z.float()
 
 
 def code_perplexity(codes: Tensor, n_e: int) -> Tensor:
@@ -78,15 +86,23 @@ def code_perplexity(codes: Tensor, n_e: int) -> Tensor:
     return torch.special.entr(share).sum().exp()
 
 
-def vq_loss(codebook_term: Tensor, commitment: Tensor, beta: float, legacy: bool) -> Tensor:
-    """Weigh the two terms of equation 3 of van den Oord et al. 2017 (arXiv:1711.00937).
+def vq_loss(z: Tensor, z_q: Tensor, beta: float, legacy: bool) -> Tensor:
+    """Compute the two terms of equation 3 of van den Oord et al. 2017 (arXiv:1711.00937).
+
+    They are |sg(z) - e|^2, which moves the codes, and |z - sg(e)|^2, the commitment, which moves
+    the encoder. Without gradient they are the same.
 
     Args:
-        codebook_term: |sg(z) - e|^2, a scalar; moves the codes.
-        commitment: |z - sg(e)|^2, a scalar; moves the encoder.
+        z: Latents, float32, of any shape.
+        z_q: Their codes, float32, of that shape.
         beta: Weight of the commitment.
         legacy: Put beta on the other term, as the original's checkpoints were trained.
+
+    Returns:
+        The loss, averaged over all numbers; a scalar.
     """
+    codebook_term = F.mse_loss(z_q, z.detach())
+    commitment = F.mse_loss(z_q.detach(), z) if torch.is_grad_enabled() else codebook_term
     if legacy:
         return commitment + beta * codebook_term
     return beta * commitment + codebook_term
@@ -171,13 +187,12 @@ class Quantizer(Part, ABC):
         """Return scalars of the quantizer's state to log while it trains, by name."""
         return {}
 
-    def _rows(self, z: Tensor) -> Tensor:
-        """Check z and lay its latents out as rows: (B, D, h, w) or (N, D) -> (N, D) float32."""
+    def _check(self, z: Tensor) -> None:
+        """Refuse z that is not (B, D, h, w) or (N, D) of finite latents."""
         if z.ndim not in (2, 4) or z.shape[1] != self.e_dim:
             expected = f"(B, {self.e_dim}, h, w) or (N, {self.e_dim})"
             raise ValueError(f"expected latents {expected}, got {tuple(z.shape)}")
         check_finite_latents(z)
-        return rearrange(z, "b d h w -> (b h w) d").float() if z.ndim == 4 else z.float()
 
 
 def load_used_codes(remap: str, n_e: int) -> Tensor:

@@ -26,6 +26,7 @@ from taming.modules.vqvae.base import (
     Quantizer,
     QuantizerInfo,
     QuantizerOutput,
+    as_rows,
     channels_second,
     code_perplexity,
     straight_through,
@@ -156,7 +157,8 @@ class LoopyVectorQuantizer(Quantizer):
             ValueError: Both threshold and max_codes are given, a threshold is negative or NaN, or
                 max_codes is smaller than the number of sites.
         """
-        flat = self._rows(z)  # (N, D)
+        self._check(z)
+        flat = as_rows(z)  # (N, D)
         rows = flat.detach()
         if self.training and self.embedding.steps < self.start_batches:
             self._start_from_data(rows, len(z))
@@ -208,7 +210,8 @@ class LoopyVectorQuantizer(Quantizer):
     @torch.no_grad()
     def whole_path(self, z: Tensor) -> Path:
         """Find the path of latents (B, D, h, w) or (N, D) through all turns."""
-        rows = self._rows(z).detach()
+        self._check(z)
+        rows = as_rows(z).detach()
         return self._search(rows, rows.new_zeros(len(rows)))
 
     @torch.no_grad()
@@ -267,11 +270,9 @@ class LoopyVectorQuantizer(Quantizer):
         """Codebook and commitment loss, averaged over all searches; in training, of all ranks."""
         latents = z[searches.sites]  # (M, D)
         share = share_of_rank(len(latents), latents) if self.training else 1.0
-        commitment = F.mse_loss(searches.approximations.detach(), latents) * share
         if self.embedding.ema_decay is not None:
-            return self.beta * commitment
-        codebook_term = F.mse_loss(searches.approximations, latents.detach()) * share
-        return vq_loss(codebook_term, commitment, self.beta, self.legacy)
+            return self.beta * F.mse_loss(searches.approximations.detach(), latents) * share
+        return vq_loss(latents, searches.approximations, self.beta, self.legacy) * share
 
     @torch.no_grad()
     def _start_from_data(self, rows: Tensor, images: int) -> None:
