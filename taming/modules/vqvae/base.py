@@ -78,11 +78,11 @@ def as_rows(z: Tensor) -> Tensor:
 
 
 def code_perplexity(codes: Tensor, n_e: int) -> Tensor:
-    """Exponential of the entropy (nats) of the codes of a batch; a scalar in [1, K]."""
-    codes = codes.flatten()
+    """Exponential of the entropy (nats) of a batch's codes but -1 and K; a scalar in [1, K]."""
+    codes = codes.flatten() + 1
     # As bincount does, which waits for a GPU to learn the size of its output.
-    counts = codes.new_zeros(n_e).scatter_add_(0, codes, torch.ones_like(codes))
-    share = counts.float() / codes.numel()
+    counts = codes.new_zeros(n_e + 2).scatter_add_(0, codes, torch.ones_like(codes))[1:-1]
+    share = counts.float() / counts.sum()
     return torch.special.entr(share).sum().exp()
 
 
@@ -148,7 +148,7 @@ class Quantizer(Part, ABC):
         trains_without_decoder: True if the codes can be learned while the decoder still gets
             continuous latents.
         variable_rate: True if ``forward`` also takes ``threshold`` and ``max_codes``, each one
-            number or one per image, and `fewest_codes` is implemented.
+            number or one per image, and `reach` is implemented.
         names: Names of the levels, the top first; () for a single quantizer.
     """
 
@@ -175,8 +175,8 @@ class Quantizer(Part, ABC):
         """Return the `LoopTrace` of each level of an output; that of a single quantizer is ""."""
         return {}
 
-    def fewest_codes(self, z: Tensor, quality: Quality, target: Tensor) -> Tensor:
-        """Find the smallest ``max_codes`` (B,) with which each image reaches a target quality."""
+    def reach(self, z: Tensor, quality: Quality, target: Tensor) -> QuantizerOutput:
+        """Quantize latents z with the fewest codes with which each image reaches a quality."""
         raise ValueError(f"{type(self).__name__} has a fixed rate")
 
     def codebook_metrics(self) -> CodebookMetrics | HierarchyMetrics:
