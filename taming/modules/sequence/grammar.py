@@ -138,6 +138,8 @@ class TokenSequence(ABC):
         _refuse(outside, tokens, f"is outside the vocabulary of {self.vocab_size}")
         if len(tokens) == 0:
             return tokens.new_empty((0, *grid, self.max_loops))
+        if self.site_tokens == 1 and tokens.shape[1] == sites and (tokens >= 0).all():
+            return tokens.reshape(-1, *grid, 1).clone()  # every token is a site, in order
         if sites > tokens.shape[1]:  # refused before anything of their number is allocated
             given = f"{tokens.shape[1]} tokens"
             raise ValueError(f"{given} are too few: site {sites - 1} of {sites} has no code")

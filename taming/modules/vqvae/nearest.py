@@ -10,6 +10,8 @@ chunk, G groups of codes, M codes of a group.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -49,22 +51,22 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, k: int | None = None) -> Te
     """
     codebook = codebook.float()
     mean = codebook.mean(dim=0).nan_to_num(0.0, 0.0, 0.0)  # a code of NaN must not hide in others
-    with torch.autocast(vectors.device.type, enabled=False):
-        one = k in (None, 1)
-        if one and vectors.device.type == "cpu" and not torch.compiler.is_compiling():
+    device, one = vectors.device.type, k in (None, 1) and not torch.compiler.is_compiling()
+    with torch.autocast(device, enabled=False):
+        if one and device == "cpu":
             found = _search_in_cache(vectors, codebook, mean)
-            return found if k is None else found[:, None]
-        codebook = codebook - mean
-        half = codebook.square().sum(dim=1) / 2  # (K,)
-        rows = vectors if vectors.ndim == 2 else vectors.movedim(1, 3).flatten(0, 2)  # (N, D)
-        found = []
-        for chunk in rows.split(max(1, MAX_SCORES // len(codebook))):
-            scores = torch.addmm(half, chunk.float() - mean, codebook.T, alpha=-1)  # (R, K)
-            if one:  # several times faster than topk
-                found.append(scores.argmin(dim=1, keepdim=k is not None))
-            else:
-                found.append(scores.topk(k or 1, largest=False).indices)
-        return torch.cat(found)
+        elif one and device == "cuda" and _has_triton():
+            from taming.modules.vqvae.nearest_triton import search_on_gpu
+
+            found = search_on_gpu(vectors, codebook - mean, mean)
+        else:
+            return _search_whole_chunks(vectors, codebook - mean, mean, k)
+    return found if k is None else found[:, None]
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def distance_to(vectors: Tensor, codes: Tensor) -> Tensor:
@@ -78,6 +80,20 @@ def distance_to(vectors: Tensor, codes: Tensor) -> Tensor:
         (...,) float32.
     """
     return torch.linalg.vector_norm(vectors.float() - codes.float(), dim=-1)
+
+
+def _search_whole_chunks(vectors: Tensor, codebook: Tensor, mean: Tensor, k: int | None) -> Tensor:
+    """Search as `nearest_codes` does, in all scores of some vectors at once."""
+    half = codebook.square().sum(dim=1) / 2  # (K,)
+    rows = vectors if vectors.ndim == 2 else vectors.movedim(1, 3).flatten(0, 2)  # (N, D)
+    found = []
+    for chunk in rows.split(max(1, MAX_SCORES // len(codebook))):
+        scores = torch.addmm(half, chunk.float() - mean, codebook.T, alpha=-1)  # (R, K)
+        if k in (None, 1):  # several times faster than topk
+            found.append(scores.argmin(dim=1, keepdim=k is not None))
+        else:
+            found.append(scores.topk(k or 1, largest=False).indices)
+    return torch.cat(found)
 
 
 def _search_in_cache(vectors: Tensor, codebook: Tensor, mean: Tensor) -> Tensor:
