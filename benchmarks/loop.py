@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import in_turn, save, table
+from benchmarks.training import SETTING, build
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.sequence.notations import RasterSequence, RunLengthSequence, UnarySequence
 from taming.modules.vqvae.nearest import nearest_codes
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer, VectorQuantizer2
+from taming.modules.vqvae.rate import threshold_for
 from taming.run.cli import run, script_parser
 
 logger = logging.getLogger("taming.benchmark")
@@ -83,6 +85,8 @@ def measure_residual(n: int, d: int, k: int, repeats: int) -> dict[str, Any]:
     z = torch.randn(n // 64, d, 8, 8)
     quantizer = started(z, k, TURNS, "LinearResidual")
     codebook = quantizer.embedding.weight.detach().clone()
+    distances = quantizer.whole_path(z).distances
+    quantizer.threshold.copy_(threshold_for(distances, torch.tensor([5 * n // 2]))[0])
     with torch.no_grad():
         out = quantizer.eval()(z)
     assert torch.equal(quantizer.get_codebook_entry(out.info.indices), out.z_q)
@@ -138,6 +142,32 @@ def measure_codec(sequence: TokenSequence, repeats: int) -> dict[str, Any]:
     }
 
 
+def measure_telemetry(repeats: int) -> dict[str, Any]:
+    """Measure what counting codes adds to a training step without discriminator.
+
+    The step is that of `benchmarks.training`, without optimizers, which makes it short.
+    """
+    model = build({**SETTING, "loss": {**SETTING["loss"], "disc_start": 1_000_000}})
+    side = SETTING["ddconfig"]["resolution"]
+    x = torch.rand(SETTING["batch_size"], 3, side, side) * 2 - 1
+    z = model.encode_to_prequant(x).detach()
+    quantized = model.quantize(z)
+
+    def step() -> None:
+        x_rec, loss = model(x)
+        ((x_rec - x).abs().mean() + loss).backward()
+
+    sides = {"step": step, "telemetry": lambda: model.codebook.update("train", z, quantized)}
+    times = in_turn(sides, repeats)
+    step_time, telemetry = times["step"].cpu, times["telemetry"].cpu
+    return {
+        "step, ms": step_time * 1e3,
+        "telemetry, ms": telemetry * 1e3,
+        "share": telemetry / step_time,
+        "spread": max(timing.spread for timing in times.values()),
+    }
+
+
 def main() -> None:
     """Log the tables and save them."""
     parser = script_parser(__doc__, device=False)
@@ -153,6 +183,7 @@ def main() -> None:
     parts = {
         "Attract over VectorQuantizer2": [measure_attract(*size, repeats) for size in SIZES],
         "LinearResidual over its searches": [measure_residual(*size, repeats) for size in SIZES],
+        "Telemetry": [measure_telemetry(repeats)],
         "Token sequences": [measure_codec(sequence, 3 * repeats) for sequence in codecs],
     }
     for title, rows in parts.items():

@@ -20,7 +20,7 @@ from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.sequence.notations import RasterSequence
 from taming.modules.util import checks_values
 from taming.modules.vqvae.checks import check_finite_latents, mark_outside, rows_of_codes
-from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics
+from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics, count_codes
 from taming.util import load_array
 
 GridShape = tuple[int, int, int, int]  # (B, h, w, D)
@@ -79,9 +79,7 @@ def as_rows(z: Tensor) -> Tensor:
 
 def code_perplexity(codes: Tensor, n_e: int) -> Tensor:
     """Exponential of the entropy (nats) of a batch's codes but -1 and K; a scalar in [1, K]."""
-    codes = codes.flatten() + 1
-    # As bincount does, which waits for a GPU to learn the size of its output.
-    counts = codes.new_zeros(n_e + 2).scatter_add_(0, codes, torch.ones_like(codes))[1:-1]
+    counts = count_codes(codes, n_e)
     share = counts.float() / counts.sum()
     return torch.special.entr(share).sum().exp()
 
