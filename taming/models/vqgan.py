@@ -187,12 +187,11 @@ class VQModel(ManualOptimization, FirstStage):
         if rates and not self.quantize.variable_rate:
             raise ValueError(f"{type(self.quantize).__name__} has a fixed rate: omit {[*rates][0]}")
         if target_psnr is not None:
-            rates = {"max_codes": self._fewest_codes(torch.as_tensor(target_psnr), x, z)}
+            return self._reach(torch.as_tensor(target_psnr), x, z)
         return self.quantize(z, **rates)
 
-    @torch.no_grad()
-    def _fewest_codes(self, target_psnr: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        """Find the fewest codes (B,) with which images reach a PSNR, () or (B,), in dB."""
+    def _reach(self, target_psnr: Tensor, x: Tensor, z: Tensor) -> QuantizerOutput:
+        """Quantize with the fewest codes with which images reach a PSNR, () or (B,), in dB."""
         if self.training:
             raise ValueError("target_psnr needs the model in eval mode: a search must not train it")
         low, high = self.value_range
@@ -202,7 +201,7 @@ class VQModel(ManualOptimization, FirstStage):
             images = (x_rec, x.float())
             return peak_signal_noise_ratio(*images, high - low, reduction="none", dim=(1, 2, 3))
 
-        return self.quantize.fewest_codes(z, psnr, target_psnr.to(x.device, torch.float32))
+        return self.quantize.reach(z, psnr, target_psnr.to(x.device, torch.float32))
 
     def decode(self, quant: Tensor) -> Tensor:
         """Decode z_q (B, D, h, w) to images (B, C, H, W), roughly in [-1, 1].

@@ -89,8 +89,10 @@ class TokenSequence(ABC):
         """Raise a ValueError that names the first of the codes (B, S, T) out of place, if any."""
         present = codes >= 0
         after = F.pad(present[..., 1:], (0, 1))  # (B, S, T): another code follows
-        wrong = (codes < PAD) | (codes >= self.n_e + self.dummies) | (after & ~present)
+        wrong = after & ~present
         wrong[..., 0] |= ~present[..., 0]
+        if not _all_within(codes, self.n_e + self.dummies):
+            wrong |= (codes < PAD) | (codes >= self.n_e + self.dummies)
         if self.dummies:  # all but the last code of a site are D
             wrong |= present & ((codes == self.n_e) != after)
         if wrong.any():
@@ -134,25 +136,35 @@ class TokenSequence(ABC):
         tokens, sites = _integers(tokens, "tokens"), _count_sites(grid)
         if tokens.ndim != 2:
             raise ValueError(f"expected tokens (B, L), got {tuple(tokens.shape)}")
-        outside = (tokens < PAD) | (tokens >= self.vocab_size)
-        _refuse(outside, tokens, f"is outside the vocabulary of {self.vocab_size}")
+        if not _all_within(tokens, self.vocab_size):
+            outside = (tokens < PAD) | (tokens >= self.vocab_size)
+            _refuse(outside, tokens, f"is outside the vocabulary of {self.vocab_size}")
         if len(tokens) == 0:
             return tokens.new_empty((0, *grid, self.max_loops))
+        if self.site_tokens == 1 and tokens.shape[1] == sites and (tokens >= 0).all():
+            return tokens.reshape(-1, *grid, 1).clone()  # every token is a site, in order
         if sites > tokens.shape[1]:  # refused before anything of their number is allocated
             given = f"{tokens.shape[1]} tokens"
             raise ValueError(f"{given} are too few: site {sites - 1} of {sites} has no code")
         states = self.states(tokens)
-        beyond = (tokens >= 0) & (states.site >= sites)
-        _refuse(beyond, tokens, f"follows the last of {sites} sites")
         codes = self._decode_sites(tokens, states, sites)  # (B, S, T)
         # A sequence is valid if and only if encoding the result gives it again.
         again, _ = self._pack(codes)
+        if not torch.equal(again, tokens):
+            self._refuse_other(again, tokens, states, sites)
+        self._refuse_codes(codes)  # the last site may have ended too early
+        return codes.reshape(len(tokens), *grid, self.max_loops)
+
+    def _refuse_other(
+        self, again: Tensor, tokens: Tensor, states: GrammarState, sites: int
+    ) -> None:
+        """Raise a ValueError that names the first token which another (B, L') has not, if any."""
+        beyond = (tokens >= 0) & (states.site >= sites)
+        _refuse(beyond, tokens, f"follows the last of {sites} sites")
         given = F.pad(tokens, (0, max(0, again.shape[1] - tokens.shape[1])), value=PAD)
         again = F.pad(again, (0, given.shape[1] - again.shape[1]), value=PAD)
         why = f"breaks the grammar of {type(self).__name__} for {sites} sites"
         _refuse(given != again, given, why)
-        self._refuse_codes(codes)  # the last site may have ended too early
-        return codes.reshape(len(tokens), *grid, self.max_loops)
 
     @abstractmethod
     def states(self, tokens: Tensor) -> GrammarState:
@@ -185,6 +197,14 @@ def _integers(values: Tensor, name: str) -> Tensor:
     if values.dtype not in _INTEGERS:
         raise ValueError(f"{name} must be integers of int64's range, got {values.dtype}")
     return values.long()
+
+
+def _all_within(values: Tensor, count: int) -> bool:
+    """Return True if all values are in -1..count-1, by one pass over them."""
+    if values.numel() == 0:
+        return True
+    low, high = values.aminmax()
+    return int(low) >= PAD and int(high) < count
 
 
 def _count_sites(grid: Sequence[int]) -> int:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.sequence.notations import RasterSequence
+from taming.modules.util import checks_values
 from taming.modules.vqvae.checks import check_finite_latents, mark_outside, rows_of_codes
-from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics
+from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics, count_codes
 from taming.util import load_array
 
 GridShape = tuple[int, int, int, int]  # (B, h, w, D)
@@ -58,7 +59,9 @@ class QuantizerOutput(NamedTuple):
 
 def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
     """Pass z_q's value forward, bit for bit, and its gradient to z (and to z_q's own graph)."""
-    return z_q + (z - z.detach())
+    if checks_values(z) and not (torch.is_grad_enabled() and z.requires_grad):
+        return z_q.to(torch.result_type(z, z_q))
+    return z_q + (z - z.detach())  # elsewhere, this makes z_q of a NaN a NaN
 
 
 def channels_second(z_q: Tensor) -> Tensor:
@@ -69,24 +72,35 @@ def channels_second(z_q: Tensor) -> Tensor:
     return rearrange(z_q, "b h w d -> b d h w").contiguous()
 
 
+def as_rows(z: Tensor) -> Tensor:
+    """Lay latents (B, D, h, w) or (N, D) out as rows (N, D) float32."""
+    return rearrange(z, "b d h w -> (b h w) d").float() if z.ndim == 4 else z.float()
+
+
 def code_perplexity(codes: Tensor, n_e: int) -> Tensor:
-    """Exponential of the entropy (nats) of the codes of a batch; a scalar in [1, K]."""
-    codes = codes.flatten()
-    # As bincount does, which waits for a GPU to learn the size of its output.
-    counts = codes.new_zeros(n_e).scatter_add_(0, codes, torch.ones_like(codes))
-    share = counts.float() / codes.numel()
+    """Exponential of the entropy (nats) of a batch's codes but -1 and K; a scalar in [1, K]."""
+    counts = count_codes(codes, n_e)
+    share = counts.float() / counts.sum()
     return torch.special.entr(share).sum().exp()
 
 
-def vq_loss(codebook_term: Tensor, commitment: Tensor, beta: float, legacy: bool) -> Tensor:
-    """Weigh the two terms of equation 3 of van den Oord et al. 2017 (arXiv:1711.00937).
+def vq_loss(z: Tensor, z_q: Tensor, beta: float, legacy: bool) -> Tensor:
+    """Compute the two terms of equation 3 of van den Oord et al. 2017 (arXiv:1711.00937).
+
+    They are |sg(z) - e|^2, which moves the codes, and |z - sg(e)|^2, the commitment, which moves
+    the encoder. Without gradient they are the same.
 
     Args:
-        codebook_term: |sg(z) - e|^2, a scalar; moves the codes.
-        commitment: |z - sg(e)|^2, a scalar; moves the encoder.
+        z: Latents, float32, of any shape.
+        z_q: Their codes, float32, of that shape.
         beta: Weight of the commitment.
         legacy: Put beta on the other term, as the original's checkpoints were trained.
+
+    Returns:
+        The loss, averaged over all numbers; a scalar.
     """
+    codebook_term = F.mse_loss(z_q, z.detach())
+    commitment = F.mse_loss(z_q.detach(), z) if torch.is_grad_enabled() else codebook_term
     if legacy:
         return commitment + beta * codebook_term
     return beta * commitment + codebook_term
@@ -132,7 +146,7 @@ class Quantizer(Part, ABC):
         trains_without_decoder: True if the codes can be learned while the decoder still gets
             continuous latents.
         variable_rate: True if ``forward`` also takes ``threshold`` and ``max_codes``, each one
-            number or one per image, and `fewest_codes` is implemented.
+            number or one per image, and `reach` is implemented.
         names: Names of the levels, the top first; () for a single quantizer.
     """
 
@@ -159,8 +173,8 @@ class Quantizer(Part, ABC):
         """Return the `LoopTrace` of each level of an output; that of a single quantizer is ""."""
         return {}
 
-    def fewest_codes(self, z: Tensor, quality: Quality, target: Tensor) -> Tensor:
-        """Find the smallest ``max_codes`` (B,) with which each image reaches a target quality."""
+    def reach(self, z: Tensor, quality: Quality, target: Tensor) -> QuantizerOutput:
+        """Quantize latents z with the fewest codes with which each image reaches a quality."""
         raise ValueError(f"{type(self).__name__} has a fixed rate")
 
     def codebook_metrics(self) -> CodebookMetrics | HierarchyMetrics:
@@ -171,13 +185,12 @@ class Quantizer(Part, ABC):
         """Return scalars of the quantizer's state to log while it trains, by name."""
         return {}
 
-    def _rows(self, z: Tensor) -> Tensor:
-        """Check z and lay its latents out as rows: (B, D, h, w) or (N, D) -> (N, D) float32."""
+    def _check(self, z: Tensor) -> None:
+        """Refuse z that is not (B, D, h, w) or (N, D) of finite latents."""
         if z.ndim not in (2, 4) or z.shape[1] != self.e_dim:
             expected = f"(B, {self.e_dim}, h, w) or (N, {self.e_dim})"
             raise ValueError(f"expected latents {expected}, got {tuple(z.shape)}")
         check_finite_latents(z)
-        return rearrange(z, "b d h w -> (b h w) d").float() if z.ndim == 4 else z.float()
 
 
 def load_used_codes(remap: str, n_e: int) -> Tensor:

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from taming.modules.vqvae.base import Part
 from taming.modules.vqvae.checks import ABSENT as ABSENT
-from taming.modules.vqvae.nearest import distance_to, nearest_codes
+from taming.modules.vqvae.nearest import nearest_codes
 
 DepthShape = tuple[int, int] | None  # (T, D)
 
@@ -52,18 +52,28 @@ class Path(NamedTuple):
     """Possible ends of the loop of each latent.
 
     Attributes:
-        codes: (N, T, T) int64; ``codes[:, n]`` are the codes written if the loop ends at turn n.
+        codes: (N, T, T) int64; ``codes[:, n]`` are the codes found if the loop ends at turn n. Or
+            (N, 1, T) if the end changes no code before it.
         distances: (N, T) float32, compared with the threshold at each turn: from the transformed
             latent to its nearest code. In a `Cascade` this is |z - z_q|, before any depth
             embedding. inf at turns after the one at which the search ended.
+        dummy: Code that is written in every turn before the end; None for the code found.
     """
 
     codes: Tensor
     distances: Tensor
+    dummy: int | None = None
 
     def end_at(self, lengths: Tensor) -> Tensor:
         """Codes (N, T) of loops that end after ``lengths`` turns, (N,) int64 in [1, T]."""
-        return self.codes[torch.arange(lengths.shape[0], device=lengths.device), lengths - 1]
+        if self.codes.shape[1] == 1:
+            codes = self.codes[:, 0]
+        else:
+            codes = self.codes[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+        left = lengths[:, None] - torch.arange(1, codes.shape[1] + 1, device=codes.device)
+        if self.dummy is not None:
+            codes = codes.masked_fill(left > 0, self.dummy)
+        return codes.masked_fill(left < 0, ABSENT)  # (N, T)
 
 
 class Searches(NamedTuple):
@@ -129,6 +139,13 @@ class Transform(Part, ABC):
         """List the searches by which latents z (N, D) got their codes (N, T), with gradient."""
 
     @abstractmethod
+    def mean_square(self, path: Path, lengths: Tensor) -> Tensor | None:
+        """Mean of |z - z_q|^2, a scalar, over the searches of a path that ends at lengths (N,).
+
+        None if the path does not tell, but only `retrace`.
+        """
+
+    @abstractmethod
     def compose(self, codes: Tensor, codebook: Tensor) -> Tensor:
         """Turn valid codes (N, T) into the vectors (N, D) that they stand for, with gradient."""
 
@@ -185,21 +202,23 @@ class Cascade(Transform):
     @torch.no_grad()
     def search(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
         """Find the path of each latent; a turn searches only those still in the loop."""
-        codes = torch.full((z.shape[0], max_loops, max_loops), ABSENT, device=z.device)
+        ends = 1 if self.beam == 1 else max_loops
+        codes = torch.full((z.shape[0], ends, max_loops), ABSENT, device=z.device)
         distances = torch.full((z.shape[0], max_loops), math.inf, device=z.device)
         sites, residual = torch.arange(z.shape[0], device=z.device), z[:, None]  # (N,), (N, 1, D)
         written = torch.empty(z.shape[0], 1, 0, dtype=torch.int64, device=z.device)
         for turn in range(max_loops):
             seen = self.project(codebook, turn)
             residual, written, distance = self._extend_beam(residual, written, seen)
-            codes[sites, turn, : turn + 1] = written[:, 0]  # the best of the beam
+            codes[sites, turn % ends, : turn + 1] = written[:, 0]  # the best of the beam
             distances[sites, turn] = distance[:, 0]
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or turn == max_loops - 1:
                 continue  # a graph takes every turn, which changes no code of a cut path
             on = distance[:, 0] > threshold[sites]
             if not on.any():
                 break
-            sites, written, residual = sites[on], written[on], residual[on]
+            if not on.all():
+                sites, written, residual = sites[on], written[on], residual[on]
         return Path(codes, distances)
 
     def _extend_beam(
@@ -219,38 +238,53 @@ class Cascade(Transform):
         each = min(self.beam, len(seen))
         # No path can have more than ``beam`` survivors, so its nearest codes suffice.
         found = nearest_codes(residual.flatten(0, 1), seen, k=each).view(latents, paths, each)
-        distance = distance_to(residual[:, :, None], seen[found])  # (N, P, each)
+        left = residual[:, :, None] - F.embedding(found, seen)  # (N, P, each, D)
+        distance = torch.linalg.vector_norm(left, dim=-1)  # (N, P, each)
+        if paths == each == 1:
+            return left[:, 0], torch.cat([written, found], dim=2), distance[:, 0]
         kept = min(self.beam, paths * each)
         distance, best = distance.flatten(1).topk(kept, largest=False)  # (N, P')
         code = found.flatten(1).gather(1, best)  # (N, P')
+        residual = left.flatten(1, 2).gather(1, best[..., None].expand(-1, -1, channels))
         parent = (best // each)[..., None]  # (N, P', 1), the path that each one extends
-        residual = residual.gather(1, parent.expand(-1, -1, channels)) - seen[code]  # (N, P', D)
         written = written.gather(1, parent.expand(-1, -1, written.shape[2]))  # (N, P', n)
         written = torch.cat([written, code[..., None]], dim=2)
         return residual, written, distance
 
+    def mean_square(self, path: Path, lengths: Tensor) -> Tensor | None:
+        """Average the squared distances; of a beam, they are those of other paths."""
+        if self.beam > 1:
+            return None
+        turn = torch.arange(path.distances.shape[1], device=lengths.device)  # (T,)
+        squares = path.distances.square().where(turn < lengths[:, None], 0)
+        return squares.sum() / lengths.sum()
+
     def retrace(self, z: Tensor, codes: Tensor, codebook: Tensor) -> Searches:
         """List the searches of each latent, one turn after the other, with gradient."""
-        sites, sums = torch.arange(z.shape[0], device=z.device), torch.zeros_like(z)
+        sites, query, sums = torch.arange(z.shape[0], device=z.device), z, torch.zeros_like(z)
         searches = []
         for turn in range(self.max_loops):
-            on = codes[sites, turn] >= 0
-            # Detached: the loop is greedy, so a turn's error moves that turn's code alone.
-            sites, before = sites[on], sums[on].detach()  # (M,), (M, D)
             found = codes[sites, turn]
+            # Detached: the loop is greedy, so a turn's error moves that turn's code alone.
+            before = sums.detach()
+            on = found >= 0
+            if torch.compiler.is_compiling() or not on.all():
+                sites, found, query, before = sites[on], found[on], query[on], before[on]  # M
             sums = before + F.embedding(found, self.project(codebook, turn))
             # A code moves toward its target down the gradient of |z - z_q|^2.
-            pulls, weight = self.backproject(z[sites] - sums.detach(), turn)
-            targets = codebook.detach()[found] + pulls / weight
-            columns = (torch.full_like(sites, turn), z[sites] - before, found, sums, targets)
+            error = z[sites] - sums.detach()
+            pulls, weight = self.backproject(error, turn)
+            targets = F.embedding(found, codebook.detach()) + pulls / weight
+            columns = (torch.full_like(sites, turn), query, found, sums, targets)
             searches.append((sites, *columns, weight.expand(sites.shape[0])))
+            query = error
         return Searches(*(torch.cat(column) for column in zip(*searches, strict=True)))
 
     def compose(self, codes: Tensor, codebook: Tensor) -> Tensor:
         """Sum the codes (N, T) of each site as their turns saw them: (N, D), with gradient."""
-        z_q = codebook.new_zeros(codes.shape[0], codebook.shape[1])
-        for turn, code in enumerate(codes.unbind(1)):
+        z_q = F.embedding(codes[:, 0], self.project(codebook, 0))  # (N, D)
+        for turn, code in enumerate(codes[:, 1:].unbind(1), start=1):
             part = F.embedding(code.clamp(min=0), self.project(codebook, turn))  # (N, D)
             # Where the site has ended, zero is added, which leaves its sum bit for bit.
-            z_q = z_q + part * (code >= 0)[:, None]
+            z_q = torch.addcmul(z_q, part, (code >= 0).to(part)[:, None])
         return z_q

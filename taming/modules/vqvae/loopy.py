@@ -26,6 +26,7 @@ from taming.modules.vqvae.base import (
     Quantizer,
     QuantizerInfo,
     QuantizerOutput,
+    as_rows,
     channels_second,
     code_perplexity,
     straight_through,
@@ -138,7 +139,13 @@ class LoopyVectorQuantizer(Quantizer):
         self.register_buffer("threshold", start)
         self.register_buffer("latent_std", torch.ones(()))
 
-    def forward(self, z: Tensor, threshold: Rate = None, max_codes: Rate = None) -> QuantizerOutput:
+    def forward(
+        self,
+        z: Tensor,
+        threshold: Rate = None,
+        max_codes: Rate = None,
+        path: Path | None = None,
+    ) -> QuantizerOutput:
         """Quantize latents, each with as many turns as it needs.
 
         Args:
@@ -147,6 +154,7 @@ class LoopyVectorQuantizer(Quantizer):
                 ``length_range``, samples a budget per image.
             max_codes: Instead: most codes of an image, at least one per site; each image gets the
                 smallest threshold that keeps to it.
+            path: The `whole_path` of z, if it is known; with ``max_codes`` only.
 
         Returns:
             z_q like z, of the codebook's dtype; loss; info with a `LoopTrace` (fields (B, h, w) or
@@ -156,24 +164,26 @@ class LoopyVectorQuantizer(Quantizer):
             ValueError: Both threshold and max_codes are given, a threshold is negative or NaN, or
                 max_codes is smaller than the number of sites.
         """
-        flat = self._rows(z)  # (N, D)
+        self._check(z)
+        flat = as_rows(z)  # (N, D)
         rows = flat.detach()
         if self.training and self.embedding.steps < self.start_batches:
             self._start_from_data(rows, len(z))
-        path, tau = self._find_paths(rows, z.shape[0], threshold, max_codes)
+        path, tau = self._find_paths(rows, z.shape[0], threshold, max_codes, path)
         lengths = rate.lengths_within(path.distances, tau)  # (N,): here each site ends
         codes = path.end_at(lengths)  # (N, T)
         z_q = straight_through(flat, self._decode(codes, self.embedding.weight.detach()))
-        searches = self.transform.retrace(rows, codes, self.embedding.weight.float())
-        loss = self._loss(flat, searches)
+        loss = self._loss_without_gradient(path, lengths)
+        if loss is None:
+            searches = self.transform.retrace(rows, codes, self.embedding.weight.float())
+            loss = self._loss(flat, searches)
+            if self.training:
+                self._learn(rows, searches)
+        if self.training and threshold is None:
+            self._steer_threshold(path.distances)
         last = path.distances.gather(1, lengths[:, None] - 1).squeeze(1)  # (N,)
         trace = LoopTrace(*(self._grid(x, z) for x in (lengths, last, last <= tau)))
-        if self.training:
-            self._learn(rows, searches)
-            if threshold is None:
-                self._steer_threshold(path.distances)
-        perplexity = code_perplexity(searches.found, self.n_e)
-        info = QuantizerInfo(perplexity, trace, self._grid(codes, z))
+        info = QuantizerInfo(code_perplexity(codes, self.n_e), trace, self._grid(codes, z))
         z_q = self._grid(z_q.to(self.embedding.weight.dtype), z)
         return QuantizerOutput(z_q if z.ndim == 2 else channels_second(z_q), loss, info)
 
@@ -208,12 +218,12 @@ class LoopyVectorQuantizer(Quantizer):
     @torch.no_grad()
     def whole_path(self, z: Tensor) -> Path:
         """Find the path of latents (B, D, h, w) or (N, D) through all turns."""
-        rows = self._rows(z).detach()
+        self._check(z)
+        rows = as_rows(z).detach()
         return self._search(rows, rows.new_zeros(len(rows)))
 
-    @torch.no_grad()
-    def fewest_codes(self, z: Tensor, quality: Quality, target: Tensor) -> Tensor:
-        """Find the smallest ``max_codes`` of each image with which it reaches a target quality.
+    def reach(self, z: Tensor, quality: Quality, target: Tensor) -> QuantizerOutput:
+        """Quantize latents with the smallest ``max_codes`` with which each image reaches a quality.
 
         Args:
             z: (B, D, h, w) latents.
@@ -221,20 +231,27 @@ class LoopyVectorQuantizer(Quantizer):
             target: The quality wanted, one for all images or one for each (B,).
 
         Returns:
-            (B,) int64; T codes for every site where nothing reaches the target.
+            As `forward`; T codes for every site where nothing reaches the target.
         """
         target = rate.expand_per_image("the target quality", target, len(z))
         path = self.whole_path(z)  # searched once, then cut to each budget
 
+        @torch.no_grad()
         def quality_within(max_codes: Tensor) -> Tensor:
             tau = rate.threshold_for(path.distances, max_codes)
             codes = path.end_at(rate.lengths_within(path.distances, tau))
             return quality(self._grid(codes, z))
 
-        return rate.fewest_codes(quality_within, target, z[0, 0].numel(), self.max_loops)
+        sizes = (z[0, 0].numel(), self.max_loops)
+        return self(z, max_codes=rate.fewest_codes(quality_within, target, *sizes), path=path)
 
     def _find_paths(
-        self, rows: Tensor, images: int, threshold: Rate = None, max_codes: Rate = None
+        self,
+        rows: Tensor,
+        images: int,
+        threshold: Rate = None,
+        max_codes: Rate = None,
+        path: Path | None = None,
     ) -> tuple[Path, Tensor]:
         """Find the path of latents (N, D), as long as needed, and the tau (N,) that cuts it."""
         if threshold is not None and max_codes is not None:
@@ -248,7 +265,7 @@ class LoopyVectorQuantizer(Quantizer):
                 raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
             tau = rate.expand_per_image("threshold", tau.to(rows), images).repeat_interleave(sites)
             return self._search(rows, tau), tau
-        path = self.whole_path(rows)
+        path = path or self.whole_path(rows)
         budgets = rate.expand_per_image("max_codes", torch.as_tensor(max_codes), images)
         return path, rate.threshold_for(path.distances, budgets)
 
@@ -265,13 +282,19 @@ class LoopyVectorQuantizer(Quantizer):
 
     def _loss(self, z: Tensor, searches: Searches) -> Tensor:
         """Codebook and commitment loss, averaged over all searches; in training, of all ranks."""
-        latents = z[searches.sites]  # (M, D)
+        latents = F.embedding(searches.sites, z)  # (M, D)
         share = share_of_rank(len(latents), latents) if self.training else 1.0
-        commitment = F.mse_loss(searches.approximations.detach(), latents) * share
         if self.embedding.ema_decay is not None:
-            return self.beta * commitment
-        codebook_term = F.mse_loss(searches.approximations, latents.detach()) * share
-        return vq_loss(codebook_term, commitment, self.beta, self.legacy)
+            return self.beta * F.mse_loss(searches.approximations.detach(), latents) * share
+        return vq_loss(latents, searches.approximations, self.beta, self.legacy) * share
+
+    def _loss_without_gradient(self, path: Path, lengths: Tensor) -> Tensor | None:
+        """Compute the loss from a path that ends at lengths (N,); None where it takes searches."""
+        if self.training or torch.is_grad_enabled():
+            return None
+        square = self.transform.mean_square(path, lengths)
+        terms = self.beta + (self.embedding.ema_decay is None)
+        return None if square is None else terms * square / self.e_dim
 
     @torch.no_grad()
     def _start_from_data(self, rows: Tensor, images: int) -> None:

@@ -14,6 +14,13 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 
+def count_codes(codes: Tensor, n_e: int) -> Tensor:
+    """Count each of 0..K-1 among integers in -1..K of any shape: (K,) int64."""
+    codes = codes.flatten() + 1
+    # As bincount does, which waits for a GPU to learn the size of its output.
+    return codes.new_zeros(n_e + 2).scatter_add_(0, codes, torch.ones_like(codes))[1:-1]
+
+
 class CodebookMetrics(Metric):
     """Codebook usage and perplexity, lengths and quantization error.
 
@@ -46,9 +53,8 @@ class CodebookMetrics(Metric):
             quantized: `QuantizerOutput` of the latents.
         """
         codes = quantized.info.indices.reshape(-1, self.max_loops)  # (B h w, T)
-        real = codes[(codes >= 0) & (codes < self.n_e)]  # without dummies and absent ones
-        self.codes += torch.bincount(real, minlength=self.n_e)
-        self.lengths += torch.bincount((codes >= 0).sum(dim=1), minlength=self.max_loops + 1)
+        self.codes += count_codes(codes, self.n_e)  # without dummies and absent ones
+        self.lengths += count_codes((codes >= 0).sum(dim=1), self.max_loops + 1)
         self.error += (z.detach().float() - quantized.z_q.detach()).square().mean(1).sum()
         self.images += len(z)
 

@@ -21,6 +21,7 @@ from taming.modules.vqvae.base import (
     QuantizerInfo,
     QuantizerOutput,
     SingleCodeQuantizer,
+    as_rows,
     channels_second,
     code_perplexity,
     straight_through,
@@ -93,20 +94,20 @@ class NearestQuantizer(SingleCodeQuantizer):
         """Quantize latents z (B, D, h, w); each class states the shape of its indices."""
         if z.ndim != 4:
             raise ValueError(f"expected latents (B, {self.e_dim}, h, w), got {tuple(z.shape)}")
-        rows = self._rows(z)  # (N, D)
-        codes = nearest_codes(rows, self.codebook)  # (N,)
-        entries = self.embedding(codes)  # (N, D)
-        loss = self._loss(rows, entries.float())
+        self._check(z)
+        codes = nearest_codes(z, self.codebook)  # (N,)
+        entries = self.embedding(codes.view(z.shape[0], *z.shape[2:]))  # (B, h, w, D)
+        entries = channels_second(entries)  # (B, D, h, w)
+        loss = self._loss(z.float(), entries.float())
         if self.training:
-            self._learn(rows.detach(), codes)
-        z_q = channels_second(entries.detach().view(z.shape[0], *z.shape[2:], self.e_dim))
-        return QuantizerOutput(straight_through(z, z_q), loss, self._info(codes, z))
+            self._learn(z.detach(), codes)
+        return QuantizerOutput(straight_through(z, entries.detach()), loss, self._info(codes, z))
 
     @abstractmethod
-    def _loss(self, rows: Tensor, entries: Tensor) -> Tensor:
-        """Compute the loss of latents (N, D) and their codes (N, D)."""
+    def _loss(self, z: Tensor, entries: Tensor) -> Tensor:
+        """Compute the loss of latents and their codes, both (B, D, h, w) float32."""
 
-    def _learn(self, rows: Tensor, codes: Tensor) -> None:
+    def _learn(self, z: Tensor, codes: Tensor) -> None:
         """Update codes that do not learn by gradient; by default, nothing."""
 
     def _info(self, codes: Tensor, z: Tensor) -> QuantizerInfo:
@@ -159,10 +160,8 @@ class VectorQuantizer2(NearestQuantizer):
         self.embedding = nn.Embedding(n_e, e_dim)
         nn.init.uniform_(self.embedding.weight, -1 / n_e, 1 / n_e)
 
-    def _loss(self, rows: Tensor, entries: Tensor) -> Tensor:
-        codebook_term = F.mse_loss(entries, rows.detach())
-        commitment = F.mse_loss(entries.detach(), rows)
-        return vq_loss(codebook_term, commitment, self.beta, self.legacy)
+    def _loss(self, z: Tensor, entries: Tensor) -> Tensor:
+        return vq_loss(z, entries, self.beta, self.legacy)
 
 
 class VectorQuantizer(VectorQuantizer2):
@@ -232,11 +231,11 @@ class EMAVectorQuantizer(NearestQuantizer):
         self.beta, self.sane_index_shape = beta, sane_index_shape
         self.embedding: EmbeddingEMA = EmbeddingEMA(n_embed, embedding_dim, decay, eps)
 
-    def _loss(self, rows: Tensor, entries: Tensor) -> Tensor:
-        return self.beta * F.mse_loss(entries, rows)
+    def _loss(self, z: Tensor, entries: Tensor) -> Tensor:
+        return self.beta * F.mse_loss(entries, z)
 
-    def _learn(self, rows: Tensor, codes: Tensor) -> None:
-        self.embedding.learn(rows, codes)
+    def _learn(self, z: Tensor, codes: Tensor) -> None:
+        self.embedding.learn(as_rows(z), codes)
 
 
 class GumbelQuantize(SingleCodeQuantizer):

@@ -6,10 +6,11 @@ Axis letters: N latents, D channels, K codes, T turns, M searches.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from taming.modules.distributed import sum_over_ranks
-from taming.modules.vqvae.loop import ABSENT, Cascade, DepthShape, Path, Searches, Transform
+from taming.modules.vqvae.loop import Cascade, DepthShape, Path, Searches, Transform
 from taming.modules.vqvae.nearest import distance_to, nearest_codes
 
 MOMENTUM = 0.95  # weight of the old value in running statistics
@@ -77,10 +78,8 @@ class Attract(Transform):
         found = nearest_codes(z, codebook)  # (N,)
         first = distance_to(z, codebook[found])  # (N,)
         turn = torch.arange(max_loops, device=z.device)
-        going, ended = turn < turn[:, None], turn > turn[:, None]  # (T, T): [end, turn]
-        codes = found[:, None, None].expand(-1, max_loops, max_loops)  # (N, T, T)
-        codes = codes.masked_fill(going, len(codebook)).masked_fill(ended, ABSENT)
-        return Path(codes, first[:, None] * (1 - self.step) ** turn)
+        codes = found[:, None, None].expand(-1, 1, max_loops)
+        return Path(codes, first[:, None] * (1 - self.step) ** turn, dummy=len(codebook))
 
     def retrace(self, z: Tensor, codes: Tensor, codebook: Tensor) -> Searches:
         """List the one search of each latent, with gradient."""
@@ -88,6 +87,10 @@ class Attract(Transform):
         sites = torch.arange(z.shape[0], device=z.device)
         weights = torch.ones_like(z[:, 0])
         return Searches(sites, torch.zeros_like(sites), z, found, codebook[found], z, weights)
+
+    def mean_square(self, path: Path, lengths: Tensor) -> Tensor:
+        """Average the squared distances of the one search."""
+        return path.distances[:, 0].square().mean()
 
     def compose(self, codes: Tensor, codebook: Tensor) -> Tensor:
         """Look up e_k, of shape (N, D), for codes (N, T)."""
@@ -222,12 +225,14 @@ class LinearResidual(Cascade):
 
         A turn that no latent took has zero error and keeps its moments.
         """
-        codes = codebook[searches.found]  # (M, D)
-        errors = z[searches.sites] - searches.approximations  # (M, D)
-        turns = searches.turns == torch.arange(self.max_loops, device=z.device)[:, None]  # (T, M)
-        # Both products of a turn at once: [errors, codes]^T codes is (2 D, D).
-        sums = [product(torch.cat([errors[on], codes[on]], dim=1).T, codes[on]) for on in turns]
-        counts = turns.sum(dim=1).to(z)
+        codes = F.embedding(searches.found, codebook)  # (M, D)
+        errors = F.embedding(searches.sites, z) - searches.approximations  # (M, D)
+        counts = torch.bincount(searches.turns, minlength=self.max_loops)  # (T,)
+        by_turn = [column.split(counts.tolist()) for column in (errors, codes)]  # listed by turn
+        sums = [
+            torch.cat([product(e.T, c), product(c.T, c)]) for e, c in zip(*by_turn, strict=True)
+        ]
+        counts = counts.to(z)
         total = sum_over_ranks(torch.cat([torch.stack(sums).flatten(1), counts[:, None]], dim=1))
         means = total[:, :-1] / total[:, -1:].clamp(min=1)  # (T, 2 D D)
         cross, moments = means.unflatten(1, (2, z.shape[1], z.shape[1])).unbind(1)  # (T, D, D)

@@ -65,6 +65,17 @@ def test_infinite_threshold_is_vector_quantizer_2(transform: str) -> None:
     torch.testing.assert_close(loopy_out.loss, plain_out.loss)
 
 
+@every_transform
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_the_loss_without_gradient_is_the_loss(transform: str, ema_decay: float | None) -> None:
+    quantizer, z = loopy(transform, ema_decay=ema_decay), torch.randn(2, D, 5, 4)
+    graph = quantizer(z)
+    with torch.no_grad():
+        plain = quantizer(z)
+    torch.testing.assert_close(plain.loss, graph.loss.detach())
+    assert torch.equal(plain.z_q, graph.z_q) and plain.info.perplexity == graph.info.perplexity
+
+
 def test_zero_threshold_is_fixed_depth_residual_quantization() -> None:
     rvq = pytest.importorskip("vector_quantize_pytorch").ResidualVQ
     quantizer = loopy(threshold=0.0)
@@ -462,13 +473,12 @@ def test_variable_rate_and_traces_are_answered_by_the_quantizer() -> None:
     plain, quantizer, z = VectorQuantizer2(K, D, 0.25), loopy(), torch.randn(3, D, 4, 4)
     assert not plain.variable_rate and plain.traces(plain(z)) == {}
     with pytest.raises(ValueError, match="VectorQuantizer2 .*fixed rate"):
-        plain.fewest_codes(z, lambda codes: codes[:, 0, 0, 0], torch.zeros(3))
+        plain.reach(z, lambda codes: codes[:, 0, 0, 0], torch.zeros(3))
     out = quantizer(z)
     assert quantizer.variable_rate and quantizer.traces(out) == {"": out.info.encodings}
     most = quantizer(z, max_codes=40).info.encodings.lengths.sum((1, 2))
-    found = quantizer.fewest_codes(z, lambda codes: (codes >= 0).sum((1, 2, 3)), most)
-    assert (found <= 40).all()
-    assert torch.equal(quantizer(z, max_codes=found).info.encodings.lengths.sum((1, 2)), most)
+    found = quantizer.reach(z, lambda codes: (codes >= 0).sum((1, 2, 3)), most)
+    assert torch.equal(found.info.encodings.lengths.sum((1, 2)), most)
 
 
 def test_metrics_count_sites_that_never_came_within_the_threshold() -> None:

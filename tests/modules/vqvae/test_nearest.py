@@ -33,12 +33,14 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.reported(25)
-@pytest.mark.parametrize("chunk", [1, 50, 64, 1 << 20])
+@pytest.mark.parametrize("chunk", [1, 50, 640, 1 << 20])
+@pytest.mark.parametrize("many", [1, 64])
 def test_equals_full_matrix_for_every_chunk(
-    way: None, monkeypatch: pytest.MonkeyPatch, chunk: int
+    way: None, monkeypatch: pytest.MonkeyPatch, chunk: int, many: int
 ) -> None:
-    for name, size in {"MAX_SCORES": chunk, "_VECTORS": chunk, "_CODES": 32}.items():
+    for name, size in {"MAX_SCORES": chunk, "_SCORES": chunk, "_CODES": 32, "_MANY": many}.items():
         monkeypatch.setattr(nearest, name, size)
+    monkeypatch.setattr(nearest, "_SCORES_OF_MANY", chunk)
     vectors, codebook = torch.randn(37, 5), torch.randn(75, 5)
     found = nearest_codes(vectors, codebook)
     assert torch.equal(found, exact(vectors, codebook).argmin(dim=1))
@@ -68,9 +70,13 @@ def test_a_vector_far_from_the_codebook_keeps_its_digits(way: None) -> None:
     assert is_nearest(nearest_codes(vectors, codebook), vectors, codebook).all()
 
 
-def test_equal_codes_are_found_by_the_lowest_index(way: None) -> None:
-    codebook = torch.randn(700, 4).repeat(3, 1)
+@pytest.mark.parametrize("channels", [4, 70])
+def test_equal_codes_are_found_by_the_lowest_index(way: None, channels: int) -> None:
+    apart = torch.randn(700, channels)
+    codebook = apart.repeat(3, 1)
     assert torch.equal(nearest_codes(codebook, codebook), torch.arange(700).repeat(3))
+    together = apart.repeat_interleave(3, dim=0)
+    assert torch.equal(nearest_codes(apart, together), torch.arange(700) * 3)
 
 
 @pytest.mark.parametrize("chunk", [1, 50, 1 << 20])
@@ -91,7 +97,20 @@ def test_a_code_finds_itself_at_distance_zero_even_under_autocast(way: None) -> 
 
 
 def test_no_vectors_find_nothing(way: None) -> None:
-    assert nearest_codes(torch.empty(0, 4), torch.randn(3, 4)).shape == (0,)
+    for empty in (torch.empty(0, 4), torch.empty(0, 4, 2, 3), torch.empty(2, 4, 0, 3)):
+        assert nearest_codes(empty, torch.randn(3, 4)).shape == (0,)
+
+
+@pytest.mark.parametrize("scores", [1, 40, 150, 1 << 18])
+def test_maps_are_searched_as_their_rows(
+    way: None, monkeypatch: pytest.MonkeyPatch, scores: int
+) -> None:
+    monkeypatch.setattr(nearest, "_SCORES", scores)  # parts of an image, or several images
+    z, codebook = torch.randn(5, 3, 2, 4), torch.randn(9, 3)
+    rows = z.movedim(1, 3).reshape(-1, 3)
+    for maps in (z, z.contiguous(memory_format=torch.channels_last), z.double()):
+        assert torch.equal(nearest_codes(maps, codebook), nearest_codes(rows, codebook))
+    assert nearest_codes(z, codebook, k=2).shape == (40, 2)
 
 
 @pytest.mark.parametrize("place", ["vectors", "codebook"])
