@@ -34,7 +34,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
-from taming.modules.vqvae.metrics import length_heat_map
+from taming.models.first_stage import length_heat_map
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.pictures import save_picture, tile, to_picture
 from taming.run.cli import choose_device, run, script_parser

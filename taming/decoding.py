@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from taming.util import load_array
 
@@ -213,6 +212,12 @@ def _to_levels(values: np.ndarray, black: float, white: float) -> np.ndarray:
             f"{max(black, white):g}], got {values.min():.4g} to {values.max():.4g}"
         )
     return levels.round().astype(np.uint8)
+
+
+def pil_to_tensor(image: Image.Image) -> Tensor:
+    """Copy the levels of a PIL image of 8 bits: (C, H, W) uint8."""
+    levels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C)
+    return levels.view(image.height, image.width, -1).permute(2, 0, 1)
 
 
 def _is_numpy(file: File) -> bool:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from taming.data.preprocessing import View, decode_image, to_unit_range
-from taming.modules.vqvae.metrics import length_heat_map
+from taming.models.first_stage import length_heat_map
 from taming.pictures import load_image, save_picture, side_by_side, tile, to_picture, to_tensor
 
 
