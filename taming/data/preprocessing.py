@@ -208,7 +208,7 @@ def resize(picture: Tensor, size: tuple[int, int], interpolation: str, antialias
     if interpolation in _OF_PILLOW:
         pixels = picture.permute(1, 2, 0).numpy()  # (H, W, C)
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        return pil_to_tensor(image.resize(size[::-1], _OF_PILLOW[interpolation]))
+        return pil_to_tensor(image.resize((size[1], size[0]), _OF_PILLOW[interpolation]))
     if interpolation == "nearest":
         rows, columns = map(_nearest, picture.shape[-2:], size)
         return picture[:, rows[:, None], columns]

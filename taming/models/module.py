@@ -15,14 +15,9 @@ from torch import nn
 
 
 class _Untrained(nn.Module):
-    """What inference takes from a LightningModule."""
+    """Base class of `Model` without Lightning."""
 
     global_step = 0
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(chain(self.parameters(), self.buffers())).device
 
 
 if TYPE_CHECKING:
@@ -30,15 +25,22 @@ if TYPE_CHECKING:
 else:
 
     class Model(_Untrained):
-        """A LightningModule if Lightning was imported before it is built.
+        """A LightningModule if Lightning is imported before one is built.
 
-        One that was built before has no way to a Trainer: build it again.
+        Those that were built before go on, but no Trainer takes them: build them again.
         """
 
+        _trainer = None  # of those built before
+
         def __new__(cls, *args: Any, **kwargs: Any) -> Model:
-            """Take up Lightning's base class, once for all models, before one is built."""
+            """Give all models Lightning's base class, before the first that may be trained."""
             if "lightning.pytorch" in sys.modules and Model.__bases__ == (_Untrained,):
                 from lightning.pytorch import LightningModule
 
                 Model.__bases__ = (LightningModule,)
             return super().__new__(cls)
+
+        @property
+        def device(self) -> torch.device:
+            """Device of the weights."""
+            return next(chain(self.parameters(), self.buffers())).device
