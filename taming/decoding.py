@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageOps
 from torch import Tensor
 
 from taming.util import load_array
@@ -160,8 +160,11 @@ def to_mode(
         ValueError: The values have no stated range, or leave it.
     """
     bounds, hidden = _range_of(image), _transparent_colour(image)
-    image = ImageOps.exif_transpose(image) if upright else image
-    image.info |= hidden
+    if upright and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if hidden:
+        image = image.copy()  # a caller's own stays as it is
+        image.info |= hidden
     if bounds is not None:
         image = _eight_bits(image, *bounds)
     if image.mode in ("La", "RGBa"):  # alpha is multiplied into the colours

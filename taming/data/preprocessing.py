@@ -162,7 +162,7 @@ def read_pair(image: str, other: str, decode: Callable[[str], Tensor]) -> tuple[
 
 def to_unit_range(picture: Tensor) -> np.ndarray:
     """Convert a picture (C, H, W) uint8 to (H, W, C) float32 in [-1, 1]."""
-    return picture.permute(1, 2, 0).to(torch.float32).div(127.5).sub(1).contiguous().numpy()
+    return picture.permute(1, 2, 0).div(127.5).sub_(1).contiguous().numpy()
 
 
 def shift_classes(mask: Tensor) -> Tensor:

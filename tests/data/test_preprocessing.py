@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from reliability.pictures import save_png
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from taming.data.crops import RandomSquare, SquareCrop, Stretch
 from taming.data.preprocessing import (
@@ -21,6 +23,7 @@ from taming.data.preprocessing import (
     one_hot,
     read_pair,
     refuse_failed,
+    resize,
     shift_classes,
     skipping,
     to_unit_range,
@@ -220,6 +223,20 @@ def test_every_interpolation_keeps_plain_colour_and_size(name):
     shown = View((6, 10), 1, 2, 4, 5).apply(picture, name)
     assert (shown.shape, shown.dtype) == ((3, 4, 5), torch.uint8)
     assert (shown == 77).all()
+
+
+@pytest.mark.parametrize("size", [(5, 8), (9, 14), (20, 14)])
+@pytest.mark.parametrize("name", ["bilinear", "bicubic"])
+def test_rescaling_is_torchvisions(name, size):
+    floats = torch.rand(9, 14, 3).permute(2, 0, 1)  # as decoded pictures lie in memory
+    mode = InterpolationMode(name)
+    for antialias in (True, False):
+        wanted = F.resize(floats, list(size), mode, antialias=antialias)
+        assert torch.equal(resize(floats, size, name, antialias), wanted)
+    levels = (floats * 255).to(torch.uint8)
+    wanted = F.resize(levels, list(size), mode, antialias=True).int()
+    # Without AVX2, torchvision rescales floats.
+    torch.testing.assert_close(resize(levels, size, name, True).int(), wanted, rtol=0, atol=1)
 
 
 def test_bicubic_does_not_wrap_round_at_black_and_white():
