@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import islice
 from typing import Any
 
@@ -87,7 +87,8 @@ class _Items(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> list[Any]:
         # First of all, since reading an item takes NumPy's code out of the processor's cache.
         words = [random_words(self.seed, ITEM, self.epoch, index) for index in indices]
-        with isolate_rng(include_cuda=False):
+        # A loader process has no other use of random numbers.
+        with nullcontext() if get_worker_info() else isolate_rng(include_cuda=False):
             return [self._item(*item) for item in zip(indices, words, strict=True)]
 
     def _item(self, index: int, words: np.ndarray) -> Any:
