@@ -33,8 +33,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
+from taming.models.first_stage import length_heat_map
 from taming.models.vqgan import VQModel
-from taming.modules.vqvae.metrics import length_heat_map
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.pictures import save_picture, tile, to_picture
 from taming.run.cli import choose_device, run, script_parser

@@ -16,7 +16,6 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
-from taming.data.photos import VALIDATION_PHOTOS
 from taming.run import cli
 
 logger = logging.getLogger("taming.demo")
@@ -50,6 +49,8 @@ def main() -> None:
     more = "passed to both trainings, such as lightning.x=y"
     parser.add_argument("overrides", nargs="*", help=more)
     options = parser.parse_args()
+    from taming.data.photos import VALIDATION_PHOTOS
+
     start, out = time.monotonic(), Path(options.outdir).resolve()
     photos = [str(files("skimage") / "data" / name) for name in VALIDATION_PHOTOS]
 

@@ -16,18 +16,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from taming.data.tokens import CacheInfo, TokenCacheWriter, free_for_cache
-from taming.data.utils import custom_collate
-from taming.models.vqgan import VQModel
 from taming.run import cli
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+    from taming.models.vqgan import VQModel
 
 logger = logging.getLogger("taming.encode")
 
@@ -38,6 +36,8 @@ def columns_of(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
     Raises:
         ValueError: The batch has a key that `encode` adds.
     """
+    from torch import Tensor
+
     if taken := {"image_number", "pass_number"} & batch.keys():
         raise ValueError(f"a token cache has its own {min(taken)}: rename the data set's")
     columns = {}
@@ -49,13 +49,14 @@ def columns_of(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
     return columns
 
 
-@torch.no_grad()
 def encode(model: VQModel, loader: DataLoader[Any], folder: Path, passes: int) -> None:
     """Save the tokens of a data set.
 
     Raises:
         ValueError: Images differ in size, or the folder is not free.
     """
+    from taming.data.tokens import CacheInfo, TokenCacheWriter
+
     sequence, own = model.quantize.sequence, model.fingerprint()
     writer = None
     for number in range(passes):
@@ -92,6 +93,14 @@ def main() -> None:
     options, saved = cli.parse_run(parser)
     if options.passes < 1:
         raise ValueError("--passes must be at least 1")
+    import lightning.pytorch as pl
+    import torch
+    from torch.utils.data import DataLoader
+
+    from taming.data.tokens import free_for_cache
+    from taming.data.utils import custom_collate
+    from taming.models.vqgan import VQModel
+
     device = cli.choose_device(options.device)
     pl.seed_everything(options.seed, verbose=False)
     model, data = saved.model().to(device), saved.data()
@@ -109,7 +118,9 @@ def main() -> None:
         loader = DataLoader(
             images, data.batch_size, num_workers=data.num_workers, collate_fn=custom_collate
         )
-        encode(model, loader, options.outdir / split, options.passes if split == "train" else 1)
+        with torch.no_grad():
+            passes = options.passes if split == "train" else 1
+            encode(model, loader, options.outdir / split, passes)
     logger.info("tokens in %s", options.outdir)
 
 

@@ -8,35 +8,23 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-import torch
 from tqdm import tqdm
 
-from taming.models.vqgan import VQModel
 from taming.run import cli
 from taming.run.folder import SavedRun
-from taming.run.trainer import quiet_lightning
 from taming.util import replacing
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+    from taming.models.vqgan import VQModel
 
 logger = logging.getLogger("taming.evaluate")
 
 
-class KeepHistograms(pl.Callback):
-    """Keep a tokenizer's counts of codes and lengths, which the end of an epoch clears."""
-
-    def __init__(self) -> None:
-        self.histograms: dict[str, list[int]] = {}
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Copy the counts before the model resets them."""
-        counts = getattr(pl_module, "codebook_histograms", dict)()
-        self.histograms = {name: values.tolist() for name, values in counts.items()}
-
-
-@torch.no_grad()
-def tokens_per_image(model: VQModel, data: pl.LightningDataModule) -> list[int]:
+def tokens_per_image(model: VQModel, data: LightningDataModule) -> list[int]:
     """Return the length of each validation image's token sequence."""
     lengths = []
     for batch in tqdm(data.val_dataloader(), desc="sequences"):
@@ -53,6 +41,13 @@ def main() -> None:
     parser.add_argument("-o", "--output", default="results/evaluation.json", type=Path)
     options = parser.parse_args()
 
+    import torch
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    from taming.models.vqgan import VQModel
+    from taming.run.trainer import quiet_lightning
+
     device = cli.choose_device(options.device)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.output.is_dir():
@@ -61,20 +56,27 @@ def main() -> None:
     about = {"tokenizer": options.tokenizer, "trust_config": options.trust_config}
     saved = SavedRun.load(options.resume, **about)
     model, data = saved.model(), saved.data("validate")
-    keep = KeepHistograms()
-    trainer = pl.Trainer(
+    histograms: dict[str, list[int]] = {}
+
+    def keep_histograms(trainer: Trainer, model: LightningModule) -> None:
+        """Copy a tokenizer's counts of codes and lengths, which the end of an epoch clears."""
+        counts = getattr(model, "codebook_histograms", dict)()
+        histograms.update({name: values.tolist() for name, values in counts.items()})
+
+    trainer = Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=1 if device.index is None else [device.index],
         logger=False,
-        callbacks=[keep],
+        callbacks=[LambdaCallback(on_validation_epoch_end=keep_histograms)],
         enable_model_summary=False,
     )
     metrics: dict[str, Any] = dict(trainer.validate(model, data, verbose=False)[0])
     for name, value in sorted(metrics.items()):
         logger.info("%-30s %.4f", name, value)
-    metrics["histograms"] = keep.histograms
+    metrics["histograms"] = histograms
     if isinstance(model, VQModel) and len(model.levels) == 1:  # several levels, several sequences
-        metrics["tokens_per_image"] = tokens_per_image(model.to(device).eval(), data)
+        with torch.no_grad():
+            metrics["tokens_per_image"] = tokens_per_image(model.to(device).eval(), data)
     with replacing(options.output) as part:
         part.write_text(json.dumps(metrics, indent=2))
     logger.info("written to %s", options.output)

@@ -12,40 +12,44 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from taming.data.imagenet import ImageNetTrain, ImageNetValidation
-from taming.data.preprocessing import error_context, refuse_failed, skipping, to_unit_range
-from taming.data.roots import data_root
-from taming.decoding import decode_image
-from taming.pictures import save_picture
 from taming.run import cli
-from taming.util import load_network
+from taming.util import get_obj_from_str, load_network
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
 
 logger = logging.getLogger("taming.extract_depth")
 
-SPLITS = {"val": ImageNetValidation, "train": ImageNetTrain}
+_DATA = "taming.data.imagenet.ImageNet"
+SPLITS = {"val": f"{_DATA}Validation", "train": f"{_DATA}Train"}
 
 
-@torch.no_grad()
 def estimate_depth(
     network: nn.Module, prepare: Callable[[np.ndarray], Tensor], image: np.ndarray
 ) -> np.ndarray:
     """Estimate the inverse depth (H, W) float32 of an image (H, W, 3) in [-1, 1]."""
+    import torch
+    import torch.nn.functional as F
+
     device = next(network.parameters()).device
-    depth = network(prepare((image + 1) * 127.5).to(device))
+    with torch.no_grad():
+        depth = network(prepare((image + 1) * 127.5).to(device))
     depth = F.interpolate(depth[:, None], image.shape[:2], mode="bicubic", align_corners=False)
     return depth[0, 0].float().cpu().numpy()
 
 
 def save_depth(depth: np.ndarray, path: Path) -> None:
     """Save (H, W) float32 as the bytes of an RGBA image; missing folders are created."""
+    import numpy as np
+    from PIL import Image
+
+    from taming.pictures import save_picture
+
     save_picture(
         Image.fromarray(np.ascontiguousarray(depth[..., None], "<f4").view(np.uint8)), path
     )
@@ -60,9 +64,14 @@ def main() -> None:
     add("--root", help="folder that contains ImageNet; default: TAMING_DATA")
     add("--hub", default=hub, help="torch hub repository, or a local copy of it")
     options = parser.parse_args()
+    from taming.data.preprocessing import error_context, refuse_failed, skipping, to_unit_range
+    from taming.data.roots import data_root
+    from taming.decoding import decode_image
+
     device = cli.choose_device(options.device)
     outdir = options.outdir or data_root(options.root) / "imagenet_depth"
-    datasets = {split: SPLITS[split]({"root": options.root}) for split in options.splits}
+    config = {"root": options.root}
+    datasets = {split: get_obj_from_str(SPLITS[split])(config) for split in options.splits}
     network = load_network(options.hub, "MiDaS").eval().to(device)
     prepare = load_network(options.hub, "transforms").default_transform
     failed: list[str] = []

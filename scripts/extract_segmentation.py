@@ -12,32 +12,29 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from taming.checkpoint import load_checkpoint
-from taming.data.custom import find_files
-from taming.data.preprocessing import error_context, refuse_failed, skipping
-from taming.data.roots import data_root, read_list
-from taming.decoding import decode_image
-from taming.pictures import save_picture
 from taming.run import cli
 from taming.util import load_network
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
 
 logger = logging.getLogger("taming.extract_segmentation")
 
 N_LABELS = 182
-MEAN = torch.tensor([104.008, 116.669, 122.675])[:, None, None]  # blue, green, red
+MEAN = (104.008, 116.669, 122.675)  # blue, green, red
 WEIGHTS = "downloads/deeplabv2_resnet101_msc-cocostuff164k-100000.pth"
 
 
 def images_of(options: argparse.Namespace) -> dict[Path, Path]:
     """List the images to segment: path of an image -> path of its segmentation."""
+    from taming.data.custom import find_files
+    from taming.data.roots import data_root, read_list
+
     root = data_root(options.root)
     folder = options.images or root / f"{options.prefix}_images"
     if options.images:
@@ -49,6 +46,8 @@ def images_of(options: argparse.Namespace) -> dict[Path, Path]:
 
 def load_segmenter(options: argparse.Namespace) -> nn.Module:
     """Load DeepLab and its weights."""
+    from taming.checkpoint import load_checkpoint
+
     if not options.weights.is_file():
         raise FileNotFoundError(
             f"the weights {options.weights} do not exist: get them from https://github.com/"
@@ -59,11 +58,14 @@ def load_segmenter(options: argparse.Namespace) -> nn.Module:
     return network.eval()
 
 
-@torch.no_grad()
 def segment(network: nn.Module, image: Tensor) -> np.ndarray:
     """Predict the class of each pixel of an image (3, H, W) uint8; returns (H, W) uint8."""
-    x = image.flip(0) - MEAN.to(image.device)  # RGB to BGR
-    scores = network(x[None])
+    import torch
+    import torch.nn.functional as F
+
+    x = image.flip(0) - torch.tensor(MEAN, device=image.device)[:, None, None]  # RGB to BGR
+    with torch.no_grad():
+        scores = network(x[None])
     scores = F.interpolate(scores, image.shape[1:], mode="bilinear", align_corners=True)
     return scores[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
 
@@ -79,6 +81,12 @@ def main() -> None:
     add("--weights", type=Path, default=WEIGHTS, help=f"default: {WEIGHTS}")
     add("--hub", default=hub, help="torch hub repository, or a local copy of it")
     options = parser.parse_args()
+    from PIL import Image
+
+    from taming.data.preprocessing import error_context, refuse_failed, skipping
+    from taming.decoding import decode_image
+    from taming.pictures import save_picture
+
     device = cli.choose_device(options.device)
     paths = images_of(options)
     if clash := {path.resolve() for path in paths} & {path.resolve() for path in paths.values()}:

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
-from taming.checkpoint import load_checkpoint, weights_of
 from taming.run import cli
 from taming.util import replacing
 
@@ -23,6 +20,10 @@ def main() -> None:
     parser.add_argument("outpath", help="checkpoint to save")
     parser.add_argument("submodel", nargs="?", default="cond_stage_model", help="name of the part")
     options = parser.parse_args()
+
+    import torch
+
+    from taming.checkpoint import load_checkpoint, weights_of
 
     checkpoint = load_checkpoint(options.inpath)
     weights = weights_of(checkpoint)

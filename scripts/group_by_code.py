@@ -12,27 +12,29 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from taming.models.vqgan import VQModel
-from taming.pictures import save_picture, tile
 from taming.run import cli
 from taming.run.folder import SavedRun
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from taming.models.vqgan import VQModel
 
 logger = logging.getLogger("taming.group_by_code")
 
 
-@torch.no_grad()
 def encode(model: VQModel, data: Any, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Encode the first ``count`` validation images, or all if there are fewer.
 
     Returns:
         Images (N, 3, H, W) in [-1, 1], their codes (N,) and their classes (N,), if known.
     """
+    import torch
+
     images, codes, classes = [], [], []
     for batch in tqdm(data.val_dataloader(), desc="images"):
         images.append(model.get_input(batch, model.image_key))
@@ -46,14 +48,17 @@ def encode(model: VQModel, data: Any, count: int) -> tuple[Tensor, Tensor, Tenso
 
 def purity(codes: Tensor, classes: Tensor) -> float:
     """Return the fraction of images (N,) whose class is the most common one of their code."""
+    import torch
+
     table = torch.zeros(int(codes.max()) + 1, int(classes.max()) + 1)
     table.index_put_((codes, classes), torch.ones(len(codes)), accumulate=True)
     return float(table.max(dim=1).values.sum() / len(codes))
 
 
-@torch.no_grad()
 def rows_of(model: VQModel, images: Tensor, codes: Tensor, rows: int, columns: int) -> list[Tensor]:
     """Collect (1 + columns, 3, H, W) per code: its decoded image, then images with it or white."""
+    import torch
+
     counts = torch.bincount(codes)
     used = counts.argsort(descending=True)[: int((counts > 0).sum())]
     pictures = []
@@ -78,10 +83,15 @@ def main() -> None:
     options = parser.parse_args()
     if min(options.num_images, options.rows, options.columns) < 1:
         raise ValueError("--num_images, --rows and --columns must be at least 1")
+    import torch
+
+    from taming.models.vqgan import VQModel
+    from taming.pictures import save_picture, tile
+
     device = cli.choose_device(options.device)
     saved = SavedRun.load(options.resume, trust_config=options.trust_config)
     model = cli.check_kind(saved.model(), VQModel, options.resume, "a tokenizer")
-    model.to(device)
+    model.to(device).requires_grad_(False)
     most = model.grid[0] * model.grid[1] * model.quantize.sequence.max_loops
     if most != 1:
         raise ValueError(

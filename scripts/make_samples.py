@@ -13,14 +13,8 @@ from __future__ import annotations
 
 import logging
 
-import lightning.pytorch as pl
 from tqdm import tqdm
 
-from taming.data.utils import custom_collate
-from taming.models.cond_transformer import Net2NetTransformer
-from taming.models.sampling import condition_windows, sample_images
-from taming.modules.transformer.generate import SamplingParams, generators_of
-from taming.pictures import save_picture
 from taming.run import cli
 
 logger = logging.getLogger("taming.make_samples")
@@ -31,6 +25,14 @@ def main() -> None:
     parser = cli.samples_parser(__doc__, seed=23)
     parser.add_argument("--split", help="train, validation or test; default: the first by alphabet")
     options, saved = cli.parse_run(parser)
+    import lightning.pytorch as pl
+
+    from taming.data.utils import custom_collate
+    from taming.models.cond_transformer import Net2NetTransformer
+    from taming.models.sampling import condition_windows, sample_images
+    from taming.modules.transformer.generate import SamplingParams, generators_of
+    from taming.pictures import save_picture
+
     device = cli.choose_device(options.device)
     pl.seed_everything(options.seed, verbose=False)
     datasets = saved.data().datasets

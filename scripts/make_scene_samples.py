@@ -13,21 +13,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from taming.data.annotated_objects_dataset import AnnotatedObjectsDataset
-from taming.data.conditional_builder.builder import ObjectsConditionalBuilder
-from taming.data.helper_types import Annotation
-from taming.models.cond_transformer import Grid, Net2NetTransformer
-from taming.models.sampling import Condition, Window, numbers_of, sample_images
-from taming.modules.transformer.generate import SamplingParams, generators_of
-from taming.pictures import save_picture, tile
 from taming.run import cli
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from taming.data.conditional_builder.builder import ObjectsConditionalBuilder
+    from taming.data.helper_types import Annotation
+    from taming.models.cond_transformer import Grid, Net2NetTransformer
+    from taming.models.sampling import Condition, Window
 
 logger = logging.getLogger("taming.make_scene_samples")
 
@@ -61,6 +59,8 @@ def layout_windows(
 
 def builder_of(scenes: Any, name: str) -> ObjectsConditionalBuilder[Any]:
     """Return the builder of layouts of a name; refuse data that has none."""
+    from taming.data.annotated_objects_dataset import AnnotatedObjectsDataset
+
     if not isinstance(scenes, AnnotatedObjectsDataset):
         raise ValueError(
             "layouts come from data.params.validation, which is not a set of annotated objects"
@@ -79,6 +79,14 @@ def main() -> None:
     add("-C", "--conditional", default="objects_bbox", help=kinds)
     add("-N", "--n_samples_per_layout", type=int, default=4)
     options, saved = cli.parse_run(parser)
+    import lightning.pytorch as pl
+    import torch
+
+    from taming.models.cond_transformer import Net2NetTransformer
+    from taming.models.sampling import numbers_of, sample_images
+    from taming.modules.transformer.generate import SamplingParams, generators_of
+    from taming.pictures import save_picture, tile
+
     device = cli.choose_device(options.device)
     pl.seed_everything(options.seed, verbose=False)
     data = saved.data()

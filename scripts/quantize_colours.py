@@ -16,17 +16,12 @@ import logging
 import math
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
-
-from taming.data.photos import VALIDATION_PHOTOS
-from taming.modules.vqvae.codebook import k_means
-from taming.modules.vqvae.nearest import nearest_codes
-from taming.pictures import load_image, save_picture, side_by_side
 from taming.run import cli
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger("taming.quantize_colours")
 
@@ -53,6 +48,11 @@ def quantize(image: Tensor, colours: int, iterations: int = 20) -> Painting:
     Raises:
         ValueError: ``colours`` is below 1 or exceeds the number of pixels.
     """
+    import torch
+
+    from taming.modules.vqvae.codebook import k_means
+    from taming.modules.vqvae.nearest import nearest_codes
+
     pixels = image.permute(1, 2, 0).flatten(0, 1)  # (N, 3)
     if not 1 <= colours <= len(pixels):
         raise ValueError(f"the number of colours must be in 1..{len(pixels)}, got {colours}")
@@ -63,7 +63,7 @@ def quantize(image: Tensor, colours: int, iterations: int = 20) -> Painting:
 def main() -> None:
     """Save the image beside its quantized versions; log the rate and PSNR of each."""
     parser = cli.script_parser(__doc__, device=False)
-    default = files("skimage") / "data" / VALIDATION_PHOTOS[-1]
+    default = files("skimage") / "data" / "coffee.png"
     parser.add_argument("image", nargs="?", default=Path(str(default)), type=Path)
     parser.add_argument("-k", "--colours", nargs="+", type=int, default=[4, 16, 64], metavar="K")
     parser.add_argument("-o", "--output", default="results/colours.png", type=Path)
@@ -71,11 +71,15 @@ def main() -> None:
     parser.add_argument("-s", "--seed", type=int, default=23)
     options = parser.parse_args()
 
+    import torch
+
+    from taming.pictures import load_image, save_picture, side_by_side
+
     torch.manual_seed(options.seed)
     image, shown = load_image(options.image, options.size), []
     for colours in options.colours:
         shown.append(quantize(image, colours).decode())
-        psnr = peak_signal_noise_ratio(shown[-1], image, data_range=2.0)
+        psnr = float(-10 * ((shown[-1] - image).square().mean() / 4).log10())
         bits = math.log2(colours)
         logger.info("%4d colours: %.1f bits per pixel, PSNR %.1f dB", colours, bits, psnr)
     save_picture(side_by_side(image, *shown), options.output)

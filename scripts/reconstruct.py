@@ -17,20 +17,18 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import taming
-from taming.data.custom import find_files
-from taming.data.preprocessing import error_context, refuse_failed, skipping
-from taming.models.vqgan import VQModel
-from taming.pictures import load_image, save_picture, side_by_side
 from taming.run import cli
-from taming.tokenizer import Tokenizer
 from taming.util import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from taming.models.vqgan import VQModel
 
 logger = logging.getLogger("taming.reconstruct")
 
@@ -80,7 +78,6 @@ def refuse_overwriting(paths: Sequence[Path], names: Sequence[str], folder: Path
             raise ValueError(f"{file} is one of the images: choose another folder with -o")
 
 
-@torch.no_grad()
 def reconstruct(
     model: VQModel, x: Tensor, rate: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -94,6 +91,8 @@ def reconstruct(
     Returns:
         Pictures (3, H, W) by name, and numbers by name.
     """
+    import torch
+
     quantized = model.encode(x, **rate)
     x_rec = model.decode(quantized.z_q).clamp(-1, 1)  # (1, 3, H, W)
     pictures = {"input": x, "reconstruction": x_rec}
@@ -125,6 +124,8 @@ def reconstruct(
 
 def save_pictures(pictures: Mapping[str, Tensor], folder: Path, name: str) -> None:
     """Save the reconstruction, the lengths if there are any, and all pictures side by side."""
+    from taming.pictures import save_picture, side_by_side
+
     reconstruction, lengths, compare = (folder / file for file in files_of(name))
     save_picture(pictures["reconstruction"], reconstruction)
     if "lengths" in pictures:
@@ -162,6 +163,11 @@ def main() -> None:
         ValueError: An image could not be used.
     """
     options = parse_options()
+    from taming.data.custom import find_files
+    from taming.data.preprocessing import error_context, refuse_failed, skipping
+    from taming.pictures import load_image
+    from taming.tokenizer import Tokenizer
+
     paths = find_files(options.images)
     names = unique_names(paths)
     refuse_overwriting(paths, names, options.outdir)

@@ -13,11 +13,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # works without a display
-import matplotlib.pyplot as plt
-
 from taming.run import cli
 from taming.util import replacing
 
@@ -52,7 +47,10 @@ def summary(tokenizer: dict[str, Any], prior: dict[str, Any]) -> list[tuple[str,
 
 def draw_histograms(tokenizer: dict[str, Any]) -> bytes:
     """Draw the histograms of turns per site and tokens per image; returns a PNG."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
     turns = tokenizer["histograms"]["val/lengths"][1:]
     left.bar(range(1, len(turns) + 1), [count / sum(turns) for count in turns], color="#b5367a")
     left.set(xlabel="turns of a site", ylabel="share of sites", xticks=range(1, len(turns) + 1))
@@ -62,7 +60,6 @@ def draw_histograms(tokenizer: dict[str, Any]) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
-    plt.close(figure)
     return buffer.getvalue()
 
 

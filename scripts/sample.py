@@ -22,20 +22,17 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import taming
-from taming.data.base import ImagePaths
-from taming.data.custom import find_files
-from taming.data.preprocessing import refuse_failed, skipping
-from taming.generator import Generator
-from taming.models.sampling import numbers_of, paste, upper_part
-from taming.pictures import save_picture, tile, to_tensor
 from taming.run import cli
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from taming.generator import Generator
 
 logger = logging.getLogger("taming.sample")
 
@@ -78,6 +75,8 @@ def parse_options() -> argparse.Namespace:
 
 def sample(generator: Generator, options: argparse.Namespace, asked: dict[str, Any]) -> None:
     """Save new images, one file each, and a grid of all."""
+    from taming.pictures import save_picture, tile
+
     pictures = generator.sample(**asked)
     options.outdir.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(pictures):
@@ -89,6 +88,9 @@ def sample(generator: Generator, options: argparse.Namespace, asked: dict[str, A
 
 def known_part(generator: Generator, options: argparse.Namespace, grid: tuple[int, int]) -> Tensor:
     """Return the known sites (h, w) bool: an upper part, or a mask's."""
+    from taming.data.base import ImagePaths
+    from taming.models.sampling import upper_part
+
     if options.mask is None:
         return upper_part(0.5 if options.known is None else options.known, grid)
     side = grid[0] * generator.model.first_stage_model.factor
@@ -102,6 +104,14 @@ def complete(generator: Generator, options: argparse.Namespace, asked: dict[str,
     Raises:
         ValueError: An image could not be used; the others are completed first.
     """
+    import torch
+
+    from taming.data.base import ImagePaths
+    from taming.data.custom import find_files
+    from taming.data.preprocessing import refuse_failed, skipping
+    from taming.models.sampling import numbers_of, paste
+    from taming.pictures import save_picture, tile, to_tensor
+
     grid = options.grid or generator.model.grid
     if grid[0] != grid[1]:
         raise ValueError(f"--complete needs a square grid, got {grid[0]}x{grid[1]}")
@@ -127,6 +137,8 @@ def complete(generator: Generator, options: argparse.Namespace, asked: dict[str,
 def main(all_levels: bool = False) -> None:
     """Sample or complete; ``all_levels``: even a single run must be of all levels of a VQ-VAE-2."""
     options = parse_options()
+    from taming.generator import Generator
+
     cli.check_folder(options.outdir)
     runs = options.resume if all_levels or len(options.resume) > 1 else options.resume[0]
     about = {"tokenizer": options.tokenizer, "trust_config": options.trust_config}

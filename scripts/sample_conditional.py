@@ -26,19 +26,16 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from taming.data.utils import custom_collate
-from taming.models.cond_transformer import Net2NetTransformer
-from taming.models.sampling import Progress, condition_windows, paste, upper_part
-from taming.modules.transformer.generate import SamplingParams
-from taming.pictures import to_picture
 from taming.run import cli
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from taming.models.cond_transformer import Net2NetTransformer
+    from taming.models.sampling import Progress
 
 logger = logging.getLogger("taming.sample_conditional")
 
@@ -150,6 +147,10 @@ class Studio:
 
     def example(self, wish: Wish) -> tuple[Tensor, Tensor] | None:
         """Return image and condition, each (1, C, H, W), or a label (1,); None if not wished."""
+        import torch
+
+        from taming.data.utils import custom_collate
+
         if not wish.split and self.kind != "image":
             return None
         if wish.split not in self.datasets or not 0 <= wish.index < len(self.datasets[wish.split]):
@@ -161,6 +162,8 @@ class Studio:
 
     def _scaled(self, x: Tensor, scale: float) -> Tensor:
         """Scale an image (1, C, H, W) to whole sites; return a label (1,) unchanged."""
+        import torch.nn.functional as F
+
         if x.ndim != 4:
             return x
         factor = self.model.first_stage_model.factor
@@ -170,7 +173,6 @@ class Studio:
             return F.interpolate(x, size, mode="nearest-exact")
         return F.interpolate(x, size, mode="bilinear", antialias=True)
 
-    @torch.no_grad()
     def show(self, wish: Wish) -> dict[str, str]:
         """Return pictures of the example, as data URLs by name."""
         if (example := self.example(wish)) is None:
@@ -189,9 +191,13 @@ class Studio:
             return (2 * (c - low) / (high - low).clamp(min=1e-8) - 1).expand(-1, 3, -1, -1)
         return c if c.shape[1] == 3 else self.model.cond_stage_model.to_rgb(c)
 
-    @torch.no_grad()
     def sample(self, wish: Wish, send: Callable[[dict[str, Any]], None]) -> None:
         """Sample an image; send the number of finished sites, that of all, and the picture."""
+        import torch
+
+        from taming.models.sampling import condition_windows, paste, upper_part
+        from taming.modules.transformer.generate import SamplingParams
+
         example, model = self.example(wish), self.model
         if example is None:
             codes, share = model.empty_codes(1, scaled_grid(model.grid, wish.scale)), 0.0
@@ -237,6 +243,8 @@ def scaled_grid(grid: tuple[float, float], scale: float) -> tuple[int, int]:
 
 def data_url(image: Tensor) -> str:
     """Encode an image (3, H, W) in [-1, 1] for a page."""
+    from taming.pictures import to_picture
+
     buffer = io.BytesIO()
     to_picture(image).save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -339,10 +347,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8501)
     parser.add_argument("--no_browser", action="store_true", help="do not open the page")
     options, saved = cli.parse_run(parser)
+    from taming.models.cond_transformer import Net2NetTransformer
+
     device = cli.choose_device(options.device)
     datasets = saved.data().datasets if "data" in saved.config.values else {}
     model = cli.check_kind(saved.model(), Net2NetTransformer, options.resume, "a transformer prior")
-    model.to(device)
+    model.to(device).requires_grad_(False)
     with Server((options.host, options.port), Studio(model, datasets, saved.step())) as server:
         address = f"http://{options.host}:{server.server_port}"
         logger.info("open %s in a browser; Ctrl-C ends it", address)

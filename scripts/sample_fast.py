@@ -14,10 +14,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from taming.generator import Generator
-from taming.models.prior import Prior
-from taming.models.sampling import numbers_of
-from taming.pictures import save_picture
 from taming.run import cli
 
 logger = logging.getLogger("taming.sample_fast")
@@ -32,6 +28,11 @@ def main() -> None:
     options, saved = cli.parse_run(parser)
     if min(options.num_samples, options.batch_size) < 1:
         raise ValueError("--num_samples and --batch_size must be at least 1")
+    from taming.generator import Generator
+    from taming.models.prior import Prior
+    from taming.models.sampling import numbers_of
+    from taming.pictures import save_picture
+
     device = cli.choose_device(options.device)
     model = cli.check_kind(saved.model(), Prior, options.resume, "a prior")
     generator = Generator(model, options.batch_size).to(device)

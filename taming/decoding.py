@@ -16,9 +16,8 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from taming.util import load_array
 
@@ -161,8 +160,11 @@ def to_mode(
         ValueError: The values have no stated range, or leave it.
     """
     bounds, hidden = _range_of(image), _transparent_colour(image)
-    image = ImageOps.exif_transpose(image) if upright else image
-    image.info |= hidden
+    if upright and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if hidden:
+        image = image.copy()  # a caller's own stays as it is
+        image.info |= hidden
     if bounds is not None:
         image = _eight_bits(image, *bounds)
     if image.mode in ("La", "RGBa"):  # alpha is multiplied into the colours
@@ -213,6 +215,12 @@ def _to_levels(values: np.ndarray, black: float, white: float) -> np.ndarray:
             f"{max(black, white):g}], got {values.min():.4g} to {values.max():.4g}"
         )
     return levels.round().astype(np.uint8)
+
+
+def pil_to_tensor(image: Image.Image) -> Tensor:
+    """Copy the levels of a PIL image of 8 bits: (C, H, W) uint8."""
+    levels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C)
+    return levels.view(image.height, image.width, -1).permute(2, 0, 1)
 
 
 def _is_numpy(file: File) -> bool:

@@ -16,13 +16,12 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
 from taming.models.level_prior import check_priors, sample_levels
 from taming.models.prior import Prior
 from taming.models.sampling import Grid, SamplingParams, generators_of, paste, sample_images
-from taming.pictures import Picture, is_single, to_picture, to_tensor
+from taming.pictures import Picture, is_single, resize, to_picture, to_tensor
 from taming.tokenizer import Tokenizer
 from taming.util import usable_device
 
@@ -295,6 +294,7 @@ class Generator:
         height, width = (side * self.model.first_stage_model.factor for side in grid)
         scale = max(height / image.shape[1], width / image.shape[2])
         rows, columns = round(image.shape[1] * scale), round(image.shape[2] * scale)
-        image = resize(image, [max(height, rows), max(width, columns)], antialias=True)
-        image = center_crop(image, [height, width])
+        rows, columns = max(height, rows), max(width, columns)
+        top, left = round((rows - height) / 2), round((columns - width) / 2)
+        image = resize(image, rows, columns)[:, top : top + height, left : left + width]
         return image.clamp(-1, 1).to(next(self.model.parameters()))

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor, resize
-from torchvision.utils import make_grid
 
-from taming.decoding import MODES, Colour, decode_image, to_mode
+from taming.decoding import MODES, Colour, decode_image, pil_to_tensor, to_mode
 from taming.util import replacing
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
@@ -110,6 +110,12 @@ def _values_of(
     return pil_to_tensor(to_mode(picture, channels, True, background))
 
 
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """Scale an image (C, H, W), of floats or uint8, as torchvision does by default."""
+    size = (height, width)
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+
+
 def load_image(path: Path, size: int | None = None, site: int = 1) -> Tensor:
     """Load an image file, scale its short side, and cut its middle to whole sites.
 
@@ -127,7 +133,7 @@ def load_image(path: Path, size: int | None = None, site: int = 1) -> Tensor:
     pixels = decode_image(path)  # (3, H, W) uint8
     if size is not None:
         scale = size / min(pixels.shape[1:])
-        pixels = resize(pixels, [round(side * scale) for side in pixels.shape[1:]], antialias=True)
+        pixels = resize(pixels, *(round(side * scale) for side in pixels.shape[1:]))
     height, width = pixels.shape[1:]
     rows, columns = height // site * site, width // site * site
     if rows == 0 or columns == 0:
@@ -154,7 +160,15 @@ def tile(images: Tensor | Sequence[Picture], columns: int) -> Tensor:
     """
     if not isinstance(images, Tensor):
         images = torch.stack([to_tensor(image) for image in images])
-    return make_grid(images.detach().float().cpu(), nrow=columns, padding=2, pad_value=1.0)
+    if len(images) == 1:
+        return images[0].detach().float().cpu()
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    framed = F.pad(images.detach().float().cpu(), (2, 0, 2, 0), value=1.0)
+    empty = framed.new_ones(rows * columns - len(images), *framed.shape[1:])
+    cells = torch.cat([framed, empty])
+    tiled = rearrange(cells, "(r c) d h w -> d (r h) (c w)", r=rows)
+    return F.pad(tiled, (0, 2, 0, 2), value=1.0)
 
 
 def side_by_side(*images: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import pixelcnn_sampling
 import pytest
-import token_cache
 import torch
 from priors import SIZES, Sizes, compare
 from race.classifier import Classifier, judge
@@ -23,9 +21,8 @@ from race.plans import Plan
 from race.training import build_tokenizer, fit
 from support.models import DDCONFIG, GPT, PLAIN, images
 from support.runs import CONFIGS, TinyRuns, call
-from token_cache import seconds_per_image, training_step_of
-from torch.utils.data import DataLoader
 
+from benchmarks.data import measure_pictures, measure_prior, measure_tokens, training_step_of
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.modules.sequence.notations import UnarySequence
 from taming.run.config import load_config
@@ -113,15 +110,6 @@ def test_distances_are_those_of_normal_distributions() -> None:
     assert one.distance(wider) == pytest.approx(float(one.covariance.trace()), rel=1e-4)
 
 
-def test_timing_counts_images_after_the_first_batch() -> None:
-    seen: list[int] = []
-    loader = DataLoader([{"x": number} for number in range(12)], batch_size=4)
-    assert seconds_per_image(loader, 1, lambda batch: seen.append(len(batch["x"]))) >= 0
-    assert seen == [4, 4]
-    assert seconds_per_image(loader, 4, lambda batch: seen.append(len(batch["x"]))) >= 0
-    assert seen[2:] == [4] * 5  # beyond an epoch
-
-
 def test_the_step_that_is_timed_is_the_one_that_trains() -> None:
     tokenizer = {"ddconfig": DDCONFIG, "lossconfig": PLAIN, "n_embed": 16, "embed_dim": 4}
     first_stage = {"target": "taming.models.vqgan.VQModel", "params": tokenizer}
@@ -138,21 +126,22 @@ def test_the_step_that_is_timed_is_the_one_that_trains() -> None:
 
 
 def test_a_prior_is_timed_on_images_and_on_their_cached_tokens(
-    tiny_runs: TinyRuns,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    tiny_runs: TinyRuns, tmp_path: Path
 ) -> None:
     tokenizer, prior = (
         tiny_runs.of(f"demo/loopy_{kind}.yaml") for kind in ("vqgan", "transformer")
     )
     call("encode", "-r", tokenizer, "-o", tmp_path / "cache")
-    words = ["token_cache.py", "-r", prior, "--cache", tmp_path / "cache/train", "--batches", 1]
-    monkeypatch.setattr(sys, "argv", list(map(str, words)))
-    with caplog.at_level("INFO", "taming.benchmark"):
-        token_cache.main()
-    told = [line.partition(":")[0] for line in caplog.messages if "times faster" in line]
-    assert told == ["until the tokens are available", "for a training step"]
+    rows = measure_prior(str(prior), str(tmp_path / "cache/train"), repeats=2)
+    assert [row["an image"] for row in rows] == ["until its tokens are there", "training step"]
+    assert all(row["from images, ms"] > 0 and row["from tokens, ms"] > 0 for row in rows)
+
+
+def test_the_data_that_is_timed_is_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("benchmarks.data.FILES", 4)
+    monkeypatch.setattr("benchmarks.data.IMAGES", 20)
+    assert len(measure_pictures(tmp_path, repeats=2)) == 5  # refuses pictures that differ
+    assert measure_tokens(tmp_path / "cache", repeats=2)["million tokens/s"] > 0
 
 
 def test_seconds_of_sampling_are_of_the_rounds_after_the_first(

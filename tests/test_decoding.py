@@ -9,11 +9,11 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from reliability.pictures import REFUSED, RIGHT, WRONG, files, judge, kinds
+from reliability.pictures import REFUSED, RIGHT, WRONG, files, judge, kinds, save_png
 
 from taming.data.base import ImagePaths
 from taming.data.hub import ParquetImages
-from taming.decoding import decode_image, rgb_of
+from taming.decoding import decode_image, rgb_of, to_mode
 from taming.pictures import load_image, to_picture, to_tensor
 
 
@@ -65,6 +65,13 @@ def test_an_opaque_picture_is_the_same_with_alpha_and_without(tmp_path):
     assert torch.equal(plain, torch.from_numpy(pixels).movedim(-1, 0))
     with_alpha = np.dstack([pixels, np.full((20, 30), 255, np.uint8)])
     assert torch.equal(decode_image(saved(tmp_path / "b.png", with_alpha)), plain)
+
+
+def test_a_picture_of_the_caller_stays_as_it_is():
+    png = save_png(np.full((2, 2, 1), 3), depth=4, colour=0, transparent=b"\x00\x03")
+    image = Image.open(io.BytesIO(png))
+    assert to_mode(image, 4).getpixel((0, 0)) == (255, 255, 255, 0)
+    assert image.info["transparency"] == 3
 
 
 def test_every_entry_point_turns_a_picture_upright(tmp_path, parquet):

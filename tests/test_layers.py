@@ -1,9 +1,6 @@
 """Imports point one way: the table of the architecture, read off the source."""
 
 import ast
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,26 +99,3 @@ def test_no_circles():
 def test_every_folder_is_a_package():
     folders = {file.parent for file in FILES}
     assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
-
-
-def test_help_imports_neither_torch_nor_lightning():
-    code = (
-        "import sys; import main\n"
-        "try: main.main(['--help'])\n"
-        "except SystemExit as stop: assert not stop.code\n"
-        "slow = {'torch', 'torchvision', 'lightning', 'numpy', 'PIL'} & set(sys.modules)\n"
-        "assert not slow, slow"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 0, result.stderr
-    assert "--max_epochs" in result.stdout
-
-
-def test_the_face_loads_torch_when_it_is_used_and_the_workshop_when_a_run_is_loaded():
-    program = "import sys, taming; assert 'torch' not in sys.modules; taming.Tokenizer; "
-    program += f"import {', '.join(FACE)}; assert 'taming.run' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

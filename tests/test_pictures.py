@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.utils import make_grid
 
 from taming.data.preprocessing import View, decode_image, to_unit_range
-from taming.modules.vqvae.metrics import length_heat_map
+from taming.models.first_stage import length_heat_map
 from taming.pictures import load_image, save_picture, side_by_side, tile, to_picture, to_tensor
 
 
@@ -35,6 +36,12 @@ def test_tiles_of_any_kind_of_picture() -> None:
     images = torch.linspace(-1, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
     mixed = [images[0].movedim(0, -1).numpy(), images[1]]
     torch.testing.assert_close(tile(mixed, 2), tile(images, 2))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_tiles_are_torchvisions_grid(count: int) -> None:
+    images = torch.rand(count, 3, 4, 5)
+    assert torch.equal(tile(images, 3), make_grid(images, 3, padding=2, pad_value=1.0))
 
 
 def test_a_picture_has_the_values_that_data_sets_give(tmp_path) -> None:

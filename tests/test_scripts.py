@@ -5,7 +5,6 @@ import io
 import json
 import math
 import shutil
-import sys
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import token_cache
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from support.models import GPT, vqmodel_config
 from support.runs import CONFIGS, TRAINER, TinyRuns, call, fails, read_pixels, run_main
 
+from benchmarks.data import measure_prior
 from scripts.reconstruct import files_of, unique_names
 from taming.data.tokens import TokenCache
 from taming.models.cond_transformer import Net2NetTransformer
@@ -400,7 +399,7 @@ def test_tokens_are_computed_once(
 
 
 def test_a_prior_trains_from_cached_tokens(
-    tokenizer: Path, tiny_runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Path, tiny_runs: TinyRuns, tmp_path: Path
 ) -> None:
     call("encode", "-r", tokenizer, "-o", "cache")
     config: Any = OmegaConf.load(CONFIGS / "demo/loopy_transformer.yaml")
@@ -415,9 +414,8 @@ def test_a_prior_trains_from_cached_tokens(
     (run,) = (tmp_path / "logs").glob("*_cached")
     assert list(run.glob("images/val/samples_half_*.png"))
     assert model_from_run(run).first_stage_key == "image"  # and goes on from images, if need be
-    monkeypatch.setattr(sys, "argv", ["token_cache", "-r", str(run), "--cache", "cache/train"])
     with pytest.raises(ValueError, match="trained from a token cache"):
-        token_cache.main()
+        measure_prior(str(run), "cache/train", repeats=2)
 
 
 class Sources(HTMLParser):

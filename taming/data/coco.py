@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import InterpolationMode
 
 from taming.data.crops import Crop, SquareCrop, Stretch
 from taming.data.preprocessing import (
@@ -116,7 +115,7 @@ class CocoBase(Dataset[dict[str, Any]]):
         view = self.crop.view(*image.shape[-2:])
         captions = self.captions[image_id]
         with error_context(f"map {map_path}"):
-            segmentation = self.encode_map(view.apply(segmentation, InterpolationMode.NEAREST))
+            segmentation = self.encode_map(view.apply(segmentation, "nearest"))
         return {
             "image": to_unit_range(view.apply(image)),
             "caption": [captions[int(torch.randint(len(captions), ()))]],

@@ -17,16 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import InterpolationMode
 
 from taming.data.crops import Crop, SquareCrop
 from taming.data.imagenet_base import ImageNetBase, ImageNetTrain, ImageNetValidation
 from taming.data.imagenet_base import give_synsets_from_indices as give_synsets_from_indices
 from taming.data.imagenet_base import str_to_indices as str_to_indices
 from taming.data.preprocessing import (
+    check_interpolation,
     decode_depth,
     error_context,
-    interpolation_mode,
     read_pair,
     resize,
     to_unit_range,
@@ -164,7 +163,7 @@ def shrink(picture: Tensor, factor: int) -> Tensor:
     rows, columns = (side // factor for side in picture.shape[-2:])
     if not rows or not columns:
         raise ValueError(f"{tuple(picture.shape[-2:])} pixels cannot be divided by {factor}")
-    return resize(picture, (rows, columns), InterpolationMode.BICUBIC, antialias=True)
+    return resize(picture, (rows, columns), "bicubic", antialias=True)
 
 
 class ImageNetWithDegraded(Dataset[dict[str, Any]], ABC):
@@ -233,7 +232,7 @@ class ImageNetScale(ImageNetWithDegraded):
         super().__init__(size, crop_size, random_crop, config)
         self.up_factor = up_factor
         self.hr_factor = hr_factor or 1
-        self.mode = interpolation_mode(keep_mode)
+        self.mode = check_interpolation(keep_mode)
 
     def degrade(self, picture: Tensor) -> Tensor | None:
         """Shrink by ``up_factor`` and enlarge again; float32 in [-1, 1]."""

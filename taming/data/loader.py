@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import islice
 from typing import Any
 
@@ -42,7 +42,10 @@ def seed_generators(seed: int, *key: int, devices: bool = False) -> None:
         *key: Use, epoch and so on.
         devices: Seed torch's generators of all devices, not only of the CPU.
     """
-    words = random_words(seed, *key)
+    _seed_by(random_words(seed, *key), devices)
+
+
+def _seed_by(words: np.ndarray, devices: bool = False) -> None:
     (torch.manual_seed if devices else torch.default_generator.manual_seed)(int(words[0]))
     np.random.seed(words[1:3].view(np.uint32))
     random.seed(int(words[3]))
@@ -82,11 +85,14 @@ class _Items(Dataset[Any]):
         self.dataset, self.seed, self.epoch = dataset, seed, epoch
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
-        with isolate_rng(include_cuda=False):
-            return [self._item(index) for index in indices]
+        # First of all, since reading an item takes NumPy's code out of the processor's cache.
+        words = [random_words(self.seed, ITEM, self.epoch, index) for index in indices]
+        # A loader process has no other use of random numbers.
+        with nullcontext() if get_worker_info() else isolate_rng(include_cuda=False):
+            return [self._item(*item) for item in zip(indices, words, strict=True)]
 
-    def _item(self, index: int) -> Any:
-        seed_generators(self.seed, ITEM, self.epoch, index)
+    def _item(self, index: int, words: np.ndarray) -> Any:
+        _seed_by(words)
         return _as_mapping(self.dataset[index])
 
 

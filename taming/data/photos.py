@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import adjust_hue
 
 from taming.data.crops import SquareCrop
 from taming.data.preprocessing import View, scale_short_side, to_unit_range
@@ -107,6 +106,8 @@ class PhotosTrain(Dataset[dict[str, Any]]):
         view = self.crop.view(*photo.shape[-2:])
         crop = view.apply(photo, antialias=True)
         if self.hue:
+            from torchvision.transforms.v2.functional import adjust_hue  # slow; hue alone needs it
+
             crop = adjust_hue(crop, float(torch.empty(()).uniform_(-self.hue, self.hue)))
         return {"image": to_unit_range(crop), "file_path_": TRAIN_PHOTOS[number]}
 

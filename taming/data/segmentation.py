@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import InterpolationMode
 
 from taming.data.crops import Crop, SquareCrop
 from taming.data.paths import compact
 from taming.data.preprocessing import (
+    check_interpolation,
     decode_mask,
     error_context,
-    interpolation_mode,
     one_hot,
     read_pair,
     shift_classes,
@@ -51,7 +50,7 @@ class SegmentationPaths(Dataset[dict[str, Any]]):
     ) -> None:
         self.labels = {name: compact(name, values) for name, values in labels.items()}
         self.crop = crop
-        self.interpolation = interpolation_mode(interpolation)
+        self.interpolation = check_interpolation(interpolation)
         self.n_labels = n_labels
         self.shift_segmentation = shift_segmentation
 
@@ -66,7 +65,7 @@ class SegmentationPaths(Dataset[dict[str, Any]]):
         view = self.crop.view(*image.shape[-2:])
         item["image"] = to_unit_range(view.apply(image, self.interpolation))
         with error_context(f"map {item['segmentation_path_']}"):
-            mask = view.apply(mask, InterpolationMode.NEAREST)
+            mask = view.apply(mask, "nearest")
             item["segmentation"] = one_hot(mask, self.n_labels)
         return item
 

@@ -16,7 +16,26 @@ from torch import Tensor
 
 from taming.modules.diffusionmodules.model import Encoder
 from taming.modules.vqvae.base import Quantizer
-from taming.modules.vqvae.metrics import length_heat_map
+
+
+def length_heat_map(lengths: Tensor, max_loops: int, size: tuple[int, int]) -> Tensor:
+    """Colour each site by its length: dark for one turn, bright for the most.
+
+    Args:
+        lengths: (B, h, w) int64 in [1, max_loops].
+        max_loops: T, the length of the brightest colour.
+        size: (H, W) of the picture.
+
+    Returns:
+        (B, 3, H, W) float32 in [-1, 1].
+    """
+    import matplotlib  # slow, and only pictures need it
+
+    share = (lengths.cpu() - 1).float() / max(max_loops - 1, 1)
+    colours = matplotlib.colormaps["inferno"](share.numpy())[..., :3]
+    picture = torch.from_numpy(colours).float().permute(0, 3, 1, 2) * 2 - 1  # (B, 3, h, w)
+    return F.interpolate(picture, size=size, mode="nearest").to(lengths.device)
+
 
 # Parts of a tokenizer that do not affect the codes of an image.
 _AFTER = ("loss", "decoder", "post_quant_conv", "colorize")

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from taming.lr_scheduler import scheduled
+from taming.models.module import Model
 from taming.modules.util import first_non_finite
 from taming.util import NonFiniteError, instantiate_from_config
 
+if TYPE_CHECKING:
+    from lightning.pytorch.core.optimizer import LightningOptimizer
 
-class ManualOptimization(pl.LightningModule):
+
+class ManualOptimization(Model):
     """Accumulate, clip and step by hand; ``global_step`` counts the generator's steps only.
 
     Subclasses return `adam` from ``configure_optimizers`` and call `backward_and_step` for each

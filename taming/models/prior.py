@@ -14,7 +14,6 @@ from functools import cached_property
 from itertools import count
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from taming.checkpoint import freeze, load_weights
 from taming.lr_scheduler import scheduled
 from taming.models.conditions import UNCONDITIONAL, build_cond_stage
+from taming.models.module import Model
 from taming.models.sampling import (
     Completion,
     Condition,
@@ -68,7 +68,7 @@ def _sizes_of(sequence: TokenSequence) -> str:
     return f"n_e={sequence.n_e}, max_loops={sequence.max_loops}{dummies}"
 
 
-class Prior(pl.LightningModule, ABC):
+class Prior(Model, ABC):
     """A distribution over the codes of a frozen tokenizer, given a condition.
 
     The arguments are those of a `Net2NetTransformer`.

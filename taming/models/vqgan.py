@@ -7,13 +7,12 @@ Axis letters: B images, C channels, H W image, D latent channels, h w grid, K co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio
-from torchmetrics.image import PeakSignalNoiseRatio
 
 from taming.checkpoint import load_weights
 from taming.models.first_stage import FirstStage
@@ -22,9 +21,13 @@ from taming.modules.diffusionmodules.model import Decoder, Encoder, check_ddconf
 from taming.modules.losses.base import DISCRIMINATOR, GENERATOR, AutoencoderLoss, check_finite
 from taming.modules.util import images_of, start_orthogonal
 from taming.modules.vqvae.base import GridShape, Quantizer, QuantizerOutput
-from taming.modules.vqvae.metrics import SplitMetrics
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from taming.util import instantiate_from_config, instantiate_with_sizes
+
+if TYPE_CHECKING:
+    from torchmetrics.image import PeakSignalNoiseRatio
+
+    from taming.modules.vqvae.metrics import SplitMetrics
 
 MOST_SITES = 1 << 24  # of an image to decode; an empty batch may state a larger grid at no cost
 
@@ -123,9 +126,6 @@ class VQModel(ManualOptimization, FirstStage):
             raise ValueError(
                 f"{type(self.quantize).__name__} learns from the decoder and has no quantize_start"
             )
-        splits = ("train", "val")
-        self.codebook = SplitMetrics({s: self.quantize.codebook_metrics() for s in splits})
-        self.val_psnr = PeakSignalNoiseRatio(data_range=self.value_range[1] - self.value_range[0])
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
         self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
@@ -198,8 +198,8 @@ class VQModel(ManualOptimization, FirstStage):
 
         def psnr(codes: Tensor) -> Tensor:
             x_rec = self.as_input(self.decode_code(codes)).float().clamp(low, high)
-            images = (x_rec, x.float())
-            return peak_signal_noise_ratio(*images, high - low, reduction="none", dim=(1, 2, 3))
+            error = (x_rec - x.float()).square().mean(dim=(1, 2, 3))  # (B,)
+            return 10 / math.log(10) * (2 * math.log(high - low) - error.log())
 
         return self.quantize.reach(z, psnr, target_psnr.to(x.device, torch.float32))
 
@@ -234,6 +234,19 @@ class VQModel(ManualOptimization, FirstStage):
         return self.decode(self.quantize.get_codebook_entry(code_b, shape))
 
     # --- training --------------------------------------------------------------------------------
+
+    codebook: SplitMetrics
+    val_psnr: PeakSignalNoiseRatio
+
+    def setup(self, stage: str) -> None:
+        """Build what measures an epoch, with torchmetrics, whose import takes seconds."""
+        from torchmetrics.image import PeakSignalNoiseRatio
+
+        from taming.modules.vqvae.metrics import SplitMetrics
+
+        splits = ("train", "val")
+        self.codebook = SplitMetrics({s: self.quantize.codebook_metrics() for s in splits})
+        self.val_psnr = PeakSignalNoiseRatio(data_range=self.value_range[1] - self.value_range[0])
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Train the generator, then the discriminator, on one batch."""

@@ -263,6 +263,13 @@ def tensor_of(batch: Mapping[str, Any], key: str, parameter: str) -> Tensor:
     return value
 
 
+def count_codes(codes: Tensor, n_e: int) -> Tensor:
+    """Count each of 0..K-1 among integers in -1..K of any shape: (K,) int64."""
+    codes = codes.flatten() + 1
+    # As bincount does, which waits for a GPU to learn the size of its output.
+    return codes.new_zeros(n_e + 2).scatter_add_(0, codes, torch.ones_like(codes))[1:-1]
+
+
 def images_of(
     batch: Mapping[str, Any],
     key: str,

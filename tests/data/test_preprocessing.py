@@ -9,19 +9,21 @@ import torch
 from PIL import Image
 from reliability.pictures import save_png
 from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from taming.data.crops import RandomSquare, SquareCrop, Stretch
 from taming.data.preprocessing import (
     INTERPOLATIONS,
     View,
+    check_interpolation,
     decode_depth,
     decode_image,
     decode_mask,
     error_context,
-    interpolation_mode,
     one_hot,
     read_pair,
     refuse_failed,
+    resize,
     shift_classes,
     skipping,
     to_unit_range,
@@ -117,7 +119,7 @@ def test_masks_of_more_classes_than_256(dtype, kinds):
         assert mask.dtype == torch.int32 and mask[0].tolist() == numbers.tolist()
     assert shift_classes(mask)[0].tolist() == [[1, 256, 257, 0]]
     view = View((2, 4), 0, 0, 2, 4, flip=True)
-    classes = one_hot(view.apply(mask[..., :3], InterpolationMode.NEAREST), 300).argmax(-1)
+    classes = one_hot(view.apply(mask[..., :3], "nearest"), 300).argmax(-1)
     assert classes[0].tolist() == [256, 255, 0, 0]
 
 
@@ -210,7 +212,7 @@ def test_one_view_keeps_image_and_mask_aligned():
     classes = torch.zeros(1, 24, 36, dtype=torch.uint8)
     classes[:, :, 18:] = 200
     view = SquareCrop(12, True, True).view(24, 36)
-    mask = view.apply(classes, InterpolationMode.NEAREST)
+    mask = view.apply(classes, "nearest")
     assert set(mask.unique().tolist()) <= {0, 200}
     torch.testing.assert_close(mask, view.apply(classes))
 
@@ -218,22 +220,36 @@ def test_one_view_keeps_image_and_mask_aligned():
 @pytest.mark.parametrize("name", INTERPOLATIONS)
 def test_every_interpolation_keeps_plain_colour_and_size(name):
     picture = torch.full((3, 9, 14), 77, dtype=torch.uint8)
-    shown = View((6, 10), 1, 2, 4, 5).apply(picture, interpolation_mode(name))
+    shown = View((6, 10), 1, 2, 4, 5).apply(picture, name)
     assert (shown.shape, shown.dtype) == ((3, 4, 5), torch.uint8)
     assert (shown == 77).all()
+
+
+@pytest.mark.parametrize("size", [(5, 8), (9, 14), (20, 14)])
+@pytest.mark.parametrize("name", ["bilinear", "bicubic"])
+def test_rescaling_is_torchvisions(name, size):
+    floats = torch.rand(9, 14, 3).permute(2, 0, 1)  # as decoded pictures lie in memory
+    mode = InterpolationMode(name)
+    for antialias in (True, False):
+        wanted = F.resize(floats, list(size), mode, antialias=antialias)
+        assert torch.equal(resize(floats, size, name, antialias), wanted)
+    levels = (floats * 255).to(torch.uint8)
+    wanted = F.resize(levels, list(size), mode, antialias=True).int()
+    # Without AVX2, torchvision rescales floats.
+    torch.testing.assert_close(resize(levels, size, name, True).int(), wanted, rtol=0, atol=1)
 
 
 def test_bicubic_does_not_wrap_round_at_black_and_white():
     picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
     picture[..., 4:] = 255
-    columns = View((16, 16), 0, 0, 16, 16).apply(picture, interpolation_mode("bicubic"))[0, 0]
+    columns = View((16, 16), 0, 0, 16, 16).apply(picture, "bicubic")[0, 0]
     assert columns[:6].max() < 30
     assert columns[-6:].min() > 225
 
 
 def test_unknown_interpolations_are_refused():
     with pytest.raises(ValueError, match="one of nearest, .*; got 'cubic'"):
-        interpolation_mode("cubic")
+        check_interpolation("cubic")
 
 
 @pytest.mark.parametrize("crop", [SquareCrop(16, random_crop=True), RandomSquare(16), Stretch(16)])

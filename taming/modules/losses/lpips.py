@@ -14,7 +14,6 @@ from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import VGG16_Weights
 
 from taming.util import get_ckpt_path
 
@@ -59,6 +58,8 @@ def fetch_vgg16() -> dict[str, Tensor]:
     Raises:
         ConnectionError: They cannot be downloaded.
     """
+    from torchvision.models import VGG16_Weights  # slow, and only a training without them needs it
+
     weights = VGG16_Weights.IMAGENET1K_V1
     try:
         return dict(weights.get_state_dict(progress=True, check_hash=True, map_location="cpu"))

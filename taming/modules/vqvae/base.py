@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.sequence.notations import RasterSequence
-from taming.modules.util import checks_values
+from taming.modules.util import checks_values, count_codes
 from taming.modules.vqvae.checks import check_finite_latents, mark_outside, rows_of_codes
-from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics, count_codes
 from taming.util import load_array
+
+if TYPE_CHECKING:
+    from taming.modules.vqvae.metrics import CodebookMetrics, HierarchyMetrics
 
 GridShape = tuple[int, int, int, int]  # (B, h, w, D)
 Quality = Callable[[Tensor], Tensor]  # codes (B, h, w, T) -> (B,)
@@ -179,6 +181,8 @@ class Quantizer(Part, ABC):
 
     def codebook_metrics(self) -> CodebookMetrics | HierarchyMetrics:
         """Return a new metric that counts the codes of this quantizer."""
+        from taming.modules.vqvae.metrics import CodebookMetrics  # imports torchmetrics: seconds
+
         return CodebookMetrics(self.n_e, self.sequence.max_loops)
 
     def tracked_scalars(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ enlarged to this level's grid.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.vqvae.base import GridShape, LoopTrace, Quantizer, QuantizerOutput
-from taming.modules.vqvae.metrics import HierarchyMetrics
 from taming.util import instantiate_from_config
+
+if TYPE_CHECKING:
+    from taming.modules.vqvae.metrics import HierarchyMetrics
 
 
 class LevelOutput(NamedTuple):
@@ -228,6 +230,8 @@ class Hierarchy(Quantizer):
 
     def codebook_metrics(self) -> HierarchyMetrics:
         """Return a new metric that counts the codes of each level."""
+        from taming.modules.vqvae.metrics import HierarchyMetrics  # imports torchmetrics: seconds
+
         return HierarchyMetrics({n: q.codebook_metrics() for n, q in self.by_name.items()})
 
     def tracked_scalars(self) -> dict[str, Tensor]:

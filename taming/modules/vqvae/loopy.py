@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,11 @@ from taming.modules.vqvae.base import (
 from taming.modules.vqvae.checks import mark_impossible, rows_of_codes
 from taming.modules.vqvae.codebook import Codebook
 from taming.modules.vqvae.loop import Path, Searches, Transform
-from taming.modules.vqvae.metrics import LoopMetrics
 from taming.modules.vqvae.nearest import distance_to, nearest_codes
 from taming.util import instantiate_with_sizes
+
+if TYPE_CHECKING:
+    from taming.modules.vqvae.metrics import LoopMetrics
 
 RESIDUAL = {"target": "taming.modules.vqvae.transforms.Residual"}
 Rate = float | Tensor | None  # one number for all images, or one for each (B,)
@@ -336,6 +338,8 @@ class LoopyVectorQuantizer(Quantizer):
 
     def codebook_metrics(self) -> LoopMetrics:
         """Return a new metric that also counts the sites that ran into the last turn."""
+        from taming.modules.vqvae.metrics import LoopMetrics  # imports torchmetrics: seconds
+
         return LoopMetrics(self.n_e, self.max_loops)
 
     def tracked_scalars(self) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""Codebook statistics over an epoch, summed over batches and processes, and pictures of lengths.
+"""Codebook statistics over an epoch, summed over batches and processes.
 
-Axis letters: B images, D channels, h w grid, H W image, K codes, T turns.
+Axis letters: B images, D channels, h w grid, K codes, T turns.
 """
 
 from __future__ import annotations
@@ -9,16 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-
-def count_codes(codes: Tensor, n_e: int) -> Tensor:
-    """Count each of 0..K-1 among integers in -1..K of any shape: (K,) int64."""
-    codes = codes.flatten() + 1
-    # As bincount does, which waits for a GPU to learn the size of its output.
-    return codes.new_zeros(n_e + 2).scatter_add_(0, codes, torch.ones_like(codes))[1:-1]
+from taming.modules.util import count_codes
 
 
 class CodebookMetrics(Metric):
@@ -159,22 +153,3 @@ class SplitMetrics(NamedMetrics):
             for name, value in metrics.compute().items()
             if value.ndim == 1
         }
-
-
-def length_heat_map(lengths: Tensor, max_loops: int, size: tuple[int, int]) -> Tensor:
-    """Colour each site by its length: dark for one turn, bright for the most.
-
-    Args:
-        lengths: (B, h, w) int64 in [1, max_loops].
-        max_loops: T, the length of the brightest colour.
-        size: (H, W) of the picture.
-
-    Returns:
-        (B, 3, H, W) float32 in [-1, 1].
-    """
-    import matplotlib  # slow, and only pictures need it
-
-    share = (lengths.cpu() - 1).float() / max(max_loops - 1, 1)
-    colours = matplotlib.colormaps["inferno"](share.numpy())[..., :3]
-    picture = torch.from_numpy(colours).float().permute(0, 3, 1, 2) * 2 - 1  # (B, 3, h, w)
-    return F.interpolate(picture, size=size, mode="nearest").to(lengths.device)

@@ -1,0 +1,46 @@
+"""The base class of models: Lightning's, in programs that import Lightning.
+
+Lightning takes longer to import than all else that inference needs, and inference needs none of it.
+So until a program imports Lightning, models are plain modules of torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+
+class _Untrained(nn.Module):
+    """Base class of `Model` without Lightning."""
+
+    global_step = 0
+
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule as Model
+else:
+
+    class Model(_Untrained):
+        """A LightningModule if Lightning is imported before one is built.
+
+        Those that were built before go on, but no Trainer takes them: build them again.
+        """
+
+        _trainer = None  # of those built before
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Model:
+            """Give all models Lightning's base class, before the first that may be trained."""
+            if "lightning.pytorch" in sys.modules and Model.__bases__ == (_Untrained,):
+                from lightning.pytorch import LightningModule
+
+                Model.__bases__ = (LightningModule,)
+            return super().__new__(cls)
+
+        @property
+        def device(self) -> torch.device:
+            """Device of the weights."""
+            return next(chain(self.parameters(), self.buffers())).device
