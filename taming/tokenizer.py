@@ -5,7 +5,7 @@ Axis letters: B pictures, C channels, H W picture, h w grid, T turns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -65,9 +65,14 @@ class Tokenizer:
         batch_size: Largest number of pictures of one size that go through the model together.
         background: Colour under what is transparent, as for `taming.decoding.decode_image`.
         max_pixels: Refuse larger files, as `taming.decoding.decode_image` does.
+        tile: Pictures of more pixels than a square of this side go through the networks in tiles
+            that overlap. Tiles share the statistics of norms, estimated from a sample of the
+            picture, and show no seams; some codes in a hundred may differ from those of the whole.
+            Attention sees at most 1,024 sites, spread over the picture. None sends every picture
+            whole, in time quadratic in its sites.
 
     Raises:
-        ValueError: The model is not a tokenizer, or one of label maps.
+        ValueError: The model is not a tokenizer, or one of label maps; or the tile is not positive.
 
     Example:
         >>> import numpy as np, torch
@@ -89,6 +94,7 @@ class Tokenizer:
         batch_size: int = 16,
         background: Colour = "white",
         max_pixels: int | None = None,
+        tile: int | None = 768,
     ) -> None:
         if getattr(model, "value_range", None) != (-1.0, 1.0):
             raise ValueError(
@@ -98,6 +104,21 @@ class Tokenizer:
         self.model = model.eval().requires_grad_(False)
         self.batch_size = batch_size
         self.background, self.max_pixels = rgb_of(background), max_pixels
+        self.tile = tile
+
+    @property
+    def tile(self) -> int | None:
+        """Side of a tile in pixels, or None; it can be set, for all users of the model."""
+        return self.model.encoder.tile
+
+    @tile.setter
+    def tile(self, tile: int | None) -> None:
+        if tile is not None and tile < 1:
+            raise ValueError(f"tile must be a positive number of pixels or None, got {tile}")
+        parts: Iterator[Any] = self.model.modules()
+        for part in parts:
+            if "tile" in vars(part):
+                part.tile = tile
 
     def to(self, device: torch.device | str) -> Tokenizer:
         """Move the model to a device; return the tokenizer."""

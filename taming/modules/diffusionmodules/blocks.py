@@ -11,16 +11,36 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from taming.modules.tiling import Survey
 
 logger = logging.getLogger(__name__)
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group norm that takes the statistics of a tile from the `Survey` of its picture."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
+        survey = Survey.active()
+        if survey is None:
+            return super().forward(x)
+        mean, variance = survey.moments(self, x, self.num_groups)  # (groups,)
+        repeats = self.num_channels // self.num_groups
+        scale = self.weight * (variance + self.eps).rsqrt().repeat_interleave(repeats)
+        shift = self.bias - mean.repeat_interleave(repeats) * scale
+        scale, shift = (t[:, None, None].to(x.dtype) for t in (scale, shift))
+        return torch.addcmul(shift, x, scale)
+
+
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     """Return the group norm used throughout, with eps 1e-6."""
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 class Downsample(nn.Module):
@@ -123,16 +143,36 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
         h = self.norm(x)
+        q, k, v = self.q(h), self.k(h), self.v(h)
         # Contiguous: with channels apart, torch's CPU kernel builds the whole attention matrix.
-        q, k, v = (
-            rearrange(f(h), "b c h w -> b 1 (h w) c").contiguous() for f in (self.q, self.k, self.v)
-        )
+        q = rearrange(q, "b c h w -> b 1 (h w) c").contiguous()
+        if survey := Survey.active():
+            k, v = (t.expand(len(x), -1, -1, -1) for t in survey.keys(self, k, v))
+        else:
+            k, v = (rearrange(t, "b c h w -> b 1 (h w) c").contiguous() for t in (k, v))
         h = F.scaled_dot_product_attention(q, k, v)
         h = rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(h)
 
 
-class Stage(nn.Module):
+class Blocks(nn.Module):
+    """Base of what is made of blocks.
+
+    Attributes:
+        gradient_checkpointing: In training, keep only the inputs of each block and compute the rest
+            again on the way back (arXiv:1604.06174): the same gradients in less memory.
+    """
+
+    gradient_checkpointing = False
+
+    def through(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        """Apply a block."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+class Stage(Blocks):
     """Residual blocks at one resolution, each followed by attention if there is any.
 
     Args:
@@ -164,7 +204,7 @@ class Stage(nn.Module):
     def run_blocks(self, h: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C', H, W)."""
         for block, attention in self.steps():
-            h = attention(block(h))
+            h = self.through(attention, self.through(block, h))
         return h
 
 
@@ -192,7 +232,7 @@ class UpStage(Stage):
         return self.upsample(self.run_blocks(h))
 
 
-class Middle(nn.Module):
+class Middle(Blocks):
     """Block, attention, block at the lowest resolution, where attention is always affordable.
 
     Args:
@@ -219,7 +259,8 @@ class Middle(nn.Module):
 
     def forward(self, h: Tensor, time: Tensor | None = None) -> Tensor:
         """Map (B, in_channels, h, w), and a time embedding (B, E), to (B, channels, h, w)."""
-        return self.block_2(self.attn_1(self.block_1(h, time)), time)
+        h = self.through(self.attn_1, self.through(self.block_1, h, time))
+        return self.through(self.block_2, h, time)
 
 
 def level_widths(ch: int, ch_mult: Sequence[int], groups: int) -> list[int]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from taming.modules.diffusionmodules.blocks import (
     warn_of_unreached,
 )
 from taming.modules.diffusionmodules.unet import Model, SimpleDecoder, UpsampleDecoder, VUNet
+from taming.modules.tiling import in_tiles
 
 # The original had all of its networks in this module.
 __all__ = [
@@ -67,9 +69,13 @@ class Encoder(nn.Module):
         give_pre_end: Not used here.
         num_groups: Groups of the norms. A group of one channel (``ch`` 32) loses its mean, and with
             it the colour of a flat image: use fewer groups in small models.
+        gradient_checkpointing: Keep only the inputs of blocks in training and compute the rest
+            again on the way back: about half the memory, a third more time, the same gradients.
 
     Attributes:
         factor: Side in pixels of a site.
+        tile: Side in pixels of the tiles of large pictures, where no gradients are computed; None
+            for none (see `taming.modules.tiling`).
 
     Raises:
         ValueError: A width is not a multiple of ``num_groups``.
@@ -91,12 +97,14 @@ class Encoder(nn.Module):
         double_z: bool = True,
         give_pre_end: bool = False,
         num_groups: int = 32,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         widths = level_widths(ch, ch_mult, num_groups)
         self.resolution = resolution
         self.num_resolutions = len(widths)
         self.factor = 2 ** (self.num_resolutions - 1)
+        self.tile: int | None = None
         resolutions = [resolution // 2**i for i in range(len(widths))]
         warn_of_unreached(attn_resolutions, resolutions)
 
@@ -109,6 +117,9 @@ class Encoder(nn.Module):
             attention = resolutions[i] in attn_resolutions
             self.down.append(DownStage(downsample, blocks, attention, dropout, num_groups))
         self.mid = Middle(widths[-1], dropout, num_groups)
+        parts: list[Any] = [*self.down, self.mid]
+        for part in parts:
+            part.gradient_checkpointing = gradient_checkpointing
         self.norm_out = group_norm(widths[-1], num_groups)
         self.conv_out = nn.Conv2d(
             widths[-1], 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1
@@ -138,6 +149,12 @@ class Encoder(nn.Module):
                 f"image is {height} x {width} pixels, but this encoder halves it "
                 f"{len(self.down) - 1} times: both must be multiples of {self.factor}"
             )
+        if self.tile is None or torch.is_grad_enabled():
+            return self.run(x)
+        return in_tiles(self.run, x, self.tile // self.factor, unit=self.factor, to=1)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Encode images as a whole."""
         h = self.conv_in(x)
         for stage in self.down:
             h = stage(h)
@@ -173,10 +190,13 @@ class Decoder(nn.Module):
         double_z: bool = True,
         give_pre_end: bool = False,
         num_groups: int = 32,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         widths = level_widths(ch, ch_mult, num_groups)
         self.num_resolutions = len(widths)
+        self.factor = 2 ** (self.num_resolutions - 1)
+        self.tile: int | None = None
         self.give_pre_end = give_pre_end
 
         self.conv_in = nn.Conv2d(z_channels, widths[-1], kernel_size=3, padding=1)
@@ -187,6 +207,9 @@ class Decoder(nn.Module):
             blocks = [*pairwise([before] + [after] * (num_res_blocks + 1))]
             attention = resolution // 2**i in attn_resolutions
             self.up.append(UpStage(upsample, blocks, attention, dropout, num_groups))
+        parts: list[Any] = [*self.up, self.mid]
+        for part in parts:
+            part.gradient_checkpointing = gradient_checkpointing
         self.norm_out = group_norm(widths[0], num_groups)
         self.conv_out = nn.Conv2d(widths[0], out_ch, kernel_size=3, padding=1)
 
@@ -199,6 +222,12 @@ class Decoder(nn.Module):
         Returns:
             (B, out_ch, factor h, factor w), unbounded; with ``give_pre_end`` the features before.
         """
+        if self.tile is None or torch.is_grad_enabled():
+            return self.run(z)
+        return in_tiles(self.run, z, self.tile // self.factor, unit=1, to=self.factor)
+
+    def run(self, z: Tensor) -> Tensor:
+        """Decode latents as a whole."""
         h = self.mid(self.conv_in(z))
         for stage in reversed(self.up):
             h = stage(h)

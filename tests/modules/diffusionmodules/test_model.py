@@ -3,12 +3,13 @@
 import inspect
 import json
 import logging
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.original import load_golden
-from torch import nn
+from torch import Tensor, nn
 
 from taming.modules.diffusionmodules.model import (
     AttnBlock,
@@ -161,3 +162,37 @@ def test_attention_that_no_level_has_is_logged(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "attn_resolutions [8] add no attention: the levels have the resolutions [32, 16]"
     ]
+
+
+def test_gradient_checkpointing_keeps_gradients_and_halves_the_activations() -> None:
+    sizes: dict[str, Any] = {"double_z": False, "z_channels": 4, "resolution": 32, "ch": 8}
+    sizes |= {"in_channels": 3, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 2}
+    sizes |= {"attn_resolutions": [16], "num_groups": 4, "dropout": 0.3}
+    x = torch.randn(2, 3, 32, 32)
+    gradients, sizes_kept = [], []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        networks = nn.Sequential(
+            Encoder(**sizes, gradient_checkpointing=recomputed),
+            Decoder(**sizes, gradient_checkpointing=recomputed),
+        )
+        tensors = []  # what is kept for the way back: all that is saved, and inputs of blocks
+        for block in networks.modules():
+            if isinstance(block, ResnetBlock | AttnBlock):
+                block.register_forward_pre_hook(
+                    lambda _, inputs, kept=tensors: kept.append(inputs[0])
+                )
+
+        def keep(tensor: Tensor, kept: list[Tensor] = tensors) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = (networks(x) - x).square().mean()
+        storages = [t.untyped_storage() for t in tensors if not isinstance(t, nn.Parameter)]
+        sizes_kept.append(sum({s.data_ptr(): s.nbytes() for s in storages}.values()))
+        loss.backward()
+        gradients.append([parameter.grad for parameter in networks.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+    assert sizes_kept[1] < sizes_kept[0] / 2
