@@ -149,12 +149,14 @@ class KVCache:
             batch, heads, _, channels = key.shape
             self.keys.append(key.new_empty(batch, heads, self.size, channels))
             self.values.append(value.new_empty(batch, heads, self.size, channels))
-        # After `keep`, the memory of dropped sequences stays behind that of the others.
-        keys, values = self.keys[layer][: len(key)], self.values[layer][: len(value)]
-        end = self.length + key.shape[2]
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
+        return self._store(self.keys[layer], key), self._store(self.values[layer], value)
+
+    def _store(self, memory: Tensor, new: Tensor) -> Tensor:
+        """Put (B, N, L, E) after the P cached tokens of memory; return (B, N, P + L, E)."""
+        if len(new) < len(memory):  # after `keep`, dropped sequences stay behind the others
+            memory = memory[: len(new)]
+        memory.narrow(2, self.length, new.shape[2]).copy_(new)
+        return memory.narrow(2, 0, self.length + new.shape[2])
 
     def keep(self, rows: Tensor) -> None:
         """Drop all sequences except ``rows``, (R,) int64, which move to the front."""
@@ -203,7 +205,7 @@ class CausalSelfAttention(nn.Module):
             q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if context.rotation is not None:
             q, k = rotate(q, context.rotation), rotate(k, context.rotation)
-        q, k, past = q.type_as(v), k.type_as(v), 0
+        q, k, past = q.to(v.dtype), k.to(v.dtype), 0
         if context.cache is not None:
             past = context.cache.length
             k, v = context.cache.extend(self.layer, k, v)

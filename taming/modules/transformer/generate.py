@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taming.modules.sequence.grammar import PAD, GrammarState, TokenSequence, by_site
-from taming.modules.transformer.network import PriorNetwork, Prompt
+from taming.modules.transformer.network import IncrementalDecoder, PriorNetwork, Prompt
 
 # --- from logits to a token ----------------------------------------------------------------------
 
@@ -269,7 +269,6 @@ class GenerationState:
         return self.tokens.masked_fill(self.sequence.states(self.tokens).site >= sites, PAD)
 
 
-@torch.no_grad()
 def generate(
     network: PriorNetwork,
     condition: Tensor,
@@ -313,12 +312,24 @@ def generate(
             f"guidance {params.guidance} needs a prior that was trained with condition_dropout"
         )
     given = condition.new_empty(len(condition), 0) if prefix is None else prefix
-    state = GenerationState(sequence, grid, given, known, steps, sites)
-    rows = state.begin()
-    if len(rows) == 0:
-        return state.result()
     conditions = [condition] if without is None or params.guidance == 1 else [condition, without]
-    decoders = [network.decoder(grid) for _ in conditions]
+    with torch.inference_mode():  # small operations take a tenth less time than without gradients
+        state = GenerationState(sequence, grid, given, known, steps, sites)
+        if len(state.begin()):
+            _sample(state, conditions, [network.decoder(grid) for _ in conditions], params, callback)
+        tokens = state.result()
+    return tokens.clone()  # an ordinary tensor again
+
+
+def _sample(
+    state: GenerationState,
+    conditions: list[Tensor],
+    decoders: list[IncrementalDecoder],
+    params: SamplingParams,
+    callback: Callable[[GenerationState], None] | None,
+) -> None:
+    """Sample all sequences of a state to their ends; further decoders are those of guidance."""
+    rows = state.begin()
     read = [d.prefill(state.prompt(rows, c)) for d, c in zip(decoders, conditions, strict=True)]
     state.rewind(rows, read[0])
     while True:
@@ -328,8 +339,9 @@ def generate(
         token = state.next_token(rows, logits, params)
         rows, token = state.append(rows, token)
         if callback is not None and state.sampled > sampled:
-            callback(state)
+            with torch.inference_mode(False):
+                callback(state)
         if state.unfinished == 0:
-            return state.result()
+            return
         for decoder in decoders:
             decoder.step(rows, token, state.of(rows))
