@@ -34,6 +34,16 @@ def shift_right(x: Tensor) -> Tensor:
     return F.pad(x, (1, 0))[..., :-1]
 
 
+class Conv(nn.Conv2d):
+    """A convolution without padding; a matrix product, which takes less, of one place at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, C, h, w)."""
+        if x.shape[2:] != self.kernel_size:
+            return super().forward(x)
+        return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[..., None, None]
+
+
 class GatedLayer(nn.Module):
     """One layer of both stacks (figure 2), with residual connections in both.
 
@@ -48,12 +58,12 @@ class GatedLayer(nn.Module):
         back = kernel_size // 2
         double = 2 * channels
         self.vertical = nn.Conv2d(channels, double, (back + 1, kernel_size), padding=(0, back))
-        self.horizontal = nn.Conv2d(channels, double, (1, back + 1))
+        self.horizontal = Conv(channels, double, (1, back + 1))
         self.to_horizontal = nn.Conv2d(double, double, 1)
         self.condition = nn.Linear(channels, 2 * double)
         self.vertical_out = nn.Conv2d(channels, channels, 1)
-        self.horizontal_out = nn.Conv2d(channels, channels, 1)
-        self.skip = nn.Conv2d(channels, channels, 1)
+        self.horizontal_out = Conv(channels, channels, 1)
+        self.skip = Conv(channels, channels, 1)
         self.drop = nn.Dropout(dropout)
 
     def down(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,12 @@ E = C / N channels of a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -112,7 +112,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("axis", pair % 3, persistent=False)
 
     def forward(self, sites: Tensor | None, length: int) -> Tensor | None:
-        """Compute cosines and sines (2, B, 1, L, E / 2) float32 for L inputs.
+        """Compute cosines and signed sines (2, B, 1, L, E) float32 for L inputs.
 
         The places (B, S, 3) int64 are those of the last S inputs; others are not rotated.
         """
@@ -120,14 +120,14 @@ class RotaryEmbedding(nn.Module):
             return None
         angles = sites[..., self.axis] * self.frequency  # (B, S, E / 2)
         angles = F.pad(angles, (0, 0, length - sites.shape[1], 0))[:, None]  # (B, 1, L, E / 2)
-        return torch.stack([angles.cos(), angles.sin()])
+        cos, sin = angles.cos(), angles.sin()
+        return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate queries or keys (B, N, L, E) by cosines and sines (2, B, 1, L, E / 2)."""
+    """Rotate queries or keys (B, N, L, E) by cosines and signed sines (2, B, 1, L, E)."""
     cos, sin = rotation.unbind(0)
-    one, other = x.chunk(2, dim=-1)
-    return torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # pairs lie half of E apart
 
 
 @dataclass
@@ -140,6 +140,8 @@ class KVCache:
     values: list[Tensor] = field(default_factory=list)
     length: int = 0  # P, tokens stored
     first: Tensor | None = None  # (B, C), first input of each sequence, which adaptive norms need
+    # Weight and bias of query, key and value together, per layer; empty to use the layers' own.
+    fused: Sequence[tuple[Tensor, Tensor]] = ()
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, N, L, E) of new tokens; return those of all P + L tokens."""
@@ -147,12 +149,14 @@ class KVCache:
             batch, heads, _, channels = key.shape
             self.keys.append(key.new_empty(batch, heads, self.size, channels))
             self.values.append(value.new_empty(batch, heads, self.size, channels))
-        # After `keep`, the memory of dropped sequences stays behind that of the others.
-        keys, values = self.keys[layer][: len(key)], self.values[layer][: len(value)]
-        end = self.length + key.shape[2]
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
+        return self._store(self.keys[layer], key), self._store(self.values[layer], value)
+
+    def _store(self, memory: Tensor, new: Tensor) -> Tensor:
+        """Put (B, N, L, E) after the P cached tokens of memory; return (B, N, P + L, E)."""
+        if len(new) < len(memory):  # after `keep`, dropped sequences stay behind the others
+            memory = memory[: len(new)]
+        memory.narrow(2, self.length, new.shape[2]).copy_(new)
+        return memory.narrow(2, 0, self.length + new.shape[2])
 
     def keep(self, rows: Tensor) -> None:
         """Drop all sequences except ``rows``, (R,) int64, which move to the front."""
@@ -170,7 +174,7 @@ class Context(NamedTuple):
     """Inputs of a block beside the tokens; each may be absent."""
 
     cache: KVCache | None = None  # of the tokens before; extended by these
-    rotation: Tensor | None = None  # (2, B, 1, L, E / 2), from `RotaryEmbedding`
+    rotation: Tensor | None = None  # (2, B, 1, L, E), from `RotaryEmbedding`
     modulation: Tensor | None = None  # (B, 6, C), from which adaptive norms take scale, shift, gate
 
 
@@ -196,15 +200,12 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         """Attend among tokens (B, L, C) and the P cached ones before them: (B, L, C)."""
-        q, k, v = (
-            rearrange(project(x), "b l (n c) -> b n l c", n=self.n_head)
-            for project in (self.query, self.key, self.value)
-        )  # (B, N, L, E) each
+        q, k, v = self._heads(x, context.cache)  # (B, N, L, E) each
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if context.rotation is not None:
             q, k = rotate(q, context.rotation), rotate(k, context.rotation)
-        q, k, past = q.type_as(v), k.type_as(v), 0
+        q, k, past = q.to(v.dtype), k.to(v.dtype), 0
         if context.cache is not None:
             past = context.cache.length
             k, v = context.cache.extend(self.layer, k, v)
@@ -217,7 +218,21 @@ class CausalSelfAttention(nn.Module):
             is_causal=mask is None and q.shape[2] > 1,
             dropout_p=self.attn_pdrop if self.training else 0.0,
         )
-        return self.resid_drop(self.proj(rearrange(mixed, "b n l c -> b l (n c)")))
+        return self.resid_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
+
+    def _heads(self, x: Tensor, cache: KVCache | None) -> tuple[Tensor, ...]:
+        """Project tokens (B, L, C) to queries, keys and values (B, N, L, E)."""
+        batch, length, _ = x.shape
+        if cache is None or not cache.fused:
+            parts = self.query(x), self.key(x), self.value(x)
+            return tuple(p.view(batch, length, self.n_head, -1).transpose(1, 2) for p in parts)
+        together = F.linear(x, *cache.fused[self.layer]).view(batch, length, 3, self.n_head, -1)
+        return together.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def fused(self) -> tuple[Tensor, Tensor]:
+        """Return weight (3 C, C) and bias (3 C,) of query, key and value together."""
+        parts = self.query, self.key, self.value
+        return torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
 
     def _mask(self, length: int, past: int, device: torch.device) -> Tensor | None:
         """Return the mask (L, P + L) bool; None for plain causal order or a single new token."""

@@ -7,6 +7,7 @@ tokens, E embeddings given, C channels, V vocabulary, N tokens of all sequences.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,7 +117,9 @@ class Backbone(PriorNetwork):
         self.rotary = RotaryEmbedding(config.head_channels) if rotary else None
         self.modulate = nn.Linear(n_embd, 6 * n_embd) if adaptive_norm else None
         self.drop = nn.Dropout(embd_pdrop)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(n_layer))
+        self.blocks: list[Block] = nn.ModuleList(  # type: ignore[assignment]
+            Block(config, layer) for layer in range(n_layer)
+        )
         self.ln_f = (nn.RMSNorm if rms_norm else nn.LayerNorm)(n_embd)
         self.apply(init_weights)
         if self.modulate is not None:  # every block starts as the identity (arXiv:2212.09748)
@@ -137,6 +140,10 @@ class Backbone(PriorNetwork):
         """Return an empty cache for up to ``block_size`` inputs."""
         return KVCache(self.block_size)
 
+    def decoding_cache(self) -> KVCache:
+        """Return an empty cache for decoding token by token with weights that stay as they are."""
+        return replace(self.new_cache(), fused=[block.attn.fused() for block in self.blocks])
+
     def features(
         self, x: Tensor, sites: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
@@ -144,7 +151,8 @@ class Backbone(PriorNetwork):
 
         Args:
             x: (B, L, C), which follow the cached ones.
-            sites: (B, S, 3) int64, place of the token that follows each of the last S inputs.
+            sites: (B, S, 3) int64, place of the token that follows each of the last S inputs; or
+                (1, S, 3), the same for all sequences.
             cache: Keys and values of the inputs before; extended by these.
 
         Returns:
@@ -318,7 +326,7 @@ class GPTDecoder(IncrementalDecoder):
     def __init__(self, model: GPT, grid: tuple[int, int]) -> None:
         self.model = model
         self.grid = grid
-        self.cache = model.new_cache()
+        self.cache = model.decoding_cache()
 
     def prefill(self, prompt: Prompt) -> Tensor:
         """Read the tokens that are known in all sequences."""

@@ -147,7 +147,8 @@ class TwoLevelDecoder(IncrementalDecoder):
     def __init__(self, model: TwoLevelGPT, grid: tuple[int, int]) -> None:
         self.model = model
         self.grid = grid
-        self.cache, self.inner = model.new_cache(), model.depth.new_cache()
+        self.cache, self.inner = model.decoding_cache(), model.depth.decoding_cache()
+        self.places = model.main_places(grid[0] * grid[1], grid, model.pos_emb)  # (1, S, 3)
 
     def prefill(self, prompt: Prompt) -> Tensor:
         """Read the sites that are complete in all sequences."""
@@ -161,7 +162,8 @@ class TwoLevelDecoder(IncrementalDecoder):
 
     def _begin_site(self, rows: Tensor, x: Tensor) -> None:
         """Read the new inputs (R, L, C) of the main transformer, of sequences ``rows``."""
-        sites = self.model.main_places(self.site + 1, self.grid, x)[:, -x.shape[1] :]
+        inputs = min(x.shape[1], self.site + 1)  # those that a site follows
+        sites = self.places[:, self.site + 1 - inputs : self.site + 1]
         hidden = self.model.features(x, sites, self.cache)[:, -1]  # (R, C)
         self.site_rows = rows
         self.sums = torch.zeros_like(hidden)
@@ -179,11 +181,14 @@ class TwoLevelDecoder(IncrementalDecoder):
         own = torch.searchsorted(self.site_rows, rows)
         self.sums[own] += self.model.embed_at(tokens, self.inner.length - 1)
         within = states.depth > 0
-        self.waiting.append(rows[~within])
-        if within.any():
-            if int(within.sum()) < len(self.rows):
-                self.inner.keep(torch.searchsorted(self.rows, rows[within]))
-            self._begin_token(rows[within], self.model.depth.tok_emb(tokens[within]))
+        amount = int(within.sum())
+        if amount < len(rows):
+            self.waiting.append(rows[~within])
+            rows, tokens = rows[within], tokens[within]
+        if amount:
+            if amount < len(self.rows):
+                self.inner.keep(torch.searchsorted(self.rows, rows))
+            self._begin_token(rows, self.model.depth.tok_emb(tokens))
             return
         rows, self.site = torch.cat(self.waiting).sort().values, self.site + 1
         own = torch.searchsorted(self.site_rows, rows)
