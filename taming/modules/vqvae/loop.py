@@ -214,10 +214,10 @@ class Cascade(Transform):
             distances[sites, turn] = distance[:, 0]
             if torch.compiler.is_compiling() or turn == max_loops - 1:
                 continue  # a graph takes every turn, which changes no code of a cut path
-            on = distance[:, 0] > threshold[sites]
-            if not on.any():
+            on = (distance[:, 0] > threshold[sites]).nonzero().squeeze(1)
+            if len(on) == 0:
                 break
-            if not on.all():
+            if len(on) < len(sites):
                 sites, written, residual = sites[on], written[on], residual[on]
         return Path(codes, distances)
 
@@ -267,8 +267,8 @@ class Cascade(Transform):
             found = codes[sites, turn]
             # Detached: the loop is greedy, so a turn's error moves that turn's code alone.
             before = sums.detach()
-            on = found >= 0
-            if torch.compiler.is_compiling() or not on.all():
+            on = (found >= 0).nonzero().squeeze(1)
+            if torch.compiler.is_compiling() or len(on) < len(sites):
                 sites, found, query, before = sites[on], found[on], query[on], before[on]  # M
             sums = before + F.embedding(found, self.project(codebook, turn))
             # A code moves toward its target down the gradient of |z - z_q|^2.

@@ -70,6 +70,8 @@ def _nearest(
     tl.store(found + rows, place.to(tl.int64), mask=rows < count)
 
 
+# An operator of its own, so that tensors without values, as in a trace, get its shape.
+@torch.library.custom_op("taming::nearest_codes", mutates_args=())
 def search_on_gpu(vectors: Tensor, codebook: Tensor, mean: Tensor) -> Tensor:
     """Search for one code of each vector.
 
@@ -104,3 +106,8 @@ def search_on_gpu(vectors: Tensor, codebook: Tensor, mean: Tensor) -> Tensor:
             maps.stride(1),
         )
     return found
+
+
+@search_on_gpu.register_fake
+def _shape(vectors: Tensor, codebook: Tensor, mean: Tensor) -> Tensor:
+    return vectors.new_empty(vectors.numel() // vectors.shape[1], dtype=torch.int64)

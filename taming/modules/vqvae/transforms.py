@@ -76,7 +76,7 @@ class Attract(Transform):
     def search(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
         """Find the whole path of each latent by one search, at a cost independent of T."""
         found = nearest_codes(z, codebook)  # (N,)
-        first = distance_to(z, codebook[found])  # (N,)
+        first = distance_to(z, F.embedding(found, codebook))  # (N,)
         turn = torch.arange(max_loops, device=z.device)
         codes = found[:, None, None].expand(-1, 1, max_loops)
         return Path(codes, first[:, None] * (1 - self.step) ** turn, dummy=len(codebook))
@@ -86,7 +86,8 @@ class Attract(Transform):
         found = self._last_code(codes)
         sites = torch.arange(z.shape[0], device=z.device)
         weights = torch.ones_like(z[:, 0])
-        return Searches(sites, torch.zeros_like(sites), z, found, codebook[found], z, weights)
+        codes_of_sites = F.embedding(found, codebook)  # (N, D)
+        return Searches(sites, torch.zeros_like(sites), z, found, codes_of_sites, z, weights)
 
     def mean_square(self, path: Path, lengths: Tensor) -> Tensor:
         """Average the squared distances of the one search."""
@@ -94,7 +95,7 @@ class Attract(Transform):
 
     def compose(self, codes: Tensor, codebook: Tensor) -> Tensor:
         """Look up e_k, of shape (N, D), for codes (N, T)."""
-        return codebook[self._last_code(codes)]
+        return F.embedding(self._last_code(codes), codebook)
 
     @staticmethod
     def _last_code(codes: Tensor) -> Tensor:
