@@ -219,8 +219,7 @@ def _to_levels(values: np.ndarray, black: float, white: float) -> np.ndarray:
 
 def pil_to_tensor(image: Image.Image) -> Tensor:
     """Copy the levels of a PIL image of 8 bits: (C, H, W) uint8."""
-    levels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C)
-    return levels.view(image.height, image.width, -1).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
 
 
 def _is_numpy(file: File) -> bool:
@@ -281,12 +280,12 @@ def decode_image(
         ValueError: The file is missing, damaged, too large or not a picture, has other bands, or
             values that have no meaning as brightness; names a path.
     """
+
+    def convert(image: Image.Image) -> Tensor:
+        return pil_to_tensor(to_mode(image, channels, upright, background))
+
     if channels in MODES and not _is_numpy(file):
-        return decode(
-            file,
-            lambda image: pil_to_tensor(to_mode(image, channels, upright, background)),
-            max_pixels,
-        )
+        return decode(file, convert, max_pixels)
     if _is_numpy(file):
         with _naming(file, "cannot be decoded as an image"):
             array = load_array(os.path.expanduser(file))  # type: ignore[arg-type]
@@ -295,8 +294,7 @@ def decode_image(
     with _naming(file, "has no meaning as a picture"):
         levels = _levels_of(array)
         if channels in MODES and levels.shape[-1] in MODES:
-            image = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
-            return pil_to_tensor(to_mode(image, channels, upright, background))
+            return convert(Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels))
         if levels.shape[-1] != channels:
             raise ValueError(f"expected {channels} channels, found {levels.shape[-1]}")
         return torch.from_numpy(levels).movedim(-1, 0).contiguous()

@@ -231,7 +231,7 @@ def test_samples_for_a_data_set_do_not_depend_on_what_else_is_random(
 
     run = tiny_runs.of("drin_transformer.yaml")
     one = draw_examples(run, shared, "one", train=SIZE)
-    monkeypatch.setattr("scripts.make_samples.custom_collate", collate)
+    monkeypatch.setattr("taming.data.utils.custom_collate", collate)
     other = draw_examples(run, shared, "other", train=SIZE)
     for number in range(2):
         name = f"samples/00000{number}.png"
