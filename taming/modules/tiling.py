@@ -189,8 +189,8 @@ def _joined(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, unit: int, to
     """Run a network tile by tile and put the results together."""
     height, width = x.shape[2] // unit, x.shape[3] // unit
     result = None
-    for top, bottom in _spans(height, tile):
-        for left, right in _spans(width, tile):
+    for top, bottom in spans(height, tile):
+        for left, right in spans(width, tile):
             first = [max(0, top - MARGIN), max(0, left - MARGIN)]
             last = [min(height, bottom + MARGIN), min(width, right + MARGIN)]
             sides = [end - start for start, end in zip(first, last, strict=True)]
@@ -205,7 +205,7 @@ def _joined(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, unit: int, to
     return result
 
 
-def _spans(length: int, tile: int) -> list[tuple[int, int]]:
+def spans(length: int, tile: int) -> list[tuple[int, int]]:
     """Divide a length into equal parts that with their margins are no longer than a tile."""
     parts = math.ceil(length / (tile - 2 * MARGIN))
     edges = [length * i // parts for i in range(parts + 1)]

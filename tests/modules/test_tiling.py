@@ -77,7 +77,7 @@ def test_tiles_are_close_to_the_whole_and_have_no_seams() -> None:
     errors = (encoder(x) - wanted).square().sum(dim=1)[0]  # (96, 96)
     assert relative(encoder(x), wanted) < 0.1
     border = torch.zeros(96, dtype=torch.bool)
-    for start, _ in tiling._spans(96, 64)[1:]:
+    for start, _ in tiling.spans(96, 64)[1:]:
         border[[start - 1, start]] = True
     at_borders = (border[:, None] | border)[1:-1, 1:-1]
     errors = errors[1:-1, 1:-1]
