@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pixelcnn_sampling
 import pytest
 import token_cache
 import torch
@@ -153,21 +152,3 @@ def test_a_prior_is_timed_on_images_and_on_their_cached_tokens(
         token_cache.main()
     told = [line.partition(":")[0] for line in caplog.messages if "times faster" in line]
     assert told == ["until the tokens are available", "for a training step"]
-
-
-def test_seconds_of_sampling_are_of_the_rounds_after_the_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    called: list[str] = []
-    clock = iter([0.0, 100.0] * 2 + [0.0, 1.0, 0.0, 2.0, 0.0, 5.0, 0.0, 2.0, 0.0, 9.0, 0.0, 6.0])
-
-    def sampler(name: str) -> pixelcnn_sampling.Sampler:
-        return lambda net, codes, labels: codes if called.append(name) is None else codes
-
-    samplers = {name: sampler(name) for name in ("a", "b")}
-    monkeypatch.setattr(pixelcnn_sampling, "SAMPLERS", samplers)
-    monkeypatch.setattr(pixelcnn_sampling.time, "perf_counter", lambda: next(clock))
-    net: Any = None
-    seconds = pixelcnn_sampling.measure(net, (1, 2, 2, 1), torch.device("cpu"), repeats=3)
-    assert called == ["a", "b"] * 4
-    assert seconds == {"a": 5.0, "b": 2.0}

@@ -316,7 +316,9 @@ def generate(
     with torch.inference_mode():  # small operations take a tenth less time than without gradients
         state = GenerationState(sequence, grid, given, known, steps, sites)
         if len(state.begin()):
-            _sample(state, conditions, [network.decoder(grid) for _ in conditions], params, callback)
+            _sample(
+                state, conditions, [network.decoder(grid) for _ in conditions], params, callback
+            )
         tokens = state.result()
     return tokens.clone()  # an ordinary tensor again
 
