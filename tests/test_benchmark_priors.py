@@ -25,6 +25,7 @@ from support.runs import CONFIGS, TinyRuns, call
 from token_cache import seconds_per_image, training_step_of
 from torch.utils.data import DataLoader
 
+from benchmarks import sampling
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.modules.sequence.notations import UnarySequence
 from taming.run.config import load_config
@@ -152,3 +153,11 @@ def test_a_prior_is_timed_on_images_and_on_their_cached_tokens(
         token_cache.main()
     told = [line.partition(":")[0] for line in caplog.messages if "times faster" in line]
     assert told == ["until the tokens are available", "for a training step"]
+
+
+def test_rates_of_sampling_are_of_the_rounds_after_the_first() -> None:
+    seconds = {"peer": iter([9.0, 4.0, 8.0]), "ours": iter([9.0, 2.0, 2.0])}
+    sides = {k: lambda own=own: (0.0, next(own)) for k, own in seconds.items()}
+    found = sampling.row("a prior", 3, 12, "peer", sides, rounds=2)
+    names = ("its tokens/s", "tokens/s", "images/s", "faster by", "over products")
+    assert [found[name] for name in names] == [2, 6, 1.5, 3, "-"]
