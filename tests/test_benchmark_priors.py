@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pixelcnn_sampling
 import pytest
 import torch
 from priors import SIZES, Sizes, compare
@@ -22,6 +21,7 @@ from race.training import build_tokenizer, fit
 from support.models import DDCONFIG, GPT, PLAIN, images
 from support.runs import CONFIGS, TinyRuns, call
 
+from benchmarks import sampling
 from benchmarks.data import measure_pictures, measure_prior, measure_tokens, training_step_of
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.modules.sequence.notations import UnarySequence
@@ -144,19 +144,9 @@ def test_the_data_that_is_timed_is_right(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert measure_tokens(tmp_path / "cache", repeats=2)["million tokens/s"] > 0
 
 
-def test_seconds_of_sampling_are_of_the_rounds_after_the_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    called: list[str] = []
-    clock = iter([0.0, 100.0] * 2 + [0.0, 1.0, 0.0, 2.0, 0.0, 5.0, 0.0, 2.0, 0.0, 9.0, 0.0, 6.0])
-
-    def sampler(name: str) -> pixelcnn_sampling.Sampler:
-        return lambda net, codes, labels: codes if called.append(name) is None else codes
-
-    samplers = {name: sampler(name) for name in ("a", "b")}
-    monkeypatch.setattr(pixelcnn_sampling, "SAMPLERS", samplers)
-    monkeypatch.setattr(pixelcnn_sampling.time, "perf_counter", lambda: next(clock))
-    net: Any = None
-    seconds = pixelcnn_sampling.measure(net, (1, 2, 2, 1), torch.device("cpu"), repeats=3)
-    assert called == ["a", "b"] * 4
-    assert seconds == {"a": 5.0, "b": 2.0}
+def test_rates_of_sampling_are_of_the_rounds_after_the_first() -> None:
+    seconds = {"peer": iter([9.0, 4.0, 8.0]), "ours": iter([9.0, 2.0, 2.0])}
+    sides = {k: lambda own=own: (0.0, next(own)) for k, own in seconds.items()}
+    found = sampling.row("a prior", 3, 12, "peer", sides, rounds=2)
+    names = ("its tokens/s", "tokens/s", "images/s", "faster by", "over products")
+    assert [found[name] for name in names] == [2, 6, 1.5, 3, "-"]

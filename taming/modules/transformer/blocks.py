@@ -130,6 +130,11 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # pairs lie half of E apart
 
 
+def normalize(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """Normalize queries or keys (B, N, L, E) in float32, whatever the precision of the weights."""
+    return F.rms_norm(x.float(), tuple(norm.normalized_shape), norm.weight.float(), norm.eps)
+
+
 @dataclass
 class KVCache:
     """Keys and values of the tokens so far, in memory that is allocated once."""
@@ -153,8 +158,8 @@ class KVCache:
 
     def _store(self, memory: Tensor, new: Tensor) -> Tensor:
         """Put (B, N, L, E) after the P cached tokens of memory; return (B, N, P + L, E)."""
-        if len(new) < len(memory):  # after `keep`, dropped sequences stay behind the others
-            memory = memory[: len(new)]
+        if new.shape[0] < memory.shape[0]:  # after `keep`, dropped sequences stay behind the others
+            memory = memory[: new.shape[0]]
         memory.narrow(2, self.length, new.shape[2]).copy_(new)
         return memory.narrow(2, 0, self.length + new.shape[2])
 
@@ -176,6 +181,7 @@ class Context(NamedTuple):
     cache: KVCache | None = None  # of the tokens before; extended by these
     rotation: Tensor | None = None  # (2, B, 1, L, E), from `RotaryEmbedding`
     modulation: Tensor | None = None  # (B, 6, C), from which adaptive norms take scale, shift, gate
+    last: bool = False  # transform the last token only; with a cache, keep all keys and values
 
 
 NO_CONTEXT = Context()
@@ -202,13 +208,14 @@ class CausalSelfAttention(nn.Module):
         """Attend among tokens (B, L, C) and the P cached ones before them: (B, L, C)."""
         q, k, v = self._heads(x, context.cache)  # (B, N, L, E) each
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q.float()), self.k_norm(k.float())
+            q, k = normalize(q, self.q_norm), normalize(k, self.k_norm)
         if context.rotation is not None:
             q, k = rotate(q, context.rotation), rotate(k, context.rotation)
         q, k, past = q.to(v.dtype), k.to(v.dtype), 0
         if context.cache is not None:
             past = context.cache.length
             k, v = context.cache.extend(self.layer, k, v)
+            q = q[:, :, -1:] if context.last else q
         mask = self._mask(q.shape[2], past, x.device)
         mixed = F.scaled_dot_product_attention(
             q,
@@ -298,10 +305,11 @@ class Block(nn.Module):
         self.adapt = AdaptiveBranches(config.n_embd) if config.adaptive_norm else None
 
     def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
-        """Transform tokens (B, L, C)."""
+        """Transform tokens (B, L, C) to the same shape, or (B, 1, C) with ``context.last``."""
+        out = x[:, -1:] if context.last else x
         if self.adapt is None:
-            x = x + self.attn(self.ln1(x), context)
+            x = out + self.attn(self.ln1(x), context)
             return x + self.mlp(self.ln2(x))
         scale1, shift1, gate1, scale2, shift2, gate2 = self.adapt(context.modulation)
-        x = x + gate1 * self.attn(self.ln1(x) * (1 + scale1) + shift1, context)
+        x = out + gate1 * self.attn(self.ln1(x) * (1 + scale1) + shift1, context)
         return x + gate2 * self.mlp(self.ln2(x) * (1 + scale2) + shift2)

@@ -145,7 +145,11 @@ class Backbone(PriorNetwork):
         return replace(self.new_cache(), fused=[block.attn.fused() for block in self.blocks])
 
     def features(
-        self, x: Tensor, sites: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        sites: Tensor | None = None,
+        cache: KVCache | None = None,
+        last: bool = False,
     ) -> Tensor:
         """Transform embedded inputs.
 
@@ -154,9 +158,10 @@ class Backbone(PriorNetwork):
             sites: (B, S, 3) int64, place of the token that follows each of the last S inputs; or
                 (1, S, 3), the same for all sequences.
             cache: Keys and values of the inputs before; extended by these.
+            last: Only return the last; takes a cache.
 
         Returns:
-            (B, L, C).
+            (B, L, C); (B, 1, C) with ``last``.
 
         Raises:
             ValueError: The sequence is longer than ``block_size``.
@@ -173,8 +178,8 @@ class Backbone(PriorNetwork):
         if self.site_emb is not None and sites is not None:
             x = x + F.pad(self.site_emb(sites), (0, 0, x.shape[1] - sites.shape[1], 0))  # (B, L, C)
         x = self.drop(x)
-        for block in self.blocks:
-            x = block(x, context)
+        for layer, block in enumerate(self.blocks, start=1):
+            x = block(x, context._replace(last=last) if layer == len(self.blocks) else context)
         if cache is not None:
             cache.length = end
         return self.ln_f(x)
@@ -339,7 +344,8 @@ class GPTDecoder(IncrementalDecoder):
     def _read(self, rows: Tensor, inputs: Tensor, states: GrammarState) -> None:
         """Read tokens (R, L); ``states`` are those of the tokens after the last of them."""
         x = self.model.tok_emb(inputs)
-        hidden = self.model.features(x, self.model.places(states, self.grid), self.cache)
+        places = self.model.places(states, self.grid) if self.model.uses_sites else None
+        hidden = self.model.features(x, places, self.cache, last=True)
         self.rows, self.logits = rows, self.model.head(hidden[:, -1])
 
     def step(self, rows: Tensor, tokens: Tensor, states: GrammarState) -> None:

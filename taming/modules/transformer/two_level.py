@@ -164,7 +164,7 @@ class TwoLevelDecoder(IncrementalDecoder):
         """Read the new inputs (R, L, C) of the main transformer, of sequences ``rows``."""
         inputs = min(x.shape[1], self.site + 1)  # those that a site follows
         sites = self.places[:, self.site + 1 - inputs : self.site + 1]
-        hidden = self.model.features(x, sites, self.cache)[:, -1]  # (R, C)
+        hidden = self.model.features(x, sites, self.cache, last=True)[:, -1]  # (R, C)
         self.site_rows = rows
         self.sums = torch.zeros_like(hidden)
         self.waiting: list[Tensor] = []

@@ -4,9 +4,9 @@ from itertools import product
 
 import pytest
 import torch
-from pixelcnn_sampling import SAMPLERS
 from torch import Tensor
 
+from benchmarks.sampling import SAMPLERS
 from taming.modules.pixelcnn.model import PixelCNN
 from taming.modules.pixelcnn.site import SiteSymbols
 from taming.modules.pixelcnn.stacks import GatedLayer, GatedStacks

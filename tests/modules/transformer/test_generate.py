@@ -243,6 +243,32 @@ def test_guidance_goes_from_no_condition_to_the_condition_and_beyond(levels: int
         generate(network, condition, sequence, GRID, SamplingParams(guidance=2.0))
 
 
+@every_network
+def test_sampling_changes_no_weights_and_gives_ordinary_tensors(levels: int) -> None:
+    network, sequence, shown = model(levels), UnarySequence(K, T, False), []
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    tokens = generate(
+        network,
+        torch.randint(12, (2, 1)),
+        sequence,
+        GRID,
+        callback=lambda state: shown.append(torch.is_inference_mode_enabled()),
+    )
+    after = network.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
+    assert not tokens.is_inference() and shown and not any(shown)
+    logits = predicted(network.train(), torch.zeros(2, 1).long(), sequence, tokens)
+    logits[logits.isfinite()].sum().backward()  # can be trained on
+
+
+@every_network
+@every_sequence
+def test_half_precision_samples_without_a_warning(levels: int, sequence) -> None:
+    network = model(levels, **dict.fromkeys(MODERN, True)).bfloat16()
+    tokens = generate(network, torch.randint(12, (3, 1)), sequence, GRID)
+    assert sequence.decode(tokens, GRID).shape[0] == 3
+
+
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([0.1, 0.0, 0.6, 0.3]).log()
     rows = torch.arange(4000)

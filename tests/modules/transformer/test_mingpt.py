@@ -48,18 +48,30 @@ every_option = pytest.mark.parametrize("kwargs", OPTIONS.values(), ids=OPTIONS)
 
 @every_option
 @pytest.mark.parametrize("cuts", [[1] * 9, [4, 1, 1, 3], [9]], ids=str)
-def test_cached_equals_uncached(kwargs: dict, cuts: list[int]) -> None:
+@pytest.mark.parametrize("new_cache", [GPT.new_cache, GPT.decoding_cache])
+def test_cached_equals_uncached(kwargs: dict, cuts: list[int], new_cache) -> None:
     model, idx = gpt(**kwargs), torch.randint(11, (3, 9))
     if "n_unmasked" in kwargs and cuts[0] < 3:
         cuts = [3] + [1] * 6  # unmasked tokens see each other, so they must come in together
     sites = torch.randint(3, (3, 9, 3))
     whole, _ = model(idx, sites=sites)
-    cache, parts, start = model.new_cache(), [], 0
+    cache, parts, start = new_cache(model), [], 0
     for cut in cuts:
         part = slice(start, start + cut)
         parts.append(model(idx[:, part], sites=sites[:, part], cache=cache)[0])
         start += cut
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+@every_option
+def test_the_last_token_alone_is_that_of_all(kwargs: dict) -> None:
+    model, x, sites = gpt(**kwargs), torch.randn(3, 7, 12), torch.randint(3, (3, 7, 3))
+    cache = model.new_cache()
+    last = model.features(x[:, :5], sites[:, :5], cache, last=True)
+    whole = model.features(x, sites)
+    torch.testing.assert_close(last, whole[:, 4:5], rtol=1e-5, atol=1e-5)
+    after = model.features(x[:, 5:], sites[:, 5:], cache)  # all of them are cached
+    torch.testing.assert_close(after, whole[:, 5:], rtol=1e-5, atol=1e-5)
 
 
 @every_option
