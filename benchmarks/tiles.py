@@ -56,7 +56,7 @@ def beside_borders(errors: Tensor, tile: int, factor: int) -> float:
     return float(errors[marked].mean() / errors[~marked].mean())
 
 
-def compare(tokenizer: Tokenizer, name: str, x: Tensor, tile: int, huge: bool) -> dict[str, Any]:
+def compare(tokenizer: Tokenizer, name: str, x: Tensor, tile: int) -> dict[str, Any]:
     """Compare tiles of one size with the whole picture x (1, 3, H, W).
 
     Args:
@@ -64,13 +64,12 @@ def compare(tokenizer: Tokenizer, name: str, x: Tensor, tile: int, huge: bool) -
         name: Of the picture.
         x: The picture.
         tile: Side of a tile in pixels.
-        huge: Spare the whole its full attention, whose time would be quadratic.
 
     Returns:
         The row of the table.
     """
     model = tokenizer.model
-    with tile_of(tokenizer, 1 << 20 if huge else None):
+    with tile_of(tokenizer, None):
         wanted = model.encode(x)
         image = model.decode(wanted.z_q)
     with tile_of(tokenizer, tile):
@@ -121,13 +120,13 @@ def main() -> None:
     tokenizer: Any = taming.load(options.resume)
     images = [tokenizer.to_tensor(path) for path in options.pictures]
     rows = [
-        compare(tokenizer, path.stem, image[None], tile, False)
+        compare(tokenizer, path.stem, image[None], tile)
         for path, image in zip(options.pictures[:3], images, strict=False)
-        for tile in (256, 768)
+        for tile in (256, 512)
     ]
     upper, lower = (torch.cat(images[i : i + 3], dim=2) for i in (0, 3))
     mosaic = torch.cat([upper, lower], dim=1)
-    rows += [compare(tokenizer, "mosaic", mosaic[None], tile, True) for tile in (512, 768)]
+    rows += [compare(tokenizer, "mosaic", mosaic[None], tile) for tile in (512, 768)]
     logger.info("Tiles against the whole picture:\n%s", table(rows))
     growth = times(tokenizer, mosaic, options.repeats)
     logger.info("Processor time of one thread:\n%s", table(growth))

@@ -66,10 +66,9 @@ class Tokenizer:
         background: Colour under what is transparent, as for `taming.decoding.decode_image`.
         max_pixels: Refuse larger files, as `taming.decoding.decode_image` does.
         tile: Pictures of more pixels than a square of this side go through the networks in tiles
-            that overlap. Tiles share the statistics of norms, estimated from a sample of the
-            picture, and show no seams; some codes in a hundred may differ from those of the whole.
-            Attention sees at most 1,024 sites, spread over the picture. None sends every picture
-            whole, in time quadratic in its sites.
+            that overlap. Tiles share the statistics of norms and 1,024 sites to attend to, from a
+            sample of the picture, and show no seams; some codes in a hundred may differ from those
+            of the whole. None sends every picture whole, in time quadratic in its sites.
 
     Raises:
         ValueError: The model is not a tokenizer, or one of label maps; or the tile is not positive.

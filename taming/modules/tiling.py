@@ -25,7 +25,7 @@ BLOCK = 6  # side of a sampled block, without its margin
 BLOCK_MARGIN = 2
 LEAST_BLOCKS = 16
 SHARE = 0.3  # of the picture that may go through the network for the sample
-KEYS = 1024  # sites that each site attends to; a grid of no more sites is never approximated
+KEYS = 1024  # sites that each site attends to
 LEAST_TILE = 4 * MARGIN  # smaller ones would be mostly margin
 
 _SURVEY: ContextVar[Survey | None] = ContextVar("survey", default=None)
@@ -157,8 +157,7 @@ def _window(x: Tensor, unit: int, starts: Any, sides: Any) -> Tensor:
 def in_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, unit: int, to: int) -> Tensor:
     """Run a network on pictures of any size, at most ``tile`` x ``tile`` sites at once.
 
-    A picture of at most `KEYS` sites is computed as without tiles. Up to ``tile`` squared sites,
-    attention alone is approximated; beyond, the statistics of the norms are as well.
+    A picture of at most ``tile`` squared sites is computed as without tiles.
 
     Args:
         run: The network: (B, C, H, W) -> (B, C', H', W').
@@ -171,13 +170,10 @@ def in_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, unit: int, t
         (B, C', H', W').
     """
     sites, tile = (x.shape[2] // unit) * (x.shape[3] // unit), max(tile, LEAST_TILE)
-    if sites <= min(KEYS, tile * tile):
+    if sites <= tile * tile:
         return torch.cat([run(part) for part in x.split(max(1, tile * tile // sites))])
     if len(x) > 1:
         return torch.cat([in_tiles(run, image, tile, unit, to) for image in x.split(1)])
-    if sites <= tile * tile:
-        with Survey(Sample(x, torch.ones(1, device=x.device), (0.0, 0.0))).used():
-            return run(x)
     sample = draw_sample(x, unit, min(round(SHARE * sites), 2 * tile * tile))
     survey = Survey(sample)
     with survey.used():

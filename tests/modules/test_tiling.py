@@ -41,13 +41,16 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def test_a_grid_that_attention_sees_whole_is_computed_as_without_tiles() -> None:
+def test_a_picture_that_fits_into_a_tile_is_computed_as_without_tiles() -> None:
     encoder, decoder = networks(ch_mult=[1, 2])
-    x = picture(64, 64).expand(2, -1, -1, -1)
-    z = encoder(x)  # (2, 4, 32, 32): KEYS sites
+    x = picture(128, 128).expand(2, -1, -1, -1)
+    z = encoder(x)  # (2, 4, 64, 64): more than KEYS sites
     x_rec = decoder(z)
-    encoder.tile = decoder.tile = 128
+    encoder.tile = decoder.tile = 256
     assert torch.equal(encoder(x), z) and torch.equal(decoder(z), x_rec)
+    encoder.tile = decoder.tile = 128  # one at a time
+    torch.testing.assert_close(encoder(x), z)
+    torch.testing.assert_close(decoder(z), x_rec)
 
 
 @pytest.mark.parametrize("ch_mult", [[1, 2], [1, 1, 2]])
