@@ -75,6 +75,7 @@ class Net2NetTransformer(Prior):
         condition_dropout: Probability that an image's condition is hidden in training, which makes
             classifier-free guidance possible (arXiv:2207.12598). The last token of the vocabulary
             stands for it.
+        compile: Compile the transformer's blocks for training, when they are first used.
 
     Attributes:
         learning_rate: Set by the caller before training.
@@ -113,6 +114,7 @@ class Net2NetTransformer(Prior):
         scheduler_config: Mapping[str, Any] | None = None,
         trust_checkpoint: bool = False,
         condition_dropout: float = 0.0,
+        compile: bool = False,
     ) -> None:
         super().__init__(
             first_stage_config,
@@ -135,6 +137,8 @@ class Net2NetTransformer(Prior):
         self.pkeep = pkeep
         self.condition_dropout = condition_dropout
         self.transformer = build_network(transformer_config, self)
+        if compile:
+            self.transformer.compile_blocks()
         if ckpt_path is not None:
             load_weights(self, ckpt_path, ignore_keys, trust_checkpoint)
 

@@ -1,6 +1,7 @@
 """The prior equals the original, ignores padding, and samples what decodes."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -60,6 +61,31 @@ def test_an_order_of_sites_is_undone(kind: str) -> None:
     quant, tokens = model.encode_to_z(x)
     expected = model.first_stage_model.decode(quant)
     torch.testing.assert_close(model.decode_to_img(tokens, quant.shape), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by torch.compile itself
+@pytest.mark.parametrize("levels", [1, 2])
+def test_compiled_blocks_compute_the_same_and_sampling_does_not_use_them(
+    levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    sizes = {"site_shape": (8, 8, 4)}
+    plain, compiled = prior("plain", sizes, levels), prior("plain", sizes, levels, compile=True)
+    compiled.load_state_dict(plain.state_dict())
+    _, tokens = plain.encode_to_z(torch.rand(2, 3, 16, 16))
+    condition = torch.zeros(2, 1, dtype=torch.int64)
+    nats = [each.nll(tokens, condition, (8, 8)) for each in (plain, compiled)]
+    assert len(graphs) >= levels
+    torch.testing.assert_close(*nats, rtol=1e-5, atol=1e-4)
+    amount = len(graphs)
+    compiled.eval().sample(tokens[:, :60], condition, grid=(8, 8))
+    assert len(graphs) == amount
 
 
 @pytest.mark.parametrize("levels", [1, 2])

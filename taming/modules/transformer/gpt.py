@@ -144,6 +144,11 @@ class Backbone(PriorNetwork):
         """Return an empty cache for decoding token by token with weights that stay as they are."""
         return replace(self.new_cache(), fused=[block.attn.fused() for block in self.blocks])
 
+    def compile_blocks(self) -> None:
+        """Compile the blocks, for passes over whole sequences, by `torch.compile`."""
+        for block in self.blocks:
+            block.compile()
+
     def features(
         self,
         x: Tensor,
@@ -179,7 +184,9 @@ class Backbone(PriorNetwork):
             x = x + F.pad(self.site_emb(sites), (0, 0, x.shape[1] - sites.shape[1], 0))  # (B, L, C)
         x = self.drop(x)
         for layer, block in enumerate(self.blocks, start=1):
-            x = block(x, context._replace(last=last) if layer == len(self.blocks) else context)
+            # A cache grows with each token: compiled blocks would be compiled anew for each.
+            run = block if cache is None else block.forward
+            x = run(x, context._replace(last=last) if layer == len(self.blocks) else context)
         if cache is not None:
             cache.length = end
         return self.ln_f(x)

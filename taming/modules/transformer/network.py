@@ -100,6 +100,14 @@ class PriorNetwork(nn.Module, ABC):
             (N, V) logits of the tokens present, one sequence after the other.
         """
 
+    def compile_blocks(self) -> None:
+        """Compile the blocks, for passes over whole sequences, by `torch.compile`.
+
+        Raises:
+            ValueError: By default, a network has no blocks to compile.
+        """
+        raise ValueError(f"{type(self).__name__} has no blocks to compile: set compile to false")
+
     def decoder(self, grid: tuple[int, int]) -> IncrementalDecoder:
         """Return a decoder for an image of (h, w) sites; the network is in eval mode.
 

@@ -73,6 +73,11 @@ class TwoLevelGPT(Backbone):
         # Each depth has its own gains: a plain sum would not distinguish A,B from B,A.
         self.gain = nn.Parameter(1 + 0.5 * torch.randn(site_shape[2], self.config.n_embd))
 
+    def compile_blocks(self) -> None:
+        """Compile the blocks of both levels, for passes over whole sequences."""
+        super().compile_blocks()
+        self.depth.compile_blocks()
+
     def predict(
         self, condition: Tensor, tokens: Tensor, states: GrammarState, grid: tuple[int, int]
     ) -> Tensor:
