@@ -250,6 +250,7 @@ def test_two_processes_share_one_run(folder):
         (["-b", "none.yaml"], "no .*file none.yaml"),
         (["-r", "."], "is not a run"),
         (["-r", "logs/none"], "logs/none does not exist"),
+        (["-b", "toy.yaml", "--devices", "9999"], r"9999 devices .* CPU cores; pass --devices"),
         (["-b", "toy.yaml", "--gpus", "97,98"], r"\[97, 98\] .* GPUs are visible .*--gpus 0"),
         (["-b", "toy.yaml", *CPU, "--devices", "zero"], "`devices` selected with"),
         (["-b", "toy.yaml", *CPU, "--max_epochs", "two"], "trainer.max_epochs must be int.* 'two'"),

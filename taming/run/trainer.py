@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 # Errors of a user that may come up once everything is built.
 MISTAKES = (PreparationError, DataError, NonFiniteError, WriteError)
+
+PROCESSES_PER_CORE = 4  # most training processes that a core of a CPU can serve
 
 # Messages of Lightning about intended behaviour.
 _KNOWN_WARNINGS = (
@@ -103,8 +106,8 @@ def choose_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:
     on GPUs where NCCL is not available, such as on Windows.
 
     Raises:
-        ValueError: More GPUs are asked for than are visible, or the strategy does not start
-            processes as a program.
+        ValueError: More GPUs are asked for than are visible, or more processes than the CPU can
+            serve; or the strategy does not start processes as a program.
     """
     accelerator = arguments.get("accelerator", "auto")
     devices = _parse_devices(arguments.get("devices", "auto"))
@@ -148,6 +151,12 @@ def _count_devices(accelerator: str, devices: Any) -> int:
     if is_list:
         return len(devices)
     if isinstance(devices, int) and devices > 0:
+        cores, on_cpu = os.cpu_count() or 1, accelerator == "cpu" or not visible
+        if on_cpu and devices > PROCESSES_PER_CORE * cores:
+            raise ValueError(
+                f"{devices} devices are asked for, here or by the run that is resumed, each a "
+                f"process on this machine's {cores} CPU cores; pass --devices {cores} or fewer"
+            )
         return devices
     return visible if wants_gpu or (accelerator == "auto" and visible) else 1
 
