@@ -167,6 +167,7 @@ def measure_telemetry(repeats: int) -> dict[str, Any]:
         x_rec, loss = model(x)
         ((x_rec - x).abs().mean() + loss).backward()
 
+    model.setup("fit")
     sides = {"step": step, "telemetry": lambda: model.codebook.update("train", z, quantized)}
     times = in_turn(sides, repeats)
     step_time, telemetry = times["step"].cpu, times["telemetry"].cpu

@@ -91,6 +91,7 @@ def decode(file: File, convert: Callable[[Image.Image], T], max_pixels: int | No
         with _identify(source) as image:
             _check_format(image)
             _check_size(image.width, image.height, max_pixels)
+            _check_end(image)
             if image.format != "PNG":
                 return convert(image)
             image.verify()  # the pixels' checksums, which Pillow does not compare while it decodes
@@ -126,6 +127,17 @@ def _check_size(width: int, height: int, max_pixels: int | None) -> None:
             f"its {width} x {height} pixels exceed the limit of {max_pixels}; if you trust the "
             "file, raise max_pixels or the environment variable TAMING_MAX_PIXELS"
         )
+
+
+def _check_end(image: Image.Image) -> None:
+    """Refuse a JPEG 2000 file without a mark of its end: what is missing would decode to zeros."""
+    if image.format == "JPEG2000" and (file := image.fp):  # type: ignore[attr-defined]
+        place = file.tell()
+        file.seek(0)
+        is_whole = b"\xff\xd9" in file.read()  # which pixels cannot contain
+        file.seek(place)
+        if not is_whole:
+            raise ValueError("it is cut off")
 
 
 def raw_mode(image: Image.Image) -> str:

@@ -169,6 +169,18 @@ def test_changed_pixels_of_a_png_are_noticed(tmp_path):
         decode_image(path)
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_no_part_of_a_jpeg_2000_file_is_taken_for_the_whole(tmp_path, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (23, 37, len(mode)), np.uint8)
+    Image.fromarray(pixels[..., 0] if mode == "L" else pixels).save(tmp_path / "whole.jp2")
+    decode_image(tmp_path / "whole.jp2")
+    content = (tmp_path / "whole.jp2").read_bytes()
+    for length in range(20, len(content), 20):
+        (tmp_path / "part.jp2").write_bytes(content[:length])
+        with pytest.raises(ValueError, match="part.jp2.*cannot be decoded"):
+            decode_image(tmp_path / "part.jp2")
+
+
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.bmp", "a.tif"])
 def test_palettes_need_not_be_turned_upright(tmp_path, name):
     Image.new("RGB", (4, 4), "red").quantize(2).save(tmp_path / name)
