@@ -93,7 +93,9 @@ def _import_module(name: str) -> ModuleType:
             siblings = _submodules(sys.modules[parent])
             message = f"{parent} has no module {leaf!r}{nearest(leaf, siblings)}"
         else:
-            message = f"there is no module {name!r}{nearest(missing, ['taming', 'main'])}"
+            known = [own for own in ("taming", "main") if own != missing]
+            end = nearest(missing, known) if known[1:] else "; it lies in the clone's folder"
+            message = f"there is no module {name!r}{end}"
         raise ValueError(message) from error
 
 

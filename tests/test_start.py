@@ -82,5 +82,11 @@ for model in (before, after):
     assert (model.device, model.global_step) == (torch.device("meta"), 0)
     assert model.eval().layer(torch.ones(1, 2, device="meta")).shape == (1, 3)
 assert [*before.state_dict()] == [*after.state_dict()] == ["layer.weight", "layer.bias"]
+try:
+    before.log("loss", 0.0)
+except AttributeError as error:
+    assert "build it again to train it" in str(error)
+else:
+    raise AssertionError
 """
     assert imports(code) == (set(), "")

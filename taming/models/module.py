@@ -40,6 +40,16 @@ else:
                 Model.__bases__ = (LightningModule,)
             return super().__new__(cls)
 
+        def __getattr__(self, name: str) -> Any:
+            """Look up parameters and modules; explain what a model built too early lacks."""
+            try:
+                return super().__getattr__(name)
+            except AttributeError as error:
+                if Model.__bases__ == (_Untrained,) or "_compiler_ctx" in vars(self):
+                    raise
+                reason = "was built before Lightning was imported: build it again to train it"
+                raise AttributeError(f"{error}; this model {reason}") from error
+
         @property
         def device(self) -> torch.device:
             """Device of the weights."""

@@ -190,8 +190,8 @@ def build_trainer(
     plugins = [*_plugins(arguments.pop("plugins", None)), io]
     try:
         trainer = Trainer(**arguments, logger=loggers, callbacks=callbacks, plugins=plugins)
-    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"lightning.trainer: {error}") from error
+    except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"lightning.trainer: {' '.join(str(error).split())}") from error
     take_over(trainer)
     return trainer
 

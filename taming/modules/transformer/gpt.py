@@ -111,6 +111,7 @@ class Backbone(PriorNetwork):
             rows, columns, depths = site_shape
             self.site_shape = rows, columns, depths
         self.uses_sites = site_shape is not None or rotary
+        self.is_compiled = False
         self.tok_emb: nn.Module = nn.Embedding(vocab_size, n_embd)
         self.pos_emb = nn.Parameter(torch.zeros(1, block_size, n_embd))
         self.site_emb = None if site_shape is None else SiteEmbedding(site_shape, n_embd)
@@ -146,6 +147,7 @@ class Backbone(PriorNetwork):
 
     def compile_blocks(self) -> None:
         """Compile the blocks, for passes over whole sequences, by `torch.compile`."""
+        self.is_compiled = True
         for block in self.blocks:
             block.compile()
 
@@ -185,7 +187,7 @@ class Backbone(PriorNetwork):
         x = self.drop(x)
         for layer, block in enumerate(self.blocks, start=1):
             # A cache grows with each token: compiled blocks would be compiled anew for each.
-            run = block if cache is None else block.forward
+            run = block.forward if self.is_compiled and cache is not None else block
             x = run(x, context._replace(last=last) if layer == len(self.blocks) else context)
         if cache is not None:
             cache.length = end
