@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import save, table
+from benchmarks.timing import in_turn, save, table
 from taming.models.vqgan import VQModel
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.discriminator.model import NLayerDiscriminator
@@ -245,6 +245,26 @@ def measured_point() -> dict[str, Any]:
     return {"estimated, MB": expected / 1e6, "measured peak, MB": found / 1e6}
 
 
+def checkpointing(repeats: int) -> dict[str, Any]:
+    """Measure what ``gradient_checkpointing`` saves and costs in a step of the demo's networks."""
+    x = torch.randn(8, 3, 64, 64)
+    models = [_Autoencoder(SMALL | {"gradient_checkpointing": on}) for on in (False, True)]
+    memory = []
+    for model in models:
+        with Allocated() as allocated:
+            model(x).backward()
+        memory.append(float(allocated.peak))
+    whole, checked = models
+    sides = {"whole": lambda: whole(x).backward(), "checked": lambda: checked(x).backward()}
+    times = in_turn(sides, repeats)
+    return {
+        "MB without": memory[0] / 1e6,
+        "MB with": memory[1] / 1e6,
+        "memory": memory[1] / memory[0],
+        "time": times["checked"].cpu / times["whole"].cpu,
+    }
+
+
 def main() -> None:
     """Log the tables and save them."""
     parser = script_parser(__doc__, device=False)
@@ -256,7 +276,9 @@ def main() -> None:
     sizes, point = recipes(), measured_point()
     logger.info("At %.0f%% of %.3g operations/s:\n%s", 100 * USED, PEAK, table(sizes))
     logger.info("One point of the estimate:\n%s", table([point]))
-    logger.info("saved %s", save("growth", [*rows, *sizes, point]))
+    checked = checkpointing(repeats)
+    logger.info("Gradient checkpointing, tensors at once and time of a step:\n%s", table([checked]))
+    logger.info("saved %s", save("growth", [*rows, *sizes, point, checked]))
 
 
 if __name__ == "__main__":

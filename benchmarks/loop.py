@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import in_turn, save, table
+from benchmarks.training import SETTING
 from taming.models.vqgan import VQModel
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.sequence.notations import RasterSequence, RunLengthSequence, UnarySequence
@@ -30,17 +31,6 @@ logger = logging.getLogger("taming.benchmark")
 
 SIZES = ((4096, 256, 1024), (4096, 64, 4096), (4096, 256, 16384))
 TURNS = 4
-DDCONFIG: dict[str, Any] = {
-    "double_z": False,
-    "z_channels": 64,
-    "resolution": 64,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 64,
-    "ch_mult": [1, 1, 2, 2],
-    "num_res_blocks": 2,
-    "attn_resolutions": [8],
-}
 TRANSFORMS = "taming.modules.vqvae.transforms."
 
 
@@ -158,7 +148,7 @@ def measure_telemetry(repeats: int) -> dict[str, Any]:
 
     The step is short: that of a small tokenizer, without discriminator and optimizers.
     """
-    model = VQModel(DDCONFIG, {"target": "taming.modules.losses.DummyLoss"}, 1024, 64)
+    model = VQModel(SETTING["ddconfig"], {"target": "taming.modules.losses.DummyLoss"}, 1024, 64)
     x = torch.rand(4, 3, 64, 64) * 2 - 1
     z = model.encode_to_prequant(x).detach()
     quantized = model.quantize(z)

@@ -175,7 +175,8 @@ def main() -> None:
         loss = setting["loss"] | {"disc_start": start}
         rows.append({"step": name, **measure(setting | {"loss": loss}, peer, options.repeats)})
     logger.info("Processor time of one thread, on a GPU wall time:\n%s", table(rows))
-    logger.info("saved %s", save("training" if device == "cpu" else "training_gpu", rows))
+    name = f"training_{device}_{options.precision}{'_compiled' if options.compile else ''}"
+    logger.info("saved %s", save(name, rows))
 
 
 if __name__ == "__main__":

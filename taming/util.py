@@ -93,8 +93,8 @@ def _import_module(name: str) -> ModuleType:
             siblings = _submodules(sys.modules[parent])
             message = f"{parent} has no module {leaf!r}{nearest(leaf, siblings)}"
         else:
-            known = [own for own in ("taming", "main") if own != missing]
-            end = nearest(missing, known) if known[1:] else "; it lies in the clone's folder"
+            is_main = missing == "main"
+            end = "; run in the clone" if is_main else nearest(missing, ["taming", "main"])
             message = f"there is no module {name!r}{end}"
         raise ValueError(message) from error
 

@@ -17,6 +17,9 @@ from torch import Tensor
 from taming.modules.diffusionmodules.model import Encoder
 from taming.modules.vqvae.base import Quantizer
 
+# Parts of a tokenizer that do not affect the codes of an image.
+_AFTER = ("loss", "decoder", "post_quant_conv", "colorize")
+
 
 def length_heat_map(lengths: Tensor, max_loops: int, size: tuple[int, int]) -> Tensor:
     """Colour each site by its length: dark for one turn, bright for the most.
@@ -35,10 +38,6 @@ def length_heat_map(lengths: Tensor, max_loops: int, size: tuple[int, int]) -> T
     colours = matplotlib.colormaps["inferno"](share.numpy())[..., :3]
     picture = torch.from_numpy(colours).float().permute(0, 3, 1, 2) * 2 - 1  # (B, 3, h, w)
     return F.interpolate(picture, size=size, mode="nearest").to(lengths.device)
-
-
-# Parts of a tokenizer that do not affect the codes of an image.
-_AFTER = ("loss", "decoder", "post_quant_conv", "colorize")
 
 
 class FirstStage:

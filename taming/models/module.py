@@ -45,7 +45,7 @@ else:
             try:
                 return super().__getattr__(name)
             except AttributeError as error:
-                if Model.__bases__ == (_Untrained,) or "_compiler_ctx" in vars(self):
+                if Model.__bases__ == (_Untrained,) or "_trainer" in vars(self):
                     raise
                 reason = "was built before Lightning was imported: build it again to train it"
                 raise AttributeError(f"{error}; this model {reason}") from error

@@ -7,7 +7,6 @@ Axis letters: B images, C channels, H W image, D latent channels, h w grid, K co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -199,7 +198,7 @@ class VQModel(ManualOptimization, FirstStage):
         def psnr(codes: Tensor) -> Tensor:
             x_rec = self.as_input(self.decode_code(codes)).float().clamp(low, high)
             error = (x_rec - x.float()).square().mean(dim=(1, 2, 3))  # (B,)
-            return 10 / math.log(10) * (2 * math.log(high - low) - error.log())
+            return 10 * ((high - low) ** 2 / error).log10()
 
         return self.quantize.reach(z, psnr, target_psnr.to(x.device, torch.float32))
 
@@ -254,15 +253,12 @@ class VQModel(ManualOptimization, FirstStage):
         z, quantized, x_rec = self.reconstruct(x)
         self.codebook.update("train", z, quantized)
         generator, *discriminator = self.optimizer_list()
-        # Values of an adversary that does not count yet are computed only where they are logged.
-        all_logs = self.trainer._logger_connector.should_update_logs
-        outputs = (x, quantized, x_rec)
         with self.toggled_optimizer(generator):
-            loss, logs = self.compute_loss(*outputs, GENERATOR, "train", all_logs)
+            loss, logs = self.compute_loss(x, quantized, x_rec, GENERATOR, "train")
             self.backward_and_step(generator, loss, batch_idx)
         for optimizer in discriminator:  # at most one
             with self.toggled_optimizer(optimizer):
-                d_loss, d_logs = self.compute_loss(*outputs, DISCRIMINATOR, "train", all_logs)
+                d_loss, d_logs = self.compute_loss(x, quantized, x_rec, DISCRIMINATOR, "train")
                 self.backward_and_step(optimizer, d_loss, batch_idx)
             logs |= d_logs | {"train/discloss": d_loss.detach()}
         self.log("train/aeloss", loss.detach(), prog_bar=True, batch_size=len(x))
@@ -279,18 +275,16 @@ class VQModel(ManualOptimization, FirstStage):
         return z, quantized, x_rec
 
     def compute_loss(
-        self,
-        x: Tensor,
-        quantized: QuantizerOutput,
-        x_rec: Tensor,
-        optimizer_idx: int,
-        split: str,
-        all_logs: bool = True,
+        self, x: Tensor, quantized: QuantizerOutput, x_rec: Tensor, optimizer_idx: int, split: str
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of the generator (0) or discriminator (1), and the values to log."""
-        options: dict[str, Any] = {"split": split, "all_logs": all_logs}
-        arguments = (optimizer_idx, self.global_step, self.get_last_layer())
-        loss, logs = self.loss(quantized.loss, x, x_rec, *arguments, **options)
+        step, last_layer = self.global_step, self.get_last_layer()
+        trainer = self._trainer if split == "train" else None
+        # Values of an adversary that does not count yet are computed only where they are logged.
+        logged = trainer is None or trainer._logger_connector.should_update_logs
+        loss, logs = self.loss(
+            quantized.loss, x, x_rec, optimizer_idx, step, last_layer, split=split, all_logs=logged
+        )
         with self.locating_non_finite(x):
             check_finite(logs)
         return loss, logs

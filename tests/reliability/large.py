@@ -1,9 +1,10 @@
-"""Memory of quantizers with large codebooks, and the speed of checking large files.
+"""Memory of large codebooks and of a large picture, and the speed of checking large files.
 
     python -m tests.reliability.large
 
-Exit 1 if a training step holds more than `MOST` bytes beside four times the codebook (gradient,
-and sums and counts of its start), which it would if it held the scores of all latents and codes.
+Exit 1 if a picture of 24 megapixels takes 4 GB, with torch and a small model; or if a training step
+holds more than `MOST` bytes beside four times the codebook (gradient, and sums and counts of its
+start), which it would if it held the scores of all latents and codes.
 
 Axis letters: N latents, D channels, K codes.
 """
@@ -23,9 +24,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from benchmarks.growth import SMALL
 from taming.checkpoint import load_checkpoint
 from taming.data.token_files import check_table, crc32_of
-from taming.models.vqgan import build_quantizer
+from taming.models.vqgan import VQModel, build_quantizer
+from taming.tokenizer import Tokenizer
 
 QUANTIZERS: dict[str, dict[str, Any]] = {
     "VectorQuantizer2": {"beta": 0.25},
@@ -70,6 +73,19 @@ def measure(name: str, k: int, d: int, n: int, folder: str) -> tuple[float, ...]
     return state / 1e6, step_bytes / 1e6, file.stat().st_size / 1e6, loading / 1e6
 
 
+def picture(height: int, width: int) -> float:
+    """Encode and decode a picture with random weights; return the process's peak in GB."""
+    torch.set_num_threads(1)
+    params = {"max_loops": 4, "target_length": 2.0}
+    loopy = {"target": "taming.modules.vqvae.quantize.LoopyVectorQuantizer", "params": params}
+    loss = {"target": "taming.modules.losses.DummyLoss"}
+    tokenizer = Tokenizer(VQModel(SMALL, loss, 256, 16, quantizer_config=loopy))
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    decoded = tokenizer.decode(tokenizer.encode(pixels))
+    assert decoded.size == (width, height)
+    return status("VmHWM") / 1e9
+
+
 def speeds(folder: str, megabytes: int) -> dict[str, float]:
     """Measure the checks of a checkpoint and of a token cache's file, in GB/s of wall time."""
     file = Path(folder, "large.ckpt")
@@ -112,6 +128,10 @@ def main() -> None:
             sys.stdout.write(f"{name:22}{''.join(f'{value:22.0f}' for value in row)}\n")
             codebook = options.codes * options.channels * 4
             failed |= name not in HOLDS_ALL and row[1] * 1e6 > 4 * codebook + MOST
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peak = pool.apply(picture, (4000, 6000))
+        sys.stdout.write(f"a picture of 24 megapixels {peak:10.2f} GB\n")
+        failed |= peak > 4
         for name, speed in speeds(folder, options.megabytes).items():
             sys.stdout.write(f"{name:30}{speed:8.2f} GB/s\n")
     sys.exit(failed)
