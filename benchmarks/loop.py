@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.settings import SETTING
 from benchmarks.timing import in_turn, save, table
-from benchmarks.training import SETTING
 from taming.models.vqgan import VQModel
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.sequence.notations import RasterSequence, RunLengthSequence, UnarySequence

@@ -26,7 +26,7 @@ FACE = ("taming.generator", "taming.tokenizer")
 PROGRAM_FILES = [ROOT / "main.py", *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
 PROGRAMS = {"scripts", "benchmarks", "tests", *(file.stem for file in PROGRAM_FILES)}
 RACE = sorted(ROOT.glob("benchmarks/race/*.py"))  # what the benchmarks share
-SHARED = ("benchmarks.timing", "benchmarks.workers", "workers")  # and these
+SHARED = ("benchmarks.settings", "benchmarks.timing", "benchmarks.workers", "workers")  # and these
 
 
 def _name(file: Path) -> str:
