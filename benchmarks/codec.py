@@ -1,0 +1,188 @@
+"""Compare files of a tokenizer with JPEG, WebP and AVIF: quality at equal bits per pixel.
+
+python -m benchmarks.codec KODAK_FOLDER [-r photos] [--bpp 0.05 0.1 0.15] [--plot codec.png]
+
+Bits are those of whole files, headers included; Pillow writes and reads the other three. The
+qualities of a table's row are means over the pictures. A second table compares the tokenizer with
+each of the others at equal bits, by linear interpolation between its settings. All sides run in
+turn, on one thread, for each picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
+from tqdm import tqdm
+
+import taming
+from benchmarks.timing import save, table
+from taming.data.paths import find_images
+from taming.run.cli import run, script_parser
+from taming.tokenizer import Tokenizer
+
+logger = logging.getLogger("taming.benchmark")
+
+QUALITIES = {
+    "JPEG": (1, 3, 5, 8, 12, 18),
+    "WebP": (0, 1, 5, 10, 20, 30),
+    "AVIF": (5, 15, 20, 25, 30, 40),
+}
+NUMBERS = ("bpp", "psnr", "ms_ssim", "write_s_per_mp", "read_s_per_mp")
+
+
+class Side(NamedTuple):
+    """A codec at one setting.
+
+    Attributes:
+        codec: Its name.
+        setting: Its quality, or the bits per pixel that it keeps to.
+        write: Picture -> file.
+        read: File -> picture.
+    """
+
+    codec: str
+    setting: float
+    write: Callable[[Image.Image], bytes]
+    read: Callable[[bytes], Image.Image]
+
+
+def _write(picture: Image.Image, kind: str, quality: int) -> bytes:
+    file = io.BytesIO()
+    options: dict[str, Any] = {"JPEG": {"optimize": True}, "WebP": {"method": 6}}.get(kind, {})
+    picture.save(file, kind, quality=quality, **options)
+    return file.getvalue()
+
+
+def _read(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def sides(tokenizer: Tokenizer, bpps: Sequence[float]) -> Iterator[Side]:
+    """Yield the tokenizer at each number of bits per pixel, and the others at each quality."""
+    for bpp in bpps:
+        yield Side("loop", bpp, partial(tokenizer.compress, bpp=bpp), tokenizer.decompress)
+    for kind, qualities in QUALITIES.items():
+        for quality in qualities:
+            yield Side(kind, quality, partial(_write, kind=kind, quality=quality), _read)
+
+
+def _image(picture: Image.Image) -> Tensor:
+    """Turn a picture into (1, 3, H, W) float64 in 0..255."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].double()
+
+
+def measure(side: Side, picture: Image.Image) -> dict[str, float] | None:
+    """Write and read a picture; None if the codec cannot keep to so few bits.
+
+    Args:
+        side: Codec and setting.
+        picture: RGB, each side at least 161 pixels, as MS-SSIM needs.
+
+    Returns:
+        Bits per pixel of the file, PSNR in dB, MS-SSIM, and seconds per megapixel.
+    """
+    start = time.process_time()
+    try:
+        data = side.write(picture)
+    except ValueError:  # it names the smallest size
+        return None
+    written = time.process_time()
+    image, again = _image(picture), _image(side.read(data))
+    ended = time.process_time()
+    pixels = picture.width * picture.height
+    error = (image - again).square().mean()
+    return {
+        "bpp": 8 * len(data) / pixels,
+        "psnr": float(20 * np.log10(255) - 10 * error.log10()),
+        "ms_ssim": float(ms_ssim(again, image, data_range=255.0)),
+        "write_s_per_mp": (written - start) / pixels * 1e6,
+        "read_s_per_mp": (ended - written) / pixels * 1e6,
+    }
+
+
+def at_equal_bits(rows: list[dict[str, Any]], codec: str) -> list[dict[str, Any]]:
+    """Compare the tokenizer with a codec at the tokenizer's bits, where the codec reaches them."""
+    own = [row for row in rows if row["codec"] == "loop"]
+    others = sorted((row for row in rows if row["codec"] == codec), key=lambda row: row["bpp"])
+    bpps = [row["bpp"] for row in others]
+    found = []
+    for row in own:
+        if not bpps or not bpps[0] <= row["bpp"] <= bpps[-1]:
+            continue
+        gains = {
+            k: row[k] - np.interp(row["bpp"], bpps, [o[k] for o in others]) for k in NUMBERS[1:3]
+        }
+        found.append({"beside": codec, "bpp": row["bpp"]} | {k: float(v) for k, v in gains.items()})
+    return found
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Plot PSNR and MS-SSIM against bits per pixel."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, (number, title) in zip(
+        axes, (("psnr", "PSNR, dB"), ("ms_ssim", "MS-SSIM")), strict=True
+    ):
+        for codec in dict.fromkeys(row["codec"] for row in rows):
+            points = [row for row in rows if row["codec"] == codec and row["bpp"] < 0.35]
+            axis.plot([p["bpp"] for p in points], [p[number] for p in points], "o-", label=codec)
+        axis.set(xlabel="bits per pixel of the file", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    """Measure all sides on all pictures."""
+    parser = script_parser(__doc__)
+    parser.formatter_class = argparse.RawTextHelpFormatter
+    parser.add_argument("pictures", type=Path, help="folder of pictures, held out in training")
+    parser.add_argument("-r", "--run", default="photos", help="tokenizer (default: %(default)s)")
+    bpps = [0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25]
+    parser.add_argument("--bpp", type=float, nargs="+", default=bpps, help="(default: %(default)s)")
+    parser.add_argument("-n", type=int, help="number of pictures (default: all)")
+    parser.add_argument("--plot", type=Path, help="file of the plot")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    tokenizer: Any = taming.load(options.run)
+    paths = [options.pictures / name for name in find_images(str(options.pictures))][: options.n]
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    rows = []
+    for side in tqdm([*sides(tokenizer, options.bpp)], desc="settings"):
+        found = [measure(side, picture) for picture in pictures]
+        kept = [numbers for numbers in found if numbers]
+        if len(kept) == len(found):
+            means = {name: mean(numbers[name] for numbers in kept) for name in NUMBERS}
+            rows.append({"codec": side.codec, "setting": side.setting, **means})
+        else:
+            logger.warning(
+                "%s %g: %d pictures do not fit", side.codec, side.setting, len(found) - len(kept)
+            )
+    logger.info("%d pictures\n\n%s\n", len(pictures), table(rows))
+    gains = [row for codec in QUALITIES for row in at_equal_bits(rows, codec)]
+    if gains:
+        logger.info("the tokenizer above the others at equal bits\n\n%s", table(gains))
+    logger.info("saved %s", save("codec", rows))
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    run(main)
