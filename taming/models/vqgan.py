@@ -17,8 +17,9 @@ from taming.checkpoint import load_weights
 from taming.models.first_stage import FirstStage
 from taming.models.gan import ManualOptimization
 from taming.modules.diffusionmodules.model import Decoder, Encoder, check_ddconfig
+from taming.modules.diffusionmodules.shortcut import LinearShortcut
 from taming.modules.losses.base import DISCRIMINATOR, GENERATOR, AutoencoderLoss, check_finite
-from taming.modules.util import images_of, start_orthogonal
+from taming.modules.util import images_of, start_at_zero, start_orthogonal
 from taming.modules.vqvae.base import GridShape, Quantizer, QuantizerOutput
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from taming.util import instantiate_from_config, instantiate_with_sizes
@@ -78,6 +79,7 @@ class VQModel(ManualOptimization, FirstStage):
             the decoder gets the latents themselves and the quantizer learns from them without
             influencing the encoder, which then uses more directions of the latent space.
         orthogonal_start: Start the linear layers on both sides of the latents orthogonal.
+        linear_shortcut: Add a `LinearShortcut` around both networks, whose output starts at zero.
         compile: Compile encoder and decoder when they are first used, by `torch.compile`.
 
     Example:
@@ -113,6 +115,7 @@ class VQModel(ManualOptimization, FirstStage):
         trust_checkpoint: bool = False,
         quantize_start: int = 0,
         orthogonal_start: bool = False,
+        linear_shortcut: bool = False,
         compile: bool = False,
     ) -> None:
         check_ddconfig(ddconfig)
@@ -132,6 +135,11 @@ class VQModel(ManualOptimization, FirstStage):
         if orthogonal_start:
             linear = (self.quant_conv, self.post_quant_conv)
             start_orthogonal(*linear, self.encoder.conv_out, self.decoder.conv_in)
+        self.shortcut: LinearShortcut | None = None
+        if linear_shortcut:
+            sizes = (ddconfig["in_channels"], self.encoder.factor, embed_dim)
+            self.shortcut = LinearShortcut(*sizes)
+            start_at_zero(self.quant_conv, self.decoder.conv_out)
         if compile:
             self.encoder.compile()
             self.decoder.compile()
@@ -153,7 +161,8 @@ class VQModel(ManualOptimization, FirstStage):
 
     def encode_to_prequant(self, x: Tensor) -> Tensor:
         """Encode images (B, C, H, W) in [-1, 1] as latents z (B, D, h, w)."""
-        return self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype)))
+        z = self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype)))
+        return z if self.shortcut is None else z + self.shortcut.encode(x)
 
     def encode(
         self,
@@ -211,7 +220,8 @@ class VQModel(ManualOptimization, FirstStage):
         h, w = quant.shape[2:]
         if not 0 < h * w <= MOST_SITES:
             raise ValueError(f"a grid of {h}x{w} sites: expected 1 to {MOST_SITES} sites")
-        return self.decoder(self.post_quant_conv(quant.to(self.post_quant_conv.weight.dtype)))
+        x_rec = self.decoder(self.post_quant_conv(quant.to(self.post_quant_conv.weight.dtype)))
+        return x_rec if self.shortcut is None else x_rec + self.shortcut.decode(quant)
 
     def decode_code(self, code_b: Tensor, shape: GridShape | None = None) -> Tensor:
         """Decode codes to images (B, C, H, W).
@@ -306,7 +316,7 @@ class VQModel(ManualOptimization, FirstStage):
     def configure_optimizers(self) -> Any:
         """Build the optimizers; parameters are in the order of the original's state."""
         parts = (self.encoder, self.decoder, self.quantize, self.quant_conv, self.post_quant_conv)
-        generator = (parameter for part in parts for parameter in part.parameters())
+        generator = (p for part in (*parts, self.shortcut) if part for p in part.parameters())
         return self.adam(generator, self.loss.discriminator)
 
     def get_last_layer(self) -> Tensor:

@@ -46,6 +46,14 @@ def start_orthogonal(*layers: nn.Conv2d) -> None:
             layer.bias.zero_()
 
 
+@torch.no_grad()
+def start_at_zero(*layers: nn.Conv2d) -> None:
+    """Give layers weights and biases of zero: what they add to begins unchanged."""
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.zero_()
+
+
 class NonFiniteFoundError(Exception):
     """Ends a forward pass at the first non-finite output; its message is the module's name."""
 
