@@ -147,8 +147,8 @@ class Quantizer(Part, ABC):
         sequence: Token sequence in which a prior reads the codes by default.
         trains_without_decoder: True if the codes can be learned while the decoder still gets
             continuous latents.
-        variable_rate: True if ``forward`` also takes ``threshold`` and ``max_codes``, each one
-            number or one per image, and `reach` is implemented.
+        variable_rate: True if ``forward`` also takes ``threshold``, ``max_codes``, ``rate`` and
+            ``target_bits``, each one number or one per image, and `reach` is implemented.
         names: Names of the levels, the top first; () for a single quantizer.
     """
 
@@ -178,6 +178,10 @@ class Quantizer(Part, ABC):
     def reach(self, z: Tensor, quality: Quality, target: Tensor) -> QuantizerOutput:
         """Quantize latents z with the fewest codes with which each image reaches a quality."""
         raise ValueError(f"{type(self).__name__} has a fixed rate")
+
+    def bits(self, codes: Any) -> Tensor | None:
+        """Bits (B,) of codes (B, h, w, T) by statistics of its own; None if it keeps none."""
+        return None
 
     def codebook_metrics(self) -> CodebookMetrics | HierarchyMetrics:
         """Return a new metric that counts the codes of this quantizer."""
