@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,17 +32,11 @@ from taming.modules.vqvae.base import (
 )
 from taming.modules.vqvae.checks import mark_impossible, rows_of_codes
 from taming.modules.vqvae.codebook import Codebook
-from taming.modules.vqvae.entropy import EntropyTables, Price
+from taming.modules.vqvae.entropy import EntropyTables
 from taming.modules.vqvae.loop import build_transform
 from taming.modules.vqvae.nearest import distance_to, nearest_codes
 from taming.modules.vqvae.paths import Path, Searches
-from taming.modules.vqvae.rate import (
-    check_ranges,
-    expand_per_image,
-    fewest_codes,
-    lengths_within,
-    threshold_for,
-)
+from taming.modules.vqvae.rate import check_ranges, expand_per_image, lengths_within, sample_rates
 from taming.modules.vqvae.walk import Rate, Walk, Walker, check_rates
 
 if TYPE_CHECKING:
@@ -146,7 +139,6 @@ class LoopyVectorQuantizer(Quantizer):
         z: Tensor,
         threshold: Rate = None,
         max_codes: Rate = None,
-        path: Path | None = None,
         rate: Rate = None,
         target_bits: Rate = None,
     ) -> QuantizerOutput:
@@ -158,7 +150,6 @@ class LoopyVectorQuantizer(Quantizer):
                 ``length_range`` or ``rate_range``, samples a rate per image.
             max_codes: Instead: most codes of an image, at least one per site; each image gets the
                 smallest threshold that keeps to it.
-            path: The `whole_path` of z, if it is known; with ``max_codes`` only.
             rate: Instead: lambda >= 0; codes and ends are those of least J (see
                 `taming.modules.vqvae.walk`). 0 writes the codes of the whole path and ends each
                 site where it is nearest; the larger, the fewer bits.
@@ -174,25 +165,29 @@ class LoopyVectorQuantizer(Quantizer):
                 target_bits is too small for any codes.
         """
         self._check(z)
-        flat = as_rows(z)  # (N, D)
-        rows = flat.detach()
+        rows = as_rows(z).detach()  # (N, D)
         if self.training:
             self._measure_spread(rows)
             if self.embedding.steps < self.start_batches:
                 self._start_from_data(rows, len(z))
         given = {"threshold": threshold, "max_codes": max_codes}
         given |= {"rate": rate, "target_bits": target_bits}
-        walk = self._walk(rows, z.shape[0], given, path)
+        walk = self._walk(rows, z.shape[0], given)
+        if self.training and threshold is None:
+            self._steer_threshold(walk.path.distances)
+        return self._quantize(z, walk)
+
+    def _quantize(self, z: Tensor, walk: Walk) -> QuantizerOutput:
+        """Return the output of `forward` for latents whose walk is known."""
+        flat = as_rows(z)  # (N, D)
         codes, lengths, last = walk.codes, walk.lengths, walk.distances  # (N, T), (N,), (N,)
         z_q = straight_through(flat, self._decode(codes, self.embedding.weight.detach()))
         loss = self._loss_without_gradient(walk.path, lengths)
         if loss is None:
-            searches = self.transform.retrace(rows, codes, self.embedding.weight.float())
+            searches = self.transform.retrace(flat.detach(), codes, self.embedding.weight.float())
             loss = self._loss(flat, searches)
             if self.training:
-                self._learn(rows, codes, searches)
-        if self.training and threshold is None:
-            self._steer_threshold(walk.path.distances)
+                self._learn(flat.detach(), codes, searches)
         trace = LoopTrace(*(self._grid(x, z) for x in (lengths, last, last <= walk.threshold)))
         info = QuantizerInfo(code_perplexity(codes, self.n_e), trace, self._grid(codes, z))
         z_q = self._grid(z_q.to(self.embedding.weight.dtype), z)
@@ -230,8 +225,7 @@ class LoopyVectorQuantizer(Quantizer):
     def whole_path(self, z: Tensor) -> Path:
         """Find the path of latents (B, D, h, w) or (N, D) through all turns."""
         self._check(z)
-        rows = as_rows(z).detach()
-        return self._search(rows, rows.new_zeros(len(rows)))
+        return self._walker(as_rows(z).detach(), z.shape[0]).whole_path()
 
     def bits(self, codes: Tensor) -> Tensor:
         """Add up the bits of codes (B, h, w, T) by the `EntropyTables`: (B,) float64."""
@@ -248,39 +242,25 @@ class LoopyVectorQuantizer(Quantizer):
         Returns:
             As `forward`; T codes for every site where nothing reaches the target.
         """
+        self._check(z)
         target = expand_per_image("the target quality", target, len(z))
-        path = self.whole_path(z)  # searched once, then cut to each budget
+        walker = self._walker(as_rows(z).detach(), len(z))
+        return self._quantize(z, walker.to_quality(lambda c: quality(self._grid(c, z)), target))
 
-        @torch.no_grad()
-        def quality_within(max_codes: Tensor) -> Tensor:
-            tau = threshold_for(path.distances, max_codes)
-            codes = path.end_at(lengths_within(path.distances, tau))
-            return quality(self._grid(codes, z))
+    def _walker(self, rows: Tensor, images: int) -> Walker:
+        codebook, unit = self.embedding.weight.detach().float(), self.latent_std.float().square()
+        return Walker(self.transform, codebook, self.entropy, unit, rows, images)
 
-        sizes = (z[0, 0].numel(), self.max_loops)
-        return self(z, max_codes=fewest_codes(quality_within, target, *sizes), path=path)
-
-    def _walk(
-        self,
-        rows: Tensor,
-        images: int,
-        given: Mapping[str, Rate] | None = None,
-        path: Path | None = None,
-    ) -> Walk:
+    def _walk(self, rows: Tensor, images: int, given: Mapping[str, Rate] | None = None) -> Walk:
         """Walk latents (N, D) at the rate given, at one sampled for training, or to tau."""
-        sites, unit = rows.shape[0] // max(images, 1), self.latent_std.float().square()
-        walker = Walker(partial(self._search, rows), self.entropy, images, sites, unit)
+        walker = self._walker(rows, images)
         rates = {name: value for name, value in (given or {}).items() if value is not None}
         check_rates([*rates], self.transform)
         if not rates and self.training:
-            rates = walker.sample(self.length_range, self.rate_range)
-        return walker.walk(*next(iter(rates.items()), ("threshold", self.threshold)), path)
-
-    def _search(self, rows: Tensor, tau: Tensor, price: Price | None = None) -> Path:
-        """Find the path of latents (N, D) until they are within tau (N,)."""
-        codebook = self.embedding.weight.detach().float()
-        priced = {} if price is None else {"price": price}
-        return self.transform.search(rows, codebook, tau, self.max_loops, **priced)
+            ranges = (self.length_range, self.rate_range)
+            rates = sample_rates(images, walker.sites, *ranges, rows.device)
+        name, value = next(iter(rates.items()), ("threshold", self.threshold))
+        return walker.walk(name, value)
 
     def _decode(self, codes: Tensor, codebook: Tensor) -> Tensor:
         """Turn valid codes (N, T) into z_q (N, D), summed in float32 even in a half model."""

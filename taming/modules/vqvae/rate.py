@@ -127,15 +127,29 @@ def fewest_codes(
     return enough
 
 
-def sample_budgets(
-    images: int, sites: int, lengths: tuple[float, float], device: torch.device
-) -> Tensor:
-    """Sample a budget (B,) int64: a mean length uniform in ``lengths``, times an image's sites."""
-    mean = torch.empty(images, device=device).uniform_(*lengths)
-    return (mean * sites).round().long()
+def sample_rates(
+    images: int,
+    sites: int,
+    length_range: tuple[float, float] | None,
+    rate_range: tuple[float, float] | None,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Sample a rate for each image of a training batch.
 
+    Args:
+        images: B.
+        sites: S.
+        length_range: Bounds of a mean length, which is uniform; times S, it is a budget.
+        rate_range: Instead: bounds of lambda, whose logarithm is uniform.
+        device: Of the rates.
 
-def sample_rates(images: int, bounds: tuple[float, float], device: torch.device) -> Tensor:
-    """Sample a lambda (B,) for each image, its logarithm uniform between those of the bounds."""
-    low, high = bounds
-    return low * torch.rand(images, device=device).mul(math.log(high / low)).exp()
+    Returns:
+        ``max_codes`` (B,) int64, or ``rate`` (B,) float32; {} without bounds.
+    """
+    if length_range is not None:
+        mean = torch.empty(images, device=device).uniform_(*length_range)
+        return {"max_codes": (mean * sites).round().long()}
+    if rate_range is not None:
+        low, high = map(math.log, rate_range)
+        return {"rate": torch.empty(images, device=device).uniform_(low, high).exp()}
+    return {}

@@ -26,16 +26,14 @@ from taming.modules.vqvae.loop import Transform
 from taming.modules.vqvae.paths import Path
 from taming.modules.vqvae.rate import (
     expand_per_image,
+    fewest_codes,
     lengths_within,
-    sample_budgets,
-    sample_rates,
     threshold_for,
 )
 
-LOG2_RATES, PROBES = (-20.0, 12.0), 12  # of lambda, beyond all that is of use; to half a percent
+LOG2_RATES, PROBES = (-30.0, 10.0), 12  # of lambda, beyond all that is of use; to 1%
 CHEAPEST = 2.0**40  # a lambda by which distances no longer count
 Rate = float | Tensor | None  # one number for all images, or one for each (B,)
-Search = Callable[[Tensor, Price | None], Path]  # thresholds (N,), price of codes -> path
 
 
 def check_rates(names: Sequence[str], transform: Transform) -> None:
@@ -93,70 +91,78 @@ class Walker:
     """Walks the latents of some images at any rate, one number for each image.
 
     Args:
-        search: Walks them to thresholds (N,), at a price of codes or none.
+        transform: Searches the paths.
+        codebook: (K, D) float32.
         tables: Bits of codes and ends.
-        images: B.
-        sites: S.
         unit: () float32, squared distance that counts as 1 in J.
+        rows: (N, D) float32, the latents.
+        images: B.
     """
 
-    search: Search
+    transform: Transform
+    codebook: Tensor
     tables: EntropyTables
-    images: int
-    sites: int
     unit: Tensor
+    rows: Tensor
+    images: int
 
-    def walk(self, name: str, value: Rate, path: Path | None = None) -> Walk:
-        """Walk at a rate, one number or one for each image.
+    @property
+    def sites(self) -> int:
+        """S, sites of an image."""
+        return self.rows.shape[0] // max(self.images, 1)
+
+    def walk(self, name: str, value: float | Tensor) -> Walk:
+        """Walk at a rate.
 
         Args:
             name: ``threshold``, ``max_codes``, ``rate`` or ``target_bits``.
-            value: The rate.
-            path: The path, if it is known; for ``max_codes``.
+            value: One number, or one for each image (B,).
 
         Raises:
             ValueError: The value is out of range.
         """
         numbers = expand_per_image(name, torch.as_tensor(value), self.images)
         if name == "max_codes":
-            return self.within_codes(numbers, path)
+            return self.within_codes(self.whole_path(), numbers)
         if checks_values(numbers) and not (numbers >= 0).all():
             what = "a distance of at least 0" if name == "threshold" else "at least 0"
             raise ValueError(f"{name} must be {what}, got {value}")
         if name == "target_bits":
             return self.within_bits(numbers.cpu().double())
-        return (self.at_rate if name == "rate" else self.to_threshold)(numbers.to(self.unit))
+        return (self.at_rate if name == "rate" else self.to_threshold)(numbers.to(self.rows))
 
-    def sample(
-        self, length_range: tuple[float, float] | None, rate_range: tuple[float, float] | None
-    ) -> dict[str, Tensor]:
-        """Sample a rate for each image in training; {} without a range."""
-        if length_range:
-            budgets = sample_budgets(self.images, self.sites, length_range, self.unit.device)
-            return {"max_codes": budgets}
-        return (
-            {"rate": sample_rates(self.images, rate_range, self.unit.device)} if rate_range else {}
-        )
+    def whole_path(self) -> Path:
+        """Find the paths through all turns, whatever they cost."""
+        return self._search(self.rows.new_zeros(self.rows.shape[0]))
 
     def to_threshold(self, threshold: Tensor) -> Walk:
         """Walk to the first code within a threshold (B,)."""
         tau = threshold.repeat_interleave(self.sites)
-        path = self.search(tau, None)
+        path = self._search(tau)
         return Walk(path, lengths_within(path.distances, tau), tau)
 
-    def within_codes(self, max_codes: Tensor, path: Path | None = None) -> Walk:
-        """Walk to the smallest threshold that gives at most (B,) codes; the path may be known."""
-        if path is None:
-            path = self.search(self.unit.new_zeros(self.images * self.sites), None)
+    def within_codes(self, path: Path, max_codes: Tensor) -> Walk:
+        """Cut the whole path at the smallest threshold that gives at most (B,) codes."""
         tau = threshold_for(path.distances, max_codes)
         return Walk(path, lengths_within(path.distances, tau), tau)
+
+    @torch.no_grad()
+    def to_quality(self, quality: Callable[[Tensor], Tensor], target: Tensor) -> Walk:
+        """Walk with the fewest codes found that reach a quality (B,), of codes (N, T) -> (B,)."""
+        path = self.whole_path()  # searched once, then cut to each number of codes
+
+        def reached(max_codes: Tensor) -> Tensor:
+            return quality(self.within_codes(path, max_codes).codes)
+
+        sizes = (self.sites, self.tables.max_loops)
+        return self.within_codes(path, fewest_codes(reached, target, *sizes))
 
     def at_rate(self, rate: Tensor) -> Walk:
         """Walk along the codes and to the ends of least J at lambda (B,)."""
         weight = (rate * self.unit).repeat_interleave(self.sites)  # (N,)
         # Without a price, the search is the usual one to the last bit.
         price = Price(self.tables.code_bits(), weight) if bool((rate > 0).any()) else None
-        path = self.search(torch.zeros_like(weight), price)
+        path = self._search(torch.zeros_like(weight), price)
         cost = path.distances.square() + weight[:, None] * self._bits_of_ends(path)
         return Walk(path, cost.argmin(dim=1) + 1, torch.full_like(weight, torch.inf))
 
@@ -164,7 +170,7 @@ class Walker:
         """Walk at about the smallest lambda that gives at most (B,) float64 bits, on the CPU.
 
         Bisects log lambda, for all images together, until each has 99.9% of its bits or lambda is
-        known to half a percent. Bits need not fall with every lambda, but what is returned was
+        known to 1%. Bits need not fall with every lambda, but what is returned was
         measured.
 
         Raises:
@@ -195,9 +201,15 @@ class Walker:
 
     def _measure(self, rate: Tensor) -> tuple[Walk, Tensor]:
         """Walk at lambda (B,); return the bits (B,) too."""
-        walk = self.at_rate(rate.to(self.unit))
+        walk = self.at_rate(rate.to(self.rows))
         codes = walk.codes.reshape(self.images, self.sites, self.tables.max_loops)
         return walk, self.tables.bits_of_images(codes)
+
+    def _search(self, tau: Tensor, price: Price | None = None) -> Path:
+        """Find the paths until they are within tau (N,)."""
+        priced = {} if price is None else {"price": price}  # of which a transform need not know
+        turns = self.tables.max_loops
+        return self.transform.search(self.rows, self.codebook, tau, turns, **priced)
 
     def _bits_of_ends(self, path: Path) -> Tensor:
         """Bits (N, T) of each site, if it ended at each turn."""
