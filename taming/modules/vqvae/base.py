@@ -67,10 +67,7 @@ def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
 
 
 def channels_second(z_q: Tensor) -> Tensor:
-    """(B, h, w, D) -> (B, D, h, w).
-
-    Contiguous: the decoder's GroupNorm loses two digits on channels-last memory on the CPU.
-    """
+    """(B, h, w, D) -> (B, D, h, w), contiguous: a CPU's GroupNorm loses two digits otherwise."""
     return rearrange(z_q, "b h w d -> b d h w").contiguous()
 
 

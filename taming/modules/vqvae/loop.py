@@ -10,6 +10,8 @@ A latent z goes round the loop for at most T turns, n = 0..T-1. With r_0 = z, tu
     Attract  writes D,    r_{n+1} = r_n + step (e_{k_n} - r_n),  z_q = e_{k_n},            M_n = 1
     Cascade  writes k_n,  r_{n+1} = r_n - M_n e_{k_n},           z_q = sum_n M_n e_{k_n},  M_0 = 1
 
+At a price of codes, a Cascade takes the least |r_n - M_n e_k|^2 + price instead (see `walk`).
+
 The path does not depend on the threshold tau, which only decides where it is cut: `Path` lists, for
 every turn, the codes if the site ended there; `rate.lengths_within` finds the first within tau.
 
@@ -208,7 +210,7 @@ class Cascade(Transform):
         """
         latents, paths, channels = residual.shape
         each = min(self.beam, len(seen))
-        # No path can have more than ``beam`` survivors, so its nearest codes suffice.
+        # No path can have more than ``beam`` survivors, so its best codes suffice.
         vectors = residual.flatten(0, 1)
         if price is None:
             found = nearest_codes(vectors, seen, k=each)
