@@ -125,10 +125,10 @@ class EntropyTables(nn.Module):
             momentum: Weight of the old means.
         """
         found, taken = self._tally(codes)
-        sites = taken[0].clamp(min=1)
-        reached = F.pad(self.going_on[:-1].cumprod(0), (1, 0), value=1.0)  # (T,), of all sites
-        written = reached * (1 - self.going_on) if self.dummies else reached
-        found = torch.lerp(found / sites, written[:, None] * self.codes, momentum)  # (T, K)
+        sites, going_on = taken[0].clamp(min=1), self.going_on.float()
+        reached = F.pad(going_on[:-1].cumprod(0), (1, 0), value=1.0)  # (T,), of all sites
+        written = reached * (1 - going_on) if self.dummies else reached
+        found = torch.lerp(found / sites, written[:, None] * self.codes.float(), momentum)  # (T, K)
         taken = torch.lerp(taken / sites, reached, momentum)
         self._set(found, taken[:-1], taken[1:])
 
@@ -150,15 +150,16 @@ class EntropyTables(nn.Module):
         """Count codes (T, K) and sites (T,) by turn, over all ranks, in codes (N, T)."""
         found = torch.stack([count_codes(column, self.n_e) for column in codes.unbind(1)])
         taken = (codes >= 0).sum(dim=0)
-        total = sum_over_ranks(torch.cat([found, taken[:, None]], dim=1)).to(self.codes)
+        total = sum_over_ranks(torch.cat([found, taken[:, None]], dim=1)).float()
         return total[:, :-1], total[:, -1]
 
     def _set(self, found: Tensor, taken: Tensor, went_on: Tensor) -> None:
         """Set shares to those of counts (T, K), (T - 1,) and (T - 1,), where there are any."""
         total = found.sum(dim=1, keepdim=True)
-        self.codes.copy_(torch.where(total > 0, found / total.clamp(min=1e-20), self.codes))
+        shares = found / total.clamp(min=1e-20)
+        self.codes.copy_(torch.where(total > 0, shares, self.codes.float()))
         on = went_on / taken.clamp(min=1e-20)
-        self.going_on[:-1] = torch.where(taken > 0, on, self.going_on[:-1])
+        self.going_on[:-1] = torch.where(taken > 0, on, self.going_on[:-1].float())
 
     # --- checkpoints -----------------------------------------------------------------------------
 

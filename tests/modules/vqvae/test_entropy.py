@@ -140,6 +140,18 @@ def test_bits_of_images_are_the_sums_over_their_sites() -> None:
     assert tables.bits_of_images(codes[:0].view(0, 3, 4, T)).shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_counts_that_half_precision_cannot_hold_are_counted(dtype: torch.dtype) -> None:
+    whole, half = EntropyTables(K, T), EntropyTables(K, T).to(dtype)
+    assert not half.learned
+    codes = sites(1000).repeat(100, 1)
+    for tables in (whole, half):
+        tables.count(codes)
+        tables.learn(codes[:500], 0.9)
+    torch.testing.assert_close(half.codes.float(), whole.codes, atol=4e-3, rtol=0)
+    assert half.bits(codes).dtype == torch.float32
+
+
 def quantizer(**kwargs) -> LoopyVectorQuantizer:
     return LoopyVectorQuantizer(K, 3, threshold=0.3, max_loops=T, start_batches=0, **kwargs)
 

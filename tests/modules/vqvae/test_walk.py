@@ -7,6 +7,7 @@ import torch
 from modules.vqvae.test_loopy import TRANSFORMS, D, K, T, loopy
 from torch import Tensor
 
+from taming.modules.vqvae.loop import Cascade
 from taming.modules.vqvae.loopy import LoopyVectorQuantizer
 from taming.modules.vqvae.nearest import cheapest_codes, nearest_codes
 
@@ -32,9 +33,10 @@ def distortion(quantizer: LoopyVectorQuantizer, z: Tensor, codes: Tensor) -> Ten
 
 def literal_walk(quantizer: LoopyVectorQuantizer, z: Tensor, rate: float) -> list[list[int]]:
     """The definition in float64, one latent, path and turn at a time."""
-    codebook = quantizer.embedding.weight.detach()
-    beam, spread = getattr(quantizer.transform, "beam", 1), float(quantizer.latent_std) ** 2
-    seen = [quantizer.transform.project(codebook, turn).double() for turn in range(T)]
+    codebook, transform = quantizer.embedding.weight.detach(), quantizer.transform
+    assert isinstance(transform, Cascade)
+    beam, spread = transform.beam, float(quantizer.latent_std) ** 2
+    seen = [transform.project(codebook, turn).double() for turn in range(T)]
     bits, ends = quantizer.entropy.code_bits().double(), quantizer.entropy.end_bits().double()
     found = []
     for latent in z.double():
