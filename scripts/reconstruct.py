@@ -4,8 +4,9 @@ python scripts/reconstruct.py -r logs/<run> picture.jpg folder/ -o results
 python scripts/reconstruct.py -r logs/<run> picture.jpg -s 256 --max-codes 4000
 
 The rate of a loopy tokenizer can be set by the distance at which loops end, by the number of codes,
-or by the quality wanted. reconstructions.json reports the numbers of each image. For a VQ-VAE-2,
-the comparison also shows what the upper levels decode to alone.
+by the quality wanted, by the worth of a bit, or by the number of bits. reconstructions.json reports
+the numbers of each image. For a VQ-VAE-2, the comparison also shows what the upper levels decode to
+alone.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def latent_std(model: VQModel) -> float:
 
 def chosen_rate(options: argparse.Namespace, model: VQModel) -> dict[str, float]:
     """Turn the flags into arguments of `VQModel.encode`; {} if none is given."""
-    rate = {name: getattr(options, name) for name in ("threshold", "max_codes", "target_psnr")}
+    names = ("threshold", "max_codes", "target_psnr", "rate", "target_bits")
+    rate = {name: getattr(options, name) for name in names}
     rate = {name: value for name, value in rate.items() if value is not None}
     if "threshold" in rate:
         rate["threshold"] *= latent_std(model)
@@ -98,7 +100,8 @@ def reconstruct(
     pictures = {"input": x, "reconstruction": x_rec}
     pictures |= model.code_pictures(quantized, (x.shape[2], x.shape[3]))
     counts: dict[str, Any] = dict.fromkeys(("sites", "codes", "tokens", "bits"), 0)
-    for level, grid in model.codes_by_level(quantized).items():  # (1, h, w, T)
+    codes = model.codes_by_level(quantized)
+    for level, grid in codes.items():  # (1, h, w, T)
         sequence = model.levels[level].sequence
         tokens = sequence.encode(grid)[0].shape[1]
         counts["sites"] += grid[..., 0].numel()
@@ -108,14 +111,19 @@ def reconstruct(
     error = float((x - x_rec).square().mean()) / 4
     numbers = {"size": [x.shape[3], x.shape[2]], **counts}
     numbers["psnr"] = -10 * math.log10(max(error, EXACT))
+    of_tables = model.bits_of([*codes.values()] if len(codes) > 1 else codes[""])
+    if of_tables is not None:
+        numbers["table_bits"] = float(of_tables)
     if trace := model.quantize.traces(quantized).get(""):
         reached = trace.distances[trace.within]
         turns = torch.bincount(
             trace.lengths.flatten(), minlength=model.quantize.sequence.max_loops + 1
         )
+        if not {"rate", "target_bits"} & rate.keys():  # by which no threshold ends a loop
+            largest = float(reached.max()) / latent_std(model) if len(reached) else 0.0
+            never = float((~trace.within).float().mean())
+            numbers |= {"threshold": largest, "never_within_threshold": never}
         numbers |= {
-            "threshold": float(reached.max()) / latent_std(model) if len(reached) else 0.0,
-            "never_within_threshold": float((~trace.within).float().mean()),
             "turns_per_site": float(trace.lengths.float().mean()),
             "turns": turns.tolist()[1:],
         }
@@ -147,6 +155,9 @@ def parse_options() -> argparse.Namespace:
     add("--threshold", type=float, help=threshold_help)
     add("--max-codes", "--max-tokens", type=int, help="largest number of codes of an image")
     add("--target-psnr", type=float, help="PSNR in dB to reach with fewest codes")
+    rate_help = "lambda: codes and ends of least squared distance + lambda x bits of the tables"
+    add("--rate", type=float, help=rate_help)
+    add("--target-bits", "--target_bits", type=float, help="largest number of those bits")
     options = parser.parse_args()
     cli.check_folder(options.outdir)
     if options.size is not None and options.size < 1:

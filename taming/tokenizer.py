@@ -28,10 +28,12 @@ class Codes:
         indices: (h, w, T) int64: 0..K-1 for a codebook vector, K for the dummy D, -1 after the end
             of a site's loop. A VQ-VAE-2 has one such tensor for each level, the top first.
         size: (H, W) of the picture in pixels.
+        bits: Bits of the codes by the tokenizer's `EntropyTables`; None where it keeps none.
     """
 
     indices: Tensor | tuple[Tensor, ...]
     size: tuple[int, int]
+    bits: float | None = None
 
     @property
     def levels(self) -> tuple[Tensor, ...]:
@@ -145,6 +147,8 @@ class Tokenizer:
         max_codes: int | None = None,
         target_psnr: float | None = None,
         threshold: float | None = None,
+        rate: float | None = None,
+        target_bits: float | None = None,
     ) -> Codes: ...
     @overload
     def encode(
@@ -154,6 +158,8 @@ class Tokenizer:
         max_codes: int | None = None,
         target_psnr: float | None = None,
         threshold: float | None = None,
+        rate: float | None = None,
+        target_bits: float | None = None,
     ) -> list[Codes]: ...
 
     @torch.no_grad()
@@ -164,6 +170,8 @@ class Tokenizer:
         max_codes: int | None = None,
         target_psnr: float | None = None,
         threshold: float | None = None,
+        rate: float | None = None,
+        target_bits: float | None = None,
     ) -> Any:
         """Encode pictures; a tokenizer of variable rate takes at most one rate.
 
@@ -172,6 +180,8 @@ class Tokenizer:
             max_codes: Largest number of codes of a picture, at least one for each site.
             target_psnr: PSNR in dB to reach with as few codes as possible.
             threshold: Distance at which a loop ends, in the space of the latents.
+            rate: lambda, by which bits count against squared distances: the larger, the fewer bits.
+            target_bits: Largest number of bits of a picture, by the tokenizer's `EntropyTables`.
 
         Returns:
             The `Codes` of each picture: one for one picture, a list for several.
@@ -180,19 +190,23 @@ class Tokenizer:
             ValueError: Something is not a picture or has other channels than the model's, the rate
                 cannot be met, or the tokenizer has a fixed rate.
         """
-        rate = {"max_codes": max_codes, "target_psnr": target_psnr, "threshold": threshold}
+        given = {"max_codes": max_codes, "target_psnr": target_psnr, "threshold": threshold}
+        given |= {"rate": rate, "target_bits": target_bits}
         if is_single(pictures):
-            return self.encode([pictures], **rate)[0]
+            return self.encode([pictures], **given)[0]
         images = [self.to_tensor(picture) for picture in pictures]
         padded = [_pad(image, self.model.factor) for image in images]
         codes: list[Codes | None] = [None] * len(images)
         for numbers in _by_shape(padded, self.batch_size):
             x = torch.stack([padded[number] for number in numbers])
-            found = self.model.encode_to_codes(x.to(next(self.model.parameters())), **rate)
+            found = self.model.encode_to_codes(x.to(next(self.model.parameters())), **given)
+            bits = self.model.bits_of(found)
             levels = [level.cpu() for level in (found if isinstance(found, tuple) else [found])]
-            for number, *own in zip(numbers, *levels, strict=True):
+            of_each = [None] * len(numbers) if bits is None else bits.tolist()
+            for number, own_bits, *own in zip(numbers, of_each, *levels, strict=True):
                 size = images[number].shape[1], images[number].shape[2]
-                codes[number] = Codes(tuple(own) if isinstance(found, tuple) else own[0], size)
+                indices = tuple(own) if isinstance(found, tuple) else own[0]
+                codes[number] = Codes(indices, size, own_bits)
         return codes
 
     @overload

@@ -159,6 +159,27 @@ def test_the_rate_can_be_set(tokenizer: Tokenizer) -> None:
         tokenizer.encode(picture, max_codes=sites - 1)
 
 
+def test_bits_are_those_of_the_tables_and_within_a_target(tokenizer: Tokenizer) -> None:
+    picture = colours(64, 64)
+    codes = [tokenizer.encode(picture, rate=rate) for rate in (0.0, 0.02, 1e9)]
+    bits = [own.bits for own in codes]
+    for own in codes:
+        assert own.bits == float(tokenizer.model.bits_of(own.indices[None]))
+    assert bits[0] > bits[1] > bits[2]
+    limited = tokenizer.encode([picture, picture[:32]], target_bits=bits[1])
+    assert all(bits[1] >= own.bits > 0 for own in limited)
+    with pytest.raises(ValueError, match="the cheapest codes for image 0"):
+        tokenizer.encode(picture, target_bits=bits[2] - 1)
+
+
+def test_a_tokenizer_without_tables_has_no_bits() -> None:
+    sizes = {"double_z": False, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3}
+    sizes |= {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": []}
+    loss = {"target": "taming.modules.losses.DummyLoss"}
+    tokenizer = Tokenizer(VQModel(sizes, loss, n_embed=8, embed_dim=4))
+    assert tokenizer.encode(colours()).bits is None
+
+
 def test_codes_of_several_levels(tiny_runs: TinyRuns) -> None:
     tokenizer = taming.load(tiny_runs.of("vqvae2_cifar10.yaml"))
     assert isinstance(tokenizer, Tokenizer)

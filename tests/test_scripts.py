@@ -563,6 +563,8 @@ def test_images_that_cannot_be_used_are_named(
     assert "cut.jpg" in fails(capsys, "reconstruct", "-r", tokenizer, "cut.jpg")
     error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--max-codes", 1)
     assert f"{photo}: an image of " in error and "sites needs at least" in error
+    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--target-bits", 1)
+    assert f"{photo}: target_bits 1.0 is less than the " in error
     assert "cut.jpg" in fails(capsys, "sample", "-r", prior, "--complete", "cut.jpg")
     assert "in or below empty" in fails(capsys, "reconstruct", "-r", tokenizer, "empty")
     assert "nowhere" in fails(capsys, "reconstruct", "-r", tokenizer, "nowhere")

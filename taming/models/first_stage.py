@@ -19,6 +19,8 @@ from taming.modules.vqvae.base import Quantizer
 
 # Parts of a tokenizer that do not affect the codes of an image.
 _AFTER = ("loss", "decoder", "post_quant_conv", "colorize")
+# Part of its quantizers that affects them only at a rate by bits, which is in no fingerprint too.
+_TABLES = "entropy"
 
 
 def length_heat_map(lengths: Tensor, max_loops: int, size: tuple[int, int]) -> Tensor:
@@ -85,13 +87,30 @@ class FirstStage:
         codes = tuple(self.codes_by_level(self.encode(x, **rate)).values())
         return codes[0] if len(codes) == 1 else codes
 
+    def bits_of(self, codes: Any) -> Tensor | None:
+        """Add up the bits of codes by the tables of the quantizer.
+
+        Args:
+            codes: As `encode_to_codes` gives them.
+
+        Returns:
+            (B,) float64 on the CPU; None for a quantizer that keeps no tables.
+        """
+        return self.quantize.bits(codes)
+
     def fingerprint(self) -> str:
-        """Return a hexadecimal number that two models share only if they give the same tokens."""
+        """Return a hexadecimal number that two models share only if they give the same tokens.
+
+        That is, at their own threshold, or at one stated. Tokens at a ``rate`` or ``target_bits``
+        also depend on the quantizer's `EntropyTables`, which say nothing of what a token means and
+        are left out: counting them anew leaves caches of tokens valid.
+        """
         sequence = self.quantize.sequence
         about = [type(sequence).__name__, vars(sequence), self.quantize.identity()]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode())
         for name, value in sorted(self.state_dict().items()):
-            if name.split(".")[0] not in _AFTER:
+            parts = name.split(".")
+            if parts[0] not in _AFTER and _TABLES not in parts:
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

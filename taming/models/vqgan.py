@@ -171,6 +171,8 @@ class VQModel(ManualOptimization, FirstStage):
         max_codes: int | Tensor | None = None,
         target_psnr: float | Tensor | None = None,
         max_tokens: int | Tensor | None = None,
+        rate: float | Tensor | None = None,
+        target_bits: float | Tensor | None = None,
     ) -> QuantizerOutput:
         """Encode images: ``quant, loss, (perplexity, encodings, indices)``.
 
@@ -181,17 +183,22 @@ class VQModel(ManualOptimization, FirstStage):
             max_codes: Largest number of codes of an image.
             target_psnr: PSNR in dB to reach with the fewest codes; out of reach, all turns.
             max_tokens: Alias of ``max_codes``.
+            rate: lambda >= 0: codes and ends of least |z - z_q|^2 / latent_std^2 + lambda bits, by
+                the quantizer's `EntropyTables`.
+            target_bits: Largest number of those bits of an image, at the smallest lambda.
 
         Raises:
             ValueError: More than one rate is given, or the quantizer's rate is fixed.
         """
         z = self.encode_to_prequant(x)  # (B, D, h, w)
         rates = {"threshold": threshold, "max_codes": max_codes, "target_psnr": target_psnr}
+        rates |= {"rate": rate, "target_bits": target_bits}
         if max_tokens is not None:
             rates["max_codes" if max_codes is None else "max_tokens"] = max_tokens
-        rates = {name: rate for name, rate in rates.items() if rate is not None}
+        rates = {name: value for name, value in rates.items() if value is not None}
         if len(rates) > 1:
-            raise ValueError(f"give one of threshold, max_codes and target_psnr, got {[*rates]}")
+            names = "threshold, max_codes, target_psnr, rate and target_bits"
+            raise ValueError(f"give one of {names}, got {[*rates]}")
         if rates and not self.quantize.variable_rate:
             raise ValueError(f"{type(self.quantize).__name__} has a fixed rate: omit {[*rates][0]}")
         if target_psnr is not None:

@@ -234,6 +234,16 @@ def test_a_tokenizer_is_known_by_the_weights_that_choose_its_codes(kind: str) ->
     assert len(set(marks)) == 4
 
 
+def test_tables_of_entropy_leave_token_caches_valid() -> None:
+    """Nor does it matter whether there are any, so caches from before there were stay valid."""
+    tokenizer = prior("residual").first_stage_model
+    mark = tokenizer.fingerprint()
+    tokenizer.quantize.entropy.count(torch.zeros(10, 3, dtype=torch.int64))
+    assert tokenizer.fingerprint() == mark
+    del tokenizer.quantize.entropy
+    assert tokenizer.fingerprint() == mark
+
+
 class Toy(Residual):
     """A transform with a plain attribute of its own."""
 

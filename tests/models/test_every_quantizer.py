@@ -71,6 +71,9 @@ def test_half_precision_encodes_and_decodes(quantizer: str, dtype) -> None:
     if model.quantize.variable_rate:
         for rate in ({"threshold": 0.2}, {"max_codes": 100}, {"target_psnr": 6.0}):
             assert model.encode_to_codes(x, **rate).shape == codes.shape
+    if model.quantize.variable_rate and not model.quantize.transform.dummies:
+        for rate in ({"rate": 0.02}, {"target_bits": 400.0}):
+            assert model.encode_to_codes(x, **rate).shape == codes.shape
     metrics = model.quantize.codebook_metrics()
     metrics.update(model.encode_to_prequant(x), model.encode(x))
     assert all(value.float().isfinite().all() for value in metrics.compute().values())

@@ -140,8 +140,33 @@ def test_what_bisection_finds_reaches_the_target_though_quality_goes_up_and_down
     assert (quality[found] >= 4.5).all() and (found < 80).all()
 
 
+@torch.no_grad()
+def test_bits_by_the_tables_are_never_above_a_target_whatever_the_batch(model, x) -> None:
+    least, most = (model.bits_of(model.encode_to_codes(x, rate=rate)) for rate in (1e9, 0.0))
+    target = least + torch.tensor([0.0, 0.3, 0.6, 0.9, 2.0]) * (most - least)
+    together = model.encode_to_codes(x, target_bits=target)
+    assert (model.bits_of(together) <= target).all()
+    assert torch.equal(together, model.encode(x, target_bits=target).info.indices)
+    for i in range(5):
+        alone = model.encode_to_codes(x[i : i + 1], target_bits=float(target[i]))
+        assert torch.equal(alone[0], together[i])
+
+
+@torch.no_grad()
+def test_a_larger_rate_has_fewer_bits_and_a_lower_psnr(model, x) -> None:
+    encoded = [model.encode(x, rate=rate) for rate in (1e-4, 1e-2, 1.0)]
+    bits = torch.stack([model.bits_of(own.info.indices) for own in encoded]).mean(dim=1)
+    quality = torch.stack([psnr(model, own, x) for own in encoded]).mean(dim=1)
+    assert (bits.diff() < 0).all() and (quality.diff() < 0).all()
+    each = torch.tensor([1e-4, 1e-2, 1.0, 1e-2, 1e-4])
+    mixed = model.encode_to_codes(x, rate=each)
+    assert torch.equal(mixed[1], encoded[1].info.indices[1])
+
+
 def test_rates_that_make_no_sense_are_refused(model, x) -> None:
-    with pytest.raises(ValueError, match="one of threshold, max_codes and target_psnr"):
+    with pytest.raises(
+        ValueError, match="one of threshold, max_codes, target_psnr, rate and target_bits"
+    ):
         model.encode(x, threshold=1.0, max_codes=100)
     with pytest.raises(ValueError, match="got .*max_codes.*max_tokens"):
         model.encode(x, max_codes=100, max_tokens=200)

@@ -52,6 +52,7 @@ for _params in EXACT.values():
 RANDOM: dict[str, dict[str, Any]] = {
     "random_ema": {"ema_decay": 0.8, "target_length": 1.7, "length_range": (1.0, 2.0)},
     "random_gradient": {"target_length": 1.7, "length_range": (1.0, 2.0)},
+    "random_rate": {"ema_decay": 0.8, "target_length": 1.7, "rate_range": (1e-3, 1e-1)},
 }
 for _params in RANDOM.values():
     _params |= {"start_batches": 2, "revive_below": 0.9}

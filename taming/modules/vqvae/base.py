@@ -67,10 +67,7 @@ def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
 
 
 def channels_second(z_q: Tensor) -> Tensor:
-    """(B, h, w, D) -> (B, D, h, w).
-
-    Contiguous: the decoder's GroupNorm loses two digits on channels-last memory on the CPU.
-    """
+    """(B, h, w, D) -> (B, D, h, w), contiguous: a CPU's GroupNorm loses two digits otherwise."""
     return rearrange(z_q, "b h w d -> b d h w").contiguous()
 
 
@@ -147,8 +144,8 @@ class Quantizer(Part, ABC):
         sequence: Token sequence in which a prior reads the codes by default.
         trains_without_decoder: True if the codes can be learned while the decoder still gets
             continuous latents.
-        variable_rate: True if ``forward`` also takes ``threshold`` and ``max_codes``, each one
-            number or one per image, and `reach` is implemented.
+        variable_rate: True if ``forward`` also takes ``threshold``, ``max_codes``, ``rate`` and
+            ``target_bits``, each one number or one per image, and `reach` is implemented.
         names: Names of the levels, the top first; () for a single quantizer.
     """
 
@@ -178,6 +175,10 @@ class Quantizer(Part, ABC):
     def reach(self, z: Tensor, quality: Quality, target: Tensor) -> QuantizerOutput:
         """Quantize latents z with the fewest codes with which each image reaches a quality."""
         raise ValueError(f"{type(self).__name__} has a fixed rate")
+
+    def bits(self, codes: Any) -> Tensor | None:
+        """Bits (B,) of codes (B, h, w, T) by statistics of its own; None if it keeps none."""
+        return None
 
     def codebook_metrics(self) -> CodebookMetrics | HierarchyMetrics:
         """Return a new metric that counts the codes of this quantizer."""

@@ -234,6 +234,12 @@ class Hierarchy(Quantizer):
 
         return HierarchyMetrics({n: q.codebook_metrics() for n, q in self.by_name.items()})
 
+    def bits(self, codes: Sequence[Tensor]) -> Tensor | None:
+        """Add up the bits (B,) of all levels; None if one keeps no statistics."""
+        bits = [quantizer.bits(own) for quantizer, own in zip(self.levels, codes, strict=True)]
+        known = [own for own in bits if own is not None]
+        return torch.stack(known).sum(dim=0) if len(known) == len(bits) else None
+
     def tracked_scalars(self) -> dict[str, Tensor]:
         """Return each level's scalars (see `Quantizer`) as ``{level}_{name}``."""
         scalars = {n: q.tracked_scalars().items() for n, q in self.by_name.items()}

@@ -10,6 +10,8 @@ A latent z goes round the loop for at most T turns, n = 0..T-1. With r_0 = z, tu
     Attract  writes D,    r_{n+1} = r_n + step (e_{k_n} - r_n),  z_q = e_{k_n},            M_n = 1
     Cascade  writes k_n,  r_{n+1} = r_n - M_n e_{k_n},           z_q = sum_n M_n e_{k_n},  M_0 = 1
 
+At a price of codes, a Cascade takes the least |r_n - M_n e_k|^2 + price instead (see `walk`).
+
 The path does not depend on the threshold tau, which only decides where it is cut: `Path` lists, for
 every turn, the codes if the site ended there; `rate.lengths_within` finds the first within tau.
 
@@ -35,7 +37,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,60 +46,13 @@ from torch import Tensor, nn
 
 from taming.modules.vqvae.base import Part
 from taming.modules.vqvae.checks import ABSENT as ABSENT
-from taming.modules.vqvae.nearest import nearest_codes
+from taming.modules.vqvae.entropy import Price
+from taming.modules.vqvae.nearest import cheapest_codes, nearest_codes
+from taming.modules.vqvae.paths import Path, Searches
+from taming.util import instantiate_with_sizes
 
 DepthShape = tuple[int, int] | None  # (T, D)
-
-
-class Path(NamedTuple):
-    """Possible ends of the loop of each latent.
-
-    Attributes:
-        codes: (N, T, T) int64; ``codes[:, n]`` are the codes found if the loop ends at turn n. Or
-            (N, 1, T) if the end changes no code before it.
-        distances: (N, T) float32, compared with the threshold at each turn: from the transformed
-            latent to its nearest code. In a `Cascade` this is |z - z_q|, before any depth
-            embedding. inf at turns after the one at which the search ended.
-        dummy: Code that is written in every turn before the end; None for the code found.
-    """
-
-    codes: Tensor
-    distances: Tensor
-    dummy: int | None = None
-
-    def end_at(self, lengths: Tensor) -> Tensor:
-        """Codes (N, T) of loops that end after ``lengths`` turns, (N,) int64 in [1, T]."""
-        if self.codes.shape[1] == 1:
-            codes = self.codes[:, 0]
-        else:
-            codes = self.codes[torch.arange(len(lengths), device=lengths.device), lengths - 1]
-        left = lengths[:, None] - torch.arange(1, codes.shape[1] + 1, device=codes.device)
-        if self.dummy is not None:
-            codes = codes.masked_fill(left > 0, self.dummy)
-        return codes.masked_fill(left < 0, ABSENT)  # (N, T)
-
-
-class Searches(NamedTuple):
-    """The searches by which codes were found: one per latent and turn for a `Cascade`.
-
-    Attributes:
-        sites: (M,) int64 in [0, N), the latent of each search.
-        turns: (M,) int64 in [0, T), the turn of each search.
-        queries: (M, D) float32, the vector that was searched, in the space of z.
-        found: (M,) int64 in [0, K), the code found.
-        approximations: (M, D) float32, z_q if the loop ended there. Their gradient goes to the
-            code found last, since the loop is greedy.
-        targets: (M, D) float32, the position in the codebook to which the code should move.
-        weights: (M,) float32, squared length that z_q moves per unit of that code's movement.
-    """
-
-    sites: Tensor
-    turns: Tensor
-    queries: Tensor
-    found: Tensor
-    approximations: Tensor
-    targets: Tensor
-    weights: Tensor
+RESIDUAL: Mapping[str, Any] = {"target": "taming.modules.vqvae.transforms.Residual"}
 
 
 class Transform(Part, ABC):
@@ -121,7 +77,14 @@ class Transform(Part, ABC):
         self.register_parameter("depth", start)
 
     @abstractmethod
-    def search(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
+    def search(
+        self,
+        z: Tensor,
+        codebook: Tensor,
+        threshold: Tensor,
+        max_loops: int,
+        price: Price | None = None,
+    ) -> Path:
         """Find the path of each latent, at least to the turn that is within the threshold.
 
         Args:
@@ -129,6 +92,8 @@ class Transform(Part, ABC):
             codebook: (K, D) float32.
             threshold: (N,) float32, Euclidean distance in the space of z at which a loop ends.
             max_loops: T; the last turn ends every loop.
+            price: Of codes, added to the squared distance by which they are chosen. A transform
+                with `dummies` never gets one.
 
         Returns:
             The path, without gradient.
@@ -200,7 +165,14 @@ class Cascade(Transform):
         """Map errors (M, D) of a turn to its codes: M_n^T times them, and |M_n|^2 / D, a scalar."""
 
     @torch.no_grad()
-    def search(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
+    def search(
+        self,
+        z: Tensor,
+        codebook: Tensor,
+        threshold: Tensor,
+        max_loops: int,
+        price: Price | None = None,
+    ) -> Path:
         """Find the path of each latent; a turn searches only those still in the loop."""
         ends = 1 if self.beam == 1 else max_loops
         codes = torch.full((z.shape[0], ends, max_loops), ABSENT, device=z.device)
@@ -209,7 +181,8 @@ class Cascade(Transform):
         written = torch.empty(z.shape[0], 1, 0, dtype=torch.int64, device=z.device)
         for turn in range(max_loops):
             seen = self.project(codebook, turn)
-            residual, written, distance = self._extend_beam(residual, written, seen)
+            own = None if price is None else price.of_sites(sites)
+            residual, written, distance = self._extend_beam(residual, written, seen, own)
             codes[sites, turn % ends, : turn + 1] = written[:, 0]  # the best of the beam
             distances[sites, turn] = distance[:, 0]
             if torch.compiler.is_compiling() or turn == max_loops - 1:
@@ -222,7 +195,7 @@ class Cascade(Transform):
         return Path(codes, distances)
 
     def _extend_beam(
-        self, residual: Tensor, written: Tensor, seen: Tensor
+        self, residual: Tensor, written: Tensor, seen: Tensor, price: Price | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Extend each latent's P partial paths by a code; keep the best P' of them, <= ``beam``.
 
@@ -230,20 +203,29 @@ class Cascade(Transform):
             residual: (N, P, D).
             written: (N, P, n) int64, the codes of each path.
             seen: (K, D), the codebook as this turn sees it.
+            price: Of codes, for these latents; None for none.
 
         Returns:
-            Residuals (N, P', D), codes (N, P', n + 1) and distances (N, P'), nearest first.
+            Residuals (N, P', D), codes (N, P', n + 1) and distances (N, P'), the best first.
         """
         latents, paths, channels = residual.shape
         each = min(self.beam, len(seen))
-        # No path can have more than ``beam`` survivors, so its nearest codes suffice.
-        found = nearest_codes(residual.flatten(0, 1), seen, k=each).view(latents, paths, each)
+        # No path can have more than ``beam`` survivors, so its best codes suffice.
+        vectors = residual.flatten(0, 1)
+        if price is None:
+            found = nearest_codes(vectors, seen, k=each)
+        else:
+            weight = price.weight.repeat_interleave(paths)
+            found = cheapest_codes(vectors, seen, price.codes[written.shape[2]], weight, k=each)
+        found = found.view(latents, paths, each)
         left = residual[:, :, None] - F.embedding(found, seen)  # (N, P, each, D)
         distance = torch.linalg.vector_norm(left, dim=-1)  # (N, P, each)
         if paths == each == 1:
             return left[:, 0], torch.cat([written, found], dim=2), distance[:, 0]
+        cost = distance if price is None else distance**2 + price.of_paths(written, found)
         kept = min(self.beam, paths * each)
-        distance, best = distance.flatten(1).topk(kept, largest=False)  # (N, P')
+        best = cost.flatten(1).topk(kept, largest=False).indices  # (N, P')
+        distance = distance.flatten(1).gather(1, best)
         code = found.flatten(1).gather(1, best)  # (N, P')
         residual = left.flatten(1, 2).gather(1, best[..., None].expand(-1, -1, channels))
         parent = (best // each)[..., None]  # (N, P', 1), the path that each one extends
@@ -288,3 +270,14 @@ class Cascade(Transform):
             # Where the site has ended, zero is added, which leaves its sum bit for bit.
             z_q = torch.addcmul(z_q, part, (code >= 0).to(part)[:, None])
         return z_q
+
+
+def build_transform(config: Mapping[str, Any] | None, max_loops: int, e_dim: int) -> Transform:
+    """Build a transform from ``{target, params}`` with T and D filled in; None is `Residual`."""
+    config = config or RESIDUAL
+    sizes: dict[str, Any] = {"max_loops": max_loops, "e_dim": e_dim}
+    params = dict(config.get("params") or {})
+    if depth := params.get("depth_embedding"):
+        sizes["depth_embedding"] = (max_loops, e_dim)
+        params["depth_embedding"] = (max_loops, e_dim) if depth is True else tuple(depth)
+    return instantiate_with_sizes({**config, "params": params}, sizes)

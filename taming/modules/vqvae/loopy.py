@@ -17,8 +17,6 @@ from torch import Tensor
 
 from taming.modules.distributed import share_of_rank, sum_over_ranks
 from taming.modules.sequence.notations import UnarySequence
-from taming.modules.util import checks_values
-from taming.modules.vqvae import rate
 from taming.modules.vqvae.base import (
     GridShape,
     LoopTrace,
@@ -34,25 +32,15 @@ from taming.modules.vqvae.base import (
 )
 from taming.modules.vqvae.checks import mark_impossible, rows_of_codes
 from taming.modules.vqvae.codebook import Codebook
-from taming.modules.vqvae.loop import Path, Searches, Transform
+from taming.modules.vqvae.entropy import EntropyTables
+from taming.modules.vqvae.loop import build_transform
 from taming.modules.vqvae.nearest import distance_to, nearest_codes
-from taming.util import instantiate_with_sizes
+from taming.modules.vqvae.paths import Path, Searches
+from taming.modules.vqvae.rate import check_ranges, expand_per_image, lengths_within, sample_rates
+from taming.modules.vqvae.walk import Rate, Walk, Walker, check_rates
 
 if TYPE_CHECKING:
     from taming.modules.vqvae.metrics import LoopMetrics
-
-RESIDUAL = {"target": "taming.modules.vqvae.transforms.Residual"}
-Rate = float | Tensor | None  # one number for all images, or one for each (B,)
-
-
-def build_transform(config: Mapping[str, Any], max_loops: int, e_dim: int) -> Transform:
-    """Build a transform from ``{target, params}`` with T and D filled in where not stated."""
-    sizes: dict[str, Any] = {"max_loops": max_loops, "e_dim": e_dim}
-    params = dict(config.get("params") or {})
-    if depth := params.get("depth_embedding"):
-        sizes["depth_embedding"] = (max_loops, e_dim)
-        params["depth_embedding"] = (max_loops, e_dim) if depth is True else tuple(depth)
-    return instantiate_with_sizes({**config, "params": params}, sizes)
 
 
 class LoopyVectorQuantizer(Quantizer):
@@ -76,6 +64,8 @@ class LoopyVectorQuantizer(Quantizer):
         length_range: Train one quantizer for all rates: the mean length of each image of a training
             batch is sampled uniformly between these bounds in [1, T], and it gets the threshold
             that gives it. None trains with the quantizer's own threshold.
+        rate_range: Instead: the lambda of each image of a training batch is sampled between these
+            bounds, above 0, uniformly in its logarithm, and its codes are those of ``rate``.
         legacy: Put beta on the codebook term instead, for a codebook that learns by gradient.
         ema_decay: Learn the codebook by moving averages of this decay; None by gradient.
         start_batches: Number of first training batches from which k-means places the codes.
@@ -99,7 +89,9 @@ class LoopyVectorQuantizer(Quantizer):
     """
 
     variable_rate = True
-    not_in_identity = ("beta", "legacy", "target_length", "length_range", "start_batches")
+    not_in_identity = (
+        *("beta", "legacy", "target_length", "length_range", "rate_range", "start_batches"),
+    )
 
     def __init__(
         self,
@@ -115,6 +107,7 @@ class LoopyVectorQuantizer(Quantizer):
         ema_decay: float | None = None,
         start_batches: int = 4,
         revive_below: float = 0.05,
+        rate_range: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(n_e, e_dim)
         if max_loops < 1:
@@ -125,16 +118,16 @@ class LoopyVectorQuantizer(Quantizer):
             raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
         if target_length is not None and not 1 <= target_length <= max_loops:
             raise ValueError(f"target_length must be in [1, {max_loops}], got {target_length}")
-        bounds = list(length_range or (1.0, 1.0))
-        if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= max_loops:
-            limits = f"[1, max_loops = {max_loops}]"
-            raise ValueError(f"length_range must be two bounds in {limits}, got {bounds}")
+        check_ranges(length_range, rate_range, max_loops)
         self.beta, self.legacy, self.max_loops = beta, legacy, max_loops
-        self.target_length, self.length_range = target_length, length_range
-        self.start_batches = start_batches
+        self.target_length, self.start_batches = target_length, start_batches
+        self.length_range, self.rate_range = length_range, rate_range
         self.embedding = Codebook(n_e, e_dim, ema_decay, revive_below)
-        self.transform = build_transform(transform_config or RESIDUAL, max_loops, e_dim)
+        self.transform = build_transform(transform_config, max_loops, e_dim)
+        if rate_range is not None:
+            check_rates(["rate_range"], self.transform)
         self.sequence = UnarySequence(n_e, max_loops, dummies=self.transform.dummies)
+        self.entropy = EntropyTables(n_e, max_loops, self.transform.dummies)
         self.threshold: Tensor
         self.latent_std: Tensor
         start = torch.tensor(float(1 if threshold is None else threshold))
@@ -146,45 +139,56 @@ class LoopyVectorQuantizer(Quantizer):
         z: Tensor,
         threshold: Rate = None,
         max_codes: Rate = None,
-        path: Path | None = None,
+        rate: Rate = None,
+        target_bits: Rate = None,
     ) -> QuantizerOutput:
         """Quantize latents, each with as many turns as it needs.
 
         Args:
             z: (B, D, h, w) or (N, D); not changed.
             threshold: tau; None takes the quantizer's own or, while training with a
-                ``length_range``, samples a budget per image.
+                ``length_range`` or ``rate_range``, samples a rate per image.
             max_codes: Instead: most codes of an image, at least one per site; each image gets the
                 smallest threshold that keeps to it.
-            path: The `whole_path` of z, if it is known; with ``max_codes`` only.
+            rate: Instead: lambda >= 0; codes and ends are those of least J (see
+                `taming.modules.vqvae.walk`). 0 writes the codes of the whole path and ends each
+                site where it is nearest; the larger, the fewer bits.
+            target_bits: Instead: most bits of an image by the `EntropyTables`; each image gets
+                about the smallest lambda that keeps to it.
 
         Returns:
             z_q like z, of the codebook's dtype; loss; info with a `LoopTrace` (fields (B, h, w) or
             (N,)) and indices (B, h, w, T) or (N, T).
 
         Raises:
-            ValueError: Both threshold and max_codes are given, a threshold is negative or NaN, or
-                max_codes is smaller than the number of sites.
+            ValueError: More than one of these is given, one is out of range, or max_codes or
+                target_bits is too small for any codes.
         """
         self._check(z)
+        rows = as_rows(z).detach()  # (N, D)
+        if self.training:
+            self._measure_spread(rows)
+            if self.embedding.steps < self.start_batches:
+                self._start_from_data(rows, len(z))
+        given = {"threshold": threshold, "max_codes": max_codes}
+        given |= {"rate": rate, "target_bits": target_bits}
+        walk = self._walk(rows, z.shape[0], given)
+        if self.training and threshold is None:
+            self._steer_threshold(walk.path.distances)
+        return self._quantize(z, walk)
+
+    def _quantize(self, z: Tensor, walk: Walk) -> QuantizerOutput:
+        """Return the output of `forward` for latents whose walk is known."""
         flat = as_rows(z)  # (N, D)
-        rows = flat.detach()
-        if self.training and self.embedding.steps < self.start_batches:
-            self._start_from_data(rows, len(z))
-        path, tau = self._find_paths(rows, z.shape[0], threshold, max_codes, path)
-        lengths = rate.lengths_within(path.distances, tau)  # (N,): here each site ends
-        codes = path.end_at(lengths)  # (N, T)
+        codes, lengths, last = walk.codes, walk.lengths, walk.distances  # (N, T), (N,), (N,)
         z_q = straight_through(flat, self._decode(codes, self.embedding.weight.detach()))
-        loss = self._loss_without_gradient(path, lengths)
+        loss = self._loss_without_gradient(walk.path, lengths)
         if loss is None:
-            searches = self.transform.retrace(rows, codes, self.embedding.weight.float())
+            searches = self.transform.retrace(flat.detach(), codes, self.embedding.weight.float())
             loss = self._loss(flat, searches)
             if self.training:
-                self._learn(rows, searches)
-        if self.training and threshold is None:
-            self._steer_threshold(path.distances)
-        last = path.distances.gather(1, lengths[:, None] - 1).squeeze(1)  # (N,)
-        trace = LoopTrace(*(self._grid(x, z) for x in (lengths, last, last <= tau)))
+                self._learn(flat.detach(), codes, searches)
+        trace = LoopTrace(*(self._grid(x, z) for x in (lengths, last, last <= walk.threshold)))
         info = QuantizerInfo(code_perplexity(codes, self.n_e), trace, self._grid(codes, z))
         z_q = self._grid(z_q.to(self.embedding.weight.dtype), z)
         return QuantizerOutput(z_q if z.ndim == 2 else channels_second(z_q), loss, info)
@@ -221,8 +225,11 @@ class LoopyVectorQuantizer(Quantizer):
     def whole_path(self, z: Tensor) -> Path:
         """Find the path of latents (B, D, h, w) or (N, D) through all turns."""
         self._check(z)
-        rows = as_rows(z).detach()
-        return self._search(rows, rows.new_zeros(len(rows)))
+        return self._walker(as_rows(z).detach(), z.shape[0]).whole_path()
+
+    def bits(self, codes: Tensor) -> Tensor:
+        """Add up the bits of codes (B, h, w, T) by the `EntropyTables`: (B,) float64."""
+        return self.entropy.bits_of_images(codes)
 
     def reach(self, z: Tensor, quality: Quality, target: Tensor) -> QuantizerOutput:
         """Quantize latents with the smallest ``max_codes`` with which each image reaches a quality.
@@ -235,46 +242,25 @@ class LoopyVectorQuantizer(Quantizer):
         Returns:
             As `forward`; T codes for every site where nothing reaches the target.
         """
-        target = rate.expand_per_image("the target quality", target, len(z))
-        path = self.whole_path(z)  # searched once, then cut to each budget
+        self._check(z)
+        target = expand_per_image("the target quality", target, len(z))
+        walker = self._walker(as_rows(z).detach(), len(z))
+        return self._quantize(z, walker.to_quality(lambda c: quality(self._grid(c, z)), target))
 
-        @torch.no_grad()
-        def quality_within(max_codes: Tensor) -> Tensor:
-            tau = rate.threshold_for(path.distances, max_codes)
-            codes = path.end_at(rate.lengths_within(path.distances, tau))
-            return quality(self._grid(codes, z))
+    def _walker(self, rows: Tensor, images: int) -> Walker:
+        codebook, unit = self.embedding.weight.detach().float(), self.latent_std.float().square()
+        return Walker(self.transform, codebook, self.entropy, unit, rows, images)
 
-        sizes = (z[0, 0].numel(), self.max_loops)
-        return self(z, max_codes=rate.fewest_codes(quality_within, target, *sizes), path=path)
-
-    def _find_paths(
-        self,
-        rows: Tensor,
-        images: int,
-        threshold: Rate = None,
-        max_codes: Rate = None,
-        path: Path | None = None,
-    ) -> tuple[Path, Tensor]:
-        """Find the path of latents (N, D), as long as needed, and the tau (N,) that cuts it."""
-        if threshold is not None and max_codes is not None:
-            raise ValueError("give a threshold or max_codes, not both")
-        sites = rows.shape[0] // max(images, 1)
-        if threshold is None and max_codes is None and self.training and self.length_range:
-            max_codes = rate.sample_budgets(images, sites, self.length_range, rows.device)
-        if max_codes is None:
-            tau = torch.as_tensor(self.threshold if threshold is None else threshold)
-            if threshold is not None and checks_values(tau) and not (tau >= 0).all():
-                raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
-            tau = rate.expand_per_image("threshold", tau.to(rows), images).repeat_interleave(sites)
-            return self._search(rows, tau), tau
-        path = path or self.whole_path(rows)
-        budgets = rate.expand_per_image("max_codes", torch.as_tensor(max_codes), images)
-        return path, rate.threshold_for(path.distances, budgets)
-
-    def _search(self, rows: Tensor, tau: Tensor) -> Path:
-        """Find the path of latents (N, D) until they are within tau (N,)."""
-        codebook = self.embedding.weight.detach().float()
-        return self.transform.search(rows, codebook, tau, self.max_loops)
+    def _walk(self, rows: Tensor, images: int, given: Mapping[str, Rate] | None = None) -> Walk:
+        """Walk latents (N, D) at the rate given, at one sampled for training, or to tau."""
+        walker = self._walker(rows, images)
+        rates = {name: value for name, value in (given or {}).items() if value is not None}
+        check_rates([*rates], self.transform)
+        if not rates and self.training:
+            ranges = (self.length_range, self.rate_range)
+            rates = sample_rates(images, walker.sites, *ranges, rows.device)
+        name, value = next(iter(rates.items()), ("threshold", self.threshold))
+        return walker.walk(name, value)
 
     def _decode(self, codes: Tensor, codebook: Tensor) -> Tensor:
         """Turn valid codes (N, T) into z_q (N, D), summed in float32 even in a half model."""
@@ -307,25 +293,34 @@ class LoopyVectorQuantizer(Quantizer):
             nearest = self.embedding.weight[nearest_codes(rows, self.embedding.weight)]
             self.threshold.copy_(self._mean(distance_to(rows, nearest)))
         for _ in range(self.max_loops - 1):  # a turn's size depends on the turns before it
-            path, tau = self._find_paths(rows, images)
-            codes = path.end_at(rate.lengths_within(path.distances, tau))
+            codes = self._walk(rows, images).codes
             searches = self.transform.retrace(rows, codes, self.embedding.weight.detach())
             self.transform.initialize(rows, searches, self.embedding.weight.detach())
 
     @torch.no_grad()
-    def _learn(self, rows: Tensor, searches: Searches) -> None:
-        """Update the latents' spread, the transform and the codebook by running statistics."""
+    def _measure_spread(self, rows: Tensor) -> None:
+        """Update the latents' spread, by which J measures distances."""
         spread = (rows - self._mean(rows)).square().sum(dim=1)
-        momentum = 0.0 if self.embedding.steps == 0 else 0.99
-        self.latent_std.lerp_(self._mean(spread).sqrt(), 1 - momentum)
+        std = self._mean(spread).sqrt().to(self.latent_std)
+        self.latent_std.lerp_(std, 1 - self._momentum)
+
+    @torch.no_grad()
+    def _learn(self, rows: Tensor, codes: Tensor, searches: Searches) -> None:
+        """Update the tables, the transform and the codebook by running statistics."""
+        self.entropy.learn(codes, self._momentum)
         self.transform.learn(rows, searches, self.embedding.weight.detach())
         self.embedding.learn(searches.targets, searches.found, searches.weights)
+
+    @property
+    def _momentum(self) -> float:
+        """Weight of the old value in running statistics."""
+        return 0.0 if self.embedding.steps == 0 else 0.99
 
     @torch.no_grad()
     def _steer_threshold(self, distances: Tensor) -> None:
         """Move the threshold toward the one that gives ``target_length``."""
         if self.target_length is not None:
-            lengths = rate.lengths_within(distances, self.threshold.expand(len(distances)))
+            lengths = lengths_within(distances, self.threshold.expand(len(distances)))
             # 5% a step for each turn too many settles in tens of steps and does not overshoot.
             excess = self._mean(lengths.float()) - self.target_length
             moved = self.threshold * torch.exp(0.05 * excess.clamp(-1, 1))

@@ -66,6 +66,37 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, k: int | None = None) -> Te
     return found if k is None else found[:, None]
 
 
+@torch.no_grad()
+def cheapest_codes(
+    vectors: Tensor, codebook: Tensor, bits: Tensor, weight: Tensor, k: int | None = None
+) -> Tensor:
+    """Find the codes of least |x - e|^2 + weight * bits, as `nearest_codes` finds the nearest.
+
+    Codes get two more coordinates, (b, sqrt(1 - b^2)) with b in proportion to their bits, and
+    vectors get (q, 0). All codes are equally long there, so the distance differs by -2 q b alone.
+
+    Args:
+        vectors: (N, D) float32.
+        codebook: (K, D) float32.
+        bits: (K,) float32, at least 0.
+        weight: (N,) float32, at least 0.
+        k: As for `nearest_codes`.
+
+    Returns:
+        (N,) int64 in [0, K); with k, (N, k), cheapest first.
+    """
+    most = bits.max().clamp(min=1e-20)
+    size = codebook.square().sum(dim=1).mean().sqrt()  # as large as codes: no digits are lost
+    size = torch.where(size > 0, size, 1.0)
+    share = bits / most  # (K,) in [0, 1]
+    further = size * torch.stack([share, (1 - share.square()).clamp(min=0).sqrt()], dim=1)
+    query = -weight * most / (2 * size)
+    query = torch.stack([query, torch.zeros_like(query)], dim=1)
+    return nearest_codes(
+        torch.cat([vectors.float(), query], dim=1), torch.cat([codebook, further], dim=1), k
+    )
+
+
 def distance_to(vectors: Tensor, codes: Tensor) -> Tensor:
     """Compute Euclidean distances from differences, which loses no digits to cancellation.
 

@@ -8,13 +8,29 @@ Axis letters: N latents, B images, S sites of an image, T turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from taming.modules.util import checks_values
+
+
+def check_ranges(
+    length_range: Sequence[float] | None, rate_range: Sequence[float] | None, max_loops: int
+) -> None:
+    """Refuse ranges from which training cannot sample mean lengths, or lambdas."""
+    if length_range is not None and rate_range is not None:
+        raise ValueError("give length_range or rate_range, not both: each sets an image's rate")
+    bounds = list(length_range or (1.0, 1.0))
+    if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= max_loops:
+        limits = f"[1, max_loops = {max_loops}]"
+        raise ValueError(f"length_range must be two bounds in {limits}, got {bounds}")
+    bounds = list(rate_range or (1.0, 1.0))
+    if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < math.inf:
+        raise ValueError(f"rate_range must be two lambdas above 0, got {bounds}")
 
 
 def expand_per_image(name: str, value: Tensor, images: int) -> Tensor:
@@ -111,9 +127,29 @@ def fewest_codes(
     return enough
 
 
-def sample_budgets(
-    images: int, sites: int, lengths: tuple[float, float], device: torch.device
-) -> Tensor:
-    """Sample a budget (B,) int64: a mean length uniform in ``lengths``, times an image's sites."""
-    mean = torch.empty(images, device=device).uniform_(*lengths)
-    return (mean * sites).round().long()
+def sample_rates(
+    images: int,
+    sites: int,
+    length_range: tuple[float, float] | None,
+    rate_range: tuple[float, float] | None,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Sample a rate for each image of a training batch.
+
+    Args:
+        images: B.
+        sites: S.
+        length_range: Bounds of a mean length, which is uniform; times S, it is a budget.
+        rate_range: Instead: bounds of lambda, whose logarithm is uniform.
+        device: Of the rates.
+
+    Returns:
+        ``max_codes`` (B,) int64, or ``rate`` (B,) float32; {} without bounds.
+    """
+    if length_range is not None:
+        mean = torch.empty(images, device=device).uniform_(*length_range)
+        return {"max_codes": (mean * sites).round().long()}
+    if rate_range is not None:
+        low, high = map(math.log, rate_range)
+        return {"rate": torch.empty(images, device=device).uniform_(low, high).exp()}
+    return {}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taming.modules.distributed import sum_over_ranks
+from taming.modules.vqvae.entropy import Price
 from taming.modules.vqvae.loop import Cascade, DepthShape, Path, Searches, Transform
 from taming.modules.vqvae.nearest import distance_to, nearest_codes
 
@@ -73,7 +74,14 @@ class Attract(Transform):
         self.step = step
 
     @torch.no_grad()
-    def search(self, z: Tensor, codebook: Tensor, threshold: Tensor, max_loops: int) -> Path:
+    def search(
+        self,
+        z: Tensor,
+        codebook: Tensor,
+        threshold: Tensor,
+        max_loops: int,
+        price: Price | None = None,
+    ) -> Path:
         """Find the whole path of each latent by one search, at a cost independent of T."""
         found = nearest_codes(z, codebook)  # (N,)
         first = distance_to(z, F.embedding(found, codebook))  # (N,)
