@@ -54,6 +54,13 @@ def fetch_heads() -> Path:
         ) from error
 
 
+def vgg16_file() -> Path:
+    """Return the path of torchvision's VGG16 weights in torch's cache, there or not."""
+    from torchvision.models import VGG16_Weights
+
+    return Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_Weights.IMAGENET1K_V1.url).name)
+
+
 def fetch_vgg16() -> dict[str, Tensor]:
     """Return torchvision's VGG16 weights (ImageNet), downloaded to torch's cache and checked.
 
@@ -66,10 +73,9 @@ def fetch_vgg16() -> dict[str, Tensor]:
     try:
         return dict(weights.get_state_dict(progress=True, check_hash=True, map_location="cpu"))
     except URLError as error:
-        place = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
         raise ConnectionError(
             f"cannot download {weights.url} ({error}); without a network, fetch it elsewhere and "
-            f"put it at {place}, or set the environment variable TAMING_VGG16 to its path; "
+            f"put it at {vgg16_file()}, or set the environment variable TAMING_VGG16 to its path; "
             f"{WITHOUT}"
         ) from error
 
