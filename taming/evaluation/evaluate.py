@@ -119,7 +119,7 @@ def evaluate(
     """
     for name, number, least in (
         ("generated", generated, 0),
-        ("size", size or 1, 1),
+        ("size", 1 if size is None else size, 1),
         ("batch_size", batch_size, 1),
         ("examples", examples, 0),
     ):

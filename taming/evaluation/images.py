@@ -24,6 +24,8 @@ from taming.run.folder import SavedRun
 Batch = Mapping[str, Any]
 # Groups of pictures of one size wait for each other; more than so many batches of them do not.
 _WAITING = 8
+# Feature networks take some hundred times the memory of the pixels that they see together.
+_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def by_shape(
 
     Args:
         images: Name and image (C, H, W) of each.
-        most: Largest number in a group.
+        most: Largest number in a group; fewer of more than a megapixel together.
 
     Yields:
         Positions of the images of a group, from 0; their names; images (B, C, H, W).
@@ -77,7 +79,7 @@ def by_shape(
     groups: dict[torch.Size, list[tuple[int, str, Tensor]]] = {}
     for position, (name, image) in enumerate(images):
         groups.setdefault(image.shape, []).append((position, name, image))
-        full = len(groups[image.shape]) == most
+        full = len(groups[image.shape]) == max(min(most, _PIXELS // image[0].numel()), 1)
         if full or sum(map(len, groups.values())) >= _WAITING * most:
             largest = image.shape if full else max(groups, key=lambda shape: len(groups[shape]))
             yield _together(groups.pop(largest))

@@ -87,7 +87,7 @@ def shift_tolerant(device: torch.device) -> Measure:
     path = Path(str(package.locate_file(SHIFT_TOLERANT)))
     network = LPIPS(pretrained=False, pool=blurred_pool)
     try:
-        network.load_state_dict(load_file(str(path)))
+        network.load_state_dict(load_file(path))
     except RuntimeError as error:  # of load_state_dict
         raise ValueError(f"{path} holds other weights than ST-LPIPS: {error}") from error
     about = {"tool": tool("stlpips-pytorch"), "network": "VGG16 with blurred pooling"}
@@ -139,8 +139,11 @@ def inception(device: torch.device, kind: str) -> Measure:
     """
     extractor = fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3
     path = inception_file()
-    torch.load(path, map_location="cpu", weights_only=True)  # refuses code, which it would run
-    network = extractor("inception-v3-compat", ["2048"], str(path)).to(device)
+    load_file(path)  # refuses code, which the extractor would run
+    try:
+        network = extractor("inception-v3-compat", ["2048"], str(path)).to(device)
+    except RuntimeError as error:  # of load_state_dict
+        raise ValueError(f"{path} holds other weights than Inception's: {error}") from error
 
     def see(levels: Tensor) -> Tensor:
         return network(levels.expand(-1, 3, -1, -1))[0]  # (B, 2048)

@@ -165,6 +165,8 @@ def evaluate_tokenizer(
     if not named:
         raise ValueError("there are no images to evaluate on")
     rates = {rate: _numbers(costs[rate], comparisons[rate]) for rate in costs}
+    own = model.quantize.tracked_scalars()
+    rates[OWN]["codes"] |= {name: float(value) for name, value in own.items()}
     return {
         "protocol": {**images.about, **digest.about()},
         "rates": rates,

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from urllib.error import URLError
 
@@ -32,10 +33,14 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: The file does not exist.
+        ValueError: It holds something else than weights, such as code.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: expected the weights of LPIPS there")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(f"{path} does not hold weights alone") from error
 
 
 def fetch_heads() -> Path:
