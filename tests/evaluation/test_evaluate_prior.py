@@ -54,7 +54,11 @@ def test_generated_pictures_are_compared_with_the_images(network):
     images, missing = [*pictures(6)], {}
     about = of_pictures(images, "image", 3)
     numbers, shown = evaluate_prior([model], about, [network], missing, 5, 2, seed=3, top_k=4)
-    made = [p for first, n in ((0, 2), (2, 2), (4, 1)) for p in Generator(model).sample(n, seed=3, first=first, top_k=4)]
+    made = [
+        p
+        for first, n in ((0, 2), (2, 2), (4, 1))
+        for p in Generator(model).sample(n, seed=3, first=first, top_k=4)
+    ]
     assert [picture.tobytes() for picture in shown] == [picture.tobytes() for picture in made]
     given = network.vectors(network.see(to_levels(torch.stack(images))))
     vectors = network.vectors(network.see(torch.stack([pil_to_tensor(p) for p in made])))
