@@ -18,6 +18,7 @@ from taming.evaluation.prior import evaluate_prior
 from taming.evaluation.tokenizer import OWN, check_rates, evaluate_tokenizer
 from taming.generator import Generator
 from taming.models.prior import Prior
+from taming.modules.transformer.generate import SamplingParams
 from taming.pictures import Picture
 from taming.run.folder import SavedRun
 from taming.tokenizer import Tokenizer
@@ -179,6 +180,9 @@ def _of_prior(
     priors: Sequence[Prior], source: _Source, generated: int, seed: int, params: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Example]]:
     """Evaluate priors of one model."""
+    if params and not generated:
+        raise ValueError(f"{', '.join(params)}: of generated pictures, so give generated as well")
+    SamplingParams(**params)  # refuses a wrong value before anything is measured
     prior = priors[0]
     stage = prior.first_stage_model
     side = prior.grid[0] * stage.factor

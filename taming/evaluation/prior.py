@@ -84,7 +84,7 @@ def measure_bits(priors: Sequence[Prior], batch: Mapping[str, Any]) -> dict[str,
     found: dict[str, list[float]] = {}
     for prior in priors:
         seen = prior.tokenize_batch(batch)
-        nats, lengths = prior.measure_nats(seen)  # (B,) each
+        nats, lengths = (value.cpu() for value in prior.measure_nats(seen))  # (B,) each
         raw = lengths.double() * math.log2(prior.sequence.vocab_size)
         own = {"tokens": lengths, "raw_bits": raw, "bits": nats.double() / math.log(2)}
         for name, values in own.items():

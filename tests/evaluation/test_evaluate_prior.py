@@ -101,6 +101,14 @@ def test_classes_come_from_folders_and_are_generated_in_turn(tmp_path, without_n
         taming.evaluate(model, tmp_path)
 
 
-def test_a_prior_has_no_rate(without_networks):
-    with pytest.raises(ValueError, match="codes are the rate of a tokenizer, but this is a prior"):
-        taming.evaluate(prior(), [*pictures(1)], codes=[2])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codes": [2]}, "codes are the rate of a tokenizer, but this is a prior: omit codes"),
+        ({"top_k": 3}, "top_k: of generated pictures, so give generated as well"),
+        ({"generated": 1, "top_p": 2.0}, "top_p"),
+    ],
+)
+def test_mistakes(options, message, without_networks):
+    with pytest.raises(ValueError, match=message):
+        taming.evaluate(prior(), [*pictures(1)], **options)

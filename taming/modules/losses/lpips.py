@@ -186,8 +186,7 @@ class Head(nn.Module):
 def normalize(x: Tensor, eps: float = 1e-10) -> Tensor:
     """Scale (B, C, h, w) to length 1 over C.
 
-    eps is under the root because a norm has no gradient where all channels are 0, as in flat
-    regions after ReLU.
+    eps under the root gives a gradient where all channels are 0, as in flat regions after ReLU.
     """
     return x * (x.square().sum(dim=1, keepdim=True) + eps).rsqrt()
 
