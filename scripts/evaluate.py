@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import taming
 from taming.run import cli
-from taming.run.page import Section, draw_histograms, page, picture, table
+from taming.run.page import Section, captioned, draw_histograms, page, picture, table
 from taming.util import replacing
 
 if TYPE_CHECKING:
@@ -90,17 +90,17 @@ def sections(result: Evaluation) -> Iterator[Section]:
     """Yield the sections of the page: what is missing, pictures, lengths, protocol."""
     numbers = result.numbers
     if missing := numbers["missing"]:
-        yield "Not measured", "", table(missing.items())
+        yield "Not measured", "", table(missing.items(), kind="text")
     for group in dict.fromkeys(example.group for example in result.examples):
         shown = [example for example in result.examples if example.group == group]
-        elements = (f"<p>{table([[e.caption]])}{picture(png_of(e), e.caption)}" for e in shown)
+        elements = (captioned(png_of(example), example.caption) for example in shown)
         yield f"{group.capitalize()} pictures", "", "".join(elements)
     own = numbers.get("rates", {}).get("own", {})
     if lengths := own.get("histograms", {}).get("lengths"):  # several levels have several
         drawn = draw_histograms(lengths, own["per_image"]["tokens"])
         yield "Lengths", "At the tokenizer's own rate.", picture(drawn, "lengths")
     text = "What the numbers depend on: compare them only with those of the same protocol."
-    yield "Protocol", text, table(flat(numbers["protocol"]))
+    yield "Protocol", text, table(flat(numbers["protocol"]), kind="text")
 
 
 def main() -> None:

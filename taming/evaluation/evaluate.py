@@ -13,7 +13,7 @@ import torch
 from taming.evaluation.examples import Example, grid_of, reconstructions
 from taming.evaluation.images import ImageSet, of_files, of_pictures, of_run
 from taming.evaluation.measures import Measure, versions
-from taming.evaluation.networks import all_measures
+from taming.evaluation.networks import about_file, all_measures
 from taming.evaluation.prior import evaluate_prior
 from taming.evaluation.tokenizer import OWN, check_rates, evaluate_tokenizer
 from taming.generator import Generator
@@ -50,7 +50,7 @@ class Evaluation:
             names = dict.fromkeys(name for c in columns.values() for name in c[block])
             for name in names:
                 values = [c[block].get(name) for c in columns.values()]
-                rows.append([name, *("" if v is None else f"{v:.4g}" for v in values)])
+                rows.append([name, *map(_text, values)])
         return head, rows
 
     def table(self) -> str:
@@ -66,6 +66,12 @@ class Evaluation:
         ]
         lines += [f"not measured: {name}: {why}" for name, why in self.numbers["missing"].items()]
         return "\n".join(lines) + "\n"
+
+
+def _text(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def _title(rate: str) -> str:
@@ -142,9 +148,10 @@ def evaluate(
             raise ValueError("only a prior generates pictures, and this is a tokenizer")
         face = loaded if isinstance(loaded, Tokenizer) else Tokenizer(loaded, batch_size)
         numbers, pictures = _of_tokenizer(face, source, codes, examples)
-    about = {"kind": "prior" if priors else "tokenizer"}
+    about: dict[str, Any] = {"kind": "prior" if priors else "tokenizer"}
     if saved is not None:
-        about |= {"run": str(saved.folder), "checkpoint": saved.checkpoint.name}
+        about |= {"run": str(saved.folder)}
+        numbers["protocol"]["checkpoint"] = about_file(saved.checkpoint)
     return Evaluation({**about, **numbers}, pictures)
 
 

@@ -33,8 +33,8 @@ SHIFT_TOLERANT = "stlpips_pytorch/weights/vST0.0/vgg_shift_tolerant.pth"
 FRECHET = "Frechet distance (ST-LPIPS VGG16)"
 
 
-def _file(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Name a file of weights and its hash, for the protocol."""
+def about_file(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Name a file of weights with its hash, for the protocol."""
     return {"file": Path(path).name, "sha256": file_hash(path, "sha256")}
 
 
@@ -67,8 +67,8 @@ def lpips(device: torch.device) -> Measure:
     except ConnectionError as error:
         raise ConnectionError(str(error).removesuffix(f"; {WITHOUT}")) from error
     about = {"tool": tool("loopy-taming"), "network": "VGG16 of torchvision, ImageNet"}
-    about |= {"heads": _file(network.weights or fetch_heads())}
-    about |= _file(network.vgg_weights or vgg16_file())
+    about |= {"heads": about_file(network.weights or fetch_heads())}
+    about |= about_file(network.vgg_weights or vgg16_file())
     return perceptual("LPIPS", network.to(device), about, least=16)
 
 
@@ -91,7 +91,7 @@ def shift_tolerant(device: torch.device) -> Measure:
     except RuntimeError as error:  # of load_state_dict
         raise ValueError(f"{path} holds other weights than ST-LPIPS: {error}") from error
     about = {"tool": tool("stlpips-pytorch"), "network": "VGG16 with blurred pooling"}
-    about |= {"features": "mean over the places of relu5_3, 512 numbers", **_file(path)}
+    about |= {"features": "mean over the places of relu5_3, 512 numbers", **about_file(path)}
 
     def vectors(seen: list[Tensor]) -> Tensor:
         return seen[-1].mean(dim=(2, 3))  # (B, 512)
@@ -150,7 +150,7 @@ def inception(device: torch.device, kind: str) -> Measure:
 
     about = {"tool": tool("torch-fidelity"), "network": "Inception v3 of the original FID"}
     about |= {"input": f"{FID_SIDE}x{FID_SIDE}, bilinear as in TensorFlow 1, no antialiasing"}
-    about |= {"features": "pool3, 2048 numbers", **_file(path)}
+    about |= {"features": "pool3, 2048 numbers", **about_file(path)}
     name = f"{kind}FID"
     return Measure(name, about, see, vectors=lambda x: x, distance=name, channels=(1, 3))
 

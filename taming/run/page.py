@@ -13,8 +13,10 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
        color: #222; background: #fff }
 img { max-width: 100%; image-rendering: auto }
 table { border-collapse: collapse } td { padding: .2rem 1.5rem .2rem 0; border-top: 1px solid #ddd }
-td, th { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
+td, th { text-align: right; font-variant-numeric: tabular-nums; vertical-align: top }
 th { padding-right: 1.5rem } td:first-child, th:first-child { text-align: left }
+.text td { text-align: left; overflow-wrap: anywhere }
+.text td:first-child { overflow-wrap: normal }
 p { color: #555 } h2 { margin-top: 2.5rem }
 """
 
@@ -27,14 +29,25 @@ def picture(png: bytes, title: str) -> str:
     return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{code}">'
 
 
-def table(rows: Iterable[Sequence[Any]], head: Sequence[Any] = ()) -> str:
-    """Return a table element of rows of values, under a head if one is given."""
+def captioned(png: bytes, caption: str) -> str:
+    """Return an image element with its caption above."""
+    return f"<p>{html.escape(caption)}</p>{picture(png, caption)}"
+
+
+def table(rows: Iterable[Sequence[Any]], head: Sequence[Any] = (), kind: str = "numbers") -> str:
+    """Return a table element of rows of values, under a head if one is given.
+
+    Args:
+        rows: Values by row.
+        head: Titles of the columns.
+        kind: "numbers" for a table whose columns but the first are, or "text".
+    """
     lines = "".join(
         f"<tr>{''.join(f'<td>{html.escape(str(value))}</td>' for value in row)}</tr>"
         for row in rows
     )
     first = "".join(f"<th>{html.escape(str(value))}</th>" for value in head)
-    return f"<table>{f'<tr>{first}</tr>' if head else ''}{lines}</table>"
+    return f"<table class={kind}>{f'<tr>{first}</tr>' if head else ''}{lines}</table>"
 
 
 def page(title: str, start: str, sections: Iterable[Section]) -> str:
