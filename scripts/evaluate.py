@@ -1,85 +1,131 @@
-"""Measure a trained tokenizer or prior on the validation set of its run.
+"""Measure a trained tokenizer or prior, with the protocol beside the numbers.
 
-python scripts/evaluate.py -r logs/<run> -o results/evaluation.json
+python scripts/evaluate.py -r logs/<run>
+python scripts/evaluate.py -r logs/<run> --data photos/ --codes 1,1.5,2,3,4
+python scripts/evaluate.py -r logs/<prior's run> --generated 5000
+
+Writes a JSON file and beside it a page, .html, with the best, median and worst reconstructions;
+prints a table. docs/evaluation.md says what each number is.
 """
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import logging
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+import taming
 from taming.run import cli
-from taming.run.folder import SavedRun
+from taming.run.page import Section, captioned, draw_histograms, page, picture, table
 from taming.util import replacing
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-
-    from taming.models.vqgan import VQModel
+    from taming import Evaluation
+    from taming.evaluation.examples import Example
 
 logger = logging.getLogger("taming.evaluate")
 
+LARGEST = 2000  # columns of a picture on the page, which shows larger ones smaller
 
-def tokens_per_image(model: VQModel, data: LightningDataModule) -> list[int]:
-    """Return the length of each validation image's token sequence."""
-    lengths = []
-    for batch in tqdm(data.val_dataloader(), desc="sequences"):
-        x = model.get_input(batch, model.image_key).to(model.device)
-        codes = model.encode_to_codes(x)  # (B, h, w, T)
-        lengths += model.quantize.sequence.encode(codes)[1].tolist()
-    return lengths
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = cli.script_parser(__doc__)
+    add = parser.add_argument
+    cli.add_run_arguments(parser, "run, or one of its checkpoints")
+    data_help = "folder of images, text file that lists some, or Parquet file;\n"
+    add("--data", help=data_help + "default: the validation set of the run")
+    size_help = "side of square crops of --data in pixels;\n"
+    add("-s", "--size", type=int, help=size_help + "default: whole pictures; for a prior, its own")
+    codes_help = "rates of a loopy tokenizer besides its own, as mean codes of a site,\n"
+    add("--codes", default="", help=codes_help + "such as 1,1.5,2,3,4")
+    generated_help = "pictures that a prior generates, to be compared with the data"
+    add("--generated", type=int, default=0, help=generated_help)
+    add("--batch_size", type=int, default=16)
+    shown = "best, median and worst reconstructions on the page, of each (default: 3)"
+    add("--examples", type=int, default=3, help=shown)
+    add("-t", "--temperature", type=float, help="of generated pictures")
+    add("-k", "--top_k", type=int, help="sample among the k likeliest tokens")
+    add("-p", "--top_p", type=float, help="sample among the likeliest of this mass")
+    add("--guidance", type=float, help="scale of classifier-free guidance")
+    add("--seed", type=int, default=23, help="of generated pictures")
+    add("-o", "--output", default="results/evaluation.json", type=Path)
+    options = parser.parse_args()
+    if options.output.is_dir() or options.output.suffix != ".json":
+        raise ValueError(f"-o names the .json file to be written, got {options.output}")
+    try:
+        options.codes = [float(rate) for rate in options.codes.split(",") if options.codes]
+    except ValueError as error:
+        raise ValueError(f"--codes takes numbers such as 1,1.5,2, got {options.codes!r}") from error
+    return options
+
+
+def png_of(example: Example) -> bytes:
+    """Encode the picture of an example, scaled down where it is wider than a page needs."""
+    from taming.pictures import to_picture
+
+    image = to_picture(example.picture)
+    if image.width > LARGEST:
+        image = image.resize((LARGEST, round(image.height * LARGEST / image.width)))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield name and value of all entries of nested mappings."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}: ")
+        else:
+            yield prefix + name, value
+
+
+def sections(result: Evaluation) -> Iterator[Section]:
+    """Yield the sections of the page: what is missing, pictures, lengths, protocol."""
+    numbers = result.numbers
+    if missing := numbers["missing"]:
+        yield "Not measured", "", table(missing.items(), kind="text")
+    for group in dict.fromkeys(example.group for example in result.examples):
+        shown = [example for example in result.examples if example.group == group]
+        elements = (captioned(png_of(example), example.caption) for example in shown)
+        yield f"{group.capitalize()} pictures", "", "".join(elements)
+    own = numbers.get("rates", {}).get("own", {})
+    if lengths := own.get("histograms", {}).get("lengths"):  # several levels have several
+        drawn = draw_histograms(lengths, own["per_image"]["tokens"])
+        yield "Lengths", "At the tokenizer's own rate.", picture(drawn, "lengths")
+    text = "What the numbers depend on: compare them only with those of the same protocol."
+    yield "Protocol", text, table(flat(numbers["protocol"]), kind="text")
 
 
 def main() -> None:
-    """Print the validation metrics, and save them with the histograms as JSON."""
-    parser = cli.script_parser(__doc__)
-    cli.add_run_arguments(parser, "run, or one of its checkpoints")
-    parser.add_argument("-o", "--output", default="results/evaluation.json", type=Path)
-    options = parser.parse_args()
-
-    import torch
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import LambdaCallback
-
-    from taming.models.vqgan import VQModel
-    from taming.run.trainer import quiet_lightning
-
-    device = cli.choose_device(options.device)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    if options.output.is_dir():
-        raise ValueError(f"{options.output} is a folder; -o names the file to be written")
-    quiet_lightning()
-    about = {"tokenizer": options.tokenizer, "trust_config": options.trust_config}
-    saved = SavedRun.load(options.resume, **about)
-    model, data = saved.model(), saved.data("validate")
-    histograms: dict[str, list[int]] = {}
-
-    def keep_histograms(trainer: Trainer, model: LightningModule) -> None:
-        """Copy a tokenizer's counts of codes and lengths, which the end of an epoch clears."""
-        counts = getattr(model, "codebook_histograms", dict)()
-        histograms.update({name: values.tolist() for name, values in counts.items()})
-
-    trainer = Trainer(
-        accelerator="cpu" if device.type == "cpu" else "gpu",
-        devices=1 if device.index is None else [device.index],
-        logger=False,
-        callbacks=[LambdaCallback(on_validation_epoch_end=keep_histograms)],
-        enable_model_summary=False,
+    """Write the numbers and the page, and print the table."""
+    options = parse_options()
+    cli.check_folder(options.output.parent)
+    names = ("temperature", "top_k", "top_p", "guidance")
+    params = {name: getattr(options, name) for name in names}
+    names = ("data", "codes", "generated", "size", "batch_size", "examples", "seed", "tokenizer")
+    result = taming.evaluate(
+        options.resume,
+        device=cli.choose_device(options.device),
+        trust_config=options.trust_config,
+        **{name: getattr(options, name) for name in names},
+        **{name: value for name, value in params.items() if value is not None},
     )
-    metrics: dict[str, Any] = dict(trainer.validate(model, data, verbose=False)[0])
-    for name, value in sorted(metrics.items()):
-        logger.info("%-30s %.4f", name, value)
-    metrics["histograms"] = histograms
-    if isinstance(model, VQModel) and len(model.levels) == 1:  # several levels, several sequences
-        with torch.no_grad():
-            metrics["tokens_per_image"] = tokens_per_image(model.to(device).eval(), data)
+    head, rows = result.rows()
+    title = f"Evaluation of {options.resume}"
+    html_file = options.output.with_suffix(".html")
     with replacing(options.output) as part:
-        part.write_text(json.dumps(metrics, indent=2))
-    logger.info("written to %s", options.output)
+        part.write_text(json.dumps(result.numbers, indent=2), encoding="utf-8")
+    with replacing(html_file) as part:
+        part.write_text(page(title, table(rows, head), sections(result)), encoding="utf-8")
+    sys.stdout.write(result.table())
+    logger.info("written to %s and %s", options.output, html_file)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 >>> codes = tokenizer.encode("photo.jpg", max_codes=2000)  # doctest: +SKIP
 >>> tokenizer.decode(codes).save("again.png")  # doctest: +SKIP
 >>> taming.load("logs/<prior>").sample(16, seed=0, top_p=0.95)  # doctest: +SKIP
+>>> taming.evaluate("logs/<tokenizer>", "photos").numbers  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from taming.evaluation.evaluate import Evaluation, evaluate
     from taming.generator import Generator, load
     from taming.tokenizer import Codes, Tokenizer
 
-__all__ = ["Codes", "Generator", "Tokenizer", "load"]
+__all__ = ["Codes", "Evaluation", "Generator", "Tokenizer", "evaluate", "load"]
 
 # Imported on first use, so that ``import taming`` does not load torch.
 _HOMES = {"Codes": "tokenizer", "Generator": "generator", "Tokenizer": "tokenizer"}
 _HOMES["load"] = "generator"
+_HOMES |= dict.fromkeys(("Evaluation", "evaluate"), "evaluation.evaluate")
 
 
 def __getattr__(name: str) -> Any:

@@ -195,7 +195,7 @@ class Tokenizer:
         if is_single(pictures):
             return self.encode([pictures], **given)[0]
         images = [self.to_tensor(picture) for picture in pictures]
-        padded = [_pad(image, self.model.factor) for image in images]
+        padded = [pad_to_sites(image, self.model.factor) for image in images]
         codes: list[Codes | None] = [None] * len(images)
         for numbers in _by_shape(padded, self.batch_size):
             x = torch.stack([padded[number] for number in numbers])
@@ -248,7 +248,7 @@ class Tokenizer:
         return pictures
 
 
-def _pad(image: Tensor, site: int) -> Tensor:
+def pad_to_sites(image: Tensor, site: int) -> Tensor:
     """Extend an image (C, H, W) by reflection to multiples of the side of a site."""
     height, width = image.shape[1:]
     right, below = -width % site, -height % site

@@ -282,7 +282,12 @@ def load_array(path: str | os.PathLike[str]) -> Any:
 
 def md5_hash(path: str | os.PathLike[str]) -> str:
     """Return the hexadecimal MD5 digest of a file."""
-    digest = hashlib.md5(usedforsecurity=False)
+    return file_hash(path, "md5")
+
+
+def file_hash(path: str | os.PathLike[str], name: str) -> str:
+    """Return the hexadecimal digest of a file by the algorithm of a name, such as sha256."""
+    digest = hashlib.new(name, usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

@@ -42,7 +42,7 @@ def test_the_used_codes_are_exported_as_the_page_says(
     """Tests of scripts/evaluate.py see to it that it writes this histogram."""
     (code,) = re.findall(r"^ *```python\n(.*?)```", PAGE, flags=re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    counts = {"histograms": {"val/codes": [0, 3, 0, 1, 7]}}
+    counts = {"rates": {"own": {"histograms": {"codes": [0, 3, 0, 1, 7]}}}}
     (tmp_path / "results").mkdir()
     (tmp_path / "results/evaluation.json").write_text(json.dumps(counts))
     exec(textwrap.dedent(code), {})

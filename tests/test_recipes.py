@@ -105,9 +105,10 @@ def test_only_tokenizers_of_one_code_group(
 def test_every_level_is_evaluated(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     output = tmp_path / "evaluation.json"
     call("evaluate", "-r", tiny_runs.of("vqvae2_cifar10.yaml"), "-o", output)
-    numbers = json.loads(output.read_text())
-    assert (numbers["val/top_codes_per_image"], numbers["val/bottom_codes_per_image"]) == (4, 16)
-    assert sum(numbers["histograms"]["val/bottom_codes"]) == 16 * 12
+    numbers = json.loads(output.read_text())["rates"]["own"]
+    codes = numbers["codes"]
+    assert (codes["top_codes_per_image"], codes["bottom_codes_per_image"]) == (4, 16)
+    assert sum(numbers["histograms"]["bottom_codes"]) == 16 * 12
 
 
 def test_every_level_is_counted_in_a_reconstruction(

@@ -74,33 +74,29 @@ def evaluations(
 
 
 def test_evaluation_of_a_tokenizer(evaluations: dict[str, dict[str, Any]]) -> None:
-    numbers = evaluations["tokenizer"]
-    images, sites = len(numbers["tokens_per_image"]), len(numbers["tokens_per_image"]) * SIDE**2
-    assert images == 4
-    lengths, codes = (numbers["histograms"][f"val/{name}"] for name in ("lengths", "codes"))
-    assert len(lengths) == TURNS + 1 and lengths[0] == 0 and sum(lengths) == sites
+    numbers = evaluations["tokenizer"]["rates"]["own"]
+    tokens, values = numbers["per_image"]["tokens"], numbers["codes"]
+    assert len(tokens) == 4
+    lengths, codes = (numbers["histograms"][name] for name in ("lengths", "codes"))
+    assert len(lengths) == TURNS + 1 and lengths[0] == 0 and sum(lengths) == 4 * SIDE**2
     slots = sum(turns * count for turns, count in enumerate(lengths))
     assert len(codes) == 16 and sum(codes) == slots
-    assert numbers["val/mean_length"] == pytest.approx(slots / sites)
-    assert numbers["val/usage"] == pytest.approx(sum(map(bool, codes)) / 16)
+    assert values["mean_length"] == pytest.approx(slots / sum(lengths))
+    assert values["usage"] == pytest.approx(sum(map(bool, codes)) / 16)
     # D ends every site of fewer turns than the most.
     ended = sum(count * min(turns + 1, TURNS) for turns, count in enumerate(lengths))
-    assert sum(numbers["tokens_per_image"]) == ended
-    for name in (
-        "val/psnr",
-        "val/perplexity",
-        "val/never_within_threshold",
-        "val/relative_threshold",
-    ):
-        assert math.isfinite(numbers[name])
+    assert sum(tokens) == ended
+    for name in ("perplexity", "never_within_threshold", "relative_threshold"):
+        assert math.isfinite(values[name])
 
 
 def test_evaluation_of_a_prior(evaluations: dict[str, dict[str, Any]]) -> None:
-    numbers, lengths = evaluations["prior"], evaluations["tokenizer"]["tokens_per_image"]
-    assert numbers["val/tokens_per_image"] == pytest.approx(sum(lengths) / len(lengths))
-    bits = numbers["val/bits_per_token"] * numbers["val/tokens_per_image"]
-    assert numbers["val/bits_per_image"] == pytest.approx(bits)
-    assert numbers["val/bits_per_token"] == pytest.approx(math.log2(17), rel=0.2)  # untrained
+    numbers = evaluations["prior"]["codes"]
+    lengths = evaluations["tokenizer"]["rates"]["own"]["per_image"]["tokens"]
+    assert evaluations["prior"]["per_image"]["tokens"] == lengths
+    bits = numbers["bits_per_token"] * numbers["tokens_per_image"]
+    assert numbers["bits_per_image"] == pytest.approx(bits)
+    assert numbers["bits_per_token"] == pytest.approx(math.log2(17), rel=0.2)  # untrained
 
 
 @pytest.mark.parametrize(("options", "size"), [((), (48, 40)), (("--size", 21), (24, 20))])
@@ -463,8 +459,8 @@ def test_a_report_is_one_file(
     files = ("reconstructions/0_compare", "samples/grid", "completions/000000_0_completed")
     sizes = [read_pixels(tmp_path / f"{file}.png").shape[1::-1] for file in files]
     assert shown == [sizes[0], (1080, 360), *sizes[1:]]
-    assert f"{evaluations['tokenizer']['val/psnr']:.2f} dB" in text
-    assert f"{evaluations['prior']['val/bits_per_token']:.2f}" in text
+    assert f"{evaluations['tokenizer']['rates']['own']['quality']['PSNR']:.2f} dB" in text
+    assert f"{evaluations['prior']['codes']['bits_per_token']:.2f}" in text
 
 
 @pytest.mark.parametrize("script", ["reconstruct", "sample", "evaluate"])

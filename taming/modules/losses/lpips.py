@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from urllib.error import URLError
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taming.util import get_ckpt_path
@@ -21,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 WITHOUT = "perceptual_weight: 0 in the loss's params trains without LPIPS"
 
-# Widths of VGG16's convolutions; every group but the first starts with a max pooling.
+# Widths of VGG16's convolutions; every group but the first starts with a pooling.
 VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
@@ -30,10 +33,14 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: The file does not exist.
+        ValueError: It holds something else than weights, such as code.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: expected the weights of LPIPS there")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(f"{path} does not hold weights alone") from error
 
 
 def fetch_heads() -> Path:
@@ -52,6 +59,13 @@ def fetch_heads() -> Path:
         ) from error
 
 
+def vgg16_file() -> Path:
+    """Return the path of torchvision's VGG16 weights in torch's cache, there or not."""
+    from torchvision.models import VGG16_Weights
+
+    return Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_Weights.IMAGENET1K_V1.url).name)
+
+
 def fetch_vgg16() -> dict[str, Tensor]:
     """Return torchvision's VGG16 weights (ImageNet), downloaded to torch's cache and checked.
 
@@ -64,10 +78,9 @@ def fetch_vgg16() -> dict[str, Tensor]:
     try:
         return dict(weights.get_state_dict(progress=True, check_hash=True, map_location="cpu"))
     except URLError as error:
-        place = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
         raise ConnectionError(
             f"cannot download {weights.url} ({error}); without a network, fetch it elsewhere and "
-            f"put it at {place}, or set the environment variable TAMING_VGG16 to its path; "
+            f"put it at {vgg16_file()}, or set the environment variable TAMING_VGG16 to its path; "
             f"{WITHOUT}"
         ) from error
 
@@ -88,16 +101,53 @@ class ScalingLayer(nn.Module):
         return (x - self.shift) / self.scale
 
 
-class VGG16(nn.Module):
-    """Convolutions of VGG16 (arXiv:1409.1556) in five slices, under torchvision's layer numbers."""
+class BlurPool(nn.Module):
+    """Halve a feature map after a binomial blur (Zhang 2019, arXiv:1904.11486).
 
-    def __init__(self) -> None:
+    Args:
+        channels: C.
+    """
+
+    filt: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        row = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("filt", torch.outer(row, row).expand(channels, 1, 3, 3).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w), h and w at least 3, to (B, C, (h + 3) // 2, (w + 3) // 2)."""
+        padded = F.pad(x, (2, 2, 2, 2), mode="reflect")
+        return F.conv2d(padded, self.filt, stride=2, groups=len(self.filt))
+
+
+def max_pool(channels: int) -> list[nn.Module]:
+    """Return the pooling of VGG16."""
+    return [nn.MaxPool2d(2)]
+
+
+def blurred_pool(channels: int) -> list[nn.Module]:
+    """Return that of ST-LPIPS (Ghildyal and Liu 2022, arXiv:2207.13686), which tolerates shifts."""
+    return [nn.MaxPool2d(2, stride=1), BlurPool(channels)]
+
+
+Pooling = Callable[[int], Sequence[nn.Module]]
+
+
+class VGG16(nn.Module):
+    """Convolutions of VGG16 (arXiv:1409.1556) in five slices, under torchvision's layer numbers.
+
+    Args:
+        pool: Returns the layers by which a feature map of so many channels is halved.
+    """
+
+    def __init__(self, pool: Pooling = max_pool) -> None:
         super().__init__()
         number, before = 0, 3
         for i, widths in enumerate(VGG_WIDTHS, start=1):
             layers = nn.Sequential()
-            if i > 1:
-                layers.add_module(str(number), nn.MaxPool2d(2))
+            for layer in pool(before) if i > 1 else ():
+                layers.add_module(str(number), layer)
                 number += 1
             for channels_in, channels_out in pairwise((before, *widths)):
                 layers.add_module(str(number), nn.Conv2d(channels_in, channels_out, 3, padding=1))
@@ -136,8 +186,7 @@ class Head(nn.Module):
 def normalize(x: Tensor, eps: float = 1e-10) -> Tensor:
     """Scale (B, C, h, w) to length 1 over C.
 
-    eps is under the root because a norm has no gradient where all channels are 0, as in flat
-    regions after ReLU.
+    eps under the root gives a gradient where all channels are 0, as in flat regions after ReLU.
     """
     return x * (x.square().sum(dim=1, keepdim=True) + eps).rsqrt()
 
@@ -153,6 +202,7 @@ class LPIPS(nn.Module):
             TAMING_LPIPS, or downloads them.
         vgg_weights: Path of torchvision's VGG16 weights; None takes the environment variable
             TAMING_VGG16, or downloads them.
+        pool: Pooling of the VGG16; another than its own has other weights.
     """
 
     def __init__(
@@ -161,10 +211,11 @@ class LPIPS(nn.Module):
         pretrained: bool = True,
         weights: str | None = None,
         vgg_weights: str | None = None,
+        pool: Pooling = max_pool,
     ) -> None:
         super().__init__()
         self.scaling_layer = ScalingLayer()
-        self.net = VGG16()
+        self.net = VGG16(pool)
         self.lin0, self.lin1, self.lin2, self.lin3, self.lin4 = (
             Head(widths[-1], use_dropout) for widths in VGG_WIDTHS
         )
@@ -231,12 +282,17 @@ class LPIPS(nn.Module):
             ValueError: C is neither 1 nor 3.
             ConnectionError: Weights that were not fetched before cannot be downloaded.
         """
+        return self.compare(self.features(x), self.features(y))
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Return the features (B, C, h, w) of images after each slice, as `forward` takes them."""
         self.fetch_weights()
         if x.shape[1] not in (1, 3):
             raise ValueError(f"LPIPS compares images of 1 or 3 channels, got {x.shape[1]}")
-        x_features, y_features = (
-            self.net(self.scaling_layer(images.expand(-1, 3, -1, -1))) for images in (x, y)
-        )
+        return self.net(self.scaling_layer(x.expand(-1, 3, -1, -1)))
+
+    def compare(self, x_features: Sequence[Tensor], y_features: Sequence[Tensor]) -> Tensor:
+        """Compare images by their `features`: (B, 1, 1, 1) distances."""
         distances = [
             head((normalize(a) - normalize(b)).square()).mean(dim=(2, 3), keepdim=True)
             for head, a, b in zip(self.heads, x_features, y_features, strict=True)

@@ -1,0 +1,107 @@
+"""The program: its files, the data it takes, and its mistakes."""
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support.runs import TinyRuns, call, fails
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_networks: None) -> None:
+    """Whatever is written by default is not left in the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def tokenizer(tiny_runs: TinyRuns) -> Path:
+    return tiny_runs.of("demo/loopy_vqgan.yaml")
+
+
+class Sources(HTMLParser):
+    """Collects the pictures of a page, and tags that would load something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pictures: list[Image.Image] = []
+        self.captions: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in {"link", "script", "iframe", "object"}
+        found = dict(attrs)
+        assert "href" not in found
+        if tag == "img":
+            head, _, code = (found["src"] or "").partition(",")
+            assert head == "data:image/png;base64"
+            self.pictures.append(Image.open(io.BytesIO(base64.b64decode(code))))
+            self.captions.append(found["alt"] or "")
+
+
+def test_numbers_table_and_page(
+    tokenizer: Path, tiny_runs: TinyRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tiny_runs.folder / "data/images"
+    out = Path("out/numbers.json")
+    where = ("--data", data, "--codes", "1,2.5", "--examples", 1, "-o", out)
+    call("evaluate", "-r", tokenizer, *where)
+    numbers, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert list(numbers["rates"]) == ["own", "1", "2.5"]
+    assert len(numbers["images"]) == numbers["protocol"]["images"] == 12
+    assert numbers["protocol"]["resolution"] == "48x40"
+    for rate in numbers["rates"].values():
+        assert f"{rate['quality']['PSNR']:.4g}" in printed
+    assert "not measured: LPIPS: /nowhere/heads.pth does not exist" in printed
+    page = Sources()
+    page.feed(text := out.with_suffix(".html").read_text())
+    assert [p.size for p in page.pictures[:3]] == [(5 * 50 + 2, 44)] * 3  # original to lengths
+    own = numbers["rates"]["own"]["per_image"]["PSNR"]
+    order = sorted(range(12), key=own.__getitem__)
+    for place, caption in ((-1, page.captions[0]), (0, page.captions[2])):
+        assert numbers["images"][order[place]] in caption
+        assert f"{own[order[place]]:.2f} dB" in caption
+    assert numbers["protocol"]["sha256"] in text and "Not measured" in text
+
+
+def test_the_same_pictures_by_folder_list_and_parquet(tokenizer: Path, tiny_runs: TinyRuns) -> None:
+    data, found = tiny_runs.folder / "data", {}
+    for name in ("images", "list.txt", "images.parquet"):
+        call("evaluate", "-r", tokenizer, "--data", data / name, "-s", 32, "-o", f"{name}.json")
+        found[name] = json.loads(Path(f"{name}.json").read_text())
+    same = [found[name]["protocol"]["sha256"] for name in ("images", "list.txt")]
+    assert same[0] == same[1] != found["images.parquet"]["protocol"]["sha256"]
+    assert all(numbers["protocol"]["resolution"] == "32x32" for numbers in found.values())
+    rates = [found[name]["rates"]["own"]["quality"]["PSNR"] for name in ("images", "list.txt")]
+    assert rates[0] == pytest.approx(rates[1], abs=1e-3)
+
+
+def test_the_runs_own_validation_set(tokenizer: Path) -> None:
+    call("evaluate", "-r", tokenizer, "--examples", 0)
+    about = json.loads(Path("results/evaluation.json").read_text())["protocol"]
+    assert about["source"] == f"validation set of {tokenizer}" and about["images"] == 4
+    assert about["configuration"]["params"]["size"] == 16 and about["resolution"] == "16x16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--codes", "1,two"), "--codes takes numbers such as 1,1.5,2, got '1,two'"),
+        (("--codes", "9"), "codes must be mean numbers of codes in [1, 5], got 9"),
+        (("--data", "nowhere"), "there is no folder, list of images or Parquet file nowhere"),
+        (("--size", "8"), "size crops the files of a folder, list or Parquet file: give data"),
+        (("--generated", "4"), "only a prior generates pictures, and this is a tokenizer"),
+        (("-o", "numbers.txt"), "-o names the .json file to be written, got numbers.txt"),
+        (("-o", "."), "-o names the .json file to be written"),
+    ],
+)
+def test_mistakes(
+    arguments: tuple[str, ...],
+    message: str,
+    tokenizer: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert message in fails(capsys, "evaluate", "-r", tokenizer, *arguments)
+    assert not list(Path().glob("**/*.json"))
