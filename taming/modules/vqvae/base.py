@@ -1,6 +1,6 @@
 """The quantizer contract: outputs, base classes, and the loss of van den Oord et al. 2017.
 
-Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
+Axis letters: B images, D channels, h w grid, N latents, K codes, T turns, V vocabulary.
 """
 
 from __future__ import annotations
@@ -67,10 +67,8 @@ def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
 
 
 def channels_second(z_q: Tensor) -> Tensor:
-    """(B, h, w, D) -> (B, D, h, w).
-
-    Contiguous: the decoder's GroupNorm loses two digits on channels-last memory on the CPU.
-    """
+    """(B, h, w, D) -> (B, D, h, w)."""
+    # Contiguous: the decoder's GroupNorm loses two digits on channels-last memory on the CPU.
     return rearrange(z_q, "b h w d -> b d h w").contiguous()
 
 
@@ -178,6 +176,10 @@ class Quantizer(Part, ABC):
     def reach(self, z: Tensor, quality: Quality, target: Tensor) -> QuantizerOutput:
         """Quantize latents z with the fewest codes with which each image reaches a quality."""
         raise ValueError(f"{type(self).__name__} has a fixed rate")
+
+    def code_bits(self, codes: Tensor) -> Tensor:
+        """Return the bits (B,) float64 of codes (B, h, w, T): log2 of V for each token."""
+        return self.sequence.encode(codes)[1].double() * math.log2(self.sequence.vocab_size)
 
     def codebook_metrics(self) -> CodebookMetrics | HierarchyMetrics:
         """Return a new metric that counts the codes of this quantizer."""
