@@ -31,6 +31,14 @@ class Codes:
         size: (H, W) of the picture in pixels.
         bits: Size of the codes in bits, as the tokenizer that made them measures it (`Quantizer`'s
             ``code_bits``); NaN for codes that were made by hand.
+
+    Example:
+        >>> codes = Codes(torch.tensor([[[5, 3, -1], [2, -1, -1]]]), size=(8, 16), bits=16.0)
+        >>> codes, codes.lengths.tolist(), codes.bpp
+        (Codes(size=(8, 16), sites 1x2, 3 codes), [[2, 1]], 0.125)
+        >>> codes.save("photo.npz")  # doctest: +SKIP
+        >>> Codes.load("photo.npz")  # doctest: +SKIP
+        Codes(size=(8, 16), sites 1x2, 3 codes)
     """
 
     indices: Tensor | tuple[Tensor, ...]

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -111,6 +112,24 @@ def test_the_wheel_holds_package_programs_and_recipes_and_nothing_else(wheel: Pa
     own = sorted(f for f in files if ".dist-info/" not in f and not f.startswith("bin/"))
     assert own == sorted([*SOURCES, *PROGRAMS])
     assert any(file.endswith("licenses/LICENSE") for file in files)
+
+
+def test_version_and_licence_are_cited_as_they_are() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    for key in ("version", "license"):
+        assert f'\n{key} = "{cited[key]}"\n' in project
+    assert f"\n## {cited['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_map_of_the_house_names_what_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = {path for path in re.findall(r"`([\w./]+)`", text) if "/" in path}
+    paths |= set(re.findall(r"\]\(([\w./]+)\)", text))
+    assert len(paths) > 15
+    for path in paths:
+        places = (ROOT / path, ROOT / "taming" / path)
+        assert any(place.exists() for place in places), path
 
 
 def test_the_sdist_has_the_tests(sdist: Path) -> None:
