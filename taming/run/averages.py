@@ -46,7 +46,7 @@ class MovingAverages(WeightAveraging):
         # By lerp, which leaves what does not change (a frozen tokenizer) as it is, to the bit.
         average = get_ema_multi_avg_fn(decay)
         super().__init__(device=device, use_buffers=False, multi_avg_fn=average)
-        self.every_n_steps = every_n_steps
+        self.every_n_steps, self.device = every_n_steps, device
         self._is_validating = False
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
@@ -54,7 +54,9 @@ class MovingAverages(WeightAveraging):
         return step_idx is not None and step_idx % self.every_n_steps == 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse checkpoints of weights alone, which Lightning saves without asking callbacks.
+        """Move the averages to their device, to which the model has only now been moved.
+
+        Checkpoints of weights alone are refused: Lightning saves them without asking callbacks.
 
         Raises:
             PreparationError: A checkpoint callback would save the weights that train.
@@ -65,6 +67,8 @@ class MovingAverages(WeightAveraging):
                     "save_weights_only leaves the averages out of a checkpoint: set it to false, "
                     "the averages are then what the checkpoint's state_dict holds"
                 )
+        assert self._average_model is not None
+        self._average_model.to(self.device or pl_module.device)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the averages into the model."""

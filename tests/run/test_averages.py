@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -145,6 +146,17 @@ def test_a_frozen_tokenizer_stays_as_it_is_to_the_bit(tmp_path: Path) -> None:
     train(tmp_path, 2, MovingAverages(DECAY), model=model)
     equal(parameters(model.first_stage_model), frozen)
     assert any(not torch.equal(v, trained[n]) for n, v in parameters(model.transformer).items())
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_averages_lie_where_the_model_does_unless_a_device_is_given(device: str | None) -> None:
+    callback, model = MovingAverages(device=device), gan()
+    trainer: Any = SimpleNamespace(checkpoint_callbacks=[])
+    callback.setup(trainer, model, "fit")
+    callback.on_fit_start(trainer, model.to("meta"))
+    assert callback._average_model is not None
+    places = {value.device.type for value in callback._average_model.state_dict().values()}
+    assert places == {device or "meta"}
 
 
 def test_weights_alone_are_refused_before_training(tmp_path: Path) -> None:
