@@ -22,7 +22,7 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install -e .
+	$(BIN)/python -m pip install -e ".[train]"
 	touch $@
 
 $(VENV)/.installed-dev: $(BIN)/python pyproject.toml

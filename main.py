@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taming.run.check import check_experiment
-from taming.run.cli import Options, parse_arguments
+from taming.run.cli import Options, one_line_errors, parse_arguments
 from taming.run.config import load_config
 from taming.run.folder import Experiment, RunDir, is_first_process, run_name, without_starts
 from taming.run.parts import loading
 from taming.run.signals import watch
-from taming.util import get_obj_from_str, instantiate_from_config
+from taming.util import MAIN_NAMES, get_obj_from_str, instantiate_from_config
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import LearningRateMonitor
@@ -41,20 +41,12 @@ __all__ = [
 
 logger = logging.getLogger("taming")
 
-# Names that configurations refer to as main.*, imported on first use.
-_LAZY = {
-    "DataModuleFromConfig": "taming.data.datamodule.DataModuleFromConfig",
-    "ImageLogger": "taming.run.callbacks.ImageLogger",
-    "LearningRateMonitor": "lightning.pytorch.callbacks.LearningRateMonitor",
-    "SetupCallback": "taming.run.callbacks.SetupCallback",
-    "WrappedDataset": "taming.data.datamodule.WrappedDataset",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    """Import what configurations refer to as main.*, on first use."""
+    if f"main.{name}" not in MAIN_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return get_obj_from_str(_LAZY[name])
+    return get_obj_from_str(f"main.{name}")
 
 
 def load(options: Options) -> Experiment:
@@ -110,8 +102,9 @@ def log_to_console() -> None:
 @watch.handling()
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and test as the command line (by default that of the process) asks."""
-    options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    from taming.run.trainer import MISTAKES, fit, one_line, quiet_lightning, test
+    with one_line_errors():
+        options = parse_arguments(sys.argv[1:] if argv is None else argv)
+        from taming.run.trainer import MISTAKES, fit, one_line, quiet_lightning, test
 
     log_to_console()
     quiet_lightning()

@@ -19,27 +19,26 @@ from pathlib import Path
 from taming.run import cli
 
 logger = logging.getLogger("taming.demo")
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def call(*command: str | Path) -> None:
-    """Print and run a command of this repository with this Python.
+    """Print and run a command of ``taming`` with this Python.
 
     Raises:
         SystemExit: The program failed; its own output has the reason.
     """
     words = [str(word) for word in command]
-    logger.info("\n$ python %s", shlex.join(words))
-    code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
+    logger.info("\n$ taming %s", shlex.join(words))
+    code = subprocess.run([sys.executable, "-m", "taming", *words]).returncode
     if code:
         sys.exit(code)
 
 
 def train(config: str, *arguments: str) -> Path:
-    """Train a model of ``configs/demo`` and return its run folder, relative to the repository."""
+    """Train a recipe of ``configs/demo`` and return its run folder."""
     name = f"demo_{config}"
-    call("main.py", "--base", f"configs/demo/{config}.yaml", "-t", "-n", name, *arguments)
-    return max((ROOT / "logs").glob(f"*_{name}")).relative_to(ROOT)
+    call("train", "--base", f"demo/{config}", "-t", "-n", name, *arguments)
+    return max(Path("logs").glob(f"*_{name}"))
 
 
 def main() -> None:
@@ -58,14 +57,14 @@ def main() -> None:
     first_stage = f"model.params.first_stage_config.params.run={tokenizer}"
     prior = train("loopy_transformer", first_stage, *options.overrides)
 
-    call("scripts/evaluate.py", "-r", tokenizer, "-o", out / "tokenizer.json")
-    call("scripts/evaluate.py", "-r", prior, "-o", out / "prior.json")
+    call("evaluate", "-r", tokenizer, "-o", out / "tokenizer.json")
+    call("evaluate", "-r", prior, "-o", out / "prior.json")
     where = ("-o", out / "reconstructions")
-    call("scripts/reconstruct.py", "-r", tokenizer, *photos, "--size", "256", *where)
-    call("scripts/sample.py", "-r", prior, "-n", "16", "--top_p", "0.95", "-o", out / "samples")
+    call("reconstruct", "-r", tokenizer, *photos, "--size", "256", *where)
+    call("sample", "-r", prior, "-n", "16", "--top_p", "0.95", "-o", out / "samples")
     more = ("-n", "4", "--top_p", "0.95", "-o", out / "completions")
-    call("scripts/sample.py", "-r", prior, "--complete", *photos, *more)
-    call("scripts/report.py", out)
+    call("sample", "-r", prior, "--complete", *photos, *more)
+    call("report", out)
     minutes = (time.monotonic() - start) / 60
     logger.info("%.1f minutes", minutes)
 

@@ -111,9 +111,7 @@ def reconstruct(
     error = float((x - x_rec).square().mean()) / 4
     numbers = {"size": [x.shape[3], x.shape[2]], **counts}
     numbers["psnr"] = -10 * math.log10(max(error, EXACT))
-    of_tables = model.bits_of([*codes.values()] if len(codes) > 1 else codes[""])
-    if of_tables is not None:
-        numbers["table_bits"] = float(of_tables)
+    numbers["table_bits"] = float(model.bits_of([*codes.values()] if len(codes) > 1 else codes[""]))
     if trace := model.quantize.traces(quantized).get(""):
         reached = trace.distances[trace.within]
         turns = torch.bincount(

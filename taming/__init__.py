@@ -14,14 +14,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from taming.codes import Codes
     from taming.evaluation.evaluate import Evaluation, evaluate
     from taming.generator import Generator, load
-    from taming.tokenizer import Codes, Tokenizer
+    from taming.tokenizer import Tokenizer
 
 __all__ = ["Codes", "Evaluation", "Generator", "Tokenizer", "evaluate", "load"]
 
 # Imported on first use, so that ``import taming`` does not load torch.
-_HOMES = {"Codes": "tokenizer", "Generator": "generator", "Tokenizer": "tokenizer"}
+_HOMES = {"Codes": "codes", "Generator": "generator", "Tokenizer": "tokenizer"}
 _HOMES["load"] = "generator"
 _HOMES |= dict.fromkeys(("Evaluation", "evaluate"), "evaluation.evaluate")
 

@@ -6,7 +6,6 @@ Axis letters: B pictures, C channels, H W picture, h w grid, T turns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -14,43 +13,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from taming.codes import Codes as Codes
 from taming.decoding import Colour, rgb_of
 from taming.models.vqgan import VQModel
 from taming.pictures import Picture, is_single, to_picture, to_tensor
 from taming.util import usable_device
-
-
-@dataclass(frozen=True, repr=False)
-class Codes:
-    """The codes of one picture.
-
-    Attributes:
-        indices: (h, w, T) int64: 0..K-1 for a codebook vector, K for the dummy D, -1 after the end
-            of a site's loop. A VQ-VAE-2 has one such tensor for each level, the top first.
-        size: (H, W) of the picture in pixels.
-        bits: Bits of the codes by the tokenizer's `EntropyTables`; None where it keeps none.
-    """
-
-    indices: Tensor | tuple[Tensor, ...]
-    size: tuple[int, int]
-    bits: float | None = None
-
-    @property
-    def levels(self) -> tuple[Tensor, ...]:
-        """Indices (h, w, T) of each level; of most tokenizers, there is one."""
-        return self.indices if isinstance(self.indices, tuple) else (self.indices,)
-
-    @property
-    def lengths(self) -> Tensor:
-        """Number of codes of each site of the finest level, (h, w) int64 in [1, T]."""
-        return (self.levels[-1] >= 0).sum(dim=-1)
-
-    def __len__(self) -> int:
-        return sum(int((level >= 0).sum()) for level in self.levels)
-
-    def __repr__(self) -> str:
-        grids = ", ".join(f"{level.shape[0]}x{level.shape[1]}" for level in self.levels)
-        return f"Codes(size={self.size}, sites {grids}, {len(self)} codes)"
 
 
 class Tokenizer:
@@ -200,13 +167,11 @@ class Tokenizer:
         for numbers in _by_shape(padded, self.batch_size):
             x = torch.stack([padded[number] for number in numbers])
             found = self.model.encode_to_codes(x.to(next(self.model.parameters())), **given)
-            bits = self.model.bits_of(found)
+            bits = self.model.bits_of(found).tolist()
             levels = [level.cpu() for level in (found if isinstance(found, tuple) else [found])]
-            of_each = [None] * len(numbers) if bits is None else bits.tolist()
-            for number, own_bits, *own in zip(numbers, of_each, *levels, strict=True):
+            for number, cost, *own in zip(numbers, bits, *levels, strict=True):
                 size = images[number].shape[1], images[number].shape[2]
-                indices = tuple(own) if isinstance(found, tuple) else own[0]
-                codes[number] = Codes(indices, size, own_bits)
+                codes[number] = Codes(tuple(own) if len(own) > 1 else own[0], size, cost)
         return codes
 
     @overload

@@ -50,11 +50,75 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; valid: {', '.join(names)}" if 0 < len(names) <= 12 else ""
 
 
+# Packages that only an extra of this one brings, by the name of their module.
+EXTRAS = {
+    **dict.fromkeys(("lightning", "matplotlib", "pyarrow", "skimage"), "train"),
+    **dict.fromkeys(("tensorboard", "torchmetrics", "torchvision"), "train"),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
+    "datasets": "data",
+    "gradio": "demo",
+    "huggingface_hub": "hub",
+    "ray": "ray",
+    "safetensors": "hub",
+    "torch_fidelity": "eval",
+    "vector_quantize_pytorch": "zoo",
+    "wandb": "wandb",
+}
+
+
+@contextmanager
+def naming_extras() -> Iterator[None]:
+    """Name the extra that brings a package which an import inside lacks.
+
+    Raises:
+        ValueError: The package is not installed; the message holds the pip command.
+
+    Example:
+        >>> with naming_extras():  # doctest: +SKIP
+        ...     import gradio
+        ValueError: gradio is not installed: pip install 'loopy-taming[demo]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if remedy := _remedy(error.name or ""):
+            raise ValueError(remedy) from error
+        raise
+
+
+def _remedy(module: str) -> str:
+    """Return the message for a missing module of an extra; it is empty for any other."""
+    package = module.partition(".")[0]
+    if package not in EXTRAS:
+        return ""
+    return f"{package} is not installed: pip install 'loopy-taming[{EXTRAS[package]}]'"
+
+
+def home() -> Path:
+    """Return the folder of ``main.py``, ``scripts/`` and ``configs/``.
+
+    It is the repository or, where the package was installed without it, their copy in the package.
+    """
+    package = Path(__file__).parent
+    copy = package / "programs"
+    return copy if copy.is_dir() else package.parent
+
+
+# Names that configurations refer to as main.*, as the original's do, and what they are.
+MAIN_NAMES = {
+    "main.DataModuleFromConfig": "taming.data.datamodule.DataModuleFromConfig",
+    "main.ImageLogger": "taming.run.callbacks.ImageLogger",
+    "main.LearningRateMonitor": "lightning.pytorch.callbacks.LearningRateMonitor",
+    "main.SetupCallback": "taming.run.callbacks.SetupCallback",
+    "main.WrappedDataset": "taming.data.datamodule.WrappedDataset",
+}
+
+
 def get_obj_from_str(string: str, reload: bool = False) -> Any:
     """Import the object that a dotted path names.
 
     Args:
-        string: Path such as ``taming.models.vqgan.VQModel``.
+        string: Path such as ``taming.models.vqgan.VQModel``, or one of `MAIN_NAMES`.
         reload: Import the module anew, for interactive work.
 
     Returns:
@@ -64,7 +128,7 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
         ValueError: The path has no dot, its module does not exist or lacks the name; the message
             names the nearest valid name.
     """
-    module_name, _, name = string.rpartition(".")
+    module_name, _, name = MAIN_NAMES.get(string, string).rpartition(".")
     if not module_name or string.startswith("."):
         raise ValueError(f"{string!r} is not a dotted path like 'package.module.Name'")
     module = _import_module(module_name)
@@ -87,14 +151,17 @@ def _import_module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or name
         parent, _, leaf = missing.rpartition(".")
-        if not f"{name}.".startswith(f"{missing}."):
+        if remedy := _remedy(missing):
+            message = remedy
+        elif not f"{name}.".startswith(f"{missing}."):
             message = f"{name} needs the module {missing!r}, which is not installed"
         elif parent:
             siblings = _submodules(sys.modules[parent])
             message = f"{parent} has no module {leaf!r}{nearest(leaf, siblings)}"
         else:
-            is_main = missing == "main"
-            end = "; run in the clone" if is_main else nearest(missing, ["taming", "main"])
+            end = nearest(missing, ["taming", "main"])
+            if missing == "main":
+                end = f"; the names in it that are known everywhere: {', '.join(MAIN_NAMES)}"
             message = f"there is no module {name!r}{end}"
         raise ValueError(message) from error
 

@@ -1,5 +1,6 @@
 """The face: pictures of any kind to codes and back; samples, completions and bits."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,26 @@ def test_several_pictures_may_be_a_list_or_one_array(tokenizer: Tokenizer) -> No
         found = tokenizer.encode(several)
         assert all(torch.equal(a.indices, b.indices) for a, b in zip(found, listed, strict=True))
     assert tokenizer.encode([]) == [] and tokenizer.decode([]) == []
+
+
+def test_bits_count_the_tokens_of_the_codes(tokenizer: Tokenizer, tiny_runs: TinyRuns) -> None:
+    levels = taming.load(tiny_runs.of("vqvae2_cifar10.yaml"))
+    assert isinstance(levels, Tokenizer)
+    for own, size in ((tokenizer, (33, 20)), (tokenizer, (16, 16)), (levels, (17, 40))):
+        codes = own.encode([colours(*size), colours()])[0]
+        quantizers = own.model.levels.values()
+        sequences = [quantizer.sequence for quantizer in quantizers]
+        bits = 0.0
+        for sequence, level in zip(sequences, codes.levels, strict=True):
+            bits += sequence.encode(level[None])[0].numel() * math.log2(sequence.vocab_size)
+        assert codes.bits == pytest.approx(bits) and codes.bpp == codes.bits / math.prod(size)
+
+
+def test_codes_that_were_saved_decode_alike(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    codes = tokenizer.encode(colours(33, 20))
+    codes.save(tmp_path / "codes.npz")
+    again = tokenizer.decode(Codes.load(tmp_path / "codes.npz"))
+    assert np.array_equal(np.asarray(again), np.asarray(tokenizer.decode(codes)))
 
 
 def test_grey_pictures(tiny_runs: TinyRuns) -> None:

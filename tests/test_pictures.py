@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -62,6 +63,10 @@ def test_deeper_sites_are_brighter() -> None:
     brightness = picture.mean(dim=(0, 1, 2))[::3]
     assert (brightness.diff() > 0).all()
     assert torch.equal(picture[..., 0], picture[..., 2])
+    share = np.linspace(0, 1, 101)
+    inferno = torch.from_numpy(matplotlib.colormaps["inferno"](share)[:, :3] * 2 - 1).float()
+    colours = length_heat_map(torch.arange(1, 102)[None, None], 101, (1, 101))[0, :, 0].T
+    torch.testing.assert_close(colours, inferno, atol=0.07, rtol=0)
 
 
 def test_a_picture_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Helpers: objects from dotted paths, downloads that are whole or absent, path-style lookups."""
 
 import hashlib
+import importlib
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from taming.util import (
     instantiate_from_config,
     instantiate_with_sizes,
     md5_hash,
+    naming_extras,
     parameters_of,
     replacing,
     retrieve,
@@ -109,6 +111,16 @@ def test_wrong_target_paths_are_named(path, message, tmp_path, monkeypatch):
     (tmp_path / "shop" / "needy.py").write_text("import nowhere.deep")
     with pytest.raises(ValueError, match=message):
         get_obj_from_str(path)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ValueError, match=r"gradio .*pip install 'loopy-taming\[demo\]'"):
+        get_obj_from_str("gradio.blocks.Blocks")
+    with pytest.raises(ValueError, match="gradio is not installed"), naming_extras():
+        importlib.import_module("gradio.themes")
+    with pytest.raises(ModuleNotFoundError, match="nowhere"), naming_extras():
+        importlib.import_module("nowhere")
 
 
 def test_instantiate_passes_params_and_lets_arguments_win():

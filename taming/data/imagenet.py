@@ -32,6 +32,7 @@ from taming.data.preprocessing import (
 )
 from taming.data.roots import UPSTREAM_LISTS, data_root, read_list, require, resolve
 from taming.data.segmentation import mask_name
+from taming.util import naming_extras
 
 # Restricted ImageNet: Tsipras et al., "Robustness may be at odds with accuracy", 2019, and more.
 RIN = "30-32, 33-37, 151-268, 281-285, 80-100, 365-382, 389-397, 118-121, 300-319"
@@ -263,8 +264,9 @@ class ImageNetEdges(ImageNetWithDegraded):
 
     def degrade(self, picture: Tensor) -> Tensor:
         """Find the edges with Canny's method: 0 or 1, equal in all channels."""
-        from skimage.color import rgb2gray  # takes a second to import and is needed here only
-        from skimage.feature import canny
+        with naming_extras():  # takes a second to import and is needed here only
+            from skimage.color import rgb2gray
+            from skimage.feature import canny
 
         found = canny(rgb2gray(to_unit_range(picture)), sigma=2)
         return torch.from_numpy(found.astype(np.float32)).expand(3, -1, -1)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from taming.data.crops import SquareCrop
 from taming.data.preprocessing import View, scale_short_side, to_unit_range
 from taming.decoding import decode_image
-from taming.util import refuse_text
+from taming.util import naming_extras, refuse_text
 
 # The two motorcycle pictures are a stereo pair of one scene and must be in the same split.
 TRAIN_PHOTOS = (
@@ -50,7 +50,8 @@ def load_photos(names: Sequence[str], size: int) -> list[Tensor]:
     """
     photos = []
     for name in names:
-        path = files("skimage") / "data" / name
+        with naming_extras():
+            path = files("skimage") / "data" / name
         if not path.is_file():
             raise FileNotFoundError(f"the installed scikit-image lacks the photograph {path}")
         with path.open("rb") as file:

@@ -23,6 +23,10 @@ _AFTER = ("loss", "decoder", "post_quant_conv", "colorize")
 _TABLES = "entropy"
 
 
+# Eleven colours of matplotlib's map "inferno", from dark to bright, at equal distances.
+_INFERNO = "000004 160b39 420a68 6a176e 932667 bc3754 dd513a f37819 fca50a f6d746 fcffa4"
+
+
 def length_heat_map(lengths: Tensor, max_loops: int, size: tuple[int, int]) -> Tensor:
     """Colour each site by its length: dark for one turn, bright for the most.
 
@@ -34,12 +38,12 @@ def length_heat_map(lengths: Tensor, max_loops: int, size: tuple[int, int]) -> T
     Returns:
         (B, 3, H, W) float32 in [-1, 1].
     """
-    import matplotlib  # slow, and only pictures need it
-
-    share = (lengths.cpu() - 1).float() / max(max_loops - 1, 1)
-    colours = matplotlib.colormaps["inferno"](share.numpy())[..., :3]
-    picture = torch.from_numpy(colours).float().permute(0, 3, 1, 2) * 2 - 1  # (B, 3, h, w)
-    return F.interpolate(picture, size=size, mode="nearest").to(lengths.device)
+    levels = [[*bytes.fromhex(colour)] for colour in _INFERNO.split()]
+    table = torch.tensor(levels, device=lengths.device) / 127.5 - 1  # (11, 3)
+    place = (lengths - 1).float() / max(max_loops - 1, 1) * (len(table) - 1)  # (B, h, w)
+    below = place.long().clamp(max=len(table) - 2)
+    colours = torch.lerp(table[below], table[below + 1], (place - below)[..., None])
+    return F.interpolate(colours.permute(0, 3, 1, 2), size=size, mode="nearest")
 
 
 class FirstStage:
@@ -87,14 +91,14 @@ class FirstStage:
         codes = tuple(self.codes_by_level(self.encode(x, **rate)).values())
         return codes[0] if len(codes) == 1 else codes
 
-    def bits_of(self, codes: Any) -> Tensor | None:
-        """Add up the bits of codes by the tables of the quantizer.
+    def bits_of(self, codes: Any) -> Tensor:
+        """Add up the bits of codes by the tables of the quantizer, or raw if it keeps none.
 
         Args:
             codes: As `encode_to_codes` gives them.
 
         Returns:
-            (B,) float64 on the CPU; None for a quantizer that keeps no tables.
+            (B,) float64 on the CPU.
         """
         return self.quantize.bits(codes)
 

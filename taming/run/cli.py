@@ -7,7 +7,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -19,7 +20,14 @@ from taming.run.check import TRAINER
 from taming.run.folder import SavedRun
 from taming.run.legacy import OLD_TRAINER_ARGUMENTS
 from taming.run.values import members
-from taming.util import get_obj_from_str, nearest, parameters_of, usable_device
+from taming.util import (
+    get_obj_from_str,
+    home,
+    naming_extras,
+    nearest,
+    parameters_of,
+    usable_device,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -387,6 +395,20 @@ def labels_of(prior: Any, classes: str | None) -> list[int] | None:
     return labels
 
 
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with one line on stderr and exit code 2 for a user's mistake.
+
+    That is a ValueError or an OSError, or a package that an extra brings and that is missing.
+    """
+    try:
+        with naming_extras():
+            yield
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
 def run(program: Callable[[], None]) -> None:
     """Run a script with its log on the console.
 
@@ -397,14 +419,12 @@ def run(program: Callable[[], None]) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("taming").setLevel(logging.INFO)
-    # Configurations name main.*, which stands beside the package, and the user's own modules. The
-    # current folder comes last, since it may hold another main.py.
-    sys.path += [str(Path(__file__).parents[2]), os.getcwd()]
+    # Configurations name the user's own modules. The current folder comes last, since it may hold
+    # another main.py than the one beside the package.
+    sys.path += [str(home()), os.getcwd()]
     try:
-        program()
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        with one_line_errors():
+            program()
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from taming.run.legacy import modernize
+from taming.util import home
 
 COMMAND_LINE = "command line"
 
@@ -141,7 +142,7 @@ def load_config(
     spellings are translated (`taming.run.legacy`), and ``~/`` is the user's home.
 
     Args:
-        paths: YAML files.
+        paths: YAML files, or names of `recipes`.
         dotlist: Items such as ``model.params.n_embed=64`` or ``data="{target: main.X}"``.
         overrides: Nested values that override the files.
         untrusted: Folder of a saved run's own configurations, if the run is not trusted.
@@ -229,10 +230,28 @@ def _without_trials(source: _Source, found: dict[str, Any]) -> _Source:
     return source._replace(values={**source.values, "lightning": {**lightning, "trainer": kept}})
 
 
+def recipes() -> dict[str, Path]:
+    """Return the configurations that ship, by name: ``loopy_vqgan``, ``demo/loopy_vqgan``, ..."""
+    folder = home() / "configs"
+    files = sorted(folder.rglob("*.yaml"))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def _find(path: Path) -> Path:
+    """Return a file, or else the recipe of that name."""
+    path, known = path.expanduser(), recipes()
+    if path.is_file():
+        return path
+    name = path.as_posix()
+    if name not in known:
+        raise ConfigError(
+            f"there is no configuration file {path}, and the recipes are {', '.join(known)}"
+        )
+    return known[name]
+
+
 def _read(path: Path, untrusted: Path | None) -> _Source:
-    path = path.expanduser()
-    if not path.is_file():
-        raise ConfigError(f"there is no configuration file {path}")
+    path = _find(path)
     try:
         loaded = OmegaConf.load(path)
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)

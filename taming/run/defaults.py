@@ -17,6 +17,8 @@ DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
     },
     "last_checkpoint": {"target": "taming.run.checkpoints.LastCheckpoint"},
 }
+# Callbacks that a configuration asks for by name, such as callbacks.ema.params.decay=0.999.
+CALLBACKS_BY_NAME = {"ema": {"target": "taming.run.averages.MovingAverages"}}
 DEFAULT_LOGGER = {"target": "lightning.pytorch.loggers.TensorBoardLogger"}
 DEFAULT_CHECKPOINT = {"target": "lightning.pytorch.callbacks.ModelCheckpoint"}
 
@@ -39,8 +41,10 @@ def merge_block(default: Mapping[str, Any], block: Any) -> Any:
 def callback_blocks(lightning: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Merge the configured callbacks into the default ones; a null entry removes a default."""
     configured = lightning.get("callbacks") or {}
-    defaults = {
-        name: merge_block(block, configured.get(name)) for name, block in DEFAULT_CALLBACKS.items()
+    known = {**DEFAULT_CALLBACKS, **CALLBACKS_BY_NAME}
+    names = [*DEFAULT_CALLBACKS, *(name for name in configured if name not in DEFAULT_CALLBACKS)]
+    blocks = {
+        name: merge_block(known[name], configured.get(name)) if name in known else configured[name]
+        for name in names
     }
-    blocks = {**defaults, **{k: v for k, v in configured.items() if k not in defaults}}
     return {name: b for name, b in blocks.items() if name not in configured or configured[name]}

@@ -5,7 +5,7 @@ The ``lightning`` block of a configuration may set everything; the rest has defa
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 import os
 import re
@@ -35,6 +35,7 @@ from taming.util import (
     WriteError,
     get_obj_from_str,
     instantiate_from_config,
+    naming_extras,
     parameters_of,
 )
 
@@ -250,8 +251,8 @@ def build_loggers(experiment: Experiment) -> list[Logger]:
     }
     project, wandb = experiment.wandb_project, f"{module}.WandbLogger"
     if project or (block and block["target"] == wandb):
-        if importlib.util.find_spec("wandb") is None:
-            raise ValueError("logging to Weights & Biases needs: pip install 'loopy-taming[wandb]'")
+        with naming_extras():
+            importlib.import_module("wandb")
         run_id = re.sub(r"[^\w.-]", "-", path.name)[-64:]
         defaults[wandb] = {"name": path.name, "id": run_id, "project": project or "taming"}
     folder = {"save_dir": str(path)}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from taming.run.config import TRUST_REMEDY, TRUST_VARIABLE, LoadedConfig, entries
-from taming.util import get_obj_from_str
+from taming.util import MAIN_NAMES, get_obj_from_str
 
 
 class _Allowed(NamedTuple):
@@ -66,6 +66,7 @@ _ALLOWED: dict[str, tuple[_Allowed, ...]] = {
         _Allowed("torchvision.transforms"),
     ),
     "lightning": (
+        _Allowed("taming.run.averages", f"{_LIGHTNING}.callbacks.callback.Callback"),
         _Allowed("taming.run.callbacks", f"{_LIGHTNING}.callbacks.callback.Callback"),
         _Allowed("taming.run.checkpoints", f"{_LIGHTNING}.callbacks.callback.Callback"),
         _Allowed("taming.run.epoch_values", f"{_LIGHTNING}.callbacks.callback.Callback"),
@@ -86,7 +87,7 @@ _FUNCTIONS = {
 
 # Modules whose import runs nothing but definitions; the classes above are named through them.
 _IMPORTABLE = (
-    *("main", "taming", "torch.nn", "torch.optim", "torch.utils.data", "torchmetrics"),
+    *("taming", "torch.nn", "torch.optim", "torch.utils.data", "torchmetrics"),
     *("torchvision.datasets", "torchvision.transforms", "vector_quantize_pytorch"),
     "lightning.pytorch",
 )
@@ -149,7 +150,7 @@ def _is_allowed(target: str, block: str) -> bool:
     Raises:
         ValueError: There is no such target.
     """
-    module = target.rpartition(".")[0]
+    module = MAIN_NAMES.get(target, target).rpartition(".")[0]
     if not _lies_in(module, *_trusted_modules()) and not _is_importable(module):
         return False
     found = get_obj_from_str(target)
@@ -193,7 +194,7 @@ def _is_importable(module: str) -> bool:
     if not place:
         return True  # it is not installed, and importing it will say so
     folder = Path(place).resolve().parent
-    return folder == root if package in ("main", "taming") else folder != Path.cwd()
+    return folder == root if package == "taming" else folder != Path.cwd()
 
 
 def _trusted_modules() -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The Trainer gets the values of the configuration, and good defaults for the rest."""
 
 import signal
+import sys
 import warnings
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -152,7 +153,7 @@ def test_configured_loggers_complete_the_defaults(run):
 
 
 def test_wandb_that_is_not_installed_is_named(run, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"pip install 'loopy-taming\[wandb\]'"):
         build_loggers(experiment(run, "mine"))
 

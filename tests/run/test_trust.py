@@ -253,6 +253,7 @@ def test_only_targets_become_code():
     outside = {(m, n) for m, n in found if not m.startswith("taming.run")}
     assert outside == {
         ("taming.__init__", "import_module"),  # of the names of the face
+        ("taming.__main__", "run_path"),  # of the programs beside it
         ("taming.util", "eval"),  # of the annotations in a target's own source
         ("taming.util", "import_module"),
         ("taming.util", "reload"),

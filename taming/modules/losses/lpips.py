@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taming.util import get_ckpt_path
+from taming.util import get_ckpt_path, naming_extras
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ def fetch_vgg16() -> dict[str, Tensor]:
     Raises:
         ConnectionError: They cannot be downloaded.
     """
-    from torchvision.models import VGG16_Weights  # slow, and only a training without them needs it
+    with naming_extras():  # slow, and only a training without them needs it
+        from torchvision.models import VGG16_Weights
 
     weights = VGG16_Weights.IMAGENET1K_V1
     try:

@@ -1,6 +1,6 @@
 """The quantizer contract: outputs, base classes, and the loss of van den Oord et al. 2017.
 
-Axis letters: B images, D channels, h w grid, N latents, K codes, T turns.
+Axis letters: B images, D channels, h w grid, N latents, K codes, T turns, V vocabulary.
 """
 
 from __future__ import annotations
@@ -176,9 +176,9 @@ class Quantizer(Part, ABC):
         """Quantize latents z with the fewest codes with which each image reaches a quality."""
         raise ValueError(f"{type(self).__name__} has a fixed rate")
 
-    def bits(self, codes: Any) -> Tensor | None:
-        """Bits (B,) of codes (B, h, w, T) by statistics of its own; None if it keeps none."""
-        return None
+    def bits(self, codes: Any) -> Tensor:
+        """Return the bits (B,) float64 of codes (B, h, w, T): log2 of V for each token."""
+        return self.sequence.encode(codes)[1].cpu().double() * math.log2(self.sequence.vocab_size)
 
     def codebook_metrics(self) -> CodebookMetrics | HierarchyMetrics:
         """Return a new metric that counts the codes of this quantizer."""

@@ -234,11 +234,10 @@ class Hierarchy(Quantizer):
 
         return HierarchyMetrics({n: q.codebook_metrics() for n, q in self.by_name.items()})
 
-    def bits(self, codes: Sequence[Tensor]) -> Tensor | None:
-        """Add up the bits (B,) of all levels; None if one keeps no statistics."""
+    def bits(self, codes: Sequence[Tensor]) -> Tensor:
+        """Add up the bits (B,) of all levels."""
         bits = [quantizer.bits(own) for quantizer, own in zip(self.levels, codes, strict=True)]
-        known = [own for own in bits if own is not None]
-        return torch.stack(known).sum(dim=0) if len(known) == len(bits) else None
+        return torch.stack(bits).sum(dim=0)
 
     def tracked_scalars(self) -> dict[str, Tensor]:
         """Return each level's scalars (see `Quantizer`) as ``{level}_{name}``."""
