@@ -81,21 +81,22 @@ class LinearShortcut(nn.Module):
                 f"linear_shortcut: embed_dim must be at most {numbers}, the numbers in a site of "
                 f"{side} x {side} pixels, got {latent_channels}"
             )
-        patterns = leading_patterns(channels, side, latent_channels)
-        scale = math.sqrt(latent_channels / numbers)
+        # Weights have a mean square of 1, so that a step of Adam changes little of them.
+        patterns = leading_patterns(channels, side, latent_channels) * math.sqrt(numbers)
+        self.gains = math.sqrt(latent_channels) / numbers, 1 / math.sqrt(latent_channels)
         options = {"kernel_size": side, "stride": side, "bias": False}
         self.pixels_to_latent = nn.Conv2d(channels, latent_channels, **options)
         self.latent_to_pixels = nn.ConvTranspose2d(latent_channels, channels, **options)
         with torch.no_grad():
-            self.pixels_to_latent.weight.copy_(patterns * scale)
-            self.latent_to_pixels.weight.copy_(patterns / scale)
+            self.pixels_to_latent.weight.copy_(patterns)
+            self.latent_to_pixels.weight.copy_(patterns)
 
     def encode(self, x: Tensor) -> Tensor:
         """Map images (B, C, H, W) to latents (B, D, h, w), in the weights' precision."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.pixels_to_latent(x.to(self.pixels_to_latent.weight.dtype))
+            return self.gains[0] * self.pixels_to_latent(x.to(self.pixels_to_latent.weight.dtype))
 
     def decode(self, z: Tensor) -> Tensor:
         """Map latents (B, D, h, w) to images (B, C, H, W), in the weights' precision."""
         with torch.autocast(z.device.type, enabled=False):
-            return self.latent_to_pixels(z.to(self.latent_to_pixels.weight.dtype))
+            return self.gains[1] * self.latent_to_pixels(z.to(self.latent_to_pixels.weight.dtype))
