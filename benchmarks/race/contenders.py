@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 QUANTIZE = "taming.modules.vqvae.quantize"
 TRANSFORMS = "taming.modules.vqvae.transforms"
+ZOO = "taming.modules.vqvae.zoo.LibraryQuantizer"
 MAX_LOOPS = 8
 BEAM = 4
 BETA = 0.05  # weight of all commitment losses; the usual 0.25 costs up to 1 dB in short trainings
@@ -72,6 +74,10 @@ def _residual(turns: int, codes: int, channels: int, **params: Any) -> dict[str,
     return _block("race.peers.ResidualVQ", **sizes, commitment_weight=BETA, **params)
 
 
+def _library(name: str, codes: int, channels: int, **params: Any) -> dict[str, Any]:
+    return _block(ZOO, name=name, n_e=codes, e_dim=channels, **params)
+
+
 def _peers(codes: int, channels: int) -> list[Contender]:
     plain = _block(
         f"{QUANTIZE}.VectorQuantizer2", n_e=codes, e_dim=channels, beta=BETA, legacy=False
@@ -82,7 +88,7 @@ def _peers(codes: int, channels: int) -> list[Contender]:
         found.append(Contender(f"ema-vq-{factor}x", "one code", quantizer))
     for levels in ([8, 6, 5], [8, 5, 5, 5]):
         name = "fsq-" + "x".join(map(str, levels))
-        quantizer = _block("race.peers.FSQ", levels=levels, e_dim=channels)
+        quantizer = _library("FSQ", math.prod(levels), channels, levels=levels)
         found.append(Contender(name, "fsq", quantizer))
     for turns in (2, 3, 4, 8):
         for shared in (False, True):

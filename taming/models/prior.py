@@ -63,9 +63,9 @@ class TokenizedBatch(NamedTuple):
 
 
 def _sizes_of(sequence: TokenSequence) -> str:
-    """Describe the codes of a sequence; dummies do not matter where a site has one code."""
-    dummies = f", dummies={sequence.dummies}" if sequence.max_loops > 1 else ""
-    return f"n_e={sequence.n_e}, max_loops={sequence.max_loops}{dummies}"
+    """Describe the codes of a sequence; their form does not matter where a site has one code."""
+    form = f", dummies={sequence.dummies}, fixed_length={sequence.fixed_length}"
+    return f"n_e={sequence.n_e}, max_loops={sequence.max_loops}{form * (sequence.max_loops > 1)}"
 
 
 class Prior(Model, ABC):
