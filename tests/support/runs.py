@@ -127,7 +127,7 @@ def overrides(data: Path) -> dict[str, list[str]]:
     ]
     folder = both(f"root={data / 'images'}", "validation_fraction=0.5")
     parquet = both(f"path={data / 'images.parquet'}")
-    return originals() | {
+    return originals() | zoo(parquet) | {
         "cifar10_loopy.yaml": [*tokenizer(16, 3), *parquet],
         "cifar10_transformer.yaml": [*prior(16), *parquet],
         "cifar10_two_level_transformer.yaml": [*prior(16), *TWO_LEVELS, *parquet],
@@ -148,6 +148,16 @@ def overrides(data: Path) -> dict[str, list[str]]:
         "vqvae_cifar10.yaml": [*tokenizer(16, 3), *parquet],
         "vqvae_mnist.yaml": [*tokenizer(16, 3), *parquet],
         "vqvae_single_code.yaml": [*tokenizer(32, 6), *parquet],
+    }
+
+
+def zoo(data: Sequence[str]) -> dict[str, list[str]]:
+    """The same for the quantizers of vector-quantize-pytorch, whose levels make 16 codes."""
+    levels = ["model.params.quantizer_config.params.levels=[4,4]"]
+    return {
+        name: [*tokenizer(16, 3), *levels * ("fsq" in name), *data]
+        for name in shipped()
+        if name.startswith("zoo/")
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -51,12 +52,10 @@ PARTS = {
     "GroupedResidualLFQ": "ResidualLFQ",
 }
 SIZES = {"dim": "embed_dim", "codebook_size": "n_embed"}  # where the model states them
-LAYOUTS = ("channel_first", "is_channel_first", "channel_last", "accept_image_fmap")
-# Arguments with which the library cannot decode what it encoded, or for which it takes no value of
-# a configuration.
+# Arguments about the layout of latents, and one with which the library cannot decode its codes.
 REFUSED = (
-    *(*LAYOUTS, "accept_3d_fmap", "keep_num_codebooks_dim", "return_indices"),
-    *("affine_param", "vq_bridge", "in_place_codebook_optimizer"),
+    *("channel_first", "is_channel_first", "channel_last", "accept_image_fmap", "accept_3d_fmap"),
+    *("keep_num_codebooks_dim", "return_indices", "affine_param"),
 )
 
 
@@ -80,7 +79,8 @@ def arguments_of(name: str) -> list[str]:
     if name not in PARTS:
         end = nearest(name, PARTS)
         names = f"; the names are {', '.join(PARTS)}" if "valid:" not in end else ""
-        raise ValueError(f"vector-quantize-pytorch has no quantizer {name!r}{end}{names}")
+        where = "among those of vector-quantize-pytorch with codes of each site"
+        raise ValueError(f"there is no quantizer {name!r} {where}{end}{names}")
     taken: dict[str, Any] = {}
     part = name
     while part:
@@ -116,7 +116,7 @@ def _build(name: str, n_e: int, e_dim: int, options: Mapping[str, Any]) -> nn.Mo
     try:
         return getattr(_library(), name)(**sizes, **copy.deepcopy(dict(options)))
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-        message = str(error) or "the arguments do not fit each other"
+        message = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"{name} with {dict(sizes, **options)}: {message}") from error
 
 
@@ -269,7 +269,7 @@ class LibraryQuantizer(Quantizer):
         return copy.deepcopy(self.inner).float() if half else self.inner
 
     def _apply(self, *args: Any) -> LibraryQuantizer:
-        """Convert as `nn.Module` does; a buffer of the library that needs gradients stays a leaf."""
+        """Convert as `nn.Module` does; the library's buffers with gradient stay leaves."""
         with torch.no_grad():
             return super()._apply(*args)
 
