@@ -383,7 +383,8 @@ class Prior(Model, ABC):
 
     def empty_codes(self, batch: int, grid: Grid) -> Tensor:
         """Return codes (B, h, w, T) int64 that stand for nothing: code 0 everywhere."""
-        codes = torch.full((batch, *grid, self.sequence.max_loops), -1, device=self.device)
+        fill = 0 if self.sequence.fixed_length else -1
+        codes = torch.full((batch, *grid, self.sequence.max_loops), fill, device=self.device)
         codes[..., 0] = 0
         return codes
 

@@ -257,7 +257,9 @@ def test_a_replaced_target_drops_what_the_new_one_does_not_take(write, caplog):
     # What is given anew, or for the target that stays, is a mistake as before.
     for keys in ([swap, "model.params.width=4"], ["model.target=support.models.ToyModel"]):
         config = load_config([first], [*keys, "model.params.sice=1"])
-        with pytest.raises(ConfigError, match="command line: unknown key model.params.(width|sice)"):
+        with pytest.raises(
+            ConfigError, match="command line: unknown key model.params.(width|sice)"
+        ):
             check_block(config, "model", config.values["model"])
 
 
