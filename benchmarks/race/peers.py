@@ -48,10 +48,11 @@ class ResidualVQ(LibraryQuantizer):
 
     def widen(self, beam: int) -> None:
         """Search with a beam in evaluation: keep the ``beam`` partial paths nearest to a latent."""
-        self.inner.eval_beam_size = beam
+        inner: Any = self.inner
+        inner.eval_beam_size = beam
         # The library scores a path by the sum of its residuals over all turns, but only the last
         # residual is an error: each turn must outweigh those before it.
-        weights = self.inner.get_buffer("beam_score_weights")
+        weights = inner.get_buffer("beam_score_weights")
         weights.copy_(100.0 ** torch.arange(1 - len(weights), 1))
 
     def forward(self, z: Tensor) -> QuantizerOutput:

@@ -174,9 +174,9 @@ def check_block(
         raise config.error(f"{path}.target", message)
     params = {} if block.get("params") is None else block["params"]
     _check_arguments(config, f"{path}.params", params, target)
-    sizes = {size for name, size in _sizes_of(found).items() if name in params}
     given = {*params, *added, *_ADDED_BY_MODEL.get(path.rpartition(".")[2], ())}
-    given |= {name for name, size in _sizes_of(found).items() if size in sizes}
+    names = _sizes_of(found)
+    given |= {name for name in names if names[name] in map(names.get, params)}
     required = [n for n, p in parameters_of(found)[0].items() if p.default is p.empty]
     if missing := [name for name in required if name not in given]:
         raise config.error(path, f"{path}.params lacks {', '.join(missing)} for {target}")

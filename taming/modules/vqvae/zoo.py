@@ -77,16 +77,14 @@ def arguments_of(name: str) -> list[str]:
         ValueError: The library has no such quantizer, or it is not installed.
     """
     if name not in PARTS:
-        end = nearest(name, PARTS)
-        names = f"; the names are {', '.join(PARTS)}" if "valid:" not in end else ""
-        where = "among those of vector-quantize-pytorch with codes of each site"
-        raise ValueError(f"there is no quantizer {name!r} {where}{end}{names}")
-    taken: dict[str, Any] = {}
-    part = name
-    while part:
-        taken |= parameters_of(getattr(_library(), part))[0]
-        part = PARTS[part]
-    return [argument for argument in taken if argument not in REFUSED]
+        end = nearest(name, PARTS).partition("; valid")[0]
+        raise ValueError(
+            f"vector-quantize-pytorch has no quantizer {name!r} with codes of each site{end}; "
+            f"the names are {', '.join(PARTS)}"
+        )
+    own = [*parameters_of(getattr(_library(), name))[0]]
+    passed_on = arguments_of(PARTS[name]) if PARTS[name] else []
+    return [argument for argument in dict.fromkeys(own + passed_on) if argument not in REFUSED]
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
@@ -100,11 +98,7 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def _build(name: str, n_e: int, e_dim: int, options: Mapping[str, Any]) -> nn.Module:
-    """Build the library's quantizer of K codes and D channels.
-
-    Raises:
-        ValueError: An argument is unknown, wrong, or contradicts the sizes.
-    """
+    """Build the library's quantizer of K codes and D channels, or refuse its arguments."""
     _check_options(name, options)
     sizes = {"dim": e_dim}
     if "codebook_size" in arguments_of(name):
