@@ -64,8 +64,9 @@ class TokenizedBatch(NamedTuple):
 
 def _sizes_of(sequence: TokenSequence) -> str:
     """Describe the codes of a sequence; their form does not matter where a site has one code."""
-    form = f", dummies={sequence.dummies}, fixed_length={sequence.fixed_length}"
-    return f"n_e={sequence.n_e}, max_loops={sequence.max_loops}{form * (sequence.max_loops > 1)}"
+    form = "fixed_length=True" if sequence.fixed_length else f"dummies={sequence.dummies}"
+    several = f", {form}" if sequence.max_loops > 1 else ""
+    return f"n_e={sequence.n_e}, max_loops={sequence.max_loops}{several}"
 
 
 class Prior(Model, ABC):

@@ -269,7 +269,7 @@ def test_lengths_that_vary_do_not_fit_a_fixed_number_of_codes() -> None:
     unary = "taming.modules.sequence.notations.UnarySequence"
     sequence = {"target": unary, "params": {"n_e": K, "max_loops": 4, "dummies": False}}
     network = {"target": "taming.modules.transformer.mingpt.GPT", "params": {"n_layer": 1}}
-    with pytest.raises(ValueError, match="fixed_length=False, but the tokenizer .*=True"):
+    with pytest.raises(ValueError, match="dummies=False, but the tokenizer .*fixed_length=True"):
         Net2NetTransformer(network, tokenizer, "__is_unconditional__", sequence_config=sequence)
 
 
