@@ -26,7 +26,7 @@ class _Limit(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        sizes = args[0] if args and isinstance(args[0], list | torch.Size) else [None]
+        sizes: Any = args[0] if args and isinstance(args[0], list | torch.Size) else [None]
         if all(isinstance(size, int) for size in sizes):  # a factory such as empty or randn
             dtype = kwargs.get("dtype") or torch.get_default_dtype()
             self.asked += math.prod(sizes) * dtype.itemsize

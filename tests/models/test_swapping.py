@@ -121,12 +121,18 @@ def test_mistakes_get_one_line(params: dict[str, Any], message: str) -> None:
         instantiate_from_config(vqmodel_config(**params))
 
 
-@pytest.mark.parametrize("target", [f"{QUANTIZE}.LoopyVectorQuantizer", ZOO])
+@pytest.mark.parametrize(
+    "name, target",
+    [
+        ("zoo/residual_vq.yaml", f"{QUANTIZE}.LoopyVectorQuantizer"),
+        ("vqvae_cifar10.yaml", ZOO),
+    ],
+)
 def test_a_trained_tokenizer_gets_another_quantizer(
-    target: str, tiny_runs: TinyRuns, tmp_path: Path
+    name: str, target: str, tiny_runs: TinyRuns, tmp_path: Path
 ) -> None:
     """The command of docs/quantizers.md."""
-    source = tiny_runs.of("vqvae_cifar10.yaml")
+    source = tiny_runs.of(name)
     (config,) = source.glob("configs/*-project.yaml")
     checkpoint = source / "checkpoints/last.ckpt"
     keys = [f"{PREFIX}.params.{name}={value}" for name, value in QUANTIZERS[target].items()]
