@@ -52,7 +52,7 @@ from race.training import (
 from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
-from taming.modules.sequence.notations import UnarySequence
+from taming.modules.sequence.notations import RasterSequence
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.run.cli import run
 
@@ -118,7 +118,7 @@ def race(plan: Plan, name: str, seed: int, options: Namespace) -> list[dict[str,
             add("shuffled", "control: shuffled", length, measure(model, images, shuffled), None)
     if name == "loopy-one":
         for turns in range(1, MAX_LOOPS - 1):
-            sequence = UnarySequence(model.quantize.n_e, turns, dummies=False)
+            sequence = RasterSequence(model.quantize.n_e, turns)
             result = measure(model, images, cut_by(model, fixed_length(turns)), sequence)
             add("fixed", "control: fixed depth", str(turns), result, None)
     return rows

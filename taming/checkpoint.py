@@ -226,3 +226,23 @@ def freeze(module: M) -> M:
     # A partial of a module-level function survives copying and pickling, unlike a closure.
     module.train = partial(stay_in_eval, module)
     return module
+
+
+def freeze_parts(parts: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+    """Freeze parts of a model, with averages and statistics that they keep, by name.
+
+    Args:
+        parts: Name -> part, all that train.
+        names: Those to freeze.
+
+    Raises:
+        ValueError: There is no part of a name, or nothing would be left to train.
+    """
+    if isinstance(names, str):
+        raise ValueError(f"freeze must be a list of parts, got the text {names!r}: use [{names}]")
+    if unknown := [name for name in names if name not in parts]:
+        raise ValueError(f"freeze: there is no part {unknown[0]!r}; the parts are {[*parts]}")
+    for name in names:
+        freeze(parts[name])
+    if not any(p.requires_grad for part in parts.values() for p in part.parameters()):
+        raise ValueError(f"freeze: {[*names]} leaves nothing to train")

@@ -255,6 +255,13 @@ def _forwarded(init: Callable[..., Any], kwargs: str) -> set[str] | None:
     return None
 
 
+# Names that quantizers give their sizes: n_e codes of e_dim channels.
+QUANTIZER_SIZES = {
+    **dict.fromkeys(("n_e", "n_embed"), "n_e"),
+    **dict.fromkeys(("e_dim", "embedding_dim", "num_hiddens"), "e_dim"),
+}
+
+
 def instantiate_with_sizes(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> Any:
     """Build a ``{target, params}`` block whose sizes follow from the model around it.
 

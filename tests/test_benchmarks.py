@@ -13,7 +13,7 @@ import torch
 from adaptivity import rank_correlation, site_statistics
 from race.contenders import contenders
 from race.measure import code_bits, cut_by, fixed_length, shuffled_lengths, usage
-from race.peers import FSQ, ResidualVQ
+from race.peers import ResidualVQ
 from race.plans import PLANS, images_of
 from race.report import average, cell, codes_at, margins, quality_at, savings, write_report
 from race.training import BASE, build_tokenizer, trained_base, trained_tokenizer
@@ -46,9 +46,7 @@ def test_a_race_measures_every_rate_and_is_reported(plan, parquet, tmp_path) -> 
             assert row["tokens"] / 64 == pytest.approx(float(row["length"]), abs=0.3)
             assert row["prior_bits"] > 0
         if row["group"] == "control: fixed depth":  # no token marks the end of a site
-            turns = int(row["length"])
-            bits = 64 * turns * math.log2(16 + (turns > 1))  # one code for each site needs no end
-            assert row["raw_bits"] == pytest.approx(bits)
+            assert row["raw_bits"] == pytest.approx(64 * int(row["length"]) * math.log2(16))
     write_report(rows, plan, tmp_path)
     assert "| rvq-2-shared |  | 128 |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "rate_distortion.png").stat().st_size > 10_000
@@ -110,7 +108,6 @@ def test_peers_are_cut_to_fewer_turns() -> None:
         torch.testing.assert_close(peer.get_codebook_entry(codes), out.z_q)
         errors.append(float((out.z_q - z).square().mean()))
     assert errors == sorted(errors, reverse=True)
-    assert FSQ([8, 6, 5], 8).n_e == 240
 
 
 @pytest.mark.parametrize("dropout", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 QUANTIZE = "taming.modules.vqvae.quantize"
 TRANSFORMS = "taming.modules.vqvae.transforms"
+ZOO = "taming.modules.vqvae.zoo.LibraryQuantizer"
 MAX_LOOPS = 8
 BEAM = 4
 BETA = 0.05  # weight of all commitment losses; the usual 0.25 costs up to 1 dB in short trainings
@@ -72,6 +74,33 @@ def _residual(turns: int, codes: int, channels: int, **params: Any) -> dict[str,
     return _block("race.peers.ResidualVQ", **sizes, commitment_weight=BETA, **params)
 
 
+def _library(name: str, codes: int, channels: int, **params: Any) -> dict[str, Any]:
+    return _block(ZOO, name=name, n_e=codes, e_dim=channels, **params)
+
+
+def _library_contenders(codes: int, channels: int) -> list[Contender]:
+    """Return quantizers with options of their papers; K is a power of two for those of signs."""
+    averages = {"commitment_weight": BETA, "decay": 0.95, "kmeans_init": True}
+    averages["threshold_ema_dead_code"] = 1
+    signs = {"entropy_loss_weight": 0.01, "commitment_loss_weight": BETA}
+    grouped = {**averages, "groups": 2, "num_quantizers": 2, "rotation_trick": False}
+    scalar = {"levels": [8, 6, 5], "num_quantizers": 2}
+    by_name = {
+        "vq-rotation": _library("VectorQuantize", codes, channels, **averages),
+        "vq-cosine": _library("VectorQuantize", codes, channels, use_cosine_sim=True, **averages),
+        "sim-vq": _library("SimVQ", codes, channels, commitment_weight=BETA),
+        "lfq": _library("LFQ", codes, channels, **signs),
+        "bsq": _library("LFQ", codes, channels, spherical=True, **signs),
+        "grvq-2x2": _library("GroupedResidualVQ", codes, channels, **grouped),
+        "rfsq-2": _library("ResidualFSQ", 240, channels, **scalar),
+    }
+    by_gradient = ("sim-vq", "lfq", "bsq", "rfsq-2")
+    return [
+        Contender(name, "library", block, from_scratch=name in by_gradient)
+        for name, block in by_name.items()
+    ]
+
+
 def _peers(codes: int, channels: int) -> list[Contender]:
     plain = _block(
         f"{QUANTIZE}.VectorQuantizer2", n_e=codes, e_dim=channels, beta=BETA, legacy=False
@@ -82,7 +111,7 @@ def _peers(codes: int, channels: int) -> list[Contender]:
         found.append(Contender(f"ema-vq-{factor}x", "one code", quantizer))
     for levels in ([8, 6, 5], [8, 5, 5, 5]):
         name = "fsq-" + "x".join(map(str, levels))
-        quantizer = _block("race.peers.FSQ", levels=levels, e_dim=channels)
+        quantizer = _library("FSQ", math.prod(levels), channels, levels=levels)
         found.append(Contender(name, "fsq", quantizer))
     for turns in (2, 3, 4, 8):
         for shared in (False, True):
@@ -90,6 +119,7 @@ def _peers(codes: int, channels: int) -> list[Contender]:
             quantizer = _residual(turns, codes, channels, shared_codebook=shared)
             group = f"fixed depth, {kind}"
             found.append(Contender(f"rvq-{turns}-{kind}", group, quantizer, beam=BEAM))
+    found += _library_contenders(codes, channels)
     dropout = _residual(6, codes, channels, quantize_dropout=True)
     rates = (1, 2, 3, 4, 6)
     found.append(Contender("rvq-dropout", "quantize_dropout", dropout, rates, beam=BEAM))

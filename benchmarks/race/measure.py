@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from race.peers import ResidualVQ
 from taming.models.vqgan import VQModel
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.vqvae.base import Quantizer
@@ -104,9 +103,8 @@ def measure(
 
 def usage(codes: Tensor, quantizer: Quantizer) -> float:
     """Return the fraction of the codes of all codebooks that occur among codes (N, T)."""
-    separate = isinstance(quantizer, ResidualVQ) and quantizer.codebooks > 1
     found = [part[(part >= 0) & (part < quantizer.n_e)].unique() for part in codes.unbind(1)]
-    if not separate:
+    if quantizer.codebooks == 1:
         found = [torch.cat(found).unique()]
     return sum(map(len, found)) / (len(found) * quantizer.n_e)
 

@@ -147,12 +147,12 @@ class FirstStage:
         """Number of tokens of a condition that has the size of a training image.
 
         Raises:
-            ValueError: Conditions would differ in length.
+            ValueError: Sites have several codes.
         """
         if self.quantize.sequence.max_loops > 1:
             raise ValueError(
-                f"the condition's {type(self.quantize).__name__} has sequences of different "
-                "lengths; a condition needs one code for each site, as from VectorQuantizer2"
+                f"the condition's {type(self.quantize).__name__} has several codes for a site; a "
+                "condition needs one code for each site, as from VectorQuantizer2"
             )
         return self.grid[0] * self.grid[1]
 

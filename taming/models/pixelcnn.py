@@ -92,10 +92,10 @@ class PixelCNNPrior(Prior):
                 f"{cond_stage_config!r}"
             )
         sizes = self.sequence.n_e, self.sequence.max_loops, self.sequence.dummies
-        self.sequence = RunLengthSequence(*sizes)  # a count, then codes: as its symbols
-        self.pixelcnn = PixelCNN(
-            SiteSymbols(*sizes), n_classes, instantiate_from_config(stacks_config)
-        )
+        site = SiteSymbols(*sizes, fixed_length=self.sequence.fixed_length)
+        if not site.fixed_length:
+            self.sequence = RunLengthSequence(*sizes)  # a count, then codes: as its symbols
+        self.pixelcnn = PixelCNN(site, n_classes, instantiate_from_config(stacks_config))
         if ckpt_path is not None:
             load_weights(self, ckpt_path, ignore_keys, trust_checkpoint)
 

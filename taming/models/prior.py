@@ -63,9 +63,10 @@ class TokenizedBatch(NamedTuple):
 
 
 def _sizes_of(sequence: TokenSequence) -> str:
-    """Describe the codes of a sequence; dummies do not matter where a site has one code."""
-    dummies = f", dummies={sequence.dummies}" if sequence.max_loops > 1 else ""
-    return f"n_e={sequence.n_e}, max_loops={sequence.max_loops}{dummies}"
+    """Describe the codes of a sequence; their form does not matter where a site has one code."""
+    form = "fixed_length=True" if sequence.fixed_length else f"dummies={sequence.dummies}"
+    several = f", {form}" if sequence.max_loops > 1 else ""
+    return f"n_e={sequence.n_e}, max_loops={sequence.max_loops}{several}"
 
 
 class Prior(Model, ABC):
@@ -383,7 +384,8 @@ class Prior(Model, ABC):
 
     def empty_codes(self, batch: int, grid: Grid) -> Tensor:
         """Return codes (B, h, w, T) int64 that stand for nothing: code 0 everywhere."""
-        codes = torch.full((batch, *grid, self.sequence.max_loops), -1, device=self.device)
+        fill = 0 if self.sequence.fixed_length else -1
+        codes = torch.full((batch, *grid, self.sequence.max_loops), fill, device=self.device)
         codes[..., 0] = 0
         return codes
 

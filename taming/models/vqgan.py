@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from taming.checkpoint import load_weights
+from taming.checkpoint import freeze_parts, load_weights
 from taming.models.first_stage import FirstStage
 from taming.models.gan import ManualOptimization
 from taming.modules.diffusionmodules.model import Decoder, Encoder, check_ddconfig
 from taming.modules.diffusionmodules.shortcut import LinearShortcut
 from taming.modules.losses.base import DISCRIMINATOR, GENERATOR, AutoencoderLoss, check_finite
 from taming.modules.util import images_of, start_at_zero, start_orthogonal
-from taming.modules.vqvae.base import GridShape, Quantizer, QuantizerOutput
-from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
-from taming.util import instantiate_from_config, instantiate_with_sizes
+from taming.modules.vqvae.base import GridShape, QuantizerOutput
+from taming.modules.vqvae.build import build_quantizer
+from taming.modules.vqvae.quantize import GumbelQuantize
+from taming.util import instantiate_from_config
 
 if TYPE_CHECKING:
     from torchmetrics.image import PeakSignalNoiseRatio
@@ -30,25 +31,6 @@ if TYPE_CHECKING:
     from taming.modules.vqvae.metrics import SplitMetrics
 
 MOST_SITES = 1 << 24  # of an image to decode; an empty batch may state a larger grid at no cost
-
-# Arguments of VQModel for the default quantizer, which a quantizer_config replaces.
-DEFAULTS = {"beta": 0.25, "remap": None, "sane_index_shape": False, "legacy": True}
-
-
-def build_quantizer(
-    n_embed: int, embed_dim: int, config: Mapping[str, Any] | None, arguments: Mapping[str, Any]
-) -> Quantizer:
-    """Build the configured quantizer with the model's sizes; by default a `VectorQuantizer2`.
-
-    Raises:
-        ValueError: The config states other sizes, or ``arguments`` would be lost.
-    """
-    if config is None:
-        return VectorQuantizer2(n_embed, embed_dim, **arguments)
-    if lost := [name for name, value in arguments.items() if value != DEFAULTS[name]]:
-        raise ValueError(f"{', '.join(lost)}: set it in quantizer_config.params")
-    sizes = {"n_e": n_embed, "n_embed": n_embed, "e_dim": embed_dim, "embedding_dim": embed_dim}
-    return instantiate_with_sizes(config, {**sizes, "num_hiddens": embed_dim})
 
 
 class VQModel(ManualOptimization, FirstStage):
@@ -81,6 +63,7 @@ class VQModel(ManualOptimization, FirstStage):
         orthogonal_start: Start the linear layers on both sides of the latents orthogonal.
         linear_shortcut: Add a `LinearShortcut` around both networks, whose output starts at zero.
         compile: Compile encoder and decoder when they are first used, by `torch.compile`.
+        freeze: Names of `parts` that stay as they are, averages and statistics included.
 
     Example:
         >>> sizes = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": []}
@@ -117,13 +100,14 @@ class VQModel(ManualOptimization, FirstStage):
         orthogonal_start: bool = False,
         linear_shortcut: bool = False,
         compile: bool = False,
+        freeze: Sequence[str] = (),
     ) -> None:
         check_ddconfig(ddconfig)
         super().__init__(betas, scheduler_config)
         own = {"beta": beta, "remap": remap, "sane_index_shape": sane_index_shape, "legacy": legacy}
         self.image_key, self.monitor, self.quantize_start = image_key, monitor, quantize_start
         self.loss: AutoencoderLoss = instantiate_from_config(lossconfig)
-        self.quantize = build_quantizer(n_embed, embed_dim, quantizer_config, own)
+        self.quantize = build_quantizer(quantizer_config, own, n_e=n_embed, e_dim=embed_dim)
         if quantize_start and not self.quantize.trains_without_decoder:
             raise ValueError(
                 f"{type(self.quantize).__name__} learns from the decoder and has no quantize_start"
@@ -147,6 +131,15 @@ class VQModel(ManualOptimization, FirstStage):
         self.register_buffer("colorize", projection)
         if ckpt_path is not None:
             load_weights(self, ckpt_path, ignore_keys, trust_checkpoint)
+        freeze_parts(self.parts, freeze)
+        if "decoder" in freeze and self.loss.discriminator is not None:
+            raise ValueError("freeze: a discriminator is weighed by gradients of the decoder")
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Parts that the generator's optimizer trains, in the order of the original's state."""
+        names = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv", "shortcut")
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
         """Load weights as `load_weights` does, under the original's name."""
@@ -321,9 +314,8 @@ class VQModel(ManualOptimization, FirstStage):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizers; parameters are in the order of the original's state."""
-        parts = (self.encoder, self.decoder, self.quantize, self.quant_conv, self.post_quant_conv)
-        generator = (p for part in (*parts, self.shortcut) if part for p in part.parameters())
+        """Build the optimizers."""
+        generator = (p for part in self.parts.values() for p in part.parameters())
         return self.adam(generator, self.loss.discriminator)
 
     def get_last_layer(self) -> Tensor:

@@ -6,6 +6,7 @@ Targets are imported, so that their arguments can be inspected, but nothing is b
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from inspect import Parameter
@@ -20,7 +21,9 @@ from taming.run.config import (
 from taming.run.defaults import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
 from taming.run.trust import check_trust
 from taming.run.values import Misfit, check_range, fit, members
-from taming.util import get_obj_from_str, nearest, parameters_of
+from taming.util import QUANTIZER_SIZES, get_obj_from_str, nearest, parameters_of
+
+logger = logging.getLogger(__name__)
 
 TRAINER = "lightning.pytorch.Trainer"
 
@@ -29,7 +32,7 @@ _ADDED_BY_TRAINER = ("now", "logdir", "ckptdir", "cfgdir", "config", "lightning_
 
 # Required sizes that the surrounding model fills in (taming.util.instantiate_with_sizes).
 _ADDED_BY_MODEL = {
-    "quantizer_config": ("n_e", "e_dim", "n_embed", "embedding_dim", "num_hiddens"),
+    "quantizer_config": tuple(QUANTIZER_SIZES),
     "transform_config": ("max_loops", "e_dim"),
     "transformer_config": ("vocab_size", "block_size", "site_shape"),
     "transformer_config.depth": ("vocab_size", "block_size"),
@@ -172,6 +175,8 @@ def check_block(
     params = {} if block.get("params") is None else block["params"]
     _check_arguments(config, f"{path}.params", params, target)
     given = {*params, *added, *_ADDED_BY_MODEL.get(path.rpartition(".")[2], ())}
+    names = _sizes_of(found)
+    given |= {name for name in names if names[name] in map(names.get, params)}
     required = [n for n, p in parameters_of(found)[0].items() if p.default is p.empty]
     if missing := [name for name in required if name not in given]:
         raise config.error(path, f"{path}.params lacks {', '.join(missing)} for {target}")
@@ -201,13 +206,23 @@ def _check_part(config: LoadedConfig, path: str, name: str, block: Any) -> None:
         raise config.error(f"{path}.target", message)
 
 
+def _sizes_of(found: Any) -> Mapping[str, str]:
+    """Return the names under which a quantizer gets its sizes, whichever are its own."""
+    return QUANTIZER_SIZES if _ROLES["quantizer_config"][1] in dir(found) else {}
+
+
 def _check_arguments(config: LoadedConfig, path: str, params: Any, target: str) -> None:
     if not isinstance(params, dict):
         raise config.error(path, f"{path} must be a mapping, got {params!r}")
-    parameters, is_open = parameters_of(get_obj_from_str(target))
+    found = get_obj_from_str(target)
+    parameters, is_open = parameters_of(found)
+    known = {*parameters, *_sizes_of(found)}
+    if old := [n for n in params if n not in known and f"{path}.{n}" in config.outdated]:
+        names = ", ".join(f"{name}={params.pop(name)!r}" for name in old)
+        logger.warning("%s: %s does not take %s of the target before it", path, target, names)
     for name, value in params.items():
         where = f"{path}.{name}"
-        if name not in parameters and not is_open:
+        if name not in known and not is_open:
             end = f"{target} takes no {name!r}{nearest(str(name), parameters)}"
             raise config.error(where, f"unknown key {where}: {end}")
         is_own = target.startswith(_OWN)

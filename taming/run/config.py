@@ -56,6 +56,7 @@ class LoadedConfig(NamedTuple):
         texts: Dotted key path -> text of an unquoted value.
         trials: Trainer arguments of `TRIALS` that the command line gives. They belong to this
             start alone and are not in ``values``, which a resumed run gets again.
+        outdated: Key paths of params that were given for a target which a later source replaced.
     """
 
     values: dict[str, Any]
@@ -64,6 +65,7 @@ class LoadedConfig(NamedTuple):
     untrusted: Path | None = None
     texts: Mapping[str, str] = {}
     trials: Mapping[str, Any] = {}
+    outdated: frozenset[str] = frozenset()
 
     def origin(self, path: str) -> str:
         """Return the file that set a key, or the nearest key above it."""
@@ -138,7 +140,7 @@ def load_config(
     """Merge YAML files from left to right, then overrides, then ``key=value`` items.
 
     Mappings are merged key by key and lists are replaced, as OmegaConf does. A later ``target``
-    thus keeps the earlier ``params``; `taming.run.check` reports those that it does not take. Old
+    thus keeps the earlier ``params``; `taming.run.check` drops those that it does not take. Old
     spellings are translated (`taming.run.legacy`), and ``~/`` is the user's home.
 
     Args:
@@ -163,8 +165,11 @@ def load_config(
     merged, tried = OmegaConf.create(), {}
     origins: dict[str, str] = {}
     texts: dict[str, str] = {}
+    outdated: dict[str, str] = {}  # path -> its origin
     for source in [*files, *(_without_trials(source, tried) for source in given)]:
-        _record(source, source.values, OmegaConf.to_container(merged), "", origins, texts)
+        before = OmegaConf.to_container(merged)
+        outdated |= {path: origins[path] for path in _outdated(before, source.values, "")}
+        _record(source, source.values, before, "", origins, texts)
         merged = _merge(merged, source)
     values, trials = _to_plain(merged, origins), {}
     if tried:
@@ -175,7 +180,8 @@ def load_config(
         origins.update({f"lightning.trainer.{name}": COMMAND_LINE for name in tried})
     # An override may have replaced the value that referred to a key.
     named = frozenset(_INTERPOLATED.findall(str([*files, *given])))
-    return LoadedConfig(values, origins, named, untrusted, texts, trials)
+    stale = frozenset(path for path, origin in outdated.items() if origins[path] == origin)
+    return LoadedConfig(values, origins, named, untrusted, texts, trials, stale)
 
 
 def _merge(merged: Any, source: _Source) -> Any:
@@ -194,6 +200,17 @@ def _clash(old: Any, new: Any, path: str) -> str:
         return next(filter(None, (_clash(*pair) for pair in pairs)), "")
     meet = isinstance(old, dict | list) and isinstance(new, dict | list)
     return path[1:] if meet and type(old) is not type(new) else ""
+
+
+def _outdated(old: Any, new: Any, path: str) -> Iterable[str]:
+    """Yield the paths of params in blocks whose target is replaced, unless they are given anew."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return
+    if "target" in old and new.get("target", old["target"]) != old["target"]:
+        before, given = (dict(entries(block.get("params"))) for block in (old, new))
+        yield from (f"{path}params.{name}" for name in before if name not in given)
+    for key in old.keys() & new.keys():
+        yield from _outdated(old[key], new[key], f"{path}{key}.")
 
 
 def _to_plain(merged: Any, origins: dict[str, str]) -> dict[str, Any]:

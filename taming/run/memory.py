@@ -26,9 +26,10 @@ class _Limit(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if args and isinstance(args[0], list | torch.Size):  # a factory such as empty or randn
+        sizes: Any = args[0] if args and isinstance(args[0], list | torch.Size) else [None]
+        if all(isinstance(size, int) for size in sizes):  # a factory such as empty or randn
             dtype = kwargs.get("dtype") or torch.get_default_dtype()
-            self.asked += math.prod(args[0]) * dtype.itemsize
+            self.asked += math.prod(sizes) * dtype.itemsize
             if self.asked > self.limit:
                 raise MemoryError
         return func(*args, **kwargs)

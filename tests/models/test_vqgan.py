@@ -369,5 +369,5 @@ def test_only_a_tokenizer_of_one_code_per_site_is_a_condition() -> None:
     with torch.no_grad():
         pictures = plain.eval().condition_pictures(x, plain.encode(x).z_q, (16, 16), {})
         torch.testing.assert_close(pictures, {"conditioning": x, "conditioning_rec": plain(x)[0]})
-    with pytest.raises(ValueError, match="LoopyVectorQuantizer.*different lengths"):
+    with pytest.raises(ValueError, match="LoopyVectorQuantizer.*several codes"):
         _ = model().condition_length

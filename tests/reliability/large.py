@@ -27,7 +27,8 @@ import torch
 from benchmarks.growth import SMALL
 from taming.checkpoint import load_checkpoint
 from taming.data.token_files import check_table, crc32_of
-from taming.models.vqgan import VQModel, build_quantizer
+from taming.models.vqgan import VQModel
+from taming.modules.vqvae.build import build_quantizer
 from taming.tokenizer import Tokenizer
 
 QUANTIZERS: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ def measure(name: str, k: int, d: int, n: int, folder: str) -> tuple[float, ...]
     """Measure a quantizer in MB: its state, forward and backward, its checkpoint, loading that."""
     torch.set_num_threads(1)
     config = {"target": f"taming.modules.vqvae.quantize.{name}", "params": QUANTIZERS[name]}
-    quantizer, file = build_quantizer(k, d, config, {}), Path(folder, f"{name}.ckpt")
+    quantizer, file = build_quantizer(config, n_e=k, e_dim=d), Path(folder, f"{name}.ckpt")
     state = sum(tensor.nbytes for tensor in quantizer.state_dict().values())
     z = torch.randn(n // 64, d, 8, 8, requires_grad=True)
 

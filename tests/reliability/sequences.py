@@ -25,6 +25,7 @@ Random = random.Random
 
 NOTATIONS: dict[str, Callable[[int, int], TokenSequence]] = {
     "raster": lambda k, turns: RasterSequence(k),
+    "raster, several": RasterSequence,
     "unary": lambda k, turns: UnarySequence(k, turns, dummies=False),
     "unary, dummies": lambda k, turns: UnarySequence(k, turns, dummies=True),
     "run-length": lambda k, turns: RunLengthSequence(k, turns, dummies=False),
@@ -41,7 +42,7 @@ def draw_codes(rng: Random, sequence: TokenSequence) -> Tensor:
     batch, h, w = rng.randrange(3), rng.randint(1, 3), rng.randint(1, 3)
     codes = torch.full((batch * h * w, sequence.max_loops), -1)
     for site in codes:
-        length = rng.randint(1, sequence.max_loops)
+        length = rng.randint(sequence.max_loops if sequence.fixed_length else 1, sequence.max_loops)
         for turn in range(length):
             is_dummy = sequence.dummies and turn < length - 1
             site[turn] = sequence.n_e if is_dummy else rng.randrange(sequence.n_e)

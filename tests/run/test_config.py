@@ -233,11 +233,34 @@ def test_splatted_mappings_are_checked(write):
 
 
 def test_the_file_that_set_a_key_last_is_named(write):
-    first = write("a.yaml", "model: {target: support.models.ToyModel, params: {width: 3}}")
-    second = write("b.yaml", "model: {target: support.models.ToyData}")
+    first = write("a.yaml", "model: {target: support.models.ToyModel, params: {widht: 3}}")
+    second = write("b.yaml", "model: {params: {width: 4}}")
     config = load_config([first, second])
-    with pytest.raises(ConfigError, match=r"a\.yaml: .*model\.params\.width"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: .*model\.params\.widht"):
         check_block(config, "model", config.values["model"])
+
+
+def test_a_replaced_target_drops_what_the_new_one_does_not_take(write, caplog):
+    old = "{target: support.models.ToyModel, params: {width: 3, monitor: x, fail_at: 2}}"
+    first = write("a.yaml", f"model: {old}")
+    new = "{target: support.models.ToyManualModel, params: {size: 2}}"
+    second = write("b.yaml", f"model: {new}")
+    swap = "model.target=support.models.ToyDataModule"
+    for files, keys in (([first], [swap, "model.params.size=2"]), ([first, second], [swap])):
+        config = load_config(files, keys)
+        check_block(config, "model", config.values["model"])
+        assert config.values["model"]["params"] == {"size": 2}
+        (record,) = caplog.records
+        assert "ToyDataModule does not take" in record.message
+        assert all(word in record.message for word in ("width=3", "monitor='x'", "fail_at=2"))
+        caplog.clear()
+    # What is given anew, or for the target that stays, is a mistake as before.
+    for keys in ([swap, "model.params.width=4"], ["model.target=support.models.ToyModel"]):
+        config = load_config([first], [*keys, "model.params.sice=1"])
+        with pytest.raises(
+            ConfigError, match="command line: unknown key model.params.(width|sice)"
+        ):
+            check_block(config, "model", config.values["model"])
 
 
 @pytest.fixture

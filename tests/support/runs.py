@@ -127,27 +127,41 @@ def overrides(data: Path) -> dict[str, list[str]]:
     ]
     folder = both(f"root={data / 'images'}", "validation_fraction=0.5")
     parquet = both(f"path={data / 'images.parquet'}")
-    return originals() | {
-        "cifar10_loopy.yaml": [*tokenizer(16, 3), *parquet],
-        "cifar10_transformer.yaml": [*prior(16), *parquet],
-        "cifar10_two_level_transformer.yaml": [*prior(16), *TWO_LEVELS, *parquet],
-        "custom_loopy_vqgan.yaml": [*tokenizer(32, 5), *GAN, *folder],
-        "custom_loopy_transformer.yaml": [*prior(32), *folder],
-        "custom_transformer.yaml": [*prior(32), *lists],
-        "custom_vqgan.yaml": [*tokenizer(32, 5), *GAN, *lists],
-        "demo/loopy_transformer.yaml": [*prior(16), *TWO_LEVELS, *PHOTOS],
-        "demo/loopy_vqgan.yaml": [*tokenizer(16, 3), *GAN, *PHOTOS],
-        "imagenet_gumbel_vqgan.yaml": [*vqmodel(32, 4), *GAN, *pixels(32, "config.size")],
-        "imagenet_transformer.yaml": [*gpt(), *pixels(32, "config.size")],
-        "loopy_transformer.yaml": [*prior(32), *PHOTOS],
-        "loopy_vqgan.yaml": [*tokenizer(32, 4), *GAN, *PHOTOS],
-        "pixelcnn_cifar10.yaml": [*STACKS, *pixels(16), *parquet],
-        "vqvae2_bottom_prior.yaml": [*prior(16), *parquet],
-        "vqvae2_cifar10.yaml": [*tokenizer(16, 3), *LEVELS, *parquet],
-        "vqvae2_top_prior.yaml": [*prior(16), *parquet],
-        "vqvae_cifar10.yaml": [*tokenizer(16, 3), *parquet],
-        "vqvae_mnist.yaml": [*tokenizer(16, 3), *parquet],
-        "vqvae_single_code.yaml": [*tokenizer(32, 6), *parquet],
+    return (
+        originals()
+        | zoo(parquet)
+        | {
+            "cifar10_loopy.yaml": [*tokenizer(16, 3), *parquet],
+            "cifar10_transformer.yaml": [*prior(16), *parquet],
+            "cifar10_two_level_transformer.yaml": [*prior(16), *TWO_LEVELS, *parquet],
+            "custom_loopy_vqgan.yaml": [*tokenizer(32, 5), *GAN, *folder],
+            "custom_loopy_transformer.yaml": [*prior(32), *folder],
+            "custom_transformer.yaml": [*prior(32), *lists],
+            "custom_vqgan.yaml": [*tokenizer(32, 5), *GAN, *lists],
+            "demo/loopy_transformer.yaml": [*prior(16), *TWO_LEVELS, *PHOTOS],
+            "demo/loopy_vqgan.yaml": [*tokenizer(16, 3), *GAN, *PHOTOS],
+            "imagenet_gumbel_vqgan.yaml": [*vqmodel(32, 4), *GAN, *pixels(32, "config.size")],
+            "imagenet_transformer.yaml": [*gpt(), *pixels(32, "config.size")],
+            "loopy_transformer.yaml": [*prior(32), *PHOTOS],
+            "loopy_vqgan.yaml": [*tokenizer(32, 4), *GAN, *PHOTOS],
+            "pixelcnn_cifar10.yaml": [*STACKS, *pixels(16), *parquet],
+            "vqvae2_bottom_prior.yaml": [*prior(16), *parquet],
+            "vqvae2_cifar10.yaml": [*tokenizer(16, 3), *LEVELS, *parquet],
+            "vqvae2_top_prior.yaml": [*prior(16), *parquet],
+            "vqvae_cifar10.yaml": [*tokenizer(16, 3), *parquet],
+            "vqvae_mnist.yaml": [*tokenizer(16, 3), *parquet],
+            "vqvae_single_code.yaml": [*tokenizer(32, 6), *parquet],
+        }
+    )
+
+
+def zoo(data: Sequence[str]) -> dict[str, list[str]]:
+    """The same for the quantizers of vector-quantize-pytorch, whose levels make 16 codes."""
+    levels = ["model.params.quantizer_config.params.levels=[4,4]"]
+    return {
+        name: [*tokenizer(16, 3), *levels * ("fsq" in name), *data]
+        for name in shipped()
+        if name.startswith("zoo/")
     }
 
 

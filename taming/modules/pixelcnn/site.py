@@ -16,34 +16,36 @@ class SiteSymbols:
     """Codes (..., T) <-> symbols (..., M): length - 1, then each code; -1 for absent codes.
 
     A site of ``D,D,A'`` has two symbols, since its dummies follow from its length; one of
-    ``A1,A2,A3`` has up to T + 1. Where T is 1, the only symbol is the code.
+    ``A1,A2,A3`` has up to T + 1. Where every site has T codes, these are the symbols.
 
     Args:
         n_e: K, number of codes.
         max_loops: T.
         dummies: True for codes of the form ``D,D,A'``, False for ``A1,A2,A3``.
+        fixed_length: True if every site has T codes.
 
     Attributes:
         sizes: V of each of the M symbols.
     """
 
-    def __init__(self, n_e: int, max_loops: int, dummies: bool) -> None:
+    def __init__(self, n_e: int, max_loops: int, dummies: bool, fixed_length: bool = False) -> None:
         self.n_e = n_e
         self.max_loops = max_loops
         self.dummies = dummies
-        codes = 1 if dummies else max_loops
-        self.sizes = [n_e] if max_loops == 1 else [max_loops, *[n_e] * codes]
+        self.fixed_length = fixed_length or max_loops == 1
+        codes = [n_e] * (1 if dummies else max_loops)
+        self.sizes = codes if self.fixed_length else [max_loops, *codes]
 
     def of_codes(self, codes: Tensor) -> Tensor:
         """Encode valid codes (..., T) int64 as symbols (..., M)."""
-        if self.max_loops == 1:
+        if self.fixed_length:
             return codes
         last = (codes >= 0).sum(dim=-1, keepdim=True) - 1
         return torch.cat([last, codes.gather(-1, last) if self.dummies else codes], dim=-1)
 
     def to_codes(self, symbols: Tensor) -> Tensor:
         """Decode symbols (..., M) to codes (..., T); symbols after a site's end are ignored."""
-        if self.max_loops == 1:
+        if self.fixed_length:
             return symbols
         last, codes = symbols[..., :1], symbols[..., 1:]
         turn = torch.arange(self.max_loops, device=symbols.device)

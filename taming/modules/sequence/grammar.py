@@ -53,11 +53,13 @@ class TokenSequence(ABC):
         vocab_size: V, number of different tokens.
         site_tokens: Most tokens that one site can take.
         restricted: False if every token may come next everywhere.
+        fixed_length: True if every site has T codes.
     """
 
     vocab_size: int
     site_tokens: int
     restricted: bool = True
+    fixed_length: bool = False
 
     def __init__(self, n_e: int, max_loops: int, dummies: bool) -> None:
         if n_e < 1 or max_loops < 1:

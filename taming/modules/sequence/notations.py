@@ -96,20 +96,38 @@ class UnarySequence(TokenSequence):
 
 
 class RasterSequence(UnarySequence):
-    """One code per site in raster order: the original's sequence, every token allowed anywhere.
+    """The same number of codes for every site, in raster order, every token allowed anywhere.
+
+    With one code per site it is the original's sequence. With several, as residual quantizers
+    write them, a site ends after its T codes, so no token marks the end.
 
     Args:
         n_e: K, number of codes.
+        max_loops: T, codes of every site.
 
     Example:
         >>> RasterSequence(n_e=9).encode(torch.tensor([[[3, 1], [4, 1]]]))
         (tensor([[3, 1, 4, 1]]), tensor([4]))
+        >>> RasterSequence(n_e=9, max_loops=2).encode(torch.tensor([[[[3, 1], [4, 1]]]]))
+        (tensor([[3, 1, 4, 1]]), tensor([4]))
     """
 
     restricted = False
+    fixed_length = True
 
-    def __init__(self, n_e: int) -> None:
-        super().__init__(n_e, max_loops=1, dummies=False)
+    def __init__(self, n_e: int, max_loops: int = 1) -> None:
+        super().__init__(n_e, max_loops, dummies=False)
+        self.vocab_size = n_e
+
+    def _refuse_codes(self, codes: Tensor) -> None:
+        super()._refuse_codes(codes)
+        if (short := (codes < 0).any(dim=-1)).any():  # (B, S)
+            row, site = short.nonzero()[0].tolist()
+            count = int((codes[row, site] >= 0).sum())
+            raise ValueError(
+                f"image {row}: site {site} of {codes.shape[1]} has {count} codes, expected "
+                f"{self.max_loops}"
+            )
 
 
 class RunLengthSequence(TokenSequence):

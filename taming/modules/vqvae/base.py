@@ -146,12 +146,14 @@ class Quantizer(Part, ABC):
             continuous latents.
         variable_rate: True if ``forward`` also takes ``threshold``, ``max_codes``, ``rate`` and
             ``target_bits``, each one number or one per image, and `reach` is implemented.
+        codebooks: Number of codebooks, each of equally many consecutive turns.
         names: Names of the levels, the top first; () for a single quantizer.
     """
 
     sequence: TokenSequence
     trains_without_decoder = True
     variable_rate: bool = False
+    codebooks: int = 1
     names: tuple[str, ...] = ()
 
     def __init__(self, n_e: int, e_dim: int) -> None:
@@ -184,7 +186,7 @@ class Quantizer(Part, ABC):
         """Return a new metric that counts the codes of this quantizer."""
         from taming.modules.vqvae.metrics import CodebookMetrics  # imports torchmetrics: seconds
 
-        return CodebookMetrics(self.n_e, self.sequence.max_loops)
+        return CodebookMetrics(self.n_e, self.sequence.max_loops, self.codebooks)
 
     def tracked_scalars(self) -> dict[str, Tensor]:
         """Return scalars of the quantizer's state to log while it trains, by name."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.vqvae.base import GridShape, LoopTrace, Quantizer, QuantizerOutput
-from taming.util import instantiate_from_config
+from taming.modules.vqvae.build import build_quantizer
 
 if TYPE_CHECKING:
     from taming.modules.vqvae.metrics import HierarchyMetrics
@@ -105,7 +105,7 @@ class Hierarchy(Quantizer):
         if not 0 <= level_dropout <= 1:
             raise ValueError(f"level_dropout must be in [0, 1], got {level_dropout}")
         built: dict[str, Quantizer] = {
-            name: instantiate_from_config(config) for name, config in quantizers.items()
+            name: build_quantizer(config) for name, config in quantizers.items()
         }
         super().__init__(sum(q.n_e for q in built.values()), sum(q.e_dim for q in built.values()))
         self.level_dropout = level_dropout

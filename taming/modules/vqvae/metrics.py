@@ -1,6 +1,6 @@
 """Codebook statistics over an epoch, summed over batches and processes.
 
-Axis letters: B images, D channels, h w grid, K codes, T turns.
+Axis letters: B images, D channels, h w grid, K codes, M codebooks, T turns.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ class CodebookMetrics(Metric):
     """Codebook usage and perplexity, lengths and quantization error.
 
     Args:
-        n_e: K, number of codes.
+        n_e: K, number of codes of a codebook.
         max_loops: T, most codes per site.
+        codebooks: M codebooks, each of T / M consecutive turns.
     """
 
     full_state_update = False
@@ -30,10 +31,10 @@ class CodebookMetrics(Metric):
     beyond: Tensor
     images: Tensor
 
-    def __init__(self, n_e: int, max_loops: int) -> None:
+    def __init__(self, n_e: int, max_loops: int, codebooks: int = 1) -> None:
         super().__init__()
-        self.n_e, self.max_loops = n_e, max_loops
-        self.add_state("codes", torch.zeros(n_e, dtype=torch.int64), dist_reduce_fx="sum")
+        self.n_e, self.max_loops, self.codebooks = n_e, max_loops, codebooks
+        self.add_state("codes", torch.zeros(codebooks * n_e, dtype=torch.int64), "sum")
         self.add_state("lengths", torch.zeros(max_loops + 1, dtype=torch.int64), "sum")
         self.add_state("error", torch.zeros(()), dist_reduce_fx="sum")  # MPS has no float64
         self.add_state("beyond", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -47,7 +48,9 @@ class CodebookMetrics(Metric):
             quantized: `QuantizerOutput` of the latents.
         """
         codes = quantized.info.indices.reshape(-1, self.max_loops)  # (B h w, T)
-        self.codes += count_codes(codes, self.n_e)  # without dummies and absent ones
+        books = codes.chunk(self.codebooks, dim=1)
+        # Without dummies and absent ones.
+        self.codes += torch.cat([count_codes(book, self.n_e) for book in books])
         self.lengths += count_codes((codes >= 0).sum(dim=1), self.max_loops + 1)
         self.error += (z.detach().float() - quantized.z_q.detach()).square().mean(1).sum()
         self.images += len(z)
@@ -56,20 +59,21 @@ class CodebookMetrics(Metric):
         """Summarize all batches.
 
         Returns:
-            usage: Share of the K codes that occur, in [0, 1].
-            perplexity: Exponential of the codes' entropy, in [1, K].
+            usage: Share of the M K codes that occur, in [0, 1].
+            perplexity: Exponential of the codes' entropy, averaged over codebooks, in [1, K].
             mean_length: Codes per site, in [1, T].
             codes_per_image: Codes per image.
             never_within_threshold: Share of sites that ran into T turns, in [0, 1].
             quantization_error: Mean square of z - z_q per channel.
-            codes, lengths: (K,) and (T + 1,) int64, how often each occurs.
+            codes, lengths: (M K,) and (T + 1,) int64, how often each occurs.
         """
-        share = self.codes.float() / self.codes.sum()
+        codes = self.codes.view(self.codebooks, self.n_e).float()
+        share = codes / codes.sum(dim=1, keepdim=True)
         sites = self.lengths.sum()
         total = (self.lengths * torch.arange(self.max_loops + 1, device=sites.device)).sum()
         return {
             "usage": (self.codes > 0).float().mean(),
-            "perplexity": torch.special.entr(share).sum().exp(),
+            "perplexity": torch.special.entr(share).sum(dim=1).exp().nanmean(),
             "mean_length": total / sites,
             "codes_per_image": total / self.images,
             "never_within_threshold": self.beyond / sites,

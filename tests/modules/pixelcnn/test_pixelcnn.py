@@ -16,6 +16,7 @@ SITES = {
     "plain": SiteSymbols(K, 1, dummies=False),
     "attract": SiteSymbols(K, T, dummies=True),
     "residual": SiteSymbols(K, T, dummies=False),
+    "fixed": SiteSymbols(K, T, dummies=False, fixed_length=True),
 }
 every_kind = pytest.mark.parametrize("kind", list(SITES))
 every_kernel = pytest.mark.parametrize("kernel_size", [3, 5])
@@ -34,6 +35,8 @@ def all_sites(kind: str) -> Tensor:
     """Every code (N, T) that a site can have."""
     if kind == "plain":
         return torch.arange(K)[:, None]
+    if kind == "fixed":
+        return torch.tensor([*product(range(K), repeat=T)])
     sites = [
         [*([K] * (n - 1) if kind == "attract" else codes[: n - 1]), codes[-1], *[-1] * (T - n)]
         for n in range(1, T + 1)

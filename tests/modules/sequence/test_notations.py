@@ -14,9 +14,9 @@ GRID = (3, 4)
 K = 5
 
 
-def random_codes(dummies: bool, turns: int, batch: int = 6) -> Tensor:
-    """Valid codes (batch, 3, 4, turns) of every length."""
-    length = torch.randint(1, turns + 1, (batch, *GRID, 1))
+def random_codes(dummies: bool, turns: int, batch: int = 6, fixed: bool = False) -> Tensor:
+    """Valid codes (batch, 3, 4, turns) of every length, or all of ``turns``."""
+    length = torch.randint(turns if fixed else 1, turns + 1, (batch, *GRID, 1))
     slot = torch.arange(turns)
     codes = torch.randint(0, K, (batch, *GRID, turns))
     if dummies:
@@ -29,7 +29,7 @@ CASES = [
     for kind in (UnarySequence, RunLengthSequence)
     for dummies in (True, False)
     for turns in (1, 2, 4)
-] + [pytest.param(RasterSequence(K), False, 1, id="Raster")]
+] + [pytest.param(RasterSequence(K, turns), False, turns, id=f"Raster-{turns}") for turns in (1, 4)]
 
 
 def start(batch: int) -> GrammarState:
@@ -51,7 +51,7 @@ def walk(sequence: TokenSequence, tokens: Tensor, lengths: Tensor):
 
 @pytest.mark.parametrize("sequence, dummies, turns", CASES)
 def test_decode_inverts_encode(sequence: TokenSequence, dummies: bool, turns: int) -> None:
-    codes = random_codes(dummies, turns)
+    codes = random_codes(dummies, turns, fixed=sequence.fixed_length)
     tokens, lengths = sequence.encode(codes)
     assert torch.equal(sequence.decode(tokens, GRID), codes)
     assert torch.equal((tokens >= 0).sum(1), lengths)
@@ -63,7 +63,7 @@ def test_decode_inverts_encode(sequence: TokenSequence, dummies: bool, turns: in
 def test_states_equal_advancing_token_by_token(
     sequence: TokenSequence, dummies: bool, turns: int
 ) -> None:
-    tokens, lengths = sequence.encode(random_codes(dummies, turns))
+    tokens, lengths = sequence.encode(random_codes(dummies, turns, fixed=sequence.fixed_length))
     states, allowed = sequence.states(tokens), sequence.allowed(sequence.states(tokens))
     for position, state, token in walk(sequence, tokens, lengths):
         here = position < lengths
@@ -101,7 +101,7 @@ def test_every_walk_through_the_grammar_decodes(
 def test_a_token_lies_where_its_state_says(
     sequence: TokenSequence, dummies: bool, turns: int
 ) -> None:
-    tokens, _ = sequence.encode(random_codes(dummies, turns))
+    tokens, _ = sequence.encode(random_codes(dummies, turns, fixed=sequence.fixed_length))
     states, present = sequence.states(tokens), tokens >= 0
     for sites in (12, 5):
         shape = sites, sequence.site_tokens
@@ -134,6 +134,7 @@ def test_forms_of_the_idea() -> None:
         (RunLengthSequence(K, 3, False), [K, 0, K, 1, 2, 3, 4], "breaks the grammar"),
         (RasterSequence(K), [0, 1, 2, 9], "token 9 at position 3 is outside the vocabulary of 5"),
         (RasterSequence(K), [0, -1, 2, 3], "the end at position 1 breaks the grammar"),
+        (RasterSequence(K, 2), [0, 1, 2, 3, 4, 0, 1], "the end at position 7 breaks the grammar"),
         (UnarySequence(K, 3, True), [0, 1, 2, K, K], "site 3 of 4: code 5 at turn 1"),
     ],
 )
