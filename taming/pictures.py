@@ -142,6 +142,15 @@ def load_image(path: Path, size: int | None = None, site: int = 1) -> Tensor:
     return to_tensor(pixels[:, top : top + rows, left : left + columns])
 
 
+def pad(image: Tensor, site: int) -> Tensor:
+    """Extend an image (C, H, W) by reflection to multiples of the side of a site."""
+    height, width = image.shape[1:]
+    right, below = -width % site, -height % site
+    if right >= width or below >= height:  # too small to be reflected so far
+        return F.pad(image[None], (0, right, 0, below), mode="replicate")[0]
+    return F.pad(image[None], (0, right, 0, below), mode="reflect")[0]
+
+
 def to_picture(image: Tensor) -> Image.Image:
     """Turn an image (C, H, W), clamped to [-1, 1], into an 8-bit picture; C is 2, 3 or 4."""
     levels = (image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5

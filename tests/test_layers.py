@@ -17,8 +17,9 @@ ALLOWED: dict[str, set[str]] = {
     "pictures": {"decoding", "util"},
     "modules": {"modules", "util"},
     "models": {"models", "modules", "checkpoint", "lr_scheduler", "util"},
+    "codec": {"codec", "models", "modules", "decoding"},
     "data": {"data", "decoding", "util"},
-    "tokenizer": {"models", "checkpoint", "decoding", "pictures", "util"},
+    "tokenizer": {"codec", "models", "checkpoint", "decoding", "pictures", "util"},
     "generator": {"models", "tokenizer", "checkpoint", "pictures", "run", "util"},  # run: load()
     "run": {"run", "models", "data", "checkpoint", "pictures", "util"},
 }

@@ -1,9 +1,10 @@
 """A range coder over rows of integer frequencies (Martin 1979), the same bytes on every machine.
 
 The coder is constriction's, with words of 32 bits and 24 bits of precision. It takes floating-point
-weights, scales them to 2**24 less one for each symbol, and adds those ones back. A frequency f is
-therefore handed over as 256 f - 1: the scale is then exactly 1, every sum is a whole number below
-2**24, and the probability that is coded is exactly f / 2**16, whatever machine or release adds up.
+weights, scales them to 2**24 less one for each symbol, and adds those ones back. A frequency f of a
+row that sums to 2**16 is therefore handed over as 256 f - 1: the scale is then exactly 1, every sum
+is a whole number of at most 24 bits, and the probability that is coded is exactly f / 2**16,
+whatever machine or release adds up. Rows may also sum to 2**24, where f - 1 is handed over.
 
 Axis letters: N symbols, V different symbols.
 """
@@ -16,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PRECISION = 16
-TOTAL = 1 << PRECISION  # sum of a row of frequencies; also the most symbols that a row can tell
-_STEP = 1 << (24 - PRECISION)  # of constriction's probabilities to one of ours
+TOTAL = 1 << 16  # sum of a row of frequencies; also the most symbols that a row can tell apart
+FINE_TOTAL = 1 << 24  # the other sum, for rows that are known in advance
 _MOST_WEIGHTS = 1 << 24  # handed over at once: 64 MiB
 
 
@@ -30,54 +30,59 @@ def _stream() -> Any:
     return module.stream
 
 
-def _check(frequencies: Tensor) -> None:
-    """Refuse what is not rows of frequencies (N, V)."""
-    if frequencies.dtype != torch.int64 or frequencies.ndim != 2 or not frequencies.shape[1]:
-        got = f"{frequencies.dtype} {tuple(frequencies.shape)}"
-        raise ValueError(f"frequencies must be int64 (N, V), got {got}")
-    if frequencies.shape[1] > TOTAL:
-        most = f"a row of frequencies tells at most {TOTAL} symbols apart"
-        raise ValueError(f"{most}, got {frequencies.shape[1]}")
-    rows = frequencies[:1] if _is_shared(frequencies) else frequencies
-    if (rows < 1).any() or (rows.sum(dim=1) != TOTAL).any():
-        raise ValueError(f"frequencies must be at least 1 and each row must sum to {TOTAL}")
+def _weights_of(frequencies: Tensor) -> Tensor:
+    """Check frequencies (N, V) or (V,); return constriction's weights for them, float32.
 
-
-def _is_shared(frequencies: Tensor) -> bool:
-    """Return True for one row that is expanded to several symbols."""
-    return len(frequencies) > 1 and frequencies.stride(0) == 0
-
-
-def _model(frequencies: Tensor) -> tuple[Any, list[np.ndarray]]:
-    """Turn rows (N, V) into constriction's model, and the weights by symbol where rows differ.
-
-    The two ways give the same bytes: a model of one row is only built once.
+    Raises:
+        ValueError: They are not such frequencies.
     """
-    categorical = _stream().model.Categorical
-    shared = _is_shared(frequencies)
-    rows = frequencies[:1] if shared else frequencies
-    weights = (rows * _STEP - 1).to("cpu", torch.float32).numpy()
-    if shared:
-        return categorical(weights[0], lazy=False, perfect=False), []
-    return categorical(lazy=True, perfect=False), [weights]
+    if frequencies.dtype != torch.int64 or frequencies.ndim not in (1, 2):
+        got = f"{frequencies.dtype} {tuple(frequencies.shape)}"
+        raise ValueError(f"frequencies must be int64 (N, V) or (V,), got {got}")
+    values = frequencies.shape[-1]
+    if not 1 <= values <= TOTAL:
+        raise ValueError(f"a row of frequencies tells 1 to {TOTAL} symbols apart, got {values}")
+    sums = frequencies.sum(dim=-1).reshape(-1)  # (N,)
+    total = int(sums[0]) if len(sums) else TOTAL
+    if total not in (TOTAL, FINE_TOTAL) or (sums != total).any() or (frequencies < 1).any():
+        sizes = f"all to {TOTAL} or all to {FINE_TOTAL}"
+        raise ValueError(f"frequencies must be at least 1 and rows must sum to one size, {sizes}")
+    return (frequencies * (FINE_TOTAL // total) - 1).to("cpu", torch.float32)
 
 
-def _parts(frequencies: Tensor) -> list[Tensor]:
-    """Cut rows (N, V) so that a part's weights take little memory; one shared row stays whole."""
-    if _is_shared(frequencies):
-        return [frequencies]
-    return list(frequencies.split(max(_MOST_WEIGHTS // frequencies.shape[1], 1)))
+def _models(frequencies: Tensor, count: int) -> list[tuple[int, Any, list[np.ndarray]]]:
+    """Turn frequencies of ``count`` symbols into parts that take little memory each.
+
+    Returns:
+        Of each part: symbols, constriction's model, and the weights by symbol where rows differ.
+        One row for all gives the same bytes as the same row for each.
+    """
+    family = _stream().model.Categorical
+    if frequencies.ndim == 1:
+        weights = _weights_of(frequencies).numpy()
+        if len(weights) == 1 or not count:  # nothing to tell
+            return []
+        return [(count, family(weights, lazy=False, perfect=False), [])]
+    if len(frequencies) != count:
+        raise ValueError(f"{len(frequencies)} rows of frequencies for {count} symbols")
+    parts = frequencies.split(max(_MOST_WEIGHTS // frequencies.shape[1], 1))
+    weighted = [_weights_of(part).numpy() for part in parts]
+    if frequencies.shape[1] == 1 or not count:
+        return []
+    return [(len(w), family(lazy=True, perfect=False), [w]) for w in weighted]
 
 
 class Encoder:
     """Encoder of symbols one after the other.
 
     Example:
-        >>> frequencies = torch.tensor([[60000, 5000, 536]]).expand(4, -1)
+        >>> frequencies = torch.tensor([[60000, 5000, 536], [30000, 30000, 5536]])
         >>> encoder = Encoder()
-        >>> encoder.push(torch.tensor([0, 0, 2, 0]), frequencies)
-        >>> Decoder(encoder.bytes()).pull(frequencies).tolist()
-        [0, 0, 2, 0]
+        >>> encoder.push(torch.tensor([0, 2]), frequencies)
+        >>> encoder.push(torch.tensor([0, 0, 1, 0]), frequencies[0])
+        >>> decoder = Decoder(encoder.bytes())
+        >>> decoder.pull(frequencies).tolist(), decoder.pull(frequencies[0], 4).tolist()
+        ([0, 2], [0, 0, 1, 0])
     """
 
     def __init__(self) -> None:
@@ -88,28 +93,22 @@ class Encoder:
 
         Args:
             symbols: (N,) integers in 0..V-1.
-            frequencies: (N, V) int64, each at least 1, of sum 2**16; symbol v of a row takes
-                16 - log2 frequencies[v] bits. One row expanded to N is looked at once.
+            frequencies: (N, V) int64, or one row (V,) for all; each at least 1, and rows of sum
+                2**16, or all of sum 2**24. A symbol of frequency f takes 16 (24) - log2 f bits.
 
         Raises:
             ValueError: They are not such symbols and frequencies.
         """
-        _check(frequencies)
-        values = frequencies.shape[1]
-        if symbols.shape != frequencies.shape[:1]:
-            raise ValueError(f"{len(frequencies)} rows for symbols {tuple(symbols.shape)}")
-        if ((symbols < 0) | (symbols >= values)).any():
-            raise ValueError(f"symbols must be in 0..{values - 1}")
-        if values == 1 or not len(symbols):  # nothing to tell
-            return
+        models, values = _models(frequencies, len(symbols)), frequencies.shape[-1]
+        if symbols.ndim != 1 or ((symbols < 0) | (symbols >= values)).any():
+            raise ValueError(f"symbols must be (N,), in 0..{values - 1}")
         numbers, done = symbols.to("cpu", torch.int32).numpy(), 0
-        for part in _parts(frequencies):
-            model, weights = _model(part)
-            self._coder.encode(numbers[done : done + len(part)], model, *weights)
-            done += len(part)
+        for count, model, weights in models:
+            self._coder.encode(numbers[done : done + count], model, *weights)
+            done += count
 
     def bytes(self) -> bytes:
-        """Return all symbols so far as bytes, words of 32 bits with the low byte first."""
+        """Return all symbols so far as bytes: words of 32 bits, the low byte first."""
         return self._coder.get_compressed().astype("<u4").tobytes()
 
 
@@ -129,22 +128,28 @@ class Decoder:
         words = np.frombuffer(data, "<u4").astype(np.uint32)
         self._coder = _stream().queue.RangeDecoder(words)
 
-    def pull(self, frequencies: Tensor) -> Tensor:
-        """Decode one symbol for each row of frequencies (N, V): (N,) int64, on the CPU.
+    def pull(self, frequencies: Tensor, count: int | None = None) -> Tensor:
+        """Decode symbols.
+
+        Args:
+            frequencies: As for `Encoder.push`.
+            count: N, needed for one row (V,).
+
+        Returns:
+            (N,) int64, on the CPU.
 
         Raises:
-            ValueError: No symbols and these frequencies give such bytes; or they are no such
+            ValueError: No symbols give such bytes with these frequencies; or they are no such
                 frequencies as `Encoder.push` takes.
         """
-        _check(frequencies)
-        if frequencies.shape[1] == 1 or not len(frequencies):
-            return torch.zeros(len(frequencies), dtype=torch.int64)
-        symbols = []
-        for part in _parts(frequencies):
-            model, weights = _model(part)
-            count = [] if weights else [len(part)]
-            try:
-                symbols.append(self._coder.decode(model, *weights, *count))
+        count = len(frequencies) if count is None else count
+        symbols = [np.zeros(0, np.int32)]
+        models = _models(frequencies, count)
+        if not models:
+            return torch.zeros(count, dtype=torch.int64)
+        for number, model, weights in models:
+            try:  # with weights, their number says how many
+                symbols.append(self._coder.decode(model, *(weights or [number])))
             except (AssertionError, ValueError) as error:  # which one depends on the release
                 raise ValueError("the bytes are not those of an encoder") from error
         return torch.from_numpy(np.concatenate(symbols).astype(np.int64))
