@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("taming.compress")
 
 SUFFIX = ".loop"
-RATES = ("bpp", "bits", "psnr", "rate", "max_codes", "threshold")
+RATES = ("bpp", "bits", "psnr", "rate", "max_codes")
 LEAST_SIDE = 161  # of a picture that has an MS-SSIM, with five scales and windows of 11 pixels
 
 
@@ -51,7 +51,6 @@ def parse_options() -> argparse.Namespace:
     add("--psnr", type=float, help="PSNR in dB to reach with fewest codes")
     add("--rate", type=float, help="lambda, what a bit is worth in squared distance")
     add("--max_codes", type=int, help="largest number of codes of a picture")
-    add("--threshold", type=float, help="distance at which a loop ends")
     options = parser.parse_args()
     cli.check_folder(options.outdir)
     if options.resume is None:

@@ -11,6 +11,7 @@ Axis letters: N symbols, V different symbols.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,46 +31,48 @@ def _stream() -> Any:
     return module.stream
 
 
-def _weights_of(frequencies: Tensor) -> Tensor:
-    """Check frequencies (N, V) or (V,); return constriction's weights for them, float32.
-
-    Raises:
-        ValueError: They are not such frequencies.
-    """
+def _check_form(frequencies: Tensor, count: int) -> None:
+    """Refuse what is not (N, V) or (V,) integers for N = ``count`` symbols, with a ValueError."""
     if frequencies.dtype != torch.int64 or frequencies.ndim not in (1, 2):
         got = f"{frequencies.dtype} {tuple(frequencies.shape)}"
         raise ValueError(f"frequencies must be int64 (N, V) or (V,), got {got}")
-    values = frequencies.shape[-1]
-    if not 1 <= values <= TOTAL:
+    if not 1 <= (values := frequencies.shape[-1]) <= TOTAL:
         raise ValueError(f"a row of frequencies tells 1 to {TOTAL} symbols apart, got {values}")
-    sums = frequencies.sum(dim=-1).reshape(-1)  # (N,)
-    total = int(sums[0]) if len(sums) else TOTAL
+    if frequencies.ndim == 2 and len(frequencies) != count:
+        raise ValueError(f"{len(frequencies)} rows of frequencies for {count} symbols")
+
+
+def _weights_of(frequencies: Tensor) -> np.ndarray:
+    """Check the values of frequencies (N, V); return constriction's weights for them, float32."""
+    sums = frequencies.sum(dim=1)
+    total = int(sums[0])
     if total not in (TOTAL, FINE_TOTAL) or (sums != total).any() or (frequencies < 1).any():
         sizes = f"all to {TOTAL} or all to {FINE_TOTAL}"
         raise ValueError(f"frequencies must be at least 1 and rows must sum to one size, {sizes}")
-    return (frequencies * (FINE_TOTAL // total) - 1).to("cpu", torch.float32)
+    return (frequencies * (FINE_TOTAL // total) - 1).to("cpu", torch.float32).numpy()
 
 
-def _models(frequencies: Tensor, count: int) -> list[tuple[int, Any, list[np.ndarray]]]:
+def _models(frequencies: Tensor, count: int) -> Iterator[tuple[int, Any, list[np.ndarray]]]:
     """Turn frequencies of ``count`` symbols into parts that take little memory each.
 
-    Returns:
-        Of each part: symbols, constriction's model, and the weights by symbol where rows differ.
-        One row for all gives the same bytes as the same row for each.
+    Yields:
+        The symbols of a part, constriction's model, and the weights by symbol where rows differ:
+        one row for all gives the same bytes as the same row for each. Nothing if there is
+        nothing to tell.
+
+    Raises:
+        ValueError: A value is not one of frequencies.
     """
-    family = _stream().model.Categorical
-    if frequencies.ndim == 1:
-        weights = _weights_of(frequencies).numpy()
-        if len(weights) == 1 or not count:  # nothing to tell
-            return []
-        return [(count, family(weights, lazy=False, perfect=False), [])]
-    if len(frequencies) != count:
-        raise ValueError(f"{len(frequencies)} rows of frequencies for {count} symbols")
-    parts = frequencies.split(max(_MOST_WEIGHTS // frequencies.shape[1], 1))
-    weighted = [_weights_of(part).numpy() for part in parts]
-    if frequencies.shape[1] == 1 or not count:
-        return []
-    return [(len(w), family(lazy=True, perfect=False), [w]) for w in weighted]
+    values, family = frequencies.shape[-1], _stream().model.Categorical
+    rows = frequencies[None] if frequencies.ndim == 1 else frequencies
+    for part in rows.split(max(_MOST_WEIGHTS // values, 1)) if count else ():
+        weights = _weights_of(part)
+        if values == 1:
+            continue
+        if frequencies.ndim == 1:
+            yield count, family(weights[0], lazy=False, perfect=False), []
+        else:
+            yield len(part), family(lazy=True, perfect=False), [weights]
 
 
 class Encoder:
@@ -99,11 +102,12 @@ class Encoder:
         Raises:
             ValueError: They are not such symbols and frequencies.
         """
-        models, values = _models(frequencies, len(symbols)), frequencies.shape[-1]
+        _check_form(frequencies, len(symbols))
+        values = frequencies.shape[-1]
         if symbols.ndim != 1 or ((symbols < 0) | (symbols >= values)).any():
             raise ValueError(f"symbols must be (N,), in 0..{values - 1}")
         numbers, done = symbols.to("cpu", torch.int32).numpy(), 0
-        for count, model, weights in models:
+        for count, model, weights in _models(frequencies, len(symbols)):
             self._coder.encode(numbers[done : done + count], model, *weights)
             done += count
 
@@ -142,16 +146,16 @@ class Decoder:
             ValueError: No symbols give such bytes with these frequencies; or they are no such
                 frequencies as `Encoder.push` takes.
         """
-        count = len(frequencies) if count is None else count
-        symbols = [np.zeros(0, np.int32)]
-        models = _models(frequencies, count)
-        if not models:
-            return torch.zeros(count, dtype=torch.int64)
-        for number, model, weights in models:
+        count = len(frequencies) if count is None and frequencies.ndim else count or 0
+        _check_form(frequencies, count)
+        symbols = []
+        for number, model, weights in _models(frequencies, count):
             try:  # with weights, their number says how many
                 symbols.append(self._coder.decode(model, *(weights or [number])))
             except (AssertionError, ValueError) as error:  # which one depends on the release
                 raise ValueError("the bytes are not those of an encoder") from error
+        if not symbols:  # there was nothing to tell
+            return torch.zeros(count, dtype=torch.int64)
         return torch.from_numpy(np.concatenate(symbols).astype(np.int64))
 
     def close(self) -> None:
