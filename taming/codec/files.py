@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -67,7 +68,11 @@ class Codec:
             )
         self.model, self.context = model, context
         self.sequence = model.quantize.sequence
-        self.tokenizer = bytes.fromhex(model.fingerprint())[:4]
+
+    @cached_property
+    def tokenizer(self) -> bytes:
+        """4 bytes of the tokenizer's fingerprint."""
+        return bytes.fromhex(self.model.fingerprint())[:4]
 
     def entropy_model(self, name: str | None = None) -> EntropyModel:
         """Return an entropy model by name; None takes the best that the tokenizer has.
