@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops
+from reliability.compressed import RIGHT, Kind, try_files
 from support.codec import cut, tables
 from support.models import QUANTIZED, pictures, tokenizer_of, vqmodel_config
 
@@ -306,3 +307,9 @@ def test_what_is_no_file_is_refused(tokenizer: Tokenizer) -> None:
         tokenizer.decompress(png.getvalue())
     with pytest.raises(ValueError, match="got str"):
         tokenizer.decompress("photo.loop")  # type: ignore[arg-type]
+
+
+def test_mutated_files_are_refused_or_give_pictures() -> None:
+    """`reliability.compressed` tries more of them, in a process of limited memory."""
+    found = try_files([Kind("residual"), Kind("attract")], 300, seed=0)
+    assert set(found) == set(RIGHT) and found["refused"] > 150
