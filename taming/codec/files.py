@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from taming.codec.container import Header, read, write
 from taming.codec.models import EntropyModel, Raw, Static
 from taming.decoding import check_size
 from taming.models.vqgan import MOST_SITES, VQModel
+from taming.modules.vqvae.rate import lengths_within, threshold_for
 
 MODES = {"raw": 0, "static": 1, "context": 2}
 
@@ -140,7 +142,9 @@ class Codec:
         path, sites = quantize.whole_path(z), z[0, 0].numel()
 
         def codes_within(budget: int) -> Tensor:
-            return quantize(z, max_codes=budget, path=path).info.indices
+            tau = threshold_for(path.distances, torch.tensor([budget]))
+            codes = path.end_at(lengths_within(path.distances, tau))  # (h w, T)
+            return codes.view(1, *z.shape[2:], -1)
 
         return codes_within, sites, sites * self.sequence.max_loops
 

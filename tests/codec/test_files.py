@@ -133,6 +133,8 @@ def test_bits_are_a_bound_of_the_whole_file(quantizer: str, entropy: str) -> Non
         data = tokenizer.compress(picture, bits=bits, entropy=entropy)
         assert 8 * len(data) <= bits
         assert data == tokenizer.compress(picture, bpp=bits / 16**2, entropy=entropy)
+        number = int((Codec(tokenizer.model).unpack(data)[0] >= 0).sum())
+        assert data == tokenizer.compress(picture, max_codes=number, entropy=entropy)
     with pytest.raises(ValueError, match=f"too few: the smallest file has {least} bits"):
         tokenizer.compress(picture, bits=least - 1, entropy=entropy)
 
