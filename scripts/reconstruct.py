@@ -16,7 +16,6 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("taming.reconstruct")
 
-EXACT = 1e-10  # smallest mean squared error reported, 100 dB: JSON has no infinity
+ENDINGS = (".png", "_lengths.png", "_compare.png")
 
 
 def latent_std(model: VQModel) -> float:
@@ -51,21 +50,9 @@ def chosen_rate(options: argparse.Namespace, model: VQModel) -> dict[str, float]
     return rate
 
 
-def unique_names(paths: Sequence[Path]) -> list[str]:
-    """Name the results of each image by its stem, numbered where several images share it."""
-    names: list[str] = []
-    taken: set[str] = set()  # casefolded: some file systems ignore case
-    for path in paths:
-        candidates = (f"{path.stem}_{number}" if number > 1 else path.stem for number in count(1))
-        free = (n for n in candidates if taken.isdisjoint(f.casefold() for f in files_of(n)))
-        names.append(next(free))
-        taken.update(file.casefold() for file in files_of(names[-1]))
-    return names
-
-
-def files_of(name: str) -> tuple[str, str, str]:
+def files_of(name: str) -> list[str]:
     """Return the files of an image: reconstruction, lengths, and all pictures side by side."""
-    return f"{name}.png", f"{name}_lengths.png", f"{name}_compare.png"
+    return [f"{name}{ending}" for ending in ENDINGS]
 
 
 def refuse_overwriting(paths: Sequence[Path], names: Sequence[str], folder: Path) -> None:
@@ -95,6 +82,8 @@ def reconstruct(
     """
     import torch
 
+    from taming.pictures import psnr_of
+
     quantized = model.encode(x, **rate)
     x_rec = model.decode(quantized.z_q).clamp(-1, 1)  # (1, 3, H, W)
     pictures = {"input": x, "reconstruction": x_rec}
@@ -108,9 +97,8 @@ def reconstruct(
         counts["codes"] += int((grid >= 0).sum())
         counts["tokens"] += tokens
         counts["bits"] += tokens * math.log2(sequence.vocab_size)
-    error = float((x - x_rec).square().mean()) / 4
     numbers = {"size": [x.shape[3], x.shape[2]], **counts}
-    numbers["psnr"] = -10 * math.log10(max(error, EXACT))
+    numbers["psnr"] = psnr_of(x, x_rec)
     numbers["table_bits"] = float(model.bits_of([*codes.values()] if len(codes) > 1 else codes[""]))
     if trace := model.quantize.traces(quantized).get(""):
         reached = trace.distances[trace.within]
@@ -172,13 +160,13 @@ def main() -> None:
         ValueError: An image could not be used.
     """
     options = parse_options()
-    from taming.data.custom import find_files
+    from taming.data.custom import find_files, unique_names
     from taming.data.preprocessing import error_context, refuse_failed, skipping
     from taming.pictures import load_image
     from taming.tokenizer import Tokenizer
 
     paths = find_files(options.images)
-    names = unique_names(paths)
+    names = unique_names(paths, ENDINGS)
     refuse_overwriting(paths, names, options.outdir)
     device = cli.choose_device(options.device)
     loaded = taming.load(options.resume, device, trust_config=options.trust_config)

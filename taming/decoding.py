@@ -90,7 +90,7 @@ def decode(file: File, convert: Callable[[Image.Image], T], max_pixels: int | No
             raise ValueError("it is not a file")  # a pipe would wait for ever
         with _identify(source) as image:
             _check_format(image)
-            _check_size(image.width, image.height, max_pixels)
+            check_size(image.width, image.height, max_pixels)
             _check_end(image)
             if image.format != "PNG":
                 return convert(image)
@@ -119,7 +119,8 @@ def _check_format(image: Image.Image) -> None:
         raise ValueError(f"{image.format} is not among the formats of pictures that are read")
 
 
-def _check_size(width: int, height: int, max_pixels: int | None) -> None:
+def check_size(width: int, height: int, max_pixels: int | None) -> None:
+    """Refuse a picture of more pixels than the limit, or where None, than TAMING_MAX_PIXELS."""
     if max_pixels is None:
         max_pixels = int(os.environ.get("TAMING_MAX_PIXELS", MAX_PIXELS))
     if width * height > max_pixels:
@@ -248,7 +249,7 @@ def _load_tiff(file: File, max_pixels: int | None) -> np.ndarray:
         axes = series.axes if len(series.shape) == 3 else ""
         if not {"Y", "X"} < {*axes}:
             raise ValueError(f"expected one picture of several bands, found {series.shape}")
-        _check_size(series.shape[axes.index("X")], series.shape[axes.index("Y")], max_pixels)
+        check_size(series.shape[axes.index("X")], series.shape[axes.index("Y")], max_pixels)
         band = next(place for place, axis in enumerate(axes) if axis not in "YX")
         return np.moveaxis(series.asarray(), band, -1)
 

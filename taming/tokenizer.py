@@ -6,18 +6,21 @@ Axis letters: B pictures, C channels, H W picture, h w grid, T turns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from taming.codes import Codes as Codes
 from taming.decoding import Colour, rgb_of
 from taming.models.vqgan import VQModel
-from taming.pictures import Picture, is_single, to_picture, to_tensor
+from taming.pictures import Picture, is_single, pad, to_picture, to_tensor
 from taming.util import usable_device
+
+if TYPE_CHECKING:
+    from taming.codec.files import Codec
+    from taming.codec.models import EntropyModel
 
 
 class Tokenizer:
@@ -38,6 +41,7 @@ class Tokenizer:
             that overlap. Tiles share the statistics of norms and 1,024 sites to attend to, from a
             sample of the picture, and show no seams; some codes in a hundred may differ from those
             of the whole. None sends every picture whole, in time quadratic in its sites.
+        context: Entropy model trained on the model's codes, for `compress`.
 
     Raises:
         ValueError: The model is not a tokenizer, or one of label maps; or the tile is not positive.
@@ -63,6 +67,7 @@ class Tokenizer:
         background: Colour = "white",
         max_pixels: int | None = None,
         tile: int | None = 768,
+        context: EntropyModel | None = None,
     ) -> None:
         if getattr(model, "value_range", None) != (-1.0, 1.0):
             raise ValueError(
@@ -72,7 +77,7 @@ class Tokenizer:
         self.model = model.eval().requires_grad_(False)
         self.batch_size = batch_size
         self.background, self.max_pixels = rgb_of(background), max_pixels
-        self.tile = tile
+        self.tile, self.context = tile, context
 
     @property
     def tile(self) -> int | None:
@@ -162,7 +167,7 @@ class Tokenizer:
         if is_single(pictures):
             return self.encode([pictures], **given)[0]
         images = [self.to_tensor(picture) for picture in pictures]
-        padded = [pad_to_sites(image, self.model.factor) for image in images]
+        padded = [pad(image, self.model.factor) for image in images]
         codes: list[Codes | None] = [None] * len(images)
         for numbers in _by_shape(padded, self.batch_size):
             x = torch.stack([padded[number] for number in numbers])
@@ -212,14 +217,57 @@ class Tokenizer:
                 pictures[number] = to_picture(image).crop((0, 0, width, height))
         return pictures
 
+    @torch.no_grad()
+    def compress(
+        self,
+        picture: Picture,
+        *,
+        bits: float | None = None,
+        bpp: float | None = None,
+        psnr: float | None = None,
+        entropy: str | None = None,
+        **rate: Any,
+    ) -> bytes:
+        """Compress a picture to the bytes of a file, at no more than one rate; see docs/codec.md.
 
-def pad_to_sites(image: Tensor, site: int) -> Tensor:
-    """Extend an image (C, H, W) by reflection to multiples of the side of a site."""
-    height, width = image.shape[1:]
-    right, below = -width % site, -height % site
-    if right >= width or below >= height:  # too small to be reflected so far
-        return F.pad(image[None], (0, right, 0, below), mode="replicate")[0]
-    return F.pad(image[None], (0, right, 0, below), mode="reflect")[0]
+        Args:
+            picture: One picture.
+            bits: Bits of the whole file, not exceeded.
+            bpp: The same in bits per pixel.
+            psnr: PSNR in dB to reach with as few codes as possible.
+            entropy: ``"raw"`` bits, ``"static"`` tables of the quantizer, or the ``"context"``
+                model; by default the last of them that has been learned.
+            **rate: Another rate of `encode`, such as ``max_codes`` or ``threshold``.
+
+        Raises:
+            ValueError: As for `encode`; or no file is that small, says how large one is.
+        """
+        image = self.to_tensor(picture)
+        x = pad(image, self.model.factor)[None].to(next(self.model.parameters()))
+        rates = {"bits": bits, "bpp": bpp, "target_psnr": psnr, **rate}
+        return self._codec().compress(x, (image.shape[1], image.shape[2]), entropy, rates)
+
+    def decompress(
+        self, data: bytes, turns: int | None = None, partial: bool = False
+    ) -> Image.Image:
+        """Decompress the bytes of `compress`; cut after a segment, they give fewer turns.
+
+        Args:
+            data: Bytes of a file.
+            turns: Most turns to decode, as for a preview; None for all.
+            partial: Decode a file that is damaged or cut off from the turns before that place.
+
+        Raises:
+            ValueError: They are damaged (says where), of another tokenizer, or of a picture of
+                more than ``max_pixels``.
+        """
+        codes, size = self._codec().unpack(data, turns, partial, self.max_pixels)
+        return self.decode(Codes(codes, size))
+
+    def _codec(self) -> Codec:
+        from taming.codec.files import Codec  # whose range coder is imported where it is used
+
+        return Codec(self.model, self.context)
 
 
 def _by_shape(tensors: Sequence[Tensor], most: int) -> list[list[int]]:

@@ -19,7 +19,8 @@ from support.models import GPT, vqmodel_config
 from support.runs import CONFIGS, TRAINER, TinyRuns, call, fails, read_pixels, run_main
 
 from benchmarks.data import measure_prior
-from scripts.reconstruct import files_of, unique_names
+from scripts.reconstruct import ENDINGS, files_of
+from taming.data.custom import unique_names
 from taming.data.tokens import TokenCache
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.prior import Prior
@@ -154,9 +155,8 @@ def test_images_that_fail_do_not_stop_the_others(
 def test_results_overwrite_neither_each_other_nor_an_image(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = unique_names(
-        [Path(p) for p in ("x/a.png", "a_lengths.png", "A.jpg", "b.png", "y/b.png")]
-    )
+    paths = [Path(p) for p in ("x/a.png", "a_lengths.png", "A.jpg", "b.png", "y/b.png")]
+    names = unique_names(paths, ENDINGS)
     files = [file.casefold() for name in names for file in files_of(name)]
     assert len(files) == len(set(files)) and names[0] == "a" and names[3:] == ["b", "b_2"]
     for name in ("cat.png", "cat_compare.png"):

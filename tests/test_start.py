@@ -58,11 +58,16 @@ taming.load({str(prior)!r}).sample()
 scripts = {str(ROOT / "scripts")!r}
 program(scripts + "/reconstruct.py", {photo!r}, "-r", {str(tokenizer)!r}, "-o", {str(tmp_path)!r})
 program(scripts + "/sample.py", "-n", "1", "-r", {str(prior)!r}, "-o", {str(tmp_path)!r})
+options = "-r", {str(tokenizer)!r}, "-o", {str(tmp_path)!r}
+assert "taming.codec" not in sys.modules
+program(scripts + "/compress.py", {photo!r}, "--entropy", "raw", "--no_quality", *options)
+assert "constriction" not in sys.modules
 """
     slow = ("lightning", "torchmetrics", "torchvision", "scipy", "torch._dynamo", "tensorboard")
     found, _ = imports(code, "torch", *slow)
     assert found == {"torch"}
-    assert (tmp_path / "grid.png").is_file() and (tmp_path / "reconstructions.json").is_file()
+    names = ("grid.png", "reconstructions.json", "0.loop", "compressed.json")
+    assert all((tmp_path / name).is_file() for name in names)
 
 
 def test_models_built_before_lightning_is_imported_go_on_and_those_built_after_train() -> None:

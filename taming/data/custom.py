@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,8 +78,12 @@ class CustomTest(ImagePaths):
         super().__init__(read_path_list(test_images_list_file), size, **options)
 
 
-def find_files(paths: Sequence[str]) -> list[Path]:
+def find_files(paths: Sequence[str], extensions: Sequence[str] | None = None) -> list[Path]:
     """List the given image files, replacing each folder by the images below it.
+
+    Args:
+        paths: Files and folders.
+        extensions: As for `find_images`, of the files below folders.
 
     Raises:
         FileNotFoundError: A path does not exist, or a folder contains no image.
@@ -88,12 +93,35 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for path in (Path(path).expanduser() for path in paths):
         if path.is_dir():
-            files += [path / name for name in find_images(path)]
+            files += [path / name for name in find_images(path, extensions)]
         elif path.is_file():
             files.append(path)
         else:
             raise FileNotFoundError(f"there is no image or folder {path}")
     return files
+
+
+def unique_names(paths: Sequence[Path], endings: Sequence[str]) -> list[str]:
+    """Name the results of each file by its stem, numbered where several files share it.
+
+    Args:
+        paths: The files.
+        endings: What a name is followed by in the names of its results.
+
+    Returns:
+        A name for each file, so that all results differ, also where case is ignored.
+    """
+    names: list[str] = []
+    taken: set[str] = set()
+    for path in paths:
+        for number in count(1):
+            name = f"{path.stem}_{number}" if number > 1 else path.stem
+            results = {f"{name}{ending}".casefold() for ending in endings}
+            if taken.isdisjoint(results):
+                break
+        names.append(name)
+        taken |= results
+    return names
 
 
 def is_held_out(path: str, fraction: float) -> bool:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from taming.evaluation.images import Digest, ImageSet, by_shape, from_levels, to_levels
 from taming.evaluation.measures import Comparison, Measure, look
 from taming.models.vqgan import VQModel
-from taming.tokenizer import Tokenizer, pad_to_sites
+from taming.pictures import pad
+from taming.tokenizer import Tokenizer
 
 OWN = "own"  # name of the rate that the tokenizer has without being asked for one
 
@@ -117,7 +118,7 @@ def reconstruct(
         Name of the rate, latents, the quantizer's output, and levels (B, C, H, W) uint8.
     """
     height, width = x.shape[2:]
-    padded = torch.stack([pad_to_sites(image, model.factor) for image in x])
+    padded = torch.stack([pad(image, model.factor) for image in x])
     z = model.encode_to_prequant(padded.to(next(model.parameters())))  # (B, D, h, w)
     for name, quantized in quantize_at(model, z, codes):
         x_rec = model.as_input(model.decode(quantized.z_q))

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -367,6 +367,16 @@ def check_folder(path: Path) -> None:
     """
     if path.is_file():
         raise ValueError(f"{path} is a file, but results go into a folder")
+
+
+def refuse_existing(files: Iterable[Path]) -> None:
+    """Refuse to overwrite what is there, before any work is done.
+
+    Raises:
+        ValueError: Names the first file that exists.
+    """
+    if there := next((file for file in files if file.exists()), None):
+        raise ValueError(f"{there} exists already: choose another folder with -o, or remove it")
 
 
 def labels_of(prior: Any, classes: str | None) -> list[int] | None:

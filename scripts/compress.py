@@ -1,0 +1,129 @@
+"""Compress pictures to files of a trained tokenizer's codes.
+
+python scripts/compress.py -r logs/<run> photo.jpg folder/ -o files
+python scripts/compress.py -r logs/<run> photo.jpg -o files --bpp 0.2
+
+At most one flag sets the rate; without, the tokenizer's own counts. scripts/decompress.py turns
+the files, photo.loop and so on, back into pictures. compressed.json reports each picture's bytes,
+bits per pixel, PSNR in dB, MS-SSIM (null below 176 pixels) and seconds of compressing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+import taming
+from taming.run import cli
+from taming.util import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from taming.tokenizer import Tokenizer
+
+logger = logging.getLogger("taming.compress")
+
+SUFFIX = ".loop"
+RATES = ("bpp", "bits", "psnr", "rate", "max_codes")
+LEAST_SIDE = 176  # of a picture with an MS-SSIM: at the last of five scales, a window of 11 pixels
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = cli.script_parser(__doc__)
+    add = parser.add_argument
+    add("pictures", nargs="+", help="image files or folders of them")
+    add("-r", "--resume", help="run of the tokenizer, or a checkpoint")
+    add("--trust_config", action="store_true", help=cli.TRUST_HELP)
+    add("-o", "--outdir", required=True, type=Path)
+    add("--entropy", choices=("raw", "static", "context"), help="default: the best there is")
+    add("--no_quality", action="store_true", help="do not decode again to measure the quality")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--bpp", type=float, help="most bits of the file per pixel")
+    add("--bits", type=float, help="most bits of the file")
+    add("--psnr", type=float, help="PSNR in dB to reach with fewest codes")
+    add("--rate", type=float, help="lambda, what a bit is worth in squared distance")
+    add("--max_codes", type=int, help="largest number of codes of a picture")
+    options = parser.parse_args()
+    cli.check_folder(options.outdir)
+    if options.resume is None:
+        raise ValueError("name the run of a tokenizer, or one of its checkpoints, with -r")
+    return options
+
+
+def measure_quality(x: Tensor, x_rec: Tensor) -> dict[str, float | None]:
+    """Return PSNR in dB and MS-SSIM of images (C, H, W) in [-1, 1]."""
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    from taming.pictures import psnr_of
+
+    ms_ssim = None
+    if min(x.shape[1:]) >= LEAST_SIDE:
+        pair = x[None], x_rec[None]
+        ms_ssim = float(multiscale_structural_similarity_index_measure(*pair, data_range=2.0))
+    return {"psnr": psnr_of(x, x_rec), "ms_ssim": ms_ssim}
+
+
+def compress(tokenizer: Tokenizer, path: Path, output: Path, **options: Any) -> dict[str, Any]:
+    """Compress a picture file to another file; return its numbers by name."""
+    start = time.perf_counter()
+    data = tokenizer.compress(path, **options)
+    seconds = time.perf_counter() - start
+    with replacing(output) as part:
+        part.write_bytes(data)
+    height, width = tokenizer.to_tensor(path).shape[1:]
+    bpp = 8 * len(data) / (height * width)
+    size = {"file": output.name, "size": [width, height], "bytes": len(data), "bpp": bpp}
+    return {**size, "seconds": seconds}
+
+
+def main() -> None:
+    """Compress each picture, and save ``compressed.json`` with the numbers of all.
+
+    A picture that cannot be compressed is named, and the others go on.
+
+    Raises:
+        ValueError: A picture could not be compressed, or a file of its name is there already.
+    """
+    options = parse_options()
+    from taming.data.custom import find_files, unique_names
+    from taming.data.preprocessing import error_context, refuse_failed, skipping
+    from taming.tokenizer import Tokenizer
+
+    paths = find_files(options.pictures)
+    outputs = [options.outdir / f"{name}{SUFFIX}" for name in unique_names(paths, [SUFFIX])]
+    cli.refuse_existing(outputs)
+    device = cli.choose_device(options.device)
+    loaded = taming.load(options.resume, device, trust_config=options.trust_config)
+    tokenizer = cli.check_kind(loaded, Tokenizer, options.resume, "a tokenizer")
+    rate = {name: getattr(options, name) for name in RATES}
+    rate = {name: value for name, value in rate.items() if value is not None}
+    report: dict[str, dict[str, Any]] = {}
+    failed: list[str] = []
+    try:
+        for path, output in tqdm(zip(paths, outputs, strict=True), "compress", len(paths)):
+            with skipping(failed), error_context(f"image {path}"):
+                report[str(path)] = compress(
+                    tokenizer, path, output, entropy=options.entropy, **rate
+                )
+                if not options.no_quality:
+                    x_rec = tokenizer.to_tensor(tokenizer.decompress(output.read_bytes()))
+                    report[str(path)] |= measure_quality(tokenizer.to_tensor(path), x_rec)
+    finally:
+        if report:  # what was done before a fault is not lost
+            with replacing(options.outdir / "compressed.json") as part:
+                part.write_text(json.dumps(report, indent=2))
+    total = sum(numbers["bytes"] for numbers in report.values())
+    logger.info("%d files of %d bytes in %s", len(report), total, options.outdir)
+    refuse_failed(failed, len(paths))
+
+
+if __name__ == "__main__":
+    cli.run(main)

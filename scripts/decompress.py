@@ -1,0 +1,102 @@
+"""Decompress files of scripts/compress.py to pictures.
+
+python scripts/decompress.py -r logs/<run> files/ -o pictures
+python scripts/decompress.py -r logs/<run> photo.loop -o previews --turns 1
+
+The tokenizer must be the one that compressed them. decompressed.json reports each file's bytes,
+bits per pixel and seconds of decompressing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+import taming
+from taming.run import cli
+from taming.util import replacing
+
+if TYPE_CHECKING:
+    from taming.tokenizer import Tokenizer
+
+logger = logging.getLogger("taming.decompress")
+
+SUFFIX = ".loop"
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = cli.script_parser(__doc__)
+    add = parser.add_argument
+    add("files", nargs="+", help=f"{SUFFIX} files or folders of them")
+    add("-r", "--resume", help="run of the tokenizer, or a checkpoint")
+    add("--trust_config", action="store_true", help=cli.TRUST_HELP)
+    add("-o", "--outdir", required=True, type=Path)
+    add("--turns", type=int, help="most turns to decode, as for a preview")
+    partial_help = "decode a damaged or cut file from the turns before that place"
+    add("--partial", action="store_true", help=partial_help)
+    options = parser.parse_args()
+    cli.check_folder(options.outdir)
+    if options.resume is None:
+        raise ValueError("name the run of a tokenizer, or one of its checkpoints, with -r")
+    if options.turns is not None and options.turns < 1:
+        raise ValueError(f"--turns must be at least 1, got {options.turns}")
+    return options
+
+
+def decompress(tokenizer: Tokenizer, path: Path, output: Path, **options: Any) -> dict[str, Any]:
+    """Decompress a file to a picture file; return its numbers by name."""
+    from taming.pictures import save_picture
+
+    data, start = path.read_bytes(), time.perf_counter()
+    picture = tokenizer.decompress(data, **options)
+    seconds = time.perf_counter() - start
+    save_picture(picture, output)
+    bpp = 8 * len(data) / (picture.width * picture.height)
+    size = {"picture": output.name, "size": [*picture.size], "bytes": len(data), "bpp": bpp}
+    return {**size, "seconds": seconds}
+
+
+def main() -> None:
+    """Decompress each file, and save ``decompressed.json`` with the numbers of all.
+
+    A file that cannot be decompressed is named, and the others go on.
+
+    Raises:
+        ValueError: A file could not be decompressed, or a picture of its name is there already.
+    """
+    options = parse_options()
+    from taming.data.custom import find_files, unique_names
+    from taming.data.preprocessing import error_context, refuse_failed, skipping
+    from taming.tokenizer import Tokenizer
+
+    paths = find_files(options.files, [SUFFIX])
+    outputs = [options.outdir / f"{name}.png" for name in unique_names(paths, [".png"])]
+    cli.refuse_existing(outputs)
+    device = cli.choose_device(options.device)
+    loaded = taming.load(options.resume, device, trust_config=options.trust_config)
+    tokenizer = cli.check_kind(loaded, Tokenizer, options.resume, "a tokenizer")
+    report: dict[str, dict[str, Any]] = {}
+    failed: list[str] = []
+    try:
+        for path, output in tqdm(zip(paths, outputs, strict=True), "decompress", len(paths)):
+            with skipping(failed), error_context(f"file {path}"):
+                report[str(path)] = decompress(
+                    tokenizer, path, output, turns=options.turns, partial=options.partial
+                )
+    finally:
+        if report:  # what was done before a fault is not lost
+            with replacing(options.outdir / "decompressed.json") as part:
+                part.write_text(json.dumps(report, indent=2))
+    logger.info("%d pictures in %s", len(report), options.outdir)
+    refuse_failed(failed, len(paths))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""Files of codes: what `Tokenizer.compress` writes and `Tokenizer.decompress` reads."""

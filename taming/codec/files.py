@@ -1,0 +1,208 @@
+"""Files of a tokenizer's codes: choose the entropy model, keep to a size, and check what is read.
+
+Axis letters: C channels, H W picture, h w grid, T turns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from taming.codec.container import Header, read, write
+from taming.codec.models import EntropyModel, Raw, Static
+from taming.decoding import check_size
+from taming.models.vqgan import MOST_SITES, VQModel
+
+MODES = {"raw": 0, "static": 1, "context": 2}
+
+
+def fit(
+    pack: Callable[[Tensor], bytes], settings: tuple[Callable[[int], Tensor], range], bits: float
+) -> bytes:
+    """Find the largest file within a size, by bisection over what makes files larger.
+
+    Args:
+        pack: Codes -> file.
+        settings: Setting -> codes, and all settings; a larger one gives a larger file, or nearly.
+        bits: Size that is never exceeded.
+
+    Raises:
+        ValueError: The file of the smallest setting is larger; says how large.
+    """
+    codes_at, lowest, highest = settings[0], settings[1][0], settings[1][-1]
+    best = pack(codes_at(lowest))
+    if 8 * len(best) > bits:
+        smallest = 8 * len(best)
+        raise ValueError(f"{bits:g} bits are too few: the smallest file has {smallest} bits")
+    while lowest < highest:
+        middle = (lowest + highest + 1) // 2
+        file = pack(codes_at(middle))
+        if 8 * len(file) <= bits:
+            best, lowest = file, middle
+        else:
+            highest = middle - 1
+    return best
+
+
+class Codec:
+    """Turns images into files and files into codes, with a trained tokenizer.
+
+    Args:
+        model: The tokenizer, in eval mode.
+        context: Its context model, if it has one.
+
+    Raises:
+        ValueError: It is a VQ-VAE-2.
+    """
+
+    def __init__(self, model: VQModel, context: EntropyModel | None = None) -> None:
+        if len(model.levels) > 1:
+            raise ValueError(
+                f"a file holds the codes of one grid, and a {type(model).__name__} has "
+                f"{len(model.levels)}: {', '.join(model.levels)}; encode gives the codes of all"
+            )
+        self.model, self.context = model, context
+        self.sequence = model.quantize.sequence
+
+    @cached_property
+    def tokenizer(self) -> bytes:
+        """4 bytes of the tokenizer's fingerprint."""
+        return bytes.fromhex(self.model.fingerprint())[:4]
+
+    def entropy_model(self, name: str | None = None) -> EntropyModel:
+        """Return an entropy model by name; None takes the best that the tokenizer has.
+
+        Raises:
+            ValueError: There is no such model, or the tokenizer has none.
+        """
+        tables = getattr(self.model.quantize, "entropy", None)
+        if name is None and self.context is None:
+            name = "static" if tables is not None and tables.learned else "raw"
+        if name in (None, "context"):
+            if self.context is None:
+                raise ValueError("this tokenizer has no context model: load one with it")
+            return self.context
+        if name == "static":
+            if tables is None:
+                kind = type(self.model.quantize).__name__
+                raise ValueError(f"a {kind} keeps no entropy tables: use raw")
+            return Static(tables, self.sequence.dummies)
+        if name != "raw":
+            raise ValueError(f"entropy must be one of {', '.join(MODES)}, got {name!r}")
+        return Raw(self.sequence.max_loops, self.sequence.n_e, self.sequence.dummies)
+
+    # --- image -> file ---------------------------------------------------------------------------
+
+    def compress(
+        self, x: Tensor, size: tuple[int, int], entropy: str | None, rates: Mapping[str, Any]
+    ) -> bytes:
+        """Compress an image.
+
+        Args:
+            x: (1, C, H', W') in [-1, 1], of whole sites.
+            size: (H, W) of the picture within it.
+            entropy: Name of the entropy model; None as for `entropy_model`.
+            rates: At most one value that is not None, of ``bits`` or ``bpp``, which the file keeps
+                to, or of an argument of `VQModel.encode` that sets a rate.
+
+        Raises:
+            ValueError: The rate cannot be met, or there are several; or the name is unknown.
+        """
+        model = self.entropy_model(entropy)
+        rates = {name: value for name, value in rates.items() if value is not None}
+        if len(rates) > 1:
+            raise ValueError(f"give one rate, got {', '.join(rates)}")
+        bits = rates.get("bits", rates.get("bpp", 0) * size[0] * size[1])
+        if not {"bits", "bpp"} & rates.keys():
+            return self.pack(self.model.encode_to_codes(x, **rates)[0], size, model)
+        if not 0 < bits < math.inf:
+            ((name, value),) = rates.items()
+            raise ValueError(f"{name} must be a positive number, got {value}")
+        return fit(lambda codes: self.pack(codes[0], size, model), self._settings(x), bits)
+
+    def _settings(self, x: Tensor) -> tuple[Callable[[int], Tensor], range]:
+        """Encode an image once; return codes (1, h, w, T) by a setting, and the settings.
+
+        A larger one means more codes: as ``max_codes`` where a site has dummies, otherwise by a
+        smaller lambda.
+        """
+        quantize: Any = self.model.quantize
+        z = self.model.encode_to_prequant(x)  # (1, D, h, w)
+        sites, turns = z[0, 0].numel(), self.sequence.max_loops
+
+        def codes_at(**rate: float) -> Tensor:
+            return quantize(z, **rate).info.indices.reshape(1, *z.shape[2:], turns)
+
+        if not quantize.variable_rate:
+            return lambda setting: codes_at(), range(1)
+        if self.sequence.dummies:
+            return lambda setting: codes_at(max_codes=setting), range(sites, sites * turns + 1)
+        return lambda setting: codes_at(rate=2 ** (10 - setting / 8)), range(321)
+
+    def pack(self, codes: Tensor, size: tuple[int, int], model: EntropyModel) -> bytes:
+        """Write the codes (h, w, T) of a picture of (H, W) pixels as a file."""
+        segments = list(model.encode(codes.cpu()))
+        header = Header(model.mode, self.tokenizer, model.fingerprint(), size, len(segments))
+        return write(header, segments)
+
+    # --- file -> codes ---------------------------------------------------------------------------
+
+    def unpack(
+        self,
+        data: bytes,
+        turns: int | None = None,
+        partial: bool = False,
+        max_pixels: int | None = None,
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Read the codes of a picture from a file.
+
+        Args:
+            data: The file.
+            turns: Most turns to decode; None for all.
+            partial: Decode the turns before a place that is damaged or cut off.
+            max_pixels: Refuse larger pictures, as `taming.decoding.decode_image` does.
+
+        Returns:
+            Codes (h, w, T) int64, and (H, W).
+
+        Raises:
+            ValueError: It is not a whole file of this tokenizer; says why.
+        """
+        header, segments = read(data, partial)
+        model = self._model_of(header)
+        height, width = header.size
+        check_size(width, height, max_pixels)
+        site = self.model.factor
+        grid = -(-height // site), -(-width // site)
+        if grid[0] * grid[1] > MOST_SITES:
+            raise ValueError(f"a grid of {grid[0]}x{grid[1]} sites has more than {MOST_SITES}")
+        if header.segments > (most := self.sequence.max_loops):
+            raise ValueError(f"the file has {header.segments} turns, the tokenizer {most}")
+        if turns is not None:
+            if turns < 1:
+                raise ValueError(f"turns must be at least 1, got {turns}")
+            segments = segments[:turns]
+        if len(segments) < header.segments and not model.progressive:
+            raise ValueError(
+                f"{len(segments)} of {header.segments} turns decode to nothing: a site of this "
+                "tokenizer has its one code at its last turn"
+            )
+        return model.decode(segments, grid), header.size
+
+    def _model_of(self, header: Header) -> EntropyModel:
+        """Return the entropy model of a file, if it and the tokenizer are those that wrote it."""
+        if header.tokenizer != self.tokenizer:
+            theirs, own = header.tokenizer.hex(), self.tokenizer.hex()
+            raise ValueError(f"the file is of the tokenizer {theirs}, and this one is {own}")
+        names = [name for name, mode in MODES.items() if mode == header.mode]
+        if not names:
+            raise ValueError(f"the file has the unknown mode {header.mode}")
+        model = self.entropy_model(names[0])
+        if header.entropy != (own := model.fingerprint()):
+            theirs = f"the {names[0]} model {header.entropy.hex()}"
+            raise ValueError(f"the file is of {theirs}, and this tokenizer's is {own.hex()}")
+        return model

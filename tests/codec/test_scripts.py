@@ -1,0 +1,104 @@
+"""scripts/compress.py and scripts/decompress.py, for a tokenizer of two steps of training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.runs import TinyRuns, call, fails, read_pixels
+
+import taming
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a script writes by default is not left in the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(tiny_runs: TinyRuns) -> Path:
+    return tiny_runs.of("demo/loopy_vqgan.yaml")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of pictures, two of one name, one damaged, one that is large enough for MS-SSIM."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (176, 180, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    Image.fromarray(pixels[:21, :30]).save(folder / "more/a.png")
+    Image.fromarray(pixels[:16, :9]).save(folder / "c.png")
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:500])
+    return folder
+
+
+def test_pictures_become_files_and_pictures_again(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, decoded = tmp_path / "files", tmp_path / "decoded"
+    error = fails(capsys, "compress", photos, "-r", run, "-o", files, "--bpp", 3)
+    assert "1 of 4 images failed" in error and "b.png" in error
+    report = json.loads((files / "compressed.json").read_text())
+    assert {Path(name).relative_to(photos).as_posix() for name in report} == {
+        *("a.png", "c.png", "more/a.png")
+    }
+    assert {path.name for path in files.iterdir()} == {
+        *("a.loop", "c.loop", "a_2.loop", "compressed.json")
+    }
+    (files / "broken.loop").write_bytes((files / "a.loop").read_bytes()[:-1])
+    error = fails(capsys, "decompress", files, "-r", run, "-o", decoded)
+    assert "1 of 4 images failed" in error and "broken.loop: the file is damaged" in error
+    tokenizer = taming.load(run)
+    back = json.loads((decoded / "decompressed.json").read_text())
+    for name, numbers in report.items():
+        data = (files / numbers["file"]).read_bytes()
+        width, height = numbers["size"]
+        assert numbers["bytes"] == len(data) and numbers["bpp"] == 8 * len(data) / (width * height)
+        assert numbers["bpp"] <= 3 and numbers["seconds"] > 0
+        pixels = np.asarray(tokenizer.decompress(data))
+        assert (read_pixels((decoded / numbers["file"]).with_suffix(".png")) == pixels).all()
+        error = (pixels.astype(float) - read_pixels(Path(name))) ** 2
+        assert numbers["psnr"] == pytest.approx(10 * np.log10(255**2 / error.mean()), abs=1e-3)
+        assert (numbers["ms_ssim"] is None) == (height < 176)
+        theirs = back[str(files / numbers["file"])]
+        assert theirs["bytes"] == len(data) and theirs["size"] == [width, height]
+
+
+def test_previews_and_the_whole_turns_of_damaged_files(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("compress", photos / "c.png", "-r", run, "-o", tmp_path, "--no_quality")
+    (numbers,) = json.loads((tmp_path / "compressed.json").read_text()).values()
+    assert "psnr" not in numbers
+    call("decompress", tmp_path / "c.loop", "-r", run, "-o", tmp_path / "one", "--turns", 1)
+    data = (tmp_path / "c.loop").read_bytes()
+    tokenizer = taming.load(run)
+    assert (read_pixels(tmp_path / "one/c.png") == tokenizer.decompress(data, turns=1)).all()
+    (tmp_path / "c.loop").write_bytes(data[:-1])
+    fails(capsys, "decompress", tmp_path / "c.loop", "-r", run, "-o", tmp_path / "cut")
+    options = ("-r", run, "-o", tmp_path / "cut", "--partial")
+    call("decompress", tmp_path / "c.loop", *options)
+    expected = tokenizer.decompress(data[:-1], partial=True)
+    assert (read_pixels(tmp_path / "cut/c.png") == expected).all()
+
+
+def test_mistakes_are_named_before_any_work(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = photos / "c.png"
+    assert "with -r" in fails(capsys, "compress", picture, "-o", tmp_path)
+    assert "with -r" in fails(capsys, "decompress", picture, "-o", tmp_path)
+    assert "is a file" in fails(capsys, "compress", picture, "-r", run, "-o", picture)
+    (tmp_path / "c.loop").write_bytes(b"mine")
+    error = fails(capsys, "compress", picture, "-r", "nothing", "-o", tmp_path)
+    assert "c.loop exists already: choose another folder with -o" in error
+    error = fails(capsys, "decompress", tmp_path / "c.loop", "-r", run, "-o", photos)
+    assert "c.png exists already" in error
+    error = fails(capsys, "decompress", "c.loop", "-r", run, "-o", "out", "--turns", 0)
+    assert "--turns must be at least 1, got 0" in error
+    assert "(.loop)" in fails(capsys, "decompress", photos, "-r", run, "-o", "out")
+    error = fails(capsys, "compress", picture, "-r", run, "-o", "out", "--bits", 8)
+    assert "the smallest file has" in error and "c.png" in error
