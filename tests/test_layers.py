@@ -18,8 +18,10 @@ ALLOWED: dict[str, set[str]] = {
     "modules": {"modules", "util"},
     "models": {"models", "modules", "checkpoint", "lr_scheduler", "util"},
     "data": {"data", "decoding", "util"},
-    "tokenizer": {"models", "checkpoint", "decoding", "pictures", "util"},
-    "generator": {"models", "tokenizer", "checkpoint", "pictures", "run", "util"},  # run: load()
+    "sharing": {"run", "util"},  # run: the folders of shared models, once one is saved or loaded
+    "tokenizer": {"models", "checkpoint", "decoding", "pictures", "sharing", "util"},
+    # run: load()
+    "generator": {"models", "tokenizer", "checkpoint", "pictures", "run", "sharing", "util"},
     "run": {"run", "models", "data", "checkpoint", "pictures", "util"},
 }
 FACE = ("taming.generator", "taming.tokenizer")

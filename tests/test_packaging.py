@@ -17,7 +17,11 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in [*ROOT.glob("taming/**/*.py"), ROOT / "taming/py.typed"]
+    for path in [
+        *ROOT.glob("taming/**/*.py"),
+        *ROOT.glob("taming/pretrained/*/*"),
+        ROOT / "taming/py.typed",
+    ]
 )
 
 
@@ -92,10 +96,13 @@ def imported(source: Path) -> set[str]:
 def test_everything_imported_is_declared(wheel: Path) -> None:
     (package,) = metadata.distributions(path=[str(wheel)])
     requirements = [Requirement(line) for line in package.requires or []]
+    extras = {*package.metadata.get_all("Provides-Extra", [])} - {"dev"}
     declared = {
         canonicalize_name(requirement.name)
         for requirement in requirements
-        if requirement.marker is None or requirement.marker.evaluate({"extra": "wandb"})
+        if any(
+            requirement.marker is None or requirement.marker.evaluate({"extra": e}) for e in extras
+        )
     }
     owners = metadata.packages_distributions()
     missing = {}
