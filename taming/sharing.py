@@ -16,7 +16,7 @@ from taming.util import usable_device
 
 S = TypeVar("S", bound="Shared")
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 _CARD = """---
 library_name: loopy-taming

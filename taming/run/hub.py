@@ -19,6 +19,7 @@ _REMEDY = (
 def _client() -> ModuleType:
     try:
         import huggingface_hub
+        import huggingface_hub.errors
     except ImportError as error:
         raise ValueError(
             "the hub needs the package huggingface_hub: pip install 'loopy-taming[hub]'"
