@@ -129,16 +129,16 @@ def weights_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     return checkpoint if inner is None else weights_of(inner)
 
 
-def _unwrapped(key: str) -> str:
+def unwrapped(key: str) -> str:
     """Return the key of a weight without what wrappers of modules put into it."""
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 def _as_named_by(module: nn.Module, weights: Mapping[str, Any], path: Any) -> dict[str, Any]:
     """Return weights under the keys of a module, wherever it or theirs was wrapped."""
-    own = {_unwrapped(key): key for key in module.state_dict()}
+    own = {unwrapped(key): key for key in module.state_dict()}
     own |= {key: key for key in module.state_dict()}
-    named = {own.get(k, own.get(_unwrapped(k), _unwrapped(k))): v for k, v in weights.items()}
+    named = {own.get(k, own.get(unwrapped(k), unwrapped(k))): v for k, v in weights.items()}
     wrapped = {part for k in weights for part in k.split(".") if part in _WRAPPERS and k not in own}
     if wrapped:
         names = " and ".join(f"{part}." for part in sorted(wrapped))

@@ -153,15 +153,28 @@ def load_modules(
     with loading(folder, trust_config):
         given = {"model": params}
         modules = {name: _build(config.block(name), given.get(name, {})) for name in names}
-    weights = load_checkpoint(folder / WEIGHTS)
+    fill(modules, load_checkpoint(folder / WEIGHTS), f"{folder / WEIGHTS}")
+    return modules
+
+
+def fill(modules: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> None:
+    """Fill modules with the weights of a file, each of which must be there and have a place.
+
+    Args:
+        modules: Block name -> module.
+        weights: Key -> tensor; of losses, there are none.
+        source: Name of the file, for the error.
+
+    Raises:
+        ValueError: A key is missing or unknown, or a shape differs.
+    """
     own = {
         key: v for name, module in modules.items() for key, v in _weights_of(module, name).items()
     }
     if misfits := [*_misfits(own, weights)]:
-        raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {'; '.join(misfits)}")
+        raise ValueError(f"{source} does not fit its model: {'; '.join(misfits)}")
     for key, value in own.items():
         value.copy_(weights[key])
-    return modules
 
 
 def _check_files(folder: Path) -> None:

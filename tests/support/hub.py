@@ -50,7 +50,11 @@ class Hub:
         }
         self.commits[name].append(self.files(name) | added)
         sha = self.sha(name)
-        return 200, {"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{name}/commit/{sha}"}
+        return 200, {
+            "success": True,
+            "commitOid": sha,
+            "commitUrl": f"{self.url}/{name}/commit/{sha}",
+        }
 
     def tree(self, name: str) -> tuple[int, Any]:
         return 200, [
