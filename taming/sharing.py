@@ -126,8 +126,8 @@ class Shared(ABC):
         """Upload the model, as `save_pretrained` saves it, in one commit.
 
         Args:
-            name: ``owner/name``; the repository is created if there is none. Its ``README.md``
-                stays if it has one.
+            name: ``owner/name``, or a name of one's own; the repository is created if there is
+                none. Its ``README.md`` stays if it has one.
             dtype: Floating-point dtype of the uploaded weights, or None.
             private: Show a new repository to its owner alone; None as the owner's settings say.
             message: Message of the commit.

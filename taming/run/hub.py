@@ -71,7 +71,7 @@ def upload(folder: Path, name: str, private: bool | None = None, message: str = 
 
     Args:
         folder: The folder.
-        name: ``owner/name``.
+        name: ``owner/name``; without an owner, it is who is logged in.
         private: Show a new repository to its owner alone; None as the owner's settings say.
         message: Message of the commit.
 
@@ -84,11 +84,11 @@ def upload(folder: Path, name: str, private: bool | None = None, message: str = 
     """
     with _reported(name) as client:
         hub = client.HfApi()
-        hub.create_repo(name, private=private, exist_ok=True)
-        kept = [CARD] if hub.file_exists(name, CARD) else []
+        place = hub.create_repo(name, private=private, exist_ok=True).repo_id  # with its owner
+        kept = [CARD] if hub.file_exists(place, CARD) else []
         message = message or f"Upload {name.rpartition('/')[2]}"
         return str(
             hub.upload_folder(
-                repo_id=name, folder_path=folder, ignore_patterns=kept, commit_message=message
+                repo_id=place, folder_path=folder, ignore_patterns=kept, commit_message=message
             )
         )

@@ -39,6 +39,8 @@ def test_a_pushed_model_is_pulled_bit_for_bit(hub: Hub, tokenizer: Tokenizer) ->
     again = Tokenizer.from_pretrained(NAME)
     weights, wanted = again.model.state_dict(), tokenizer.model.state_dict()
     assert all(torch.equal(weights[key], wanted[key]) for key in weights)
+    Tokenizer.from_pretrained(NAME).push_to_hub("another")  # of whoever is logged in
+    assert hub.files("someone/another").keys() == hub.files(NAME).keys()
     assert b"# tiny" in hub.files(NAME)["README.md"]
 
 

@@ -33,7 +33,7 @@ class Hub:
         return hashlib.sha1(f"{name}{len(self.commits[name])}".encode()).hexdigest()
 
     def create(self, about: dict[str, Any]) -> tuple[int, Any]:
-        name = f"{about['organization']}/{about['name']}"
+        name = f"{about['organization'] or 'someone'}/{about['name']}"
         status = 409 if name in self.commits else 200
         self.commits.setdefault(name, [{}])
         return status, {"url": f"{self.url}/{name}", "name": name}
