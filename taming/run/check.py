@@ -63,7 +63,7 @@ _OWN = ("taming.", "main.")
 _OPTIONS = {"size": int | None, "root": str | None, "sub_indices": str | None}
 
 # Arguments for which `true` asks the surrounding model.
-_DERIVED = ("site_shape",)
+_DERIVED = ("site_shape", "depth_embedding")
 
 # Mappings whose keys a class passes on as keyword arguments: parameter -> the receivers.
 _NETWORKS = "taming.modules.diffusionmodules.model"
