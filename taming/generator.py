@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from taming.codec.context import Context
 from taming.models.level_prior import check_priors, sample_levels
 from taming.models.prior import Prior
 from taming.models.sampling import Grid, SamplingParams, generators_of, paste, sample_images
@@ -47,7 +48,8 @@ def load(
             default, only what ``docs/security.md`` lists.
 
     Returns:
-        A `Generator` for the run of a prior, a `Tokenizer` for that of a tokenizer.
+        A `Generator` for the run of a prior, a `Tokenizer` for that of a tokenizer, with a
+        `Context` for that of a context model.
 
     Raises:
         FileNotFoundError: There is no such run or checkpoint.
@@ -66,6 +68,9 @@ def load(
             raise ValueError(f"{name} holds a {type(model).__name__}, not a prior of one level")
     if several:
         return Generator(models).to(device)
+    if hasattr(models[0], "context"):
+        context = Context(models[0].context)
+        return Tokenizer(models[0].first_stage_model, context=context).to(device)
     return (Generator if hasattr(models[0], "sample_codes") else Tokenizer)(models[0]).to(device)
 
 
