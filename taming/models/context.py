@@ -31,10 +31,10 @@ class ContextPrior(Prior):
 
     Args:
         first_stage_config: ``{target, params}`` of the tokenizer, a `VQModel`.
-        network_config: ``{target, params}`` of the `ContextNetwork`; K and T follow from the
+        context_config: ``{target, params}`` of the `ContextNetwork`; K and T follow from the
             tokenizer.
-        length_range: Mean lengths of images, two bounds in [1, T]; None for 1 and T. A tokenizer
-            of fixed rate has none.
+        length_range: Mean lengths of images, two bounds in [1, T]; None for those that the
+            tokenizer was trained with, or for 1 and T. They do not matter at a fixed rate.
         ckpt_path: Checkpoint whose weights to start from.
         ignore_keys: Prefixes of keys to leave out of it.
         first_stage_key: Key of the image in a batch.
@@ -68,7 +68,7 @@ class ContextPrior(Prior):
     def __init__(
         self,
         first_stage_config: Mapping[str, Any],
-        network_config: Mapping[str, Any],
+        context_config: Mapping[str, Any],
         length_range: Sequence[float] | None = None,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
@@ -89,12 +89,13 @@ class ContextPrior(Prior):
                 "a context model takes codes of which each turn writes one; the transform of this "
                 "tokenizer's quantizer writes dummies, which only the last turn explains"
             )
-        low, high = length_range or (1.0, float(turns))
+        own = getattr(self.first_stage_model.quantize, "length_range", None)
+        low, high = length_range or own or (1, turns)
         if not 1 <= low <= high <= turns:
             raise ValueError(f"length_range must be two bounds in [1, {turns}], got {low}, {high}")
         self.length_range = float(low), float(high)
         sizes = {"n_codes": self.sequence.n_e, "max_loops": turns}
-        self.context: ContextNetwork = instantiate_with_sizes(network_config, sizes)
+        self.context: ContextNetwork = instantiate_with_sizes(context_config, sizes)
         if ckpt_path is not None:
             load_weights(self, ckpt_path, ignore_keys, trust_checkpoint)
 
