@@ -6,6 +6,7 @@ together, V values of a symbol.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,6 +97,10 @@ class ContextPrior(Prior):
         self.length_range = float(low), float(high)
         sizes = {"n_codes": self.sequence.n_e, "max_loops": turns}
         self.context: ContextNetwork = instantiate_with_sizes(context_config, sizes)
+        tables = getattr(self.first_stage_model.quantize, "entropy", None)
+        if tables is not None and tables.learned:  # what a context only has to refine
+            with torch.no_grad():
+                self.context.shares.copy_(-math.log(2) * tables.code_bits())
         if ckpt_path is not None:
             load_weights(self, ckpt_path, ignore_keys, trust_checkpoint)
 
