@@ -55,11 +55,14 @@ def keep(model: Any) -> Any:
 
 
 @torch.no_grad()
-def codes_of(prior: ContextPrior, folder: str, images: int, size: int) -> Tensor:
-    """Encode random crops of a folder's pictures as codes (B, h, w, T), at the prior's rates."""
+def codes_of(prior: ContextPrior, folder: str, size: int, images: int | None = None) -> Tensor:
+    """Encode crops of a folder's pictures as codes (B, h, w, T), at the prior's rates.
+
+    The crops are random in training, and one for each picture unless ``images`` says how many.
+    """
     crops = {"random_crop": True, "random_flip": True, "random_scale": (1.0, 2.5)}
     data = ImageFolder(folder, size, allow_upscale=True, **(crops if prior.training else {}))
-    codes = []
+    codes, images = [], images or len(data)
     for start in tqdm(range(0, images, 16), desc=folder):
         numbers = range(start, min(start + 16, images))
         x = torch.stack([torch.as_tensor(data[n % len(data)]["image"]) for n in numbers])
@@ -128,8 +131,7 @@ def mean_bits(nats: Nats, codes: Tensor) -> float:
 def megapixel_times(model: Context, codes: Tensor, factor: int) -> dict[str, float]:
     """Return seconds of encoding and decoding sites like these for a million pixels."""
     side = round(1000 / factor)
-    rows = [torch.cat([*codes[i : i + 8]], dim=1) for i in range(0, len(codes) // 8 * 8, 8)]
-    plane = torch.cat(rows)
+    plane = torch.cat([*codes], dim=1)  # beside each other
     plane = plane.repeat(-(-side // plane.shape[0]), -(-side // plane.shape[1]), 1)[:side, :side]
     segments = list(model.encode(plane))
     sides = {
@@ -175,8 +177,8 @@ def main() -> None:
     training, held_out = kept(
         file,
         lambda: [
-            codes_of(prior.train(), options.train, options.images, size).short(),
-            codes_of(prior.eval(), options.val, 96, size).short(),
+            codes_of(prior.train(), options.train, size, options.images).short(),
+            codes_of(prior.eval(), options.val, size).short(),
         ],
     )
     training, held_out = training.long(), held_out.long()
@@ -200,6 +202,7 @@ def main() -> None:
     times = megapixel_times(context, held_out, tokenizer.factor)
     for row in rows:
         row["saved"] = f"{1 - row['bits'] / static:.1%}"
+        row["bits"] = round(row["bits"])
         row["seconds per megapixel"] = ""
     rows[-1]["seconds per megapixel"] = "{encode:.2f} / {decode:.2f}".format(**times)
     sites = int((held_out >= 0).sum()) / held_out[..., 0].numel()
