@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from taming.codec.context import Context
 from taming.models.level_prior import check_priors, sample_levels
 from taming.models.prior import Prior
 from taming.models.sampling import Grid, SamplingParams, generators_of, paste, sample_images
@@ -69,6 +68,8 @@ def load(
     if several:
         return Generator(models).to(device)
     if hasattr(models[0], "context"):
+        from taming.codec.context import Context
+
         context = Context(models[0].context)
         return Tokenizer(models[0].first_stage_model, context=context).to(device)
     return (Generator if hasattr(models[0], "sample_codes") else Tokenizer)(models[0]).to(device)

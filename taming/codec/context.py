@@ -41,9 +41,9 @@ def exponentials() -> Tensor:
 def frequencies(logits: Tensor) -> Tensor:
     """Turn logits on a binary grid into frequencies, exactly.
 
-    Logits are rounded to 1/64 below the largest; each symbol gets a frequency of 1, and of the
-    rest, its share by the table of `exponentials`, rounded down. What is left over goes to the
-    first of those with the largest logit.
+    Distances below the largest logit are rounded to 1/64; each symbol gets a frequency of 1, and of
+    the rest, its share by the table of `exponentials`, rounded down. What is left over goes to the
+    first symbol whose distance is rounded to 0.
 
     Args:
         logits: (N, V) float64, exact.
