@@ -84,6 +84,11 @@ def _layout(batch: int, h: int, w: int, device: torch.device) -> _Layout:
     return _Layout(place, group, image, (step[:, None] * columns + step).flatten())
 
 
+def _nats_of(logits: Tensor, values: Tensor) -> Tensor:
+    """Return -log p (N,) of values (N,) by logits (N, V)."""
+    return F.cross_entropy(logits, values, reduction="none")
+
+
 class ContextNetwork(nn.Module):
     """Frequencies of each code and of going on, given the codes told before.
 
@@ -91,11 +96,11 @@ class ContextNetwork(nn.Module):
     one refines what it found.
 
     Args:
-        n_codes: K, number of codes; with those of a transform with dummies, the dummy is one.
+        n_codes: K, number of codes, each of which a turn can write.
         max_loops: T, most turns of a site.
         channels: C.
         hidden: H.
-        bits: Of the activations' grid, 2**-bits; that of the weights is 4 times finer.
+        bits: Inputs and activations are multiples of 2**-bits; weights are 4 times finer.
 
     Raises:
         ValueError: A size is out of range.
@@ -158,7 +163,7 @@ class ContextNetwork(nn.Module):
         for name, extra in (
             ("look", self.step),
             ("widen", self.widen.bias),
-            ("narrow", self.narrow.bias + _LIMIT),
+            ("narrow", self.narrow.bias.abs() + _LIMIT),
             ("going", self.going.bias),
             ("codes", self.shares),
         ):
@@ -211,27 +216,22 @@ class ContextNetwork(nn.Module):
         layout = _layout(batch, h, w, codes.device)
         symbols = torch.where(codes < 0, self.n_codes, codes).flatten(0, 2)  # (S, T)
         plane = self._start(batch, h, w)
-        padded = layout.group.new_zeros(len(plane)).index_copy(
-            0, layout.place, layout.group
-        )  # (P,)
+        group_at = layout.group.new_zeros(len(plane)).index_copy(0, layout.place, layout.group)
         nats = plane.new_zeros(batch)
         alive = torch.arange(len(symbols), device=codes.device)
         for turn in range(self.max_loops):
             vectors = self._vectors(symbols[alive, turn], turn)
             after = plane.index_add(0, layout.place[alive], vectors)
             for group, sites in enumerate(layout.by_group(alive)):
-                told = torch.where((padded < group)[:, None], after, plane)
+                told = torch.where((group_at < group)[:, None], after, plane)  # (P, C)
                 features = self._see(told, layout, sites, turn, group)
-                wanted = symbols[sites, turn]
+                wanted, image = symbols[sites, turn], layout.image[sites]
                 on = wanted < self.n_codes
                 if turn:
-                    lost = F.cross_entropy(
-                        self._going_logits(features, turn), on.long(), reduction="none"
-                    )
-                    nats = nats.index_add(0, layout.image[sites], lost)
+                    logits = self._going_logits(features, turn)
+                    nats = nats.index_add(0, image, _nats_of(logits, on.long()))
                 logits = self._code_logits(features[on], turn)
-                lost = F.cross_entropy(logits, wanted[on], reduction="none")
-                nats = nats.index_add(0, layout.image[sites[on]], lost)
+                nats = nats.index_add(0, image[on], _nats_of(logits, wanted[on]))
             plane, alive = after, alive[symbols[alive, turn] < self.n_codes]
         return nats
 
