@@ -121,8 +121,9 @@ def mixed(data: Path) -> list[str]:
     parts = {"custom.ImageFolder": f"root: {data / 'images'}"}
     parts["hub.ParquetImages"] = f"path: {data / 'images.parquet'}"
     blocks = [f"{{target: taming.data.{t}, params: {{{p}, size: 32}}}}" for t, p in parts.items()]
+    train = ("length=8", "shares=[1, 1]", f"datasets=[{', '.join(blocks)}]")
     return [
-        *(f"data.params.train.params.{v}" for v in ("length=8", f"datasets=[{', '.join(blocks)}]")),
+        *(f"data.params.train.params.{v}" for v in train),
         *(f"data.params.validation.params.{v}" for v in (f"root={data / 'images'}", "size=32")),
     ]
 
