@@ -40,7 +40,7 @@ logger = logging.getLogger("taming.benchmark")
 
 NETWORK = "taming.modules.context.ContextNetwork"
 FLOAT = {"bits": 40}  # finer than float32 can tell
-GPT = {
+GPT: dict[str, Any] = {
     "target": "taming.modules.transformer.two_level.TwoLevelGPT",
     "params": {"n_layer": 2, "n_head": 4, "n_embd": 96, "rms_norm": True, "qk_norm": True}
     | {"depth": {"n_layer": 1, "n_head": 4, "n_embd": 96, "rms_norm": True, "qk_norm": True}},
@@ -141,11 +141,15 @@ def megapixel_times(model: Context, codes: Tensor, factor: int) -> dict[str, flo
     return {name: timing.cpu for name, timing in in_turn(sides, 3).items()}
 
 
-def contenders(prior: ContextPrior, tokenizer: Any) -> dict[str, tuple[nn.Module, Nats]]:
-    """Build all networks that are trained: name -> network and measure."""
+def contenders(
+    prior: ContextPrior, tokenizer: Any, grid: tuple[int, int]
+) -> dict[str, tuple[nn.Module, Nats]]:
+    """Build all networks that are trained, for a grid (h, w): name -> network and measure."""
     first = {"target": "benchmarks.context.keep", "params": {"model": tokenizer}}
     finer = ContextPrior(first, {"target": NETWORK, "params": FLOAT}).context
-    gpt = Net2NetTransformer(GPT, first, "__is_unconditional__")
+    shape = {"site_shape": [*grid, prior.sequence.site_tokens]}
+    network = {**GPT, "params": {**GPT["params"], **shape}}
+    gpt = Net2NetTransformer(network, first, "__is_unconditional__")
     return {
         "integer": (prior.context, prior.context.nats),
         "float": (finer, finer.nats),
@@ -184,7 +188,8 @@ def main() -> None:
     training, held_out = training.long(), held_out.long()
     static = static_bits(training, held_out, tokenizer.quantize.n_e)
     rows: list[dict[str, Any]] = [{"model": "static", "parameters": 0, "bits": static}]
-    for name, (network, nats) in contenders(prior, tokenizer).items():
+    grid = training.shape[1], training.shape[2]
+    for name, (network, nats) in contenders(prior, tokenizer, grid).items():
         if name not in ("integer", *options.beside):
             continue
         weights = kept(
