@@ -49,7 +49,8 @@ def load(
             default, only what ``docs/security.md`` lists.
 
     Returns:
-        A `Generator` for the run of a prior, a `Tokenizer` for that of a tokenizer.
+        A `Generator` for the run of a prior, a `Tokenizer` for that of a tokenizer, with a
+        `ContextNetwork` for that of a context model.
 
     Raises:
         FileNotFoundError: There is no such run or checkpoint.
@@ -76,6 +77,8 @@ def load(
             raise ValueError(f"{name} holds a {type(model).__name__}, not a prior of one level")
     if several:
         return Generator(models).to(device)
+    if hasattr(models[0], "context"):
+        return Tokenizer(models[0].first_stage_model, context=models[0].context).to(device)
     return (Generator if hasattr(models[0], "sample_codes") else Tokenizer)(models[0]).to(device)
 
 

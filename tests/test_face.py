@@ -244,6 +244,22 @@ def test_pixelcnn_priors(tiny_runs: TinyRuns) -> None:
     assert whole.size == (SIDE, SIDE)
 
 
+def test_a_context_model_comes_with_its_tokenizer(tiny_runs: TinyRuns) -> None:
+    tokenizer = taming.load(tiny_runs.of("photos_context.yaml"))
+    plain = taming.load(tiny_runs.of("photos.yaml"))
+    assert isinstance(tokenizer, Tokenizer) and isinstance(plain, Tokenizer)
+    assert plain.context is None and tokenizer.model.fingerprint() == plain.model.fingerprint()
+    picture = colours(50, 70)
+    codes = tokenizer.encode(picture, max_codes=30)
+    data = tokenizer.compress(picture, max_codes=30)
+    assert data == tokenizer.compress(picture, max_codes=30, entropy="context")
+    decoded = [np.asarray(tokenizer.decompress(data)), np.asarray(tokenizer.decode(codes))]
+    assert np.array_equal(*decoded)
+    assert tokenizer.decompress(data, turns=1).size == (70, 50)
+    with pytest.raises(ValueError, match="no context model"):
+        plain.decompress(data)
+
+
 def test_levels_are_sampled_and_measured_together(tiny_runs: TinyRuns) -> None:
     runs = [tiny_runs.of(f"vqvae2_{level}_prior.yaml") for level in ("top", "bottom")]
     generator = taming.load(runs)

@@ -15,7 +15,7 @@ from support.models import QUANTIZED, pictures, tokenizer_of, vqmodel_config
 
 from taming.codec.container import read, write
 from taming.codec.files import Codec, fit
-from taming.codec.models import Raw
+from taming.modules.context import ContextNetwork
 from taming.tokenizer import Codes, Tokenizer
 from taming.util import instantiate_from_config
 
@@ -186,13 +186,10 @@ def test_fit_finds_the_largest_file_by_few_probes(bits: int, step: int) -> None:
 
 
 def test_the_best_entropy_model_that_there_is_is_the_default() -> None:
-    class Other(Raw):
-        mode = 2
-
-    picture, other = pictures(1)[0], Other(3, 16, False)
+    picture, network = pictures(1)[0], ContextNetwork(16, 3, channels=8, hidden=16)
     learned, new = with_tables("residual"), with_tables("residual", learned=False)
     modes = [tokenizer.compress(picture)[5] for tokenizer in (new, learned)]
-    context = Tokenizer(learned.model, context=other)
+    context = Tokenizer(learned.model, context=network)
     data = context.compress(picture)
     assert [*modes, data[5]] == [0, 1, 2]
     assert same(context.decompress(data), learned.decompress(learned.compress(picture)))
