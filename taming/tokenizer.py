@@ -184,16 +184,7 @@ class Tokenizer:
         if is_single(pictures):
             return self.encode([pictures], **rate)[0]
         images = [self.to_tensor(picture) for picture in pictures]
-        padded = [_pad(image, self.model.factor) for image in images]
-        codes: list[Codes | None] = [None] * len(images)
-        for numbers in _by_shape(padded, self.batch_size):
-            x = torch.stack([padded[number] for number in numbers])
-            found = self.model.encode_to_codes(x.to(next(self.model.parameters())), **rate)
-            levels = [level.cpu() for level in (found if isinstance(found, tuple) else [found])]
-            for number, *own in zip(numbers, *levels, strict=True):
-                size = images[number].shape[1], images[number].shape[2]
-                codes[number] = Codes(tuple(own) if isinstance(found, tuple) else own[0], size)
-        return codes
+        return encode_images(self.model, images, self.batch_size, **rate)
 
     @overload
     def decode(self, codes: Codes) -> Image.Image: ...
@@ -232,6 +223,33 @@ class Tokenizer:
                 height, width = codes[number].size
                 pictures[number] = to_picture(image).crop((0, 0, width, height))
         return pictures
+
+
+@torch.no_grad()
+def encode_images(
+    model: VQModel, images: Sequence[Tensor], batch_size: int, **rate: float | None
+) -> list[Codes]:
+    """Encode images of any sizes, those of one size together, extended to whole sites.
+
+    Args:
+        model: The model, in evaluation mode.
+        images: (C, H, W) each, in the model's range.
+        batch_size: Largest number of images that go through the model together.
+        **rate: At most one argument of the model's ``encode`` that sets a rate.
+
+    Raises:
+        ValueError: The rate cannot be met, or the model has a fixed rate.
+    """
+    padded = [_pad(image, model.factor) for image in images]
+    codes: list[Codes | None] = [None] * len(images)
+    for numbers in _by_shape(padded, batch_size):
+        x = torch.stack([padded[number] for number in numbers])
+        found = model.encode_to_codes(x.to(next(model.parameters())), **rate)
+        levels = [level.cpu() for level in (found if isinstance(found, tuple) else [found])]
+        for number, *own in zip(numbers, *levels, strict=True):
+            size = images[number].shape[1], images[number].shape[2]
+            codes[number] = Codes(tuple(own) if isinstance(found, tuple) else own[0], size)
+    return codes  # type: ignore[return-value]
 
 
 def _pad(image: Tensor, site: int) -> Tensor:
