@@ -389,11 +389,13 @@ def test_tokens_are_computed_once(
     places = [(item["pass_number"], item["image_number"]) for item in train]
     assert places == list(product(range(2), range(8)))
     shutil.rmtree("cache/validation")
-    error = fails(capsys, "encode", "-r", tokenizer, "-o", "cache")
-    assert "cache/train already holds a token cache" in error
+    error = fails(capsys, "encode", "-r", tokenizer, "-o", "cache")  # one pass, not two
+    assert "cache/train was begun with other data" in error
     assert not Path("cache/validation").exists()
-    call("encode", "-r", tokenizer, "-o", "cache", "--splits", "validation")
+    files = {file: file.read_bytes() for file in Path("cache/train").iterdir()}
+    call("encode", "-r", tokenizer, "-o", "cache", "--passes", 2)
     assert len(TokenCache("cache/validation")) == 4
+    assert files == {file: file.read_bytes() for file in Path("cache/train").iterdir()}
     error = fails(capsys, "encode", "-r", tokenizer, "-o", "cache", "--splits", "val")
     assert "'val'" in error and "train, validation" in error
 

@@ -112,9 +112,10 @@ class Job:
                 part.write_text(json.dumps(self._plan(), indent=1))
         begun, plan = json.loads(path.read_text()), self._plan()
         for name in [name for name in plan if begun.get(name) != plan[name]][:1]:
+            what = f"another {name}, {begun.get(name)}, not {plan[name]}"
             raise ValueError(
-                f"{self.output} was begun with another {name}, {begun.get(name)}, not "
-                f"{plan[name]}; repeat the command that began it, or name another folder"
+                f"{self.output} was begun with {'other data' if name == 'data' else what}: repeat "
+                "the command that began it, or name another folder"
             )
 
     def _plan(self) -> dict[str, Any]:
@@ -123,8 +124,8 @@ class Job:
             "rate": dict(self.rate),
             "tile": self.tile,
             "batch_size": self.batch_size,
-            "number of shards": self.source.shards,
             "data": hashlib.sha256(self.source.identity.encode("utf-8", "replace")).hexdigest(),
+            "number of shards": self.source.shards,
         }
 
     def file(self, shard: int) -> Path:

@@ -299,7 +299,7 @@ def open_source(
         folder = ImageFolder(path, size, labels=labels, allow_upscale=True, **options)
         root = os.path.join(path, "")
         names = Texts(name.removeprefix(root) for name in folder.labels["file_path_"])
-        return Items(folder, shard_size, names=names, identity=str(size), threads=True)
+        return Items(folder, shard_size, names=names, identity=f"{size} {labels}", threads=True)
     if Path(path).suffix in _LISTS:
         paths = read_path_list(path)
         if len(set(paths)) < len(paths):

@@ -1,8 +1,6 @@
 """Streams of pictures: every row once, an order from the seed, resumed bit for bit."""
 
 import functools
-import io
-import tarfile
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from support.shards import encoded, write_parquet, write_tar
 
 pytest.importorskip("datasets")
 
@@ -25,32 +23,6 @@ from taming.data.streams import StreamedImages
 from taming.util import DataError
 
 ROWS = (7, 5, 6)  # of three shards
-
-
-def encoded(number: int, side: int = 8) -> bytes:
-    """A PNG whose pixels tell its number."""
-    file = io.BytesIO()
-    Image.fromarray(np.full((side, side + number % 2, 3), number, np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_tar(path: Path, numbers: range, damaged: int | None = None) -> None:
-    with tarfile.open(path, "w") as tar:
-        for number in numbers:
-            picture = b"no picture" if number == damaged else encoded(number)
-            for ending, data in (("png", picture), ("cls", str(number % 3).encode())):
-                member = tarfile.TarInfo(f"{number:03}.{ending}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-
-
-def write_parquet(path: Path, numbers: range, damaged: int | None = None) -> None:
-    pictures = [b"no picture" if n == damaged else encoded(n) for n in numbers]
-    rows = {
-        "image": [{"bytes": data, "path": None} for data in pictures],
-        "label": [number % 3 for number in numbers],
-    }
-    pq.write_table(pa.table(rows), path, row_group_size=3)
 
 
 WRITERS = {"tar": write_tar, "parquet": write_parquet}
