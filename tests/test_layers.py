@@ -21,6 +21,8 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizer": {"models", "checkpoint", "decoding", "pictures", "util"},
     "generator": {"models", "tokenizer", "checkpoint", "pictures", "run", "util"},  # run: load()
     "run": {"run", "models", "data", "checkpoint", "pictures", "util"},
+    # Runs to load, pictures to read, the face's own way from images to codes: a program in a folder.
+    "scale": {"scale", "tokenizer", "models", "data", "run", "util"},
 }
 FACE = ("taming.generator", "taming.tokenizer")
 PROGRAM_FILES = [ROOT / "main.py", *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]

@@ -4,10 +4,8 @@ import importlib.util
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from reliability.shards import differences, save_tokenizer, survive, write_pictures
 from support.runs import TinyRuns, call, fails
 from support.shards import write_parquet, write_tar
 
@@ -220,44 +219,53 @@ def test_a_launcher_names_the_rank(
     assert contents(tmp_path / "cache") == contents(whole)
 
 
+def start(code: str, *argv: Any) -> None:
+    """Run a program of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    subprocess.run(command, env=environment, check=True, timeout=500)
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="ray is not installed")
-def test_ray_gives_the_same_bytes(run: Path, pictures: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_cluster_of_ray_outlives_a_node(
+    run: Path, pictures: Path, whole: Path, tmp_path: Path
+) -> None:
     code = """
-import sys, ray
+import sys, threading, time, ray
+from pathlib import Path
+from ray.cluster_utils import Cluster
 from taming.scale import encode_shards
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
 run, data, output = sys.argv[1:]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+ray.init(address=cluster.address, log_to_driver=False)
+def kill():
+    while not list(Path(output).glob(".*.lock")):  # of a shard that is being computed
+        time.sleep(0.01)
+    cluster.remove_node(nodes[0], allow_graceful=False)
+killer = threading.Thread(target=kill)
+killer.start()
 encode_shards(run, data, output, engine="ray", devices="cpu", shard_size=3)
+killer.join()
+assert nodes[0] not in cluster.worker_nodes and not nodes[0].any_processes_alive()
 """
-    start(code, run, pictures, tmp_path / "cache").communicate()
+    start(code, run, pictures, tmp_path / "cache")
     assert contents(tmp_path / "cache") == contents(whole)
 
 
-def start(code: str, *argv: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, *map(str, argv)]
-    return subprocess.Popen(command, env=environment, text=True)
-
-
-def test_killed_at_any_time_nothing_is_lost_or_doubled(
+def test_processes_of_this_machine_give_the_same_bytes(
     run: Path, pictures: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """The long form is tests/reliability/shards.py."""
-    code = """
-import sys
-from taming.scale import encode_shards
-if __name__ == "__main__":
-    run, data, output = sys.argv[1:]
-    encode_shards(run, data, output, devices=["cpu", "cpu"], shard_size=3)
-"""
-    output = tmp_path / "cache"
-    killed = start(code, run, pictures, output)
-    while not list(output.glob("*.arrow")) and killed.poll() is None:
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    encode(run, pictures, output)  # beside workers that may not have ended yet
-    assert contents(output) == contents(whole)
+    encode(run, pictures, tmp_path / "cache", devices=["cpu", "cpu"])
+    assert contents(tmp_path / "cache") == contents(whole)
+
+
+def test_killed_at_any_time_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
+    run, data, whole = save_tokenizer(tmp_path / "run"), tmp_path / "data", tmp_path / "whole"
+    write_pictures(data, 100)
+    encode(run, data, whole, shard_size=10)
+    assert survive(run, data, tmp_path / "killed", kills=3, shard_size=10) >= 3
+    assert differences(tmp_path / "killed", whole) == []
 
 
 def test_the_command(

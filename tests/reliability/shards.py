@@ -159,8 +159,8 @@ def main() -> None:
         deaths = survive(*arguments, shard_size=100)
         wrong = differences(folder / "killed", folder / "whole")
     sys.stdout.write(
-        f"{report.pictures} pictures and {len(report.unreadable)} unreadable ones, {deaths} workers "
-        f"killed at {options.kills} moments: {', '.join(wrong) or 'no difference'}\n"
+        f"{report.pictures} pictures and {len(report.unreadable)} unreadable ones, {deaths} "
+        f"workers killed at {options.kills} moments: {', '.join(wrong) or 'no difference'}\n"
     )
     sys.exit(bool(wrong))
 
