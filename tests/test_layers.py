@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizer": {"models", "checkpoint", "decoding", "pictures", "util"},
     "generator": {"models", "tokenizer", "checkpoint", "pictures", "run", "util"},  # run: load()
     "run": {"run", "models", "data", "checkpoint", "pictures", "util"},
-    # Runs to load, pictures to read, the face's own way from images to codes: a program in a folder.
+    # A program in a folder: runs to load, pictures to read, the face's way from images to codes.
     "scale": {"scale", "tokenizer", "models", "data", "run", "util"},
 }
 FACE = ("taming.generator", "taming.tokenizer")

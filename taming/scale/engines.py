@@ -5,7 +5,6 @@ Every worker computes on one device, on a CPU with one thread, so that all give 
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import os
 import signal
@@ -31,6 +30,7 @@ _RANKS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
+_WORTH = 64  # pictures for which another process is started unasked
 _IN_FLIGHT = 2  # tasks of Ray for each of its workers
 
 
@@ -92,6 +92,8 @@ def _bar(job: Job, is_shown: bool) -> Iterator[Any]:
 def run_local(job: Job, devices: Devices, is_shown: bool) -> None:
     """Start a process for each device of this machine; work here if there is one."""
     names = devices_of(devices)[: max(len(job.missing()), 1)]
+    if devices is None and job.source.pictures is not None:  # a start takes seconds
+        names = names[: max(job.source.pictures // _WORTH, 1)]
     with _bar(job, is_shown) as bar:
         if len(names) == 1:
             with _one_thread():
@@ -184,9 +186,10 @@ def run_ray(job: Job, devices: Devices, is_shown: bool) -> None:
         ValueError: The package ray is missing.
     """
     try:
-        ray: Any = importlib.import_module("ray")
+        import ray as library  # type: ignore
     except ImportError as error:
         raise ValueError("engine 'ray' needs ray: pip install 'loopy-taming[ray]'") from error
+    ray: Any = library
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     resources = ray.cluster_resources()
