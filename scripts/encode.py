@@ -39,7 +39,7 @@ def parser_of() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("-o", "--outdir", type=Path, required=True, help="folder of the cache")
     add("--engine", default="local", help="local, torchrun, slurm or ray (docs/scaling.md)")
-    add("--devices", type=int, help="number of GPUs or processes; default: all GPUs or cores")
+    add("--devices", type=int, help="number of processes; default: all GPUs or cores")
     add("--batch_size", type=int, default=16, help="pictures of one size that are encoded together")
     add("--max-codes", type=int, help="largest number of codes of a picture")
     add("--target-psnr", type=float, help="PSNR in dB to reach with fewest codes")
@@ -65,9 +65,7 @@ def devices_of(options: argparse.Namespace) -> Any:
     """Turn --device and --devices into the devices of `encode_shards`."""
     if options.device == "auto":
         return options.devices
-    if options.device == "cpu" and options.devices:
-        return ["cpu"] * options.devices
-    return options.device
+    return [options.device] * options.devices if options.devices else options.device
 
 
 def main() -> None:

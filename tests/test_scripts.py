@@ -432,7 +432,7 @@ def test_a_prior_trains_from_pictures_of_different_sizes(
     call("encode", "-r", tokenizer, "-o", "cache", "--data", "photos", "--device", "cpu")
     config: Any = OmegaConf.load(CONFIGS / "demo/loopy_transformer.yaml")
     cache = {"target": "taming.data.tokens.TokenCache", "params": {"path": "cache"}}
-    config.data.params |= {"train": cache, "validation": cache}
+    config.data.params.train = config.data.params.validation = cache
     OmegaConf.save(config, "cached.yaml")
     sizes = [o for o in tiny_runs.overrides["demo/loopy_transformer.yaml"] if "data." not in o]
     stage = f"model.params.first_stage_config.params.run={tokenizer}"

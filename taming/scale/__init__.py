@@ -11,7 +11,8 @@ from taming.models.vqgan import VQModel
 from taming.run.folder import SavedRun
 from taming.scale.engines import ENGINES, Devices, cores, devices_of
 from taming.scale.job import Job, Report
-from taming.scale.sources import Source, open_source
+from taming.scale.sources import Source
+from taming.scale.tables import open_source
 from taming.util import nearest
 
 __all__ = ["Report", "Source", "encode_shards", "open_source"]

@@ -12,9 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -40,14 +38,12 @@ from taming.data.token_files import (
 )
 from taming.models.vqgan import VQModel
 from taming.run.lock import held
-from taming.scale.sources import Sample, Source
+from taming.scale.sources import Sample, Source, groups_of
 from taming.tokenizer import encode_images
 from taming.util import DataError, WriteError, replacing
 
 REPORT = "report.json"
 POLL = 0.5  # seconds between two looks at shards that others hold
-
-_PICTURES, _PIXELS = 64, 1 << 25  # most that a worker holds at a time, beside those read ahead
 
 Progress = Callable[[int], None]  # called with the number of pictures that were done
 
@@ -199,7 +195,7 @@ class Job:
     def _encode(self, shard: int, model: VQModel, progress: Progress) -> None:
         columns: dict[str, list[Any]] = {name: [] for name in OWN}
         unreadable: list[tuple[str, str]] = []
-        for samples in self._read(shard):
+        for samples in groups_of(self.source, shard, self.threads):
             good = self._checked(samples, model, unreadable)
             codes = encode_images(model, [x for _, x in good], self.batch_size, **self.rate)
             for (sample, _), own in zip(good, codes, strict=True):
@@ -218,22 +214,6 @@ class Job:
         except WriteError:
             if not self.file(shard).exists():  # else another process took this one for dead
                 raise
-
-    def _read(self, shard: int) -> Iterator[list[Sample]]:
-        """Read the pictures of a shard in groups, and ahead of their use."""
-        threads = self.threads if self.source.threads else 1
-        samples, pixels = [], 0
-        with ThreadPoolExecutor(threads) as pool:
-            for sample in _ahead(self.source.read(shard), pool, 2 * threads):
-                samples.append(sample)
-                pixels += (
-                    0 if sample.image is None else sample.image.shape[0] * sample.image.shape[1]
-                )
-                if len(samples) >= _PICTURES or pixels >= _PIXELS:
-                    yield samples
-                    samples, pixels = [], 0
-        if samples:
-            yield samples
 
     def _checked(
         self, samples: list[Sample], model: VQModel, unreadable: list[tuple[str, str]]
@@ -292,19 +272,6 @@ class Job:
         for lock in self.output.glob(".[0-9]*.lock"):  # of processes that died at the end
             lock.unlink(missing_ok=True)
         seal(self.output)
-
-
-def _ahead(
-    tasks: Iterable[Callable[[], Sample]], pool: ThreadPoolExecutor, number: int
-) -> Iterator[Sample]:
-    """Call functions in threads, a number of them before their results are used, in order."""
-    waiting: deque[Future[Sample]] = deque()
-    for task in tasks:
-        waiting.append(pool.submit(task))
-        if len(waiting) > number:
-            yield waiting.popleft().result()
-    for future in waiting:
-        yield future.result()
 
 
 def _image_of(sample: Sample, model: VQModel, key: str) -> Tensor:

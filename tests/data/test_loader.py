@@ -1,6 +1,8 @@
 """Batches follow from the seed: any can be read again, by any number of loader processes."""
 
+import multiprocessing
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -80,6 +82,9 @@ class Tapes(Tape):
     """One that divides itself among readers."""
 
     is_sharded = True
+
+    def __len__(self):
+        return self.items.length
 
     def begin(self, seed, epoch, lane, lanes):
         self.place, self.lane, self.lanes = 0, lane, lanes
@@ -191,6 +196,40 @@ def test_a_stream_that_divides_itself_continues_from_the_states_of_all_readers(w
         assert tape.read[0] == 2 * done  # nothing again
     with pytest.raises(DataError, match=f"resume with as many, not 1 with {workers + 2}"):
         StreamLoader(tape, 2, workers + 2).load_state_dict(first.state_dict())
+
+
+def _resume(rank, folder):
+    """Read as one of two training processes, stop, and go on from the state of the first."""
+    torch.set_num_threads(1)
+    options = {"init_method": f"file://{folder / 'meeting'}", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", **options)
+    at = [(0, 0)]
+
+    def loader():
+        return StreamLoader(Tapes(16), 2, seed=1, share=(rank, 2), position=lambda: at[0])
+
+    whole, first = contents(loader()), loader()
+    batches = iter(first)
+    next(batches), next(batches)
+    at[0] = (0, 2)
+    saved = [first.state_dict()]
+    torch.distributed.broadcast_object_list(saved)  # as of a checkpoint, which the first saves
+    second = loader()
+    second.load_state_dict(saved[0])
+    assert contents(second) == whole[2:] and second.data.read[0] == rank + 8
+    torch.distributed.destroy_process_group()
+
+
+def test_each_of_several_processes_continues_from_its_own_state(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_resume, args=(rank, tmp_path)) for rank in range(2)]
+    with warnings.catch_warnings():  # about forks beside threads
+        warnings.simplefilter("ignore")
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def test_streams_are_recognized():
