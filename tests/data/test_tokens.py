@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pyarrow as pa
 import pytest
 import torch
-from reliability.files import count, failures, save_earlier_cache
+from reliability.files import count, failures, rewrite, save_earlier_cache
 from support.caches import INFO, SIZE, write_cache
 from torch.utils.data import DataLoader
 
@@ -164,6 +164,24 @@ def test_a_cache_without_checksums_opens(tmp_path: Path, caplog: pytest.LogCaptu
     (tmp_path / "cache/00001.arrow").unlink()
     with pytest.raises(ValueError, match="00001.arrow is missing"):
         TokenCache(str(tmp_path / "cache"))
+
+
+def test_a_cache_of_one_grid_opens_as_the_earlier_version_read_it(tmp_path: Path) -> None:
+    tokens, folder = sequences(), tmp_path / "cache"
+    folder.mkdir()
+    about = {"fingerprint": "abc", "grid": [2, 3], "pixels": 96, "vocab_size": 70_000}
+    rows = pa.array([row[row >= 0].tolist() for row in tokens], pa.list_(pa.int32()))
+    table = pa.table({"tokens": rows, "class_label": list(range(7))})
+    rewrite(
+        folder / name_of(0),
+        table.replace_schema_metadata({b"taming.tokens": json.dumps(about)}),
+    )
+    seal(folder)
+    cache = TokenCache(str(folder))
+    (batch,) = Loader(cache, 7)
+    assert torch.equal(batch["tokens"], tokens) and batch["class_label"].tolist() == [*range(7)]
+    assert batch["grid"].tolist() == [[2, 3]] * 7 and batch["pixels"].tolist() == [96] * 7
+    assert batch.keys() == {"tokens", "class_label", "grid", "pixels", "fingerprint"}
 
 
 @pytest.mark.parametrize(
