@@ -134,7 +134,7 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch):
     assert missing == {
         f"ST-LPIPS, {networks.FRECHET}": "stlpips-pytorch is not installed: pip install "
         "'loopy-taming[eval]'",
-        "gFID": "torch-fidelity is not installed: pip install 'loopy-taming[eval]'",
+        "gFID": "torch_fidelity is not installed: pip install 'loopy-taming[eval]'",
     }
 
 
