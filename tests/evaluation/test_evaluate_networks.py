@@ -8,11 +8,12 @@ import lpips as reference_package
 import pytest
 import torch
 from skimage import data
+from torch_fidelity import feature_extractor_inceptionv3
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from taming.evaluation import networks
 from taming.evaluation.images import from_levels
-from taming.evaluation.measures import FrechetDistance, fidelity, precision_and_recall
+from taming.evaluation.measures import FrechetDistance, precision_and_recall
 from taming.modules.losses.lpips import LPIPS, VGG16
 from taming.util import file_hash
 
@@ -85,7 +86,7 @@ def test_lpips_is_that_of_the_loss(tmp_path, monkeypatch):
 
 
 def test_inception_is_torch_fidelitys_with_the_file_that_is_named(tmp_path, monkeypatch):
-    module = fidelity("feature_extractor_inceptionv3")
+    module = feature_extractor_inceptionv3
     with pytest.MonkeyPatch.context() as patch:  # random weights, in the form of the original's
         patch.setattr(module, "load_state_dict_from_url", lambda *a, **k: {})
         patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, s: None)
