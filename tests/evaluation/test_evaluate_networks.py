@@ -1,6 +1,7 @@
 """Feature networks: their files, what they see, and what is said of those that are missing."""
 
 import importlib.metadata
+import sys
 from pathlib import Path
 from urllib.error import URLError
 
@@ -124,11 +125,14 @@ def test_what_is_missing_is_named_with_place_and_remedy(tmp_path, monkeypatch):
 
 
 def test_a_missing_extra_is_named_with_its_command(monkeypatch):
-    def absent(name: str) -> None:  # a ModuleNotFoundError, as both ways to look raise
+    def absent(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(networks, "distribution", absent)
-    monkeypatch.setattr("taming.evaluation.measures.import_module", absent)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "torch_fidelity"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "path_importer_cache", {})
     monkeypatch.setenv("TAMING_LPIPS", "/nowhere/heads.pth")
     measures, missing = networks.all_measures(CPU, "g")
     assert not measures
