@@ -18,9 +18,9 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
