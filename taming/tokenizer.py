@@ -5,25 +5,25 @@ Axis letters: B pictures, C channels, H W picture, h w grid, T turns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from taming.codes import Codes as Codes
 from taming.decoding import Colour, rgb_of
 from taming.models.vqgan import VQModel
 from taming.pictures import Picture, is_single, pad, to_picture, to_tensor
+from taming.sharing import Shared, count_parameters
 from taming.util import usable_device
 
 if TYPE_CHECKING:
     from taming.codec.files import Codec
-    from taming.codec.models import EntropyModel
 
 
-class Tokenizer:
+class Tokenizer(Shared):
     """Turns pictures into codes and codes into pictures, with a trained `VQModel`.
 
     A picture is a path, a PIL image, a NumPy array (H, W), (H, W, C) or a tensor (C, H, W); arrays
@@ -41,7 +41,7 @@ class Tokenizer:
             that overlap. Tiles share the statistics of norms and 1,024 sites to attend to, from a
             sample of the picture, and show no seams; some codes in a hundred may differ from those
             of the whole. None sends every picture whole, in time quadratic in its sites.
-        context: Entropy model trained on the model's codes, for `compress`.
+        context: Network that predicts the model's codes, or None. It is saved along.
 
     Raises:
         ValueError: The model is not a tokenizer, or one of label maps; or the tile is not positive.
@@ -67,7 +67,7 @@ class Tokenizer:
         background: Colour = "white",
         max_pixels: int | None = None,
         tile: int | None = 768,
-        context: EntropyModel | None = None,
+        context: nn.Module | None = None,
     ) -> None:
         if getattr(model, "value_range", None) != (-1.0, 1.0):
             raise ValueError(
@@ -77,7 +77,8 @@ class Tokenizer:
         self.model = model.eval().requires_grad_(False)
         self.batch_size = batch_size
         self.background, self.max_pixels = rgb_of(background), max_pixels
-        self.tile, self.context = tile, context
+        self.tile = tile
+        self.context = None if context is None else context.eval().requires_grad_(False)
 
     @property
     def tile(self) -> int | None:
@@ -95,8 +96,34 @@ class Tokenizer:
 
     def to(self, device: torch.device | str) -> Tokenizer:
         """Move the model to a device; return the tokenizer."""
-        self.model.to(usable_device(device))
+        for module in self.shared_modules().values():
+            module.to(usable_device(device))
         return self
+
+    @classmethod
+    def of_modules(cls, modules: Mapping[str, Any]) -> Tokenizer:
+        """Return the tokenizer of a loaded ``model`` and, if there is one, its ``context``."""
+        if "model" not in modules:
+            raise ValueError(f"expected a tokenizer, got {', '.join(modules)}: use a Generator")
+        return cls(modules["model"], context=modules.get("context"))
+
+    def shared_modules(self) -> dict[str, Any]:
+        """Return the ``model`` and, if there is one, its ``context``."""
+        return {"model": self.model} | ({"context": self.context} if self.context else {})
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the configuration tells a reader of the model card: name -> value."""
+        height, width = (self.model.factor * sites for sites in self.model.grid)
+        return {
+            "model": f"{type(self.model).__name__} of {count_parameters(self.model)} parameters",
+            "pictures": f"{self.channels} channels, trained on {height} x {width} pixels",
+            "a site": f"{self.model.factor} x {self.model.factor} pixels",
+            **{
+                f"codes {name}".rstrip(): f"{type(quantizer).__name__}: {quantizer.sequence.n_e} "
+                f"in {quantizer.e_dim} dimensions, at most {quantizer.sequence.max_loops} a site"
+                for name, quantizer in self.model.levels.items()
+            },
+        }
 
     @property
     def channels(self) -> int:

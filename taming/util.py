@@ -59,7 +59,6 @@ EXTRAS = {
     "gradio": "demo",
     "huggingface_hub": "hub",
     "ray": "ray",
-    "safetensors": "hub",
     "torch_fidelity": "eval",
     "vector_quantize_pytorch": "zoo",
     "wandb": "wandb",

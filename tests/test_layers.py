@@ -21,8 +21,12 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"models", "modules", "checkpoint", "lr_scheduler", "util"},
     "codec": {"codec", "models", "modules", "decoding"},
     "data": {"data", "decoding", "util"},
-    "tokenizer": {"codec", "codes", "models", "checkpoint", "decoding", "pictures", "util"},
-    "generator": {"models", "tokenizer", "checkpoint", "pictures", "run", "util"},  # run: load()
+    "sharing": {"run", "util"},  # run: the folders of shared models, once one is saved or loaded
+    "tokenizer": {
+        *("codec", "codes", "models", "checkpoint", "decoding", "pictures", "sharing", "util")
+    },
+    # run: load()
+    "generator": {"models", "tokenizer", "checkpoint", "pictures", "run", "sharing", "util"},
     # Measures what the face loads, on data: above both, and of use to scripts alone.
     "evaluation": {
         *("evaluation", "tokenizer", "generator", "models", "modules"),

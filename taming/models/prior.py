@@ -85,6 +85,10 @@ class Prior(Model, ABC):
     """
 
     condition_dropout: float = 0.0
+    built_from = {
+        "first_stage_config": "first_stage_model",
+        "cond_stage_config": "cond_stage_model",
+    }
 
     def __init__(
         self,

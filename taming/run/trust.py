@@ -96,18 +96,20 @@ _IMPORTABLE = (
 _FOLDERS = ("dirpath", "save_dir", "default_root_dir", "logdir", "ckptdir", "cfgdir")
 
 
-def check_trust(config: LoadedConfig, block: str) -> None:
+def check_trust(config: LoadedConfig, block: str, name: str | None = None) -> None:
     """Refuse what a saved run's own files may not ask for in a top-level block.
 
     Args:
         config: A configuration; unless it has ``untrusted`` files, everything is allowed.
         block: ``model``, ``data`` or ``lightning``.
+        name: Name of the top-level block if it is another, which may build what ``block`` may.
 
     Raises:
         ConfigError: Names the file, the key path and the target.
     """
     if config.untrusted is not None:
-        _check_entries(config, block, block, config.values.get(block))
+        name = name or block
+        _check_entries(config, block, name, config.values.get(name))
 
 
 def _check_entries(config: LoadedConfig, block: str, path: str, value: Any) -> None:

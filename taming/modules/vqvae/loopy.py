@@ -219,6 +219,12 @@ class LoopyVectorQuantizer(Quantizer):
         z_q = z_q.reshape(*grid, self.e_dim)
         return z_q if len(grid) == 1 else channels_second(z_q)
 
+    def loop_tables(self) -> dict[str, Tensor]:
+        """Return the threshold, the number of turns, and what the transform's turns see."""
+        tables = self.transform.loop_tables(self.embedding.weight.float())
+        turns = torch.tensor(self.max_loops)
+        return {**tables, "threshold": self.threshold, "max_loops": turns}
+
     # --- rate ------------------------------------------------------------------------------------
 
     @torch.no_grad()
