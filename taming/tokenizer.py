@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from taming.codes import Codes as Codes
 from taming.decoding import Colour, rgb_of
@@ -21,6 +21,7 @@ from taming.util import usable_device
 
 if TYPE_CHECKING:
     from taming.codec.files import Codec
+    from taming.modules.context import ContextNetwork
 
 
 class Tokenizer(Shared):
@@ -67,7 +68,7 @@ class Tokenizer(Shared):
         background: Colour = "white",
         max_pixels: int | None = None,
         tile: int | None = 768,
-        context: nn.Module | None = None,
+        context: ContextNetwork | None = None,
     ) -> None:
         if getattr(model, "value_range", None) != (-1.0, 1.0):
             raise ValueError(

@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"data", "decoding", "util"},
     "sharing": {"run", "util"},  # run: the folders of shared models, once one is saved or loaded
     "tokenizer": {
-        *("codec", "codes", "models", "checkpoint", "decoding", "pictures", "sharing", "util")
+        *("codec", "codes", "models", "modules", "checkpoint", "decoding", "pictures"),
+        *("sharing", "util"),
     },
     # run: load()
     "generator": {"models", "tokenizer", "checkpoint", "pictures", "run", "sharing", "util"},

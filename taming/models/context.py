@@ -19,7 +19,7 @@ from taming.models.prior import Prior, TokenizedBatch
 from taming.models.sampling import Completion
 from taming.modules.context import ContextNetwork
 from taming.modules.transformer.generate import sample_token
-from taming.modules.vqvae.rate import sample_budgets
+from taming.modules.vqvae.rate import check_ranges, rates_between
 from taming.util import instantiate_with_sizes
 
 
@@ -27,15 +27,16 @@ class ContextPrior(Prior):
     """A `ContextNetwork` over the codes of a frozen tokenizer, trained at all of its rates.
 
     `taming.load` gives the tokenizer of its run with the network as `Tokenizer.context`, under
-    which ``compress`` writes the smallest files. In training, the mean length of each image is
-    uniform in ``length_range``; in validation, the lengths of a batch are spread evenly over it.
+    which ``compress`` writes the smallest files. In training, the rate of each image is sampled
+    from ``length_range`` or ``rate_range``; in validation, those of a batch are spread evenly.
 
     Args:
         first_stage_config: ``{target, params}`` of the tokenizer, a `VQModel`.
         context_config: ``{target, params}`` of the `ContextNetwork`; K and T follow from the
             tokenizer.
-        length_range: Mean lengths of images, two bounds in [1, T]; None for those that the
-            tokenizer was trained with, or for 1 and T. They do not matter at a fixed rate.
+        length_range: Mean lengths of images, two bounds in [1, T].
+        rate_range: Instead: lambdas of images, two bounds. With neither, the rates that the
+            tokenizer was trained with, or mean lengths in [1, T]; none matter at a fixed rate.
         ckpt_path: Checkpoint whose weights to start from.
         ignore_keys: Prefixes of keys to leave out of it.
         first_stage_key: Key of the image in a batch.
@@ -71,6 +72,7 @@ class ContextPrior(Prior):
         first_stage_config: Mapping[str, Any],
         context_config: Mapping[str, Any],
         length_range: Sequence[float] | None = None,
+        rate_range: Sequence[float] | None = None,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         first_stage_key: str = "image",
@@ -90,11 +92,14 @@ class ContextPrior(Prior):
                 "a context model takes codes of which each turn writes one; the transform of this "
                 "tokenizer's quantizer writes dummies, which only the last turn explains"
             )
-        own = getattr(self.first_stage_model.quantize, "length_range", None)
-        low, high = length_range or own or (1, turns)
-        if not 1 <= low <= high <= turns:
-            raise ValueError(f"length_range must be two bounds in [1, {turns}], got {low}, {high}")
-        self.length_range = float(low), float(high)
+        if length_range is None and rate_range is None:
+            quantizer = self.first_stage_model.quantize
+            rate_range = getattr(quantizer, "rate_range", None)
+            length_range = getattr(quantizer, "length_range", None) if rate_range is None else None
+        check_ranges(length_range, rate_range, turns)
+        self.rates = {"length_range": length_range, "rate_range": rate_range}
+        if not any(self.rates.values()):
+            self.rates["length_range"] = (1.0, float(turns))
         sizes = {"n_codes": self.sequence.n_e, "max_loops": turns}
         self.context: ContextNetwork = instantiate_with_sizes(context_config, sizes)
         tables = getattr(self.first_stage_model.quantize, "entropy", None)
@@ -117,14 +122,12 @@ class ContextPrior(Prior):
         if not model.quantize.variable_rate:
             return super().encode_codes(x)
         images, sites = len(x), x.shape[2] * x.shape[3] // model.factor**2
-        low, high = self.length_range
+        share = (torch.arange(images, device=x.device) + 0.5) / images
         if self.training:
-            budgets = sample_budgets(images, sites, (low, high), x.device)
-        else:
-            share = (torch.arange(images, device=x.device) + 0.5) / images
-            budgets = ((low + (high - low) * share) * sites).round().long()
+            share = torch.rand_like(share)
+        rates = rates_between(share, sites, **self.rates)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return model.encode_to_codes(x, max_codes=budgets)
+            return model.encode_to_codes(x, **rates)
 
     def measure_nats(self, seen: TokenizedBatch) -> tuple[Tensor, Tensor]:
         """Measure -log p (B,) in nats and the number of tokens (B,) of images."""
