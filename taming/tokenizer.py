@@ -195,17 +195,7 @@ class Tokenizer(Shared):
         if is_single(pictures):
             return self.encode([pictures], **given)[0]
         images = [self.to_tensor(picture) for picture in pictures]
-        padded = [pad(image, self.model.factor) for image in images]
-        codes: list[Codes | None] = [None] * len(images)
-        for numbers in _by_shape(padded, self.batch_size):
-            x = torch.stack([padded[number] for number in numbers])
-            found = self.model.encode_to_codes(x.to(next(self.model.parameters())), **given)
-            bits = self.model.bits_of(found).tolist()
-            levels = [level.cpu() for level in (found if isinstance(found, tuple) else [found])]
-            for number, cost, *own in zip(numbers, bits, *levels, strict=True):
-                size = images[number].shape[1], images[number].shape[2]
-                codes[number] = Codes(tuple(own) if len(own) > 1 else own[0], size, cost)
-        return codes
+        return encode_images(self.model, images, self.batch_size, **given)
 
     @overload
     def decode(self, codes: Codes) -> Image.Image: ...
@@ -296,6 +286,34 @@ class Tokenizer(Shared):
         from taming.codec.files import Codec  # whose range coder is imported where it is used
 
         return Codec(self.model, self.context)
+
+
+@torch.no_grad()
+def encode_images(
+    model: VQModel, images: Sequence[Tensor], batch_size: int, **rate: float | None
+) -> list[Codes]:
+    """Encode images of any sizes, those of one size together, extended to whole sites.
+
+    Args:
+        model: The model, in evaluation mode.
+        images: (C, H, W) each, in the model's range.
+        batch_size: Largest number of images that go through the model together.
+        **rate: At most one argument of the model's ``encode`` that sets a rate.
+
+    Raises:
+        ValueError: The rate cannot be met, or the model has a fixed rate.
+    """
+    padded = [pad(image, model.factor) for image in images]
+    codes: list[Codes | None] = [None] * len(images)
+    for numbers in _by_shape(padded, batch_size):
+        x = torch.stack([padded[number] for number in numbers])
+        found = model.encode_to_codes(x.to(next(model.parameters())), **rate)
+        bits = model.bits_of(found).tolist()
+        levels = [level.cpu() for level in (found if isinstance(found, tuple) else [found])]
+        for number, cost, *own in zip(numbers, bits, *levels, strict=True):
+            size = images[number].shape[1], images[number].shape[2]
+            codes[number] = Codes(tuple(own) if len(own) > 1 else own[0], size, cost)
+    return codes  # type: ignore[return-value]
 
 
 def _by_shape(tensors: Sequence[Tensor], most: int) -> list[list[int]]:

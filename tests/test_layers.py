@@ -34,6 +34,8 @@ ALLOWED: dict[str, set[str]] = {
         *("data", "decoding", "pictures", "run", "util"),
     },
     "run": {"run", "models", "data", "checkpoint", "pictures", "util"},
+    # A program in a folder: runs to load, pictures to read, the face's way from images to codes.
+    "scale": {"scale", "tokenizer", "models", "data", "run", "util"},
 }
 FACE = ("taming.codes", "taming.evaluation.evaluate", "taming.generator", "taming.tokenizer")
 PROGRAM_FILES = [ROOT / "main.py", *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]

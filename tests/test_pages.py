@@ -8,21 +8,23 @@ not run is listed here with its reason.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
+import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
-from support.hub import serving
-from support.pages import PAGES, ROOT, files, steps
+from support.hub import Hub, standing_in
+from support.pages import PAGES, ROOT, files, fill, read, steps
 from support.runs import TinyRuns, call, picture
+from torch.distributed.run import get_args_parser
 
 import main as program
 from taming.__main__ import programs
@@ -37,12 +39,14 @@ RUNS = {
     "class_prior": "cifar10_two_level_transformer.yaml",
 }
 OTHER_RUNS = {
+    "docs/extending": {"time_my_prior": "custom_loopy_transformer.yaml"},
     "docs/recipes": {
-        "single_code": "vqvae_single_code.yaml",
-        "two_level": "cifar10_two_level_transformer.yaml",
-        "vqvae2_top": "vqvae2_top_prior.yaml",
-        "vqvae2_bottom": "vqvae2_bottom_prior.yaml",
-        "imagenet_transformer": "imagenet_transformer.yaml",
+        "run_of_single_code": "vqvae_single_code.yaml",
+        "run_of_transformer": "cifar10_transformer.yaml",
+        "run_of_two_level": "cifar10_two_level_transformer.yaml",
+        "run_of_vqvae2_top": "vqvae2_top_prior.yaml",
+        "run_of_vqvae2_bottom": "vqvae2_bottom_prior.yaml",
+        "run_of_imagenet_transformer": "imagenet_transformer.yaml",
     },
 }
 # What snippets and commands of a page take as given, beside the files that `world` makes.
@@ -52,6 +56,19 @@ GIVEN = {
         model = taming.load("logs/tokenizer").model
         batches = [torch.rand(2, 3, 32, 32) * 2 - 1]
     """,
+    "docs/migration": """
+        import json, pathlib, shutil
+        pathlib.Path("results").mkdir()
+        counts = {"rates": {"own": {"histograms": {"codes": [0, 3, 0, 1, 7]}}}}
+        pathlib.Path("results/evaluation.json").write_text(json.dumps(counts))
+        shutil.copy("logs/tokenizer/checkpoints/last.ckpt", ".")
+        shutil.copy(*pathlib.Path("logs/tokenizer/configs").glob("*-project.yaml"), "model.yaml")
+    """,
+    "docs/sharing": """
+        import sys, numpy as np
+        images = np.zeros((1, 3, 32, 32), np.float32)
+        sys.path.append("exported")
+    """,
 }
 # Numbers of a page -> smaller ones, after the same flag.
 LESS = {"--generated": "4", "--grid": "6,8"}
@@ -59,6 +76,7 @@ LESS = {"--generated": "4", "--grid": "6,8"}
 PARSED = {
     "benchmarks": "measures for minutes; tests/test_benchmark*.py run them on tiny plans",
     "tests": "searches for minutes; short forms are in the suite",
+    "scripts/convert.py": "needs files of other projects; tests/test_convert.py makes them",
     "scripts/sample_conditional.py": "serves until it is stopped; has its own tests",
 }
 # Programs of others: what is checked of them in place of a run, which would change the machine.
@@ -78,17 +96,12 @@ def parse_alone(path: Path, arguments: Sequence[str]) -> None:
         raise Parsed
 
     original = argparse.ArgumentParser.parse_args
-    spec = importlib.util.spec_from_file_location(f"page_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(path.parent), *sys.path])
         patch.setattr(sys, "argv", [str(path), *arguments])
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
         patch.setattr(argparse.ArgumentParser, "parse_args", parse)
         with pytest.raises(Parsed):
-            module.main()
+            runpy.run_path(str(path), run_name="__main__")
 
 
 def check_install(*arguments: str) -> None:
@@ -114,6 +127,12 @@ def check_file(*arguments: str) -> None:
     assert all((ROOT / name).is_file() for name in arguments if name.endswith(".yaml"))
 
 
+def check_processes(*arguments: str) -> None:
+    """The launcher takes its own arguments; the program is run in this process."""
+    options = get_args_parser().parse_args(arguments)
+    run_program(ROOT / options.training_script, options.training_script_args)
+
+
 def change_files(*command: str) -> None:
     """Really do it, in the page's own folder."""
     subprocess.run(command, check=True)
@@ -123,6 +142,7 @@ OTHERS: dict[str, Callable[..., None]] = {
     "pip": check_install,
     "make": check_target,
     "conda": check_file,
+    "torchrun": check_processes,
     **{name: lambda *rest, name=name: change_files(name, *rest) for name in ("cp", "mkdir")},
 }
 
@@ -185,7 +205,12 @@ def check_blocks(value: Any) -> None:
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_runs: TinyRuns) -> Path:
+def world(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_runs: TinyRuns,
+    without_networks: None,
+) -> Iterator[Path]:
     """A reader's folder with pictures, data and the repository's recipes; the working folder."""
     for folder in ("folder", "photos"):
         (tmp_path / folder).mkdir()
@@ -199,19 +224,20 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_runs: TinyRuns) 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("TAMING_DATA", str(tiny_runs.data))
-    return tmp_path
+    with standing_in(Hub(), monkeypatch, tmp_path / "cache"):
+        yield tmp_path
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_keeps_its_word(page: str, world: Path, tiny_runs: TinyRuns) -> None:
-    text = (ROOT / f"{page}.md").read_text(encoding="utf-8")
+    given = textwrap.dedent(GIVEN.get(page, ""))
     for name, recipe in {**RUNS, **OTHER_RUNS.get(page, {})}.items():
-        if re.search(rf"logs/<{name.replace('_', '.')}>", text):
+        if re.search(rf"logs/{name}\b", fill(read(page)) + given):
             shutil.copytree(tiny_runs.of(recipe), world / "logs" / name)
     for name, content in files(page).items():
         (world / name).write_text(content, encoding="utf-8")
     names: dict[str, Any] = {}
-    exec("import taming\n" + re.sub(r"^ +", "", GIVEN.get(page, ""), flags=re.MULTILINE), names)
+    exec(f"import taming\n{given}", names)
     for kind, step in steps(page, world):
         if kind == "python":
             exec(compile(step, f"{page}.md", "exec"), names)

@@ -46,7 +46,7 @@ _LIGHTNING = "lightning.pytorch"
 
 # Top-level block -> the classes that may be built anywhere inside it. Left out are those that write
 # or fetch files of any name, unpickle, start processes or call what they are given: most loggers,
-# plugins and launchers of Lightning, metrics that load networks, LSUN, and TokenCacheWriter.
+# plugins and launchers of Lightning, metrics that load networks, and LSUN.
 _ALLOWED: dict[str, tuple[_Allowed, ...]] = {
     "model": (
         *map(_Allowed, ("taming.models", "taming.modules", "taming.lr_scheduler", "torch.optim")),

@@ -78,5 +78,5 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="writes dummies"):
         prior("attract")
     for wrong in ([0.5, 2], [2, 1], [1, 4]):
-        with pytest.raises(ValueError, match=r"two bounds in \[1, 3\]"):
+        with pytest.raises(ValueError, match=r"two bounds in \[1, max_loops = 3\]"):
             prior(length_range=wrong)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README", "CONTRIBUTING", *sorted(f"docs/{p.stem}" for p in ROOT.glob("docs/*.md"))]
 
 _FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
-_INLINE = re.compile(r"(?<!`)`((?:python|taming|pip|make|torchrun)\s[^`]+)`(?!`)")
+_INLINE = re.compile(r"(?<!`)`((?:python|taming|pip|make)\s[^`]+)`(?!`)")
 _PLACEHOLDER = re.compile(r"<([^<>\n]+)>")
 _FILE = re.compile(r"# ([\w/]+\.(?:py|yaml))\b")
 
