@@ -65,9 +65,8 @@ GIVEN = {
         shutil.copy(*pathlib.Path("logs/tokenizer/configs").glob("*-project.yaml"), "model.yaml")
     """,
     "docs/sharing": """
-        import sys, numpy as np
+        import numpy as np
         images = np.zeros((1, 3, 32, 32), np.float32)
-        sys.path.append("exported")
     """,
 }
 # Numbers of a page -> smaller ones, after the same flag.
@@ -95,6 +94,9 @@ def parse_alone(path: Path, arguments: Sequence[str]) -> None:
         original(self, *given, **options)
         raise Parsed
 
+    assert "__main__" in path.read_text(encoding="utf-8")
+    if not arguments:
+        return
     original = argparse.ArgumentParser.parse_args
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(path.parent), *sys.path])
@@ -197,7 +199,7 @@ def check_blocks(value: Any) -> None:
     if isinstance(value, list):
         value = dict(enumerate(value))
     if isinstance(value, dict):
-        if isinstance(value.get("target"), str):
+        if value.get("target", "...") != "...":
             parameters, any_other = parameters_of(get_obj_from_str(value["target"]))
             assert any_other or not {*value.get("params", {})} - {*parameters}, value["target"]
         for part in value.values():
@@ -226,6 +228,9 @@ def world(
     monkeypatch.setenv("TAMING_DATA", str(tiny_runs.data))
     with standing_in(Hub(), monkeypatch, tmp_path / "cache"):
         yield tmp_path
+    for name, module in [*sys.modules.items()]:
+        if str(tmp_path) in (getattr(module, "__file__", None) or ""):
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("page", PAGES)
