@@ -56,7 +56,6 @@ EXTRAS = {
     **dict.fromkeys(("tensorboard", "torchmetrics", "torchvision"), "train"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
     "datasets": "data",
-    "fsspec": "data",
     "gradio": "demo",
     "huggingface_hub": "hub",
     "ray": "ray",
