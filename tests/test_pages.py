@@ -24,7 +24,6 @@ from packaging.requirements import Requirement
 from support.hub import Hub, standing_in
 from support.pages import PAGES, ROOT, files, fill, read, steps
 from support.runs import TinyRuns, call, picture
-from torch.distributed.run import get_args_parser
 
 import main as program
 from taming.__main__ import programs
@@ -130,9 +129,9 @@ def check_file(*arguments: str) -> None:
 
 
 def check_processes(*arguments: str) -> None:
-    """The launcher takes its own arguments; the program is run in this process."""
-    options = get_args_parser().parse_args(arguments)
-    run_program(ROOT / options.training_script, options.training_script_args)
+    """Parse the arguments of the program that a launcher starts many times."""
+    (number,) = (n for n, argument in enumerate(arguments) if argument.endswith(".py"))
+    parse_alone(ROOT / arguments[number], arguments[number + 1 :])
 
 
 def change_files(*command: str) -> None:
@@ -144,7 +143,7 @@ OTHERS: dict[str, Callable[..., None]] = {
     "pip": check_install,
     "make": check_target,
     "conda": check_file,
-    "torchrun": check_processes,
+    **dict.fromkeys(("srun", "torchrun"), check_processes),
     **{name: lambda *rest, name=name: change_files(name, *rest) for name in ("cp", "mkdir")},
 }
 
