@@ -68,3 +68,12 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("data") / "images.parquet"
     write_parquet(file, map(Image.fromarray, pixels))
     return file
+
+
+@pytest.fixture
+def without_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are not there, and nothing to download."""
+    monkeypatch.setenv("TAMING_LPIPS", "/nowhere/heads.pth")
+    monkeypatch.setenv("TAMING_INCEPTION", "/nowhere/inception.pth")
+    missing = "taming.evaluation.networks.SHIFT_TOLERANT"
+    monkeypatch.setattr(missing, "nowhere/vgg.pth")

@@ -189,7 +189,7 @@ class DownloadedImages(LabelledImages, ABC):
 
     Args:
         split: "train" or "test".
-        path: Parquet file of this split with the columns `image_column` and ``label``; None uses
+        path: Parquet file of this split with the columns ``image_column`` and ``label``; None uses
             the original files.
         root: Folder of the original files; by default TAMING_DATA, or ``taming/data`` in the user's
             cache.

@@ -62,7 +62,7 @@ class VQModel(ManualOptimization, FirstStage):
             influencing the encoder, which then uses more directions of the latent space.
         orthogonal_start: Start the linear layers on both sides of the latents orthogonal.
         linear_shortcut: Add a `LinearShortcut` around both networks, whose output starts at zero.
-        compile: Compile encoder and decoder when they are first used, by `torch.compile`.
+        compile: Compile encoder and decoder when they are first used, by ``torch.compile``.
         freeze: Names of `parts` that stay as they are, averages and statistics included.
 
     Example:
@@ -171,13 +171,13 @@ class VQModel(ManualOptimization, FirstStage):
 
         Args:
             x: (B, C, H, W) in [-1, 1].
-            threshold: Distance at which a loop ends, in the space of z (`quantize.latent_std` is
+            threshold: Distance at which a loop ends, in the space of z (``quantize.latent_std`` is
                 the latents' standard deviation); one for all or one per image (B,), as below.
             max_codes: Largest number of codes of an image.
             target_psnr: PSNR in dB to reach with the fewest codes; out of reach, all turns.
             max_tokens: Alias of ``max_codes``.
-            rate: lambda >= 0: codes and ends of least |z - z_q|^2 / latent_std^2 + lambda bits, by
-                the quantizer's `EntropyTables`.
+            rate: lambda >= 0: codes and ends of least ``|z - z_q|^2 / latent_std^2 + lambda bits``,
+                by the quantizer's `EntropyTables`.
             target_bits: Largest number of those bits of an image, at the smallest lambda.
 
         Raises:

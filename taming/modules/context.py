@@ -10,8 +10,8 @@ lines run in float32, and gradients pass the roundings unchanged (straight-throu
 2013, arXiv:1308.3432).
 
 Codes are told turn by turn, and a turn in five groups of sites: of every 4 x 4 sites the first,
-then the one between four that are known, and so on down to half of all sites (`GROUPS`). A group is
-predicted in one pass, from all turns before and the groups before it.
+then the one between four that are known, and so on down to half of all sites (``GROUPS``). A group
+is predicted in one pass, from all turns before and the groups before it.
 
 Axis letters: B images, h w grid, S = B h w sites, T turns, K codes, C channels of a site, H of a
 hidden layer, P places of the padded grids, N sites told together, V values of a symbol.

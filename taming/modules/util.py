@@ -327,7 +327,7 @@ def images_of(
 
 
 class Method(nn.Module):
-    """A method of a module as a module of its own, for `torch.export`.
+    """A method of a module as a module of its own, for ``torch.export``.
 
     Args:
         module: The module.

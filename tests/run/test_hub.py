@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.hub import Hub, serving
+from support.hub import Hub, standing_in
 from support.models import tokenizer_of
 
 from taming.tokenizer import Tokenizer
@@ -17,14 +17,7 @@ NAME = "someone/tiny"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that the client takes for the real one, whose addresses it fixed when imported."""
-    with serving(Hub()) as served:
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
-        address = template.replace(constants.ENDPOINT, served.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
-        monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    with standing_in(Hub(), monkeypatch, tmp_path / "cache") as served:
         yield served
 
 

@@ -10,7 +10,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 
 class Hub:
@@ -127,3 +130,18 @@ def serving(hub: Hub) -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def standing_in(hub: Hub, patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
+    """Let a hub be taken for the real one, whose addresses the client fixed when imported."""
+    from huggingface_hub import constants
+
+    with serving(hub):
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        address = template.replace(constants.ENDPOINT, hub.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setenv("HF_TOKEN", "hf_of_a_test")
+        yield hub

@@ -47,8 +47,8 @@ def adaptive_weight(
 ) -> Tensor:
     """Balance the adversary's gradient against the reconstruction's (equation 7).
 
-    |d nll / d last_layer| / (|d g / d last_layer| + 1e-4), with gradients averaged over all ranks,
-    so that the ranks agree. A step whose gradients overflow gets weight 0.
+    ``|d nll / d last_layer| / (|d g / d last_layer| + 1e-4)``, with gradients averaged over all
+    ranks, so that the ranks agree. A step whose gradients overflow gets weight 0.
 
     Args:
         nll_loss: Scalar, reconstruction loss.

@@ -146,7 +146,7 @@ class Backbone(PriorNetwork):
         return replace(self.new_cache(), fused=[block.attn.fused() for block in self.blocks])
 
     def compile_blocks(self) -> None:
-        """Compile the blocks, for passes over whole sequences, by `torch.compile`."""
+        """Compile the blocks, for passes over whole sequences, by ``torch.compile``."""
         self.is_compiled = True
         for block in self.blocks:
             block.compile()

@@ -101,7 +101,7 @@ class PriorNetwork(nn.Module, ABC):
         """
 
     def compile_blocks(self) -> None:
-        """Compile the blocks, for passes over whole sequences, by `torch.compile`.
+        """Compile the blocks, for passes over whole sequences, by ``torch.compile``.
 
         Raises:
             ValueError: By default, a network has no blocks to compile.

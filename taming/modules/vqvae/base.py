@@ -86,8 +86,8 @@ def code_perplexity(codes: Tensor, n_e: int) -> Tensor:
 def vq_loss(z: Tensor, z_q: Tensor, beta: float, legacy: bool) -> Tensor:
     """Compute the two terms of equation 3 of van den Oord et al. 2017 (arXiv:1711.00937).
 
-    They are |sg(z) - e|^2, which moves the codes, and |z - sg(e)|^2, the commitment, which moves
-    the encoder. Without gradient they are the same.
+    They are ``|sg(z) - e|^2``, which moves the codes, and ``|z - sg(e)|^2``, the commitment, which
+    moves the encoder. Without gradient they are the same.
 
     Args:
         z: Latents, float32, of any shape.

@@ -1,6 +1,6 @@
 """The loop of one site: the path of a latent, the searches along it, and the transform of a turn.
 
-A latent z goes round the loop for at most T turns, n = 0..T-1. With r_0 = z, turn n is
+A latent z goes round the loop for at most T turns, n = 0..T-1. With r_0 = z, turn n is::
 
     k_n     = argmin_k |r_n - M_n e_k|          the nearest code wins
     d_n     = |r_n - M_n e_{k_n}|               how far r_n is from that code
@@ -10,10 +10,10 @@ A latent z goes round the loop for at most T turns, n = 0..T-1. With r_0 = z, tu
     Attract  writes D,    r_{n+1} = r_n + step (e_{k_n} - r_n),  z_q = e_{k_n},            M_n = 1
     Cascade  writes k_n,  r_{n+1} = r_n - M_n e_{k_n},           z_q = sum_n M_n e_{k_n},  M_0 = 1
 
-At a price of codes, a Cascade takes the least |r_n - M_n e_k|^2 + price instead (see `walk`).
+At a price of codes, a Cascade takes the least ``|r_n - M_n e_k|^2`` + price instead (see `walk`).
 
 The path does not depend on the threshold tau, which only decides where it is cut: `Path` lists, for
-every turn, the codes if the site ended there; `rate.lengths_within` finds the first within tau.
+every turn, the codes if the site ended there; `lengths_within` finds the first within tau.
 
 A transform implements these turns as three methods:
 
@@ -93,7 +93,7 @@ class Transform(Part, ABC):
             threshold: (N,) float32, Euclidean distance in the space of z at which a loop ends.
             max_loops: T; the last turn ends every loop.
             price: Of codes, added to the squared distance by which they are chosen. A transform
-                with `dummies` never gets one.
+                with ``dummies`` never gets one.
 
         Returns:
             The path, without gradient.
@@ -105,7 +105,7 @@ class Transform(Part, ABC):
 
     @abstractmethod
     def mean_square(self, path: Path, lengths: Tensor) -> Tensor | None:
-        """Mean of |z - z_q|^2, a scalar, over the searches of a path that ends at lengths (N,).
+        """Mean of ``|z - z_q|^2``, a scalar, over searches of a path that ends at lengths (N,).
 
         None if the path does not tell, but only `retrace`.
         """
@@ -144,9 +144,10 @@ class Cascade(Transform):
     """Subtract the nearest code and go on with the residual: r <- r - M_n e_k, writing k.
 
     All codes compete again in each turn, which sees the one codebook through a linear map M_n of
-    its own, since residuals have another size and shape than latents. The distance is |z - z_q|, so
-    the threshold bounds the error of every site that ends before the last turn. With M_n = 1 this
-    is residual quantization with a shared codebook (Lee et al. 2022, arXiv:2203.01941).
+    its own, since residuals have another size and shape than latents. The distance is
+    ``|z - z_q|``, so the threshold bounds the error of every site that ends before the last turn.
+    With M_n = 1 this is residual quantization with a shared codebook (Lee et al. 2022,
+    arXiv:2203.01941).
 
     Args:
         max_loops: T.
@@ -177,7 +178,7 @@ class Cascade(Transform):
 
     @abstractmethod
     def backproject(self, errors: Tensor, turn: int) -> tuple[Tensor, Tensor]:
-        """Map errors (M, D) of a turn to its codes: M_n^T times them, and |M_n|^2 / D, a scalar."""
+        """Map errors (M, D) of a turn to its codes: M_n^T times them, and ``|M_n|^2 / D``."""
 
     @torch.no_grad()
     def search(

@@ -167,9 +167,9 @@ class LinearResidual(Cascade):
     """Bring the codebook into the shape of the residuals: M_n is a matrix (see `Cascade`).
 
     The maps are the least-squares fit of M_n e_k to the queries of turn n, followed by a damped
-    Newton step for each batch, so that maps and codebook together reduce |z - z_q|^2. A ridge
-    keeps axes in which codes hardly differ, and turns that few latents take, from noise. T - 1
-    maps of D x D numbers stand in for T separate codebooks of K x D.
+    Newton step for each batch, so that maps and codebook together reduce ``|z - z_q|^2``. A
+    ridge keeps axes in which codes hardly differ, and turns that few latents take, from noise.
+    T - 1 maps of D x D numbers stand in for T separate codebooks of K x D.
 
     Args:
         max_loops: T.

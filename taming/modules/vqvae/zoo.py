@@ -126,7 +126,7 @@ class LibraryQuantizer(Quantizer):
     `get_codebook_entry`, with a gradient straight to z, and the state does not change.
 
     Args:
-        name: A key of `PARTS`.
+        name: A key of ``PARTS``.
         n_e: K, number of codes of a codebook; for FSQ the product of its ``levels``.
         e_dim: D, channels of a latent.
         **options: Further arguments of the library's class.
