@@ -28,6 +28,11 @@ ALLOWED: dict[str, set[str]] = {
         *("evaluation", "tokenizer", "generator", "models", "modules"),
         *("data", "decoding", "pictures", "run", "util"),
     },
+    # Shows what the face loads, and runs with their data: above all, and of use to scripts alone.
+    "demo": {
+        *("demo", "tokenizer", "generator", "codes", "codec", "models"),
+        *("data", "pictures", "run", "util"),
+    },
     "run": {"run", "models", "data", "checkpoint", "pictures", "util"},
 }
 FACE = ("taming.codes", "taming.evaluation.evaluate", "taming.generator", "taming.tokenizer")
