@@ -29,9 +29,10 @@ CSS = """
 .numbers { font-variant-numeric: tabular-nums; }
 .pixels img { image-rendering: pixelated; cursor: auto; }
 """
+# One event uses the models at a time.
 EVENT: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 EVENT |= {"api_visibility": "private"}
-DRAG = EVENT | {"trigger_mode": "always_last", "show_progress": "hidden"}
+DRAG: dict[str, Any] = EVENT | {"trigger_mode": "always_last", "show_progress": "hidden"}
 
 
 class Panel(NamedTuple):
@@ -80,7 +81,7 @@ def compress_tab(exhibits: Sequence[Exhibit]) -> None:
         panels = [lay_panel(exhibit) for exhibit in exhibits]
     studies = gr.State(time_to_live=3600)
     shown = [component for panel in panels for component in panel]
-    sees = {"fn": show, "inputs": [studies, kind, value, x, y], "outputs": shown}
+    sees: dict[str, Any] = {"fn": show, "inputs": [studies, kind, value, x, y], "outputs": shown}
 
     def load(path: str | None, side: int, kind: str) -> tuple[Any, Any]:
         found = study_all(exhibits, path, side)

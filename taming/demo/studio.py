@@ -221,7 +221,7 @@ class Studio:
         with torch.no_grad():
             start = self._start(wish, picture, painted, example)
             given = self.model.decode_codes(start.codes)
-        sites, known = start.known.numel(), int(start.known.sum())
+        sites = start.known.numel()
 
         def step(done: int, codes: Tensor) -> Step:
             images = paste(self.model.decode_codes(codes), given, start.known)
@@ -229,12 +229,14 @@ class Studio:
 
         @torch.no_grad()  # which holds for a thread
         def work(send: Send[Step]) -> None:
-            sent = known
+            sent: int | None = None
 
             def follow(progress: Progress) -> None:
                 nonlocal sent
                 send.check()
-                if sent + wish.every <= (done := progress.sites()) < sites:
+                done = progress.sites()
+                sent = done if sent is None else sent  # known sites may come first
+                if sent + wish.every <= done < sites:
                     sent = done
                     send(step(done, progress.codes()))
 
@@ -258,17 +260,16 @@ class Studio:
             x, c = self.example(*(example or ("", 0)), wish.scale)
         elif picture is not None:
             x = self.fitted(picture, wish.scale)
-        if x is None:
-            codes = self.model.empty_codes(1, scaled_grid(self.model.grid, wish.scale))
-            known = torch.zeros(codes.shape[1:3], dtype=torch.bool)
-        else:
-            codes = self.model.encode_codes(x)
-            grid = codes.shape[1], codes.shape[2]
+        grid = scaled_grid(self.model.grid, wish.scale)
+        codes = self.model.empty_codes(1, grid) if x is None else self.model.encode_codes(x)
+        grid = codes.shape[1], codes.shape[2]
+        known = torch.zeros(grid, dtype=torch.bool)
+        if x is not None:
             known = upper_part(wish.known, grid) & ~painted_sites(painted, grid)
-            if known.all():
-                raise ValueError("nothing is to be sampled: paint over a part, or keep less")
+        if known.all():
+            raise ValueError("nothing is to be sampled: paint over a part, or keep less")
         if c is not None:
-            return Start(codes, known, condition_windows(self.model, c, tuple(codes.shape[1:3])))
+            return Start(codes, known, condition_windows(self.model, c, grid))
         token = self.model.sos_token
         if self.kind == "class":
             token = wish.label

@@ -166,7 +166,8 @@ class Study:
         output = self._quantize(rate)
         levels = self._levels(output)
         own = tuple(level[0] for level in levels)
-        codes = Codes(own if len(own) > 1 else own[0], self.size, self._bits(levels))
+        indices = own if len(own) > 1 else levels[0][0]
+        codes = Codes(indices, self.size, self._bits(levels))
         picture = self.tokenizer.decode(codes)
         maps = self.model.code_pictures(output, self._padded)
         found = next((maps[name] for name in reversed(maps) if name.endswith("lengths")), None)
