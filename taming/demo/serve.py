@@ -15,7 +15,7 @@ import tempfile
 import threading
 import webbrowser
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -128,17 +128,17 @@ def application(exhibits: Sequence[Exhibit], host: str) -> Guard:
         exhibits: Runs to show.
         host: Name or address that it listens at.
     """
-    # Gradio's editor decodes by Pillow, which refuses twice as many and more.
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Gradio decodes by Pillow, which refuses twice as many
+    blocks = build(exhibits)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     fonts = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # none from elsewhere
     mounted = gr.mount_gradio_app(
         app,
-        build(exhibits),
+        blocks,
         path="",
         allowed_paths=[],
         max_file_size=MAX_BYTES,
-        show_error=False,
+        show_error=True,
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
@@ -148,6 +148,8 @@ def application(exhibits: Sequence[Exhibit], host: str) -> Guard:
         theme=gr.themes.Soft(font=fonts[0], font_mono=fonts[1]),
         css=CSS,
     )
+    # As by Blocks.launch: until then, Gradio reads files wherever they lie.
+    blocks.has_launched = blocks.is_running = True
     return Guard(mounted, host)
 
 
@@ -197,4 +199,5 @@ def serve(exhibits: Sequence[Exhibit], host: str, port: int, open_browser: bool)
         logger.info("open %s in a browser; Ctrl-C ends it", address)
         if open_browser:  # it may wait for the first answer
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        server.run(sockets=[sock])
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[sock])

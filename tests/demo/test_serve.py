@@ -6,46 +6,25 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
-from support.models import prior, tokenizer_of
-
-from taming.tokenizer import Tokenizer
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*no_silent_downcasting")  # Gradio's statistics
-
-
-@contextmanager
-def served(*exhibits: Any) -> Iterator[str]:
-    """Serve a page; gives its address."""
-    from taming.demo import serve
-
-    limit = Image.MAX_IMAGE_PIXELS
-    with serve.own_folder(), serve.listen("127.0.0.1", 0) as sock:
-        server = serve.server_of(serve.application(exhibits, "127.0.0.1"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
-            Image.MAX_IMAGE_PIXELS = limit
+from support.page import page
+from support.runs import TinyRuns
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """The page of a tokenizer, and of a prior beside it."""
-    pytest.importorskip("gradio")
-    from taming.demo.exhibit import Exhibit
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the page keeps what is uploaded."""
+    return tmp_path_factory.mktemp("uploads")
 
-    tokenizer = Exhibit("residual", Tokenizer(tokenizer_of("residual")))
-    with served(tokenizer, Exhibit.of_prior("prior", prior().eval())) as address:
+
+@pytest.fixture(scope="module")
+def address(tiny_runs: TinyRuns, folder: Path) -> Iterator[str]:
+    """The page of a tokenizer."""
+    with page(folder, "demo", "-r", tiny_runs.of("demo/loopy_vqgan.yaml")) as address:
         yield address
 
 
@@ -124,7 +103,7 @@ def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
     assert status == 200 and b"Loopy tokenizer" in answer
     assert "default-src 'self'" in policy and "http" not in policy and "*" not in policy
     config = json.loads(ask(f"{address}/config")[1])
-    assert not config["analytics_enabled"] and not config["is_space"]
+    assert not config["analytics_enabled"]
     for path in ("/docs", "/openapi.json", "/redoc"):
         assert b"http" not in ask(address + path)[1]
 
@@ -188,16 +167,14 @@ def test_files_that_are_no_pictures_are_named(address: str, tmp_path: Path) -> N
         (tmp_path / name).write_bytes(content)
         (own,) = upload(address, tmp_path / name)
         refused = call(address, LOAD, [file(own, orig_name=name), 512, "own"])
-        assert not refused["success"]
+        assert not refused["success"] and name in refused["output"]["error"]
 
 
-def test_what_was_uploaded_is_removed(tmp_path: Path) -> None:
-    pytest.importorskip("gradio")
-    from taming.demo.exhibit import Exhibit
-
-    photo = tmp_path / "a.png"
-    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(photo)
-    with served(Exhibit("residual", Tokenizer(tokenizer_of("residual")))) as address:
+def test_what_was_uploaded_is_removed(tiny_runs: TinyRuns, tmp_path: Path) -> None:
+    photo, folder = tmp_path / "a.png", tmp_path / "uploads"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(photo)
+    with page(folder, "demo", "-r", tiny_runs.of("demo/loopy_vqgan.yaml")) as address:
         (own,) = upload(address, photo)
-        assert Path(own).is_file()
-    assert not Path(own).exists()
+        assert folder in Path(own).parents and Path(own).is_file()
+    assert not [path for path in folder.rglob("*") if path.is_file()]
