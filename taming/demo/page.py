@@ -106,7 +106,10 @@ def lay_panel(exhibit: Exhibit) -> Panel:
             picture = lay_picture("Reconstruction")
             lengths = lay_picture("Lengths: from dark for one turn to bright for all")
         path = gr.Dataframe(
-            headers=["turn", "code", "distance"], interactive=False, label="Loop of the site"
+            headers=["turn", "code", "distance"],
+            interactive=False,
+            label="Loop of the site",
+            elem_classes="path",
         )
     return Panel(picture, lengths, numbers, path)
 
