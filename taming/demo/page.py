@@ -5,6 +5,7 @@ All that is computed is in `taming.demo.study` and `taming.demo.studio`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +26,9 @@ NAMES = {
 }
 CSS = """
 .gradio-container { max-width: 1500px !important; }
-.shown img { width: 100%; object-fit: contain; cursor: crosshair; }
+.shown img { cursor: crosshair; }
 .numbers { font-variant-numeric: tabular-nums; }
-.pixels img { image-rendering: pixelated; cursor: auto; }
+.pixels img { width: 100%; object-fit: contain; image-rendering: pixelated; }
 """
 # One event uses the models at a time.
 EVENT: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
@@ -148,11 +149,12 @@ def slider_of(studies: list[Study] | None, kind: str) -> Any:
     if kind == OWN or not ranges:
         return gr.Slider(visible=False)
     _, label, step, part = NAMES[kind]
-    least, most = min(low for low, _ in ranges), max(high for _, high in ranges)
-    value = round((least + part * (most - least)) / step) * step
-    return gr.Slider(
-        least, most, min(max(value, least), most), step=step, label=label, visible=True
-    )
+    # In whole steps, which a study moves into its own range.
+    least = math.floor(min(low for low, _ in ranges) / step)
+    most = math.ceil(max(high for _, high in ranges) / step)
+    middle = round(least + part * (most - least))
+    low, value, high = (round(steps * step, 6) for steps in (least, middle, most))
+    return gr.Slider(low, high, value, step=step, label=label, visible=True)
 
 
 def place_of(event: gr.SelectData) -> tuple[int, int]:

@@ -52,7 +52,7 @@ def lay_result(name: str, studio: Studio) -> tuple[gr.Markdown, gr.Image]:
             interactive=False,
             format="png",
             buttons=["download"],
-            elem_classes=["shown", "pixels"],
+            elem_classes="pixels",
         )
     return progress, image
 

@@ -57,15 +57,16 @@ def test_two_runs_are_looked_at(tiny_runs: TinyRuns, tmp_path: Path, photo: Path
         tab.click("#kind label:nth-of-type(2)")  # codes
         tab.wait(f"document.querySelector('{SLIDER}')?.offsetParent")
         numbers = changes(tab, ".numbers p", numbers)
-        tab.drag(SLIDER, (0.3, 0.5), (0.6, 0.5), (0.99, 0.5))
-        numbers = changes(tab, ".numbers p", numbers)
+        tab.drag(SLIDER, (0.3, 0.5), (0.6, 0.5), (1.0, 0.5))
+        tab.wait(f"({SHOWN % '.numbers p'}).match(/5.00 of a site.*6.00 of a site/s)")
         tab.drag(".shown img", (0.9, 0.9))
         tab.wait("document.querySelector('#x input').value > 60")
         paths = text(tab, ".path")
         assert "row" in paths
         tab.run(f"document.querySelector('{SLIDER}').focus()")
         tab.press(HOME, RIGHT)  # to the fewest codes, and a step on
-        changes(tab, ".numbers p", numbers)
+        tab.wait(f"({SHOWN % '.numbers p'}).match(/1.0. of a site.*1.0. of a site/s)")
+        tab.run("document.querySelector('.shown').scrollIntoView()")
         tab.screenshot(tmp_path / "compress.png")
 
         choose(tab, "Sample")
