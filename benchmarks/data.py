@@ -32,7 +32,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from benchmarks.timing import in_turn, save, table
 from taming.data.custom import ImageFolder
 from taming.data.loader import Loader
-from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
+from taming.data.token_files import CacheInfo, name_of, save_file, seal
+from taming.data.tokens import TokenCache
 from taming.models.prior import Prior, is_cached
 from taming.run.cli import choose_device, run, script_parser
 from taming.run.folder import data_from_run, model_from_run
@@ -114,12 +115,17 @@ def measure_pictures(folder: Path, repeats: int) -> list[Row]:
 
 def measure_tokens(folder: Path, repeats: int) -> Row:
     """Time the reading of a cache by one thread, after a comparison of its sequences."""
-    writer = TokenCacheWriter(folder, CacheInfo("0" * 64, [16, 16], 4096), VOCABULARY)
     lengths = torch.randint(500, 601, (IMAGES,))
     tokens = torch.randint(VOCABULARY, (IMAGES, int(lengths.max())))
     tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = -1
-    writer.add(tokens, {"class_label": [0] * IMAGES})
-    writer.close()
+    columns = {"tokens": [row[row >= 0].numpy() for row in tokens], "class_label": [0] * IMAGES}
+    columns |= {
+        "key": list(map(str, range(IMAGES))),
+        "height": [64] * IMAGES,
+        "width": [64] * IMAGES,
+    }
+    save_file(folder / name_of(0), CacheInfo("0" * 64, VOCABULARY, 4), columns)
+    seal(folder)
     cache = TokenCache(str(folder))
     read = torch.cat([batch["tokens"] for batch in Loader(cache, BATCH)])
     if not torch.equal(read, tokens):

@@ -1,127 +1,114 @@
-"""Compute the tokens of a data set once, so that priors need neither images nor tokenizer time.
+"""Compute the tokens of pictures once, so that priors need neither images nor tokenizer time.
 
-python scripts/encode.py -r logs/<run of the tokenizer> -o cache
-python scripts/encode.py -r logs/<run> -o cache --passes 4 data.params.batch_size=64
-python scripts/encode.py -r logs/<run> -o cache --splits validation
+python scripts/encode.py -r logs/<run> -o cache/photos --data photos/
+python scripts/encode.py -r logs/<run> -o cache/set --data shards/ --max-codes 600
+python scripts/encode.py -r logs/<run> -o cache
+python scripts/encode.py -r logs/<run> -o cache --splits train --passes 4
 
-Encodes the data of the tokenizer's run, unless -b or key=value items set others, into
-<outdir>/train and <outdir>/validation for taming.data.tokens.TokenCache. Numbers, vectors of
-numbers and texts of each image are kept, such as its class or layout; images and maps are not. With
-random crops or flips, several passes keep some of their variety. ``image_number`` is an image's
-index in the data set, and ``pass_number`` its pass, from 0.
+--data names a folder of pictures, a list of them (.txt), Parquet files, WebDataset tars, or a data
+set of the hub. Pictures keep their sizes unless --size is given. Without --data, the splits of the
+run's own data, unless -b or key=value items set others, go to <outdir>/train and so on: with random
+crops or flips, several passes keep some of their variety; ``image_number`` is an image's index in
+the data set, and ``pass_number`` its pass, from 0.
+
+The result is a folder for taming.data.tokens.TokenCache. Numbers, vectors of numbers and texts of
+each picture are kept, such as its class or layout; images and maps are not. What was interrupted
+goes on by the same command. report.json names the pictures that could not be encoded.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
+from typing import Any
 
 from taming.run import cli
-
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
-
-    from taming.models.vqgan import VQModel
+from taming.run.folder import SavedRun
 
 logger = logging.getLogger("taming.encode")
 
-
-def columns_of(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Collect a batch's numbers, vectors of numbers and texts, one per image.
-
-    Raises:
-        ValueError: The batch has a key that `encode` adds.
-    """
-    from torch import Tensor
-
-    if taken := {"image_number", "pass_number"} & batch.keys():
-        raise ValueError(f"a token cache has its own {min(taken)}: rename the data set's")
-    columns = {}
-    for key, value in batch.items():
-        if isinstance(value, Tensor) and value.ndim in (1, 2):
-            columns[key] = value.tolist()
-        elif isinstance(value, list) and all(isinstance(text, str) for text in value):
-            columns[key] = value
-    return columns
+# Options of `encode_shards`, and of the pictures that --data names.
+_ENGINE = ("engine", "max_codes", "target_psnr", "threshold", "batch_size")
+_PICTURES = ("size", "labels", "split", "image_column", "columns", "shard_size")
 
 
-def encode(model: VQModel, loader: DataLoader[Any], folder: Path, passes: int) -> None:
-    """Save the tokens of a data set.
+def parser_of() -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = cli.run_parser(__doc__)
+    add = parser.add_argument
+    add("-o", "--outdir", type=Path, required=True, help="folder of the cache")
+    add("--engine", default="local", help="local, torchrun, slurm or ray (docs/scaling.md)")
+    add("--devices", type=int, help="number of processes; default: all GPUs or cores")
+    add("--batch_size", type=int, default=16, help="pictures of one size that are encoded together")
+    add("--max-codes", type=int, help="largest number of codes of a picture")
+    add("--target-psnr", type=float, help="PSNR in dB to reach with fewest codes")
+    add("--threshold", type=float, help="distance at which a loop ends, in the space of latents")
+    error_help = "skip what cannot be encoded, or raise an error; default: skip with --data"
+    add("--on_error", choices=("skip", "raise"), help=error_help)
+    group = parser.add_argument_group("any pictures").add_argument
+    group("--data", nargs="+", help="folder, list, Parquet files, tars or name on the hub")
+    group("--size", type=int, help="side of square crops; default: each picture's own size")
+    group("--labels", action="store_true", help="the subfolders are classes")
+    group("--split", default="train", help="split of a data set of the hub")
+    group("--image_column", help="column of encoded pictures; default: the only one")
+    group("--columns", nargs="*", help="columns to keep as labels; default: all")
+    group("--shard_size", type=int, help="pictures of a file of the cache")
+    group = parser.add_argument_group("the run's own data").add_argument
+    group("--splits", nargs="+", help="splits of the data; default: all")
+    group("--passes", type=int, default=1, help="passes over the training set")
+    group("-s", "--seed", type=int, default=23, help="seed of random crops")
+    return parser
 
-    Raises:
-        ValueError: Images differ in size, or the folder is not free.
-    """
-    from taming.data.tokens import CacheInfo, TokenCacheWriter
 
-    sequence, own = model.quantize.sequence, model.fingerprint()
-    writer = None
-    for number in range(passes):
-        first = 0
-        for batch in tqdm(loader, desc=folder.name):
-            x = model.get_input(batch, model.image_key).to(model.device)
-            codes = model.encode_to_codes(x)  # (B, h, w, T)
-            grid = [*codes.shape[1:3]]
-            about = CacheInfo(own, grid, x.shape[2] * x.shape[3])
-            columns = columns_of(batch)
-            columns["image_number"] = list(range(first, first + len(x)))
-            columns["pass_number"] = [number] * len(x)
-            if writer is None:
-                writer = TokenCacheWriter(folder, about, sequence.vocab_size)
-                if left := [key for key in batch if key not in (*columns, model.image_key)]:
-                    logger.info("not a number, vector or text, left out: %s", ", ".join(left))
-            if about != writer.info:
-                raise ValueError(
-                    f"images differ in size: {grid} sites after images of {writer.info.grid}"
-                )
-            writer.add(sequence.encode(codes)[0], columns)
-            first += len(x)
-    if writer is not None:
-        writer.close()
+def devices_of(options: argparse.Namespace) -> Any:
+    """Turn --device and --devices into the devices of `encode_shards`."""
+    if options.device == "auto":
+        return options.devices
+    return [options.device] * options.devices if options.devices else options.device
 
 
 def main() -> None:
-    """Encode all chosen splits."""
-    parser = cli.run_parser(__doc__)
-    parser.add_argument("-o", "--outdir", type=Path, required=True)
-    parser.add_argument("--splits", nargs="+", help="splits of the data; default: all")
-    parser.add_argument("--passes", type=int, default=1, help="passes over the training set")
-    parser.add_argument("-s", "--seed", type=int, default=23, help="seed of random crops")
-    options, saved = cli.parse_run(parser)
-    if options.passes < 1:
-        raise ValueError("--passes must be at least 1")
-    import lightning.pytorch as pl
-    import torch
-    from torch.utils.data import DataLoader
+    """Encode the pictures that are named, or the splits of the run's own data."""
+    options, saved = cli.parse_run(parser_of())
+    from taming.scale import encode_shards
 
-    from taming.data.tokens import free_for_cache
-    from taming.data.utils import custom_collate
-    from taming.models.vqgan import VQModel
+    cli.check_folder(options.outdir)
+    common = {name: getattr(options, name) for name in _ENGINE}
+    common |= {"devices": devices_of(options), "progress": True}
+    if options.data:
+        pictures = {name: getattr(options, name) for name in _PICTURES}
+        data = options.data[0] if len(options.data) == 1 else options.data
+        common["on_error"] = options.on_error or "skip"
+        tell(encode_shards(saved, data, options.outdir, **common, **pictures), options.outdir)
+        return
+    common |= {"on_error": options.on_error or "raise", "tile": None}
+    for split, source in own_sources(options, saved).items():
+        folder = options.outdir / split
+        tell(encode_shards(saved, source, folder, **common), folder)
 
-    device = cli.choose_device(options.device)
-    pl.seed_everything(options.seed, verbose=False)
-    model, data = saved.model().to(device), saved.data()
-    if not isinstance(model, VQModel) or len(model.levels) > 1:
-        raise ValueError(f"{options.resume} holds a {type(model).__name__}, not a VQModel")
-    splits = options.splits or list(data.datasets)
-    for split in splits:
-        if split not in data.datasets:
-            raise ValueError(
-                f"--splits: unknown split {split!r}, expected {', '.join(data.datasets)}"
-            )
-        free_for_cache(options.outdir / split)
-    for split in splits:
-        images = data.datasets[split]
-        loader = DataLoader(
-            images, data.batch_size, num_workers=data.num_workers, collate_fn=custom_collate
+
+def own_sources(options: argparse.Namespace, saved: SavedRun) -> dict[str, Any]:
+    """Return the chosen splits of the run's own data."""
+    from taming.scale.own import own_source, splits_of
+
+    names = options.splits or splits_of(saved)
+    passes = {"train": options.passes}
+    return {name: own_source(saved, name, passes.get(name, 1), options.seed) for name in names}
+
+
+def tell(report: Any, folder: Path) -> None:
+    """Log what a complete cache holds."""
+    logger.info("%d pictures, %d tokens in %s", report.pictures, report.tokens, folder)
+    if report.unreadable:
+        key, reason = report.unreadable[0]
+        logger.warning(
+            "%d pictures could not be encoded (%s/report.json); the first, %s: %s",
+            len(report.unreadable),
+            folder,
+            key,
+            reason,
         )
-        with torch.no_grad():
-            passes = options.passes if split == "train" else 1
-            encode(model, loader, options.outdir / split, passes)
-    logger.info("tokens in %s", options.outdir)
 
 
 if __name__ == "__main__":

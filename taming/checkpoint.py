@@ -45,11 +45,11 @@ def load_checkpoint(
     or with ``torch.serialization.set_crc32_options(False)``, have none.
 
     Args:
-        path: File saved by ``torch.save`` or Lightning (versions 1 and 2).
+        path: File saved by ``torch.save`` or Lightning (versions 1 and 2), or ``.safetensors``.
         trust_checkpoint: Also load objects of any class; such a file can run arbitrary code while
             it is loaded.
-        lazy: Map the file into memory, so that unused tensors, such as those of optimizers, take
-            no memory. The file must not change meanwhile.
+        lazy: Map a file of torch into memory, so that unused tensors, such as those of optimizers,
+            take no memory. The file must not change meanwhile.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -58,6 +58,10 @@ def load_checkpoint(
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
     try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file  # takes a while, and few need it
+
+            return load_file(path)
         with open(path, "rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"  # torch before 1.6 wrote none
         if is_zip:
@@ -125,16 +129,16 @@ def weights_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     return checkpoint if inner is None else weights_of(inner)
 
 
-def _unwrapped(key: str) -> str:
+def unwrapped(key: str) -> str:
     """Return the key of a weight without what wrappers of modules put into it."""
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 def _as_named_by(module: nn.Module, weights: Mapping[str, Any], path: Any) -> dict[str, Any]:
     """Return weights under the keys of a module, wherever it or theirs was wrapped."""
-    own = {_unwrapped(key): key for key in module.state_dict()}
+    own = {unwrapped(key): key for key in module.state_dict()}
     own |= {key: key for key in module.state_dict()}
-    named = {own.get(k, own.get(_unwrapped(k), _unwrapped(k))): v for k, v in weights.items()}
+    named = {own.get(k, own.get(unwrapped(k), unwrapped(k))): v for k, v in weights.items()}
     wrapped = {part for k in weights for part in k.split(".") if part in _WRAPPERS and k not in own}
     if wrapped:
         names = " and ".join(f"{part}." for part in sorted(wrapped))

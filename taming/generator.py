@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from taming.models.level_prior import check_priors, sample_levels
 from taming.models.prior import Prior
 from taming.models.sampling import Grid, SamplingParams, generators_of, paste, sample_images
 from taming.pictures import Picture, is_single, resize, to_picture, to_tensor
+from taming.sharing import Shared, count_parameters
 from taming.tokenizer import Tokenizer
 from taming.util import usable_device
 
@@ -38,8 +39,9 @@ def load(
     """Load a trained model.
 
     Args:
-        run: Folder of a run, ``logs/<run>``, or one of its checkpoints. For a VQ-VAE-2, those of
-            the priors of all levels, the top's first.
+        run: Folder of a run, ``logs/<run>``, one of its checkpoints, a folder of
+            `Shared.save_pretrained`, or the name of a model that ships; a path that exists wins.
+            For a VQ-VAE-2, the runs of the priors of all levels, the top's first.
         device: Device for the model.
         tokenizer: Run of a prior's tokenizer, or a checkpoint, if it is not where it was when the
             prior was trained, nor beside the prior's run as it was then.
@@ -47,7 +49,8 @@ def load(
             default, only what ``docs/security.md`` lists.
 
     Returns:
-        A `Generator` for the run of a prior, a `Tokenizer` for that of a tokenizer.
+        A `Generator` for the run of a prior, a `Tokenizer` for that of a tokenizer, with a
+        `ContextNetwork` for that of a context model.
 
     Raises:
         FileNotFoundError: There is no such run or checkpoint.
@@ -55,10 +58,18 @@ def load(
             configuration asks for what it may not.
     """
     from taming.run.folder import model_from_run
+    from taming.run.parts import is_shared, place_of
+    from taming.run.pretrained import load_modules
 
     device = usable_device(device)  # before the run is loaded
     several = not isinstance(run, (str, os.PathLike))
     names: Sequence[str | Path] = run if several else [run]  # type: ignore[assignment]
+    if not several and is_shared(place := place_of(names[0])):
+        if tokenizer is not None:
+            raise ValueError(f"{run} has its tokenizer with it and takes no other")
+        modules = load_modules(place, trust_config=trust_config)
+        kind = Tokenizer if hasattr(modules.get("model"), "quantize") else Generator
+        return kind.of_modules(modules).to(device)
     options = {"tokenizer": tokenizer, "trust_config": trust_config}
     models = [model_from_run(name, **options) for name in names]
     for name, model in zip(names, models, strict=True):
@@ -66,10 +77,12 @@ def load(
             raise ValueError(f"{name} holds a {type(model).__name__}, not a prior of one level")
     if several:
         return Generator(models).to(device)
+    if hasattr(models[0], "context"):
+        return Tokenizer(models[0].first_stage_model, context=models[0].context).to(device)
     return (Generator if hasattr(models[0], "sample_codes") else Tokenizer)(models[0]).to(device)
 
 
-class Generator:
+class Generator(Shared):
     """Samples pictures from a trained prior, completes given ones, and measures their bits.
 
     Keyword arguments ``**params`` are the fields of `SamplingParams`: ``temperature`` above 0,
@@ -127,6 +140,32 @@ class Generator:
         for prior in self.priors:
             prior.to(device)
         return self
+
+    @classmethod
+    def of_modules(cls, modules: Mapping[str, Any]) -> Generator:
+        """Return the generator of one loaded prior, or of those of all levels."""
+        priors = [modules[name] for name in sorted(modules)]
+        for prior in priors:
+            if not hasattr(prior, "sample_codes"):
+                raise ValueError(f"expected a prior, got a {type(prior).__name__}: use a Tokenizer")
+        return cls(priors if len(priors) > 1 else priors[0])
+
+    def shared_modules(self) -> dict[str, Any]:
+        """Return the prior as ``model``, or those of all levels; each has its tokenizer in it."""
+        if len(self.priors) == 1:
+            return {"model": self.model}
+        return {f"level_{number}": prior for number, prior in enumerate(self.priors)}
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the configuration tells a reader of the model card: name -> value."""
+        classes = self.model.n_classes
+        about = {
+            f"prior {name}": f"{type(prior).__name__} of {count_parameters(prior.network)} "
+            "parameters"
+            for name, prior in self.shared_modules().items()
+        }
+        condition = f"a class of {classes}" if classes else "none"
+        return about | {"condition": condition} | self.tokenizer.facts()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -5,7 +5,7 @@ Axis letters: B pictures, C channels, H W picture, h w grid, T turns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -16,14 +16,15 @@ from taming.codes import Codes as Codes
 from taming.decoding import Colour, rgb_of
 from taming.models.vqgan import VQModel
 from taming.pictures import Picture, is_single, pad, to_picture, to_tensor
+from taming.sharing import Shared, count_parameters
 from taming.util import usable_device
 
 if TYPE_CHECKING:
     from taming.codec.files import Codec
-    from taming.codec.models import EntropyModel
+    from taming.modules.context import ContextNetwork
 
 
-class Tokenizer:
+class Tokenizer(Shared):
     """Turns pictures into codes and codes into pictures, with a trained `VQModel`.
 
     A picture is a path, a PIL image, a NumPy array (H, W), (H, W, C) or a tensor (C, H, W); arrays
@@ -41,7 +42,7 @@ class Tokenizer:
             that overlap. Tiles share the statistics of norms and 1,024 sites to attend to, from a
             sample of the picture, and show no seams; some codes in a hundred may differ from those
             of the whole. None sends every picture whole, in time quadratic in its sites.
-        context: Entropy model trained on the model's codes, for `compress`.
+        context: Network that predicts the model's codes, or None. It is saved along.
 
     Raises:
         ValueError: The model is not a tokenizer, or one of label maps; or the tile is not positive.
@@ -67,7 +68,7 @@ class Tokenizer:
         background: Colour = "white",
         max_pixels: int | None = None,
         tile: int | None = 768,
-        context: EntropyModel | None = None,
+        context: ContextNetwork | None = None,
     ) -> None:
         if getattr(model, "value_range", None) != (-1.0, 1.0):
             raise ValueError(
@@ -77,7 +78,8 @@ class Tokenizer:
         self.model = model.eval().requires_grad_(False)
         self.batch_size = batch_size
         self.background, self.max_pixels = rgb_of(background), max_pixels
-        self.tile, self.context = tile, context
+        self.tile = tile
+        self.context = None if context is None else context.eval().requires_grad_(False)
 
     @property
     def tile(self) -> int | None:
@@ -95,8 +97,34 @@ class Tokenizer:
 
     def to(self, device: torch.device | str) -> Tokenizer:
         """Move the model to a device; return the tokenizer."""
-        self.model.to(usable_device(device))
+        for module in self.shared_modules().values():
+            module.to(usable_device(device))
         return self
+
+    @classmethod
+    def of_modules(cls, modules: Mapping[str, Any]) -> Tokenizer:
+        """Return the tokenizer of a loaded ``model`` and, if there is one, its ``context``."""
+        if "model" not in modules:
+            raise ValueError(f"expected a tokenizer, got {', '.join(modules)}: use a Generator")
+        return cls(modules["model"], context=modules.get("context"))
+
+    def shared_modules(self) -> dict[str, Any]:
+        """Return the ``model`` and, if there is one, its ``context``."""
+        return {"model": self.model} | ({"context": self.context} if self.context else {})
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the configuration tells a reader of the model card: name -> value."""
+        height, width = (self.model.factor * sites for sites in self.model.grid)
+        return {
+            "model": f"{type(self.model).__name__} of {count_parameters(self.model)} parameters",
+            "pictures": f"{self.channels} channels, trained on {height} x {width} pixels",
+            "a site": f"{self.model.factor} x {self.model.factor} pixels",
+            **{
+                f"codes {name}".rstrip(): f"{type(quantizer).__name__}: {quantizer.sequence.n_e} "
+                f"in {quantizer.e_dim} dimensions, at most {quantizer.sequence.max_loops} a site"
+                for name, quantizer in self.model.levels.items()
+            },
+        }
 
     @property
     def channels(self) -> int:
@@ -167,17 +195,7 @@ class Tokenizer:
         if is_single(pictures):
             return self.encode([pictures], **given)[0]
         images = [self.to_tensor(picture) for picture in pictures]
-        padded = [pad(image, self.model.factor) for image in images]
-        codes: list[Codes | None] = [None] * len(images)
-        for numbers in _by_shape(padded, self.batch_size):
-            x = torch.stack([padded[number] for number in numbers])
-            found = self.model.encode_to_codes(x.to(next(self.model.parameters())), **given)
-            bits = self.model.bits_of(found).tolist()
-            levels = [level.cpu() for level in (found if isinstance(found, tuple) else [found])]
-            for number, cost, *own in zip(numbers, bits, *levels, strict=True):
-                size = images[number].shape[1], images[number].shape[2]
-                codes[number] = Codes(tuple(own) if len(own) > 1 else own[0], size, cost)
-        return codes
+        return encode_images(self.model, images, self.batch_size, **given)
 
     @overload
     def decode(self, codes: Codes) -> Image.Image: ...
@@ -268,6 +286,34 @@ class Tokenizer:
         from taming.codec.files import Codec  # whose range coder is imported where it is used
 
         return Codec(self.model, self.context)
+
+
+@torch.no_grad()
+def encode_images(
+    model: VQModel, images: Sequence[Tensor], batch_size: int, **rate: float | None
+) -> list[Codes]:
+    """Encode images of any sizes, those of one size together, extended to whole sites.
+
+    Args:
+        model: The model, in evaluation mode.
+        images: (C, H, W) each, in the model's range.
+        batch_size: Largest number of images that go through the model together.
+        **rate: At most one argument of the model's ``encode`` that sets a rate.
+
+    Raises:
+        ValueError: The rate cannot be met, or the model has a fixed rate.
+    """
+    padded = [pad(image, model.factor) for image in images]
+    codes: list[Codes | None] = [None] * len(images)
+    for numbers in _by_shape(padded, batch_size):
+        x = torch.stack([padded[number] for number in numbers])
+        found = model.encode_to_codes(x.to(next(model.parameters())), **rate)
+        bits = model.bits_of(found).tolist()
+        levels = [level.cpu() for level in (found if isinstance(found, tuple) else [found])]
+        for number, cost, *own in zip(numbers, bits, *levels, strict=True):
+            size = images[number].shape[1], images[number].shape[2]
+            codes[number] = Codes(tuple(own) if len(own) > 1 else own[0], size, cost)
+    return codes  # type: ignore[return-value]
 
 
 def _by_shape(tensors: Sequence[Tensor], most: int) -> list[list[int]]:

@@ -1,6 +1,5 @@
 """The face: pictures of any kind to codes and back; samples, completions and bits."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -122,19 +121,6 @@ def test_several_pictures_may_be_a_list_or_one_array(tokenizer: Tokenizer) -> No
     assert tokenizer.encode([]) == [] and tokenizer.decode([]) == []
 
 
-def test_bits_count_the_tokens_of_the_codes(tokenizer: Tokenizer, tiny_runs: TinyRuns) -> None:
-    levels = taming.load(tiny_runs.of("vqvae2_cifar10.yaml"))
-    assert isinstance(levels, Tokenizer)
-    for own, size in ((tokenizer, (33, 20)), (tokenizer, (16, 16)), (levels, (17, 40))):
-        codes = own.encode([colours(*size), colours()])[0]
-        quantizers = own.model.levels.values()
-        sequences = [quantizer.sequence for quantizer in quantizers]
-        bits = 0.0
-        for sequence, level in zip(sequences, codes.levels, strict=True):
-            bits += sequence.encode(level[None])[0].numel() * math.log2(sequence.vocab_size)
-        assert codes.bits == pytest.approx(bits) and codes.bpp == codes.bits / math.prod(size)
-
-
 def test_codes_that_were_saved_decode_alike(tokenizer: Tokenizer, tmp_path: Path) -> None:
     codes = tokenizer.encode(colours(33, 20))
     codes.save(tmp_path / "codes.npz")
@@ -193,12 +179,13 @@ def test_bits_are_those_of_the_tables_and_within_a_target(tokenizer: Tokenizer) 
         tokenizer.encode(picture, target_bits=bits[2] - 1)
 
 
-def test_a_tokenizer_without_tables_has_no_bits() -> None:
+def test_without_tables_bits_are_those_of_the_tokens() -> None:
     sizes = {"double_z": False, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3}
     sizes |= {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": []}
     loss = {"target": "taming.modules.losses.DummyLoss"}
     tokenizer = Tokenizer(VQModel(sizes, loss, n_embed=8, embed_dim=4))
-    assert tokenizer.encode(colours()).bits is None
+    codes = tokenizer.encode(colours(33, 20))
+    assert codes.bits == len(codes) * 3 and codes.bpp == codes.bits / (33 * 20)
 
 
 def test_codes_of_several_levels(tiny_runs: TinyRuns) -> None:
@@ -255,6 +242,22 @@ def test_pixelcnn_priors(tiny_runs: TinyRuns) -> None:
     known = torch.ones(generator.model.grid, dtype=torch.bool)
     (whole,) = generator.complete(colours(), known, label=3)
     assert whole.size == (SIDE, SIDE)
+
+
+def test_a_context_model_comes_with_its_tokenizer(tiny_runs: TinyRuns) -> None:
+    tokenizer = taming.load(tiny_runs.of("photos_context.yaml"))
+    plain = taming.load(tiny_runs.of("photos.yaml"))
+    assert isinstance(tokenizer, Tokenizer) and isinstance(plain, Tokenizer)
+    assert plain.context is None and tokenizer.model.fingerprint() == plain.model.fingerprint()
+    picture = colours(50, 70)
+    codes = tokenizer.encode(picture, max_codes=30)
+    data = tokenizer.compress(picture, max_codes=30)
+    assert data == tokenizer.compress(picture, max_codes=30, entropy="context")
+    decoded = [np.asarray(tokenizer.decompress(data)), np.asarray(tokenizer.decode(codes))]
+    assert np.array_equal(*decoded)
+    assert tokenizer.decompress(data, turns=1).size == (70, 50)
+    with pytest.raises(ValueError, match="no context model"):
+        plain.decompress(data)
 
 
 def test_levels_are_sampled_and_measured_together(tiny_runs: TinyRuns) -> None:

@@ -21,8 +21,13 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"models", "modules", "checkpoint", "lr_scheduler", "util"},
     "codec": {"codec", "models", "modules", "decoding"},
     "data": {"data", "decoding", "util"},
-    "tokenizer": {"codec", "codes", "models", "checkpoint", "decoding", "pictures", "util"},
-    "generator": {"models", "tokenizer", "checkpoint", "pictures", "run", "util"},  # run: load()
+    "sharing": {"run", "util"},  # run: the folders of shared models, once one is saved or loaded
+    "tokenizer": {
+        *("codec", "codes", "models", "modules", "checkpoint", "decoding", "pictures"),
+        *("sharing", "util"),
+    },
+    # run: load()
+    "generator": {"models", "tokenizer", "checkpoint", "pictures", "run", "sharing", "util"},
     # Measures what the face loads, on data: above both, and of use to scripts alone.
     "evaluation": {
         *("evaluation", "tokenizer", "generator", "models", "modules"),
@@ -34,6 +39,8 @@ ALLOWED: dict[str, set[str]] = {
         *("data", "pictures", "run", "util"),
     },
     "run": {"run", "models", "data", "checkpoint", "pictures", "util"},
+    # A program in a folder: runs to load, pictures to read, the face's way from images to codes.
+    "scale": {"scale", "tokenizer", "models", "data", "run", "util"},
 }
 FACE = ("taming.codes", "taming.evaluation.evaluate", "taming.generator", "taming.tokenizer")
 PROGRAM_FILES = [ROOT / "main.py", *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]

@@ -24,7 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 NAME = "loopy-taming"
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in [*ROOT.glob("taming/**/*.py"), ROOT / "taming/py.typed"]
+    for path in [
+        *ROOT.glob("taming/**/*.py"),
+        *ROOT.glob("taming/pretrained/*/*"),
+        ROOT / "taming/py.typed",
+    ]
 )
 PROGRAMS = sorted(
     f"taming/programs/{path.relative_to(ROOT).as_posix()}"

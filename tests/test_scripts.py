@@ -20,6 +20,7 @@ from support.runs import CONFIGS, TRAINER, TinyRuns, call, fails, read_pixels, r
 
 from benchmarks.data import measure_prior
 from scripts.reconstruct import ENDINGS, files_of
+from taming.checkpoint import load_checkpoint
 from taming.data.custom import unique_names
 from taming.data.tokens import TokenCache
 from taming.models.cond_transformer import Net2NetTransformer
@@ -385,11 +386,13 @@ def test_tokens_are_computed_once(
     places = [(item["pass_number"], item["image_number"]) for item in train]
     assert places == list(product(range(2), range(8)))
     shutil.rmtree("cache/validation")
-    error = fails(capsys, "encode", "-r", tokenizer, "-o", "cache")
-    assert "cache/train already holds a token cache" in error
+    error = fails(capsys, "encode", "-r", tokenizer, "-o", "cache")  # one pass, not two
+    assert "cache/train was begun with other data" in error
     assert not Path("cache/validation").exists()
-    call("encode", "-r", tokenizer, "-o", "cache", "--splits", "validation")
+    files = {file: file.read_bytes() for file in Path("cache/train").iterdir()}
+    call("encode", "-r", tokenizer, "-o", "cache", "--passes", 2)
     assert len(TokenCache("cache/validation")) == 4
+    assert files == {file: file.read_bytes() for file in Path("cache/train").iterdir()}
     error = fails(capsys, "encode", "-r", tokenizer, "-o", "cache", "--splits", "val")
     assert "'val'" in error and "train, validation" in error
 
@@ -412,6 +415,28 @@ def test_a_prior_trains_from_cached_tokens(
     assert model_from_run(run).first_stage_key == "image"  # and goes on from images, if need be
     with pytest.raises(ValueError, match="trained from a token cache"):
         measure_prior(str(run), "cache/train", repeats=2)
+
+
+def test_a_prior_trains_from_pictures_of_different_sizes(
+    tokenizer: Path, tiny_runs: TinyRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, size in enumerate([(16, 16), (16, 12), (12, 16)] * 2):
+        path = tmp_path / f"photos/{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        read = Image.open(tiny_runs.folder / f"data/images/{number}.png")
+        read.resize(size).save(path)
+    call("encode", "-r", tokenizer, "-o", "cache", "--data", "photos", "--device", "cpu")
+    config: Any = OmegaConf.load(CONFIGS / "demo/loopy_transformer.yaml")
+    cache = {"target": "taming.data.tokens.TokenCache", "params": {"path": "cache"}}
+    config.data.params.train = config.data.params.validation = cache
+    OmegaConf.save(config, "cached.yaml")
+    sizes = [o for o in tiny_runs.overrides["demo/loopy_transformer.yaml"] if "data." not in o]
+    stage = f"model.params.first_stage_config.params.run={tokenizer}"
+    start = ("-b", "cached.yaml", "-t", "-n", "cached", "--max_epochs=1", "--no-test")
+    run_main(tmp_path, *start, *TRAINER, "--limit_train_batches=1.0", *sizes, stage)
+    (run,) = (tmp_path / "logs").glob("*_cached")
+    checkpoint = load_checkpoint(run / "checkpoints/last.ckpt")
+    assert checkpoint["global_step"] == 3  # batches of two, each of one grid
 
 
 class Sources(HTMLParser):

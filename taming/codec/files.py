@@ -13,9 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from taming.codec.container import Header, read, write
+from taming.codec.context import Context
 from taming.codec.models import EntropyModel, Raw, Static
 from taming.decoding import check_size
 from taming.models.vqgan import MOST_SITES, VQModel
+from taming.modules.context import ContextNetwork
 
 MODES = {"raw": 0, "static": 1, "context": 2}
 
@@ -53,13 +55,13 @@ class Codec:
 
     Args:
         model: The tokenizer, in eval mode.
-        context: Its context model, if it has one.
+        context: Network that predicts the model's codes, if it has one.
 
     Raises:
         ValueError: It is a VQ-VAE-2.
     """
 
-    def __init__(self, model: VQModel, context: EntropyModel | None = None) -> None:
+    def __init__(self, model: VQModel, context: ContextNetwork | None = None) -> None:
         if len(model.levels) > 1:
             raise ValueError(
                 f"a file holds the codes of one grid, and a {type(model).__name__} has "
@@ -85,7 +87,7 @@ class Codec:
         if name in (None, "context"):
             if self.context is None:
                 raise ValueError("this tokenizer has no context model: load one with it")
-            return self.context
+            return Context(self.context)
         if name == "static":
             if tables is None:
                 kind = type(self.model.quantize).__name__

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch.utils.data import Dataset
 
-from taming.data.loader import Loader, is_stream, length_of, make_loader
+from taming.data.loader import Loader, is_stream, length_of
+from taming.data.stream_loader import make_loader
 from taming.util import instantiate_from_config
 
 # Stage -> the splits that it needs; other stages need all, since a test may follow a fit.

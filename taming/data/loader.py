@@ -3,16 +3,16 @@
 The order of an epoch follows from (seed, epoch), and the random numbers that item i draws from
 (seed, epoch, i). The number of loader processes and what was read before make no difference.
 
-Axis letter: B items of a batch.
+Axis letters: B items of a batch, N items of a data set.
 """
 
 from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from itertools import islice
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ def length_of(dataset: Any) -> int | None:
     return None
 
 
-def _as_mapping(item: Any) -> Any:
+def as_mapping(item: Any) -> Any:
     """Name the parts of a pair (image, label), as torchvision's data sets give them."""
     if not isinstance(item, tuple | list) or len(item) != 2:
         return item
@@ -93,7 +93,7 @@ class _Items(Dataset[Any]):
 
     def _item(self, index: int, words: np.ndarray) -> Any:
         _seed_by(words)
-        return _as_mapping(self.dataset[index])
+        return as_mapping(self.dataset[index])
 
 
 class Loader:
@@ -101,6 +101,9 @@ class Loader:
 
     Each iteration starts at the position that training has reached. Several processes take every
     n-th item of the same order; so that all have equally many, some get one of the first again.
+
+    A data set's attribute ``buckets``, numbers (N,) int64, names the items that may share a batch:
+    those of one number. Then the order of an epoch is one of batches.
 
     Args:
         dataset: Data set with indices. Items are mappings, or pairs (image, label), which become
@@ -131,7 +134,13 @@ class Loader:
 
     def __len__(self) -> int:
         _, processes = self.share
-        return -(-len(self.data) // (processes * self.batch_size))
+        lengths = [len(self.data)] if self._buckets is None else self._buckets.bincount().tolist()
+        return sum(-(-length // (processes * self.batch_size)) for length in lengths)
+
+    @cached_property
+    def _buckets(self) -> Tensor | None:
+        buckets = getattr(self.data, "buckets", None)
+        return None if buckets is None else torch.as_tensor(buckets)
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: it begins with the first batch, after Lightning has restored its counters.
@@ -139,8 +148,7 @@ class Loader:
         if position is None:
             return
         epoch, done = position
-        order = self._order(epoch)[done * self.batch_size :]
-        batches = (part.tolist() for part in order.split(self.batch_size) if len(part))
+        batches = (batch.tolist() for batch in self._batches(epoch)[done:])
         items = _Items(self.data, self.seed, epoch)
         yield from self._read(items, batch_sampler=batches, collate_fn=custom_collate)
 
@@ -158,15 +166,26 @@ class Loader:
         self._iterations += self.shuffle
         return max(self._iterations - 1, 0), 0
 
-    def _order(self, epoch: int) -> Tensor:
-        """Return the indices of this process's items in an epoch."""
-        (rank, processes), length = self.share, len(self.data)
-        order = torch.arange(-(-length // processes) * processes) % length
+    def _batches(self, epoch: int) -> Sequence[Tensor]:
+        """Return the indices of this process's batches of an epoch, each in one bucket."""
+        rank, processes = self.share
+        order = torch.arange(len(self.data))
+        generator = torch.Generator().manual_seed(int(random_words(self.seed, ORDER, epoch)[0]))
         if self.shuffle:
-            word = int(random_words(self.seed, ORDER, epoch)[0])
-            generator = torch.Generator().manual_seed(word)
-            order = torch.randperm(length, generator=generator)[order]
-        return order[rank::processes]
+            order = torch.randperm(len(order), generator=generator)
+        groups = [order]
+        if self._buckets is not None:
+            bucket = self._buckets[order]
+            by_bucket = bucket.argsort(stable=True)
+            groups = order[by_bucket].split(bucket.bincount().tolist())
+        batches: list[Tensor] = []
+        for group in groups:
+            length = len(group)
+            filled = torch.arange(-(-length // processes) * processes) % max(length, 1)
+            batches += group[filled][rank::processes].split(self.batch_size) if length else ()
+        if self.shuffle and len(groups) > 1:  # alike in all processes, which have as many
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+        return batches
 
     def _read(self, dataset: Dataset[Any], **options: Any) -> Iterator[Any]:
         # Its own generator: torch would draw from the global one for each iteration.
@@ -178,111 +197,3 @@ class Loader:
 def _start_worker(number: int) -> None:
     outlive_signals(number)
     gc.freeze()  # the collector would otherwise copy pages of modules that processes share
-
-
-class StreamLoader(Loader):
-    """Batches of one process's share of a stream, which is data that can only be iterated.
-
-    It keeps its order, and one loader process at most reads it. A position within an epoch is
-    reached by reading again what comes before, unless the stream has ``state_dict`` and
-    ``load_state_dict``. ``set_epoch(epoch)`` is called if it is there. Several processes take every
-    n-th item; up to n - 1 items at the end are left out, so that all have equally many.
-
-    If the stream's attribute ``is_sharded`` is true, it divides itself: every loader process of
-    every process takes all that it gets. Then their numbers must stay the same.
-    """
-
-    _state: Any = None  # to continue from
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._states: dict[tuple[int, int], Any] = {}
-        if not getattr(self.data, "is_sharded", False):
-            self.num_workers = min(self.num_workers, 1)
-
-    def __len__(self) -> int:
-        length = length_of(self.data)
-        if length is None or getattr(self.data, "is_sharded", False):
-            raise TypeError("the stream has no length")
-        _, processes = self.share
-        whole, rest = divmod(length, processes * self.batch_size)
-        return whole + (rest >= processes)
-
-    def __iter__(self) -> Iterator[Any]:
-        position, state, self._state = self._begin(), self._state, None
-        if position is None:
-            return
-        epoch, done = position
-        start = done if state is not None else 0
-        batches = _StreamBatches(self, epoch, start, state if done else None)
-        read = self._read(batches, batch_size=None, collate_fn=_same)
-        for batch, state in islice(read, done - start, None):
-            before, done = (epoch, done), done + 1
-            # Lightning may have fetched one batch ahead of the one that it trains on.
-            self._states = {before: self._states.get(before), (epoch, done): state}
-            yield batch
-        if not done:
-            raise DataError(f"the stream {type(self.data).__name__} gave no item")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the stream's state at the present position, if it has one."""
-        state = self._states.get((self.position and self.position()) or (0, 0))
-        return {} if state is None else {"stream": state}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a stream's state in the next iteration."""
-        self._state = state_dict.get("stream")
-
-
-def _same(batch: Any) -> Any:
-    return batch
-
-
-class _StreamBatches(IterableDataset[Any]):
-    """Batches of one process of a stream, each with the stream's state after it.
-
-    Args:
-        loader: The loader.
-        epoch: Number of the epoch.
-        start: Number of batches before the state.
-        state: State of the stream to start from, None for its beginning.
-    """
-
-    def __init__(self, loader: StreamLoader, epoch: int, start: int, state: Any) -> None:
-        self.stream, self.batch_size, self.seed = loader.data, loader.batch_size, loader.seed
-        self.share, self.epoch, self.start, self.state = loader.share, epoch, start, state
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        rank, processes = self.share
-        lane, worker = 0, get_worker_info()
-        if getattr(self.stream, "is_sharded", False):  # all that comes is this loader process's
-            workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-            rank, processes, lane = 0, 1, rank * workers + number
-        if hasattr(self.stream, "set_epoch"):
-            self.stream.set_epoch(self.epoch)
-        if self.state is not None:
-            self.stream.load_state_dict(self.state)
-        items, index = iter(self.stream), self.start * processes * self.batch_size
-        while True:
-            # All processes read the same items, so that they are equally far.
-            with isolate_rng(include_cuda=False):
-                group = list(self._items(items, index, lane, processes * self.batch_size))
-            share = group[: len(group) // processes * processes][rank::processes]
-            if not share:
-                return
-            index += len(group)
-            has_state = hasattr(self.stream, "state_dict") and not lane
-            yield custom_collate(share), self.stream.state_dict() if has_state else None
-
-    def _items(self, items: Iterator[Any], index: int, lane: int, number: int) -> Iterator[Any]:
-        for i in range(index, index + number):
-            seed_generators(self.seed, ITEM, self.epoch, i, lane)
-            try:
-                yield _as_mapping(next(items))
-            except StopIteration:
-                return
-
-
-def make_loader(dataset: Any, *args: Any, **kwargs: Any) -> Loader:
-    """Return the loader for a data set with indices or for a stream; arguments as for `Loader`."""
-    return (StreamLoader if is_stream(dataset) else Loader)(dataset, *args, **kwargs)

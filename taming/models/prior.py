@@ -85,6 +85,10 @@ class Prior(Model, ABC):
     """
 
     condition_dropout: float = 0.0
+    built_from = {
+        "first_stage_config": "first_stage_model",
+        "cond_stage_config": "cond_stage_model",
+    }
 
     def __init__(
         self,
@@ -229,7 +233,12 @@ class Prior(Model, ABC):
                 f"that of first_stage_config ({self.fingerprint[:12]}): name the one that wrote "
                 "it, or write the cache anew with scripts/encode.py"
             )
-        h, w = batch["grid"][0].tolist()
+        (h, w), *others = batch["grid"].unique(dim=0).tolist()
+        if others:
+            raise DataError(
+                f"a batch of cached tokens has grids of {h}x{w} and {others[0][0]}x{others[0][1]} "
+                "sites: leave wrap and other data sets around a TokenCache out of the configuration"
+            )
         return self.first_stage_model.quantize.sequence.decode(batch["tokens"], (h, w))
 
     @cached_property

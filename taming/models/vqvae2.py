@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from taming.models.first_stage import FirstStage
 from taming.models.vqgan import VQModel
+from taming.modules.recorded import Recorded
 from taming.modules.vqvae.base import GridShape, Quantizer, QuantizerInfo, QuantizerOutput
 from taming.modules.vqvae.hierarchy import Hierarchy, HierarchyOutput, extend_stack
 from taming.util import instantiate_from_config
@@ -109,7 +110,7 @@ class VQVAE2(VQModel):
         return upper | super().code_pictures(quantized, size)
 
 
-class Level(nn.Module, FirstStage):
+class Level(Recorded, nn.Module, FirstStage):
     """One level of a `VQVAE2` as the tokenizer of a prior.
 
     ``encode`` returns the codes of this level alone, and the level's stack. As a condition, a level
@@ -126,6 +127,8 @@ class Level(nn.Module, FirstStage):
     Raises:
         ValueError: The model is not a `VQVAE2`, or has no such level.
     """
+
+    built_from = {"model_config": "model"}
 
     def __init__(self, model_config: Mapping[str, Any], level: str) -> None:
         super().__init__()

@@ -324,3 +324,20 @@ def images_of(
                 f"{what} has values from {least:.4g} to {most:.4g}: expected {low:g} to {high:g}"
             )
     return x
+
+
+class Method(nn.Module):
+    """A method of a module as a module of its own, for `torch.export`.
+
+    Args:
+        module: The module.
+        name: Name of a method with one argument.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__()
+        self.module, self.name = module, name
+
+    def forward(self, x: Tensor) -> Any:
+        """Return what the method returns."""
+        return getattr(self.module, self.name)(x)

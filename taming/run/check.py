@@ -34,6 +34,7 @@ _ADDED_BY_TRAINER = ("now", "logdir", "ckptdir", "cfgdir", "config", "lightning_
 _ADDED_BY_MODEL = {
     "quantizer_config": tuple(QUANTIZER_SIZES),
     "transform_config": ("max_loops", "e_dim"),
+    "context_config": ("n_codes", "max_loops"),
     "transformer_config": ("vocab_size", "block_size", "site_shape"),
     "transformer_config.depth": ("vocab_size", "block_size"),
     "quantizer_config.ddconfig": ("in_channels", "out_ch", "z_channels", "double_z"),
@@ -52,6 +53,7 @@ _ROLES = {
     "lossconfig": ("a loss", "fetch_weights"),
     "transformer_config": ("a transformer", "predict"),
     "stacks_config": ("stacks of a PixelCNN", "no_past"),
+    "context_config": ("a context network", "walk"),
     "sequence_config": ("a token sequence", "allowed"),
     "permuter_config": ("a permuter", "forward"),
     "scheduler_config": ("a schedule", "__call__"),
@@ -63,7 +65,7 @@ _OWN = ("taming.", "main.")
 _OPTIONS = {"size": int | None, "root": str | None, "sub_indices": str | None}
 
 # Arguments for which `true` asks the surrounding model.
-_DERIVED = ("site_shape",)
+_DERIVED = ("site_shape", "depth_embedding")
 
 # Mappings whose keys a class passes on as keyword arguments: parameter -> the receivers.
 _NETWORKS = "taming.modules.diffusionmodules.model"

@@ -19,7 +19,18 @@ from typing import Any
 from taming.run.check import check_block
 from taming.run.config import LoadedConfig, load_config
 from taming.run.lock import locked
-from taming.run.parts import find_run, is_trusting, loading, name_tokenizer
+from taming.run.parts import (
+    CONFIG,
+    WEIGHTS,
+    find_run,
+    is_shared,
+    is_trusting,
+    loading,
+    missing,
+    name_tokenizer,
+    place_of,
+)
+from taming.run.pretrained import load_modules
 from taming.run.trust import check_trust
 from taming.util import get_obj_from_str, instantiate_from_config, parameters_of
 
@@ -188,7 +199,7 @@ class RunDir:
                 "tokenizer's, such as logs/<run>"
             )
         if not path.exists():
-            raise FileNotFoundError(f"the run {path} does not exist")
+            raise missing(path)
         run = cls(path if path.is_dir() else path.absolute().parent.parent)
         if not run.saved_configs:
             raise ValueError(
@@ -286,7 +297,8 @@ class SavedRun:
         """Find a run and load its latest configuration.
 
         Args:
-            path: Run folder (``last.ckpt`` is used), one of its checkpoints, or, with ``files``
+            path: Run folder (``last.ckpt`` is used), one of its checkpoints, the folder of a shared
+                model or the name of one that ships (`taming.run.pretrained`), or, with ``files``
                 that describe its model, a checkpoint anywhere.
             files: YAML files to merge into the run's own, from left to right.
             dotlist: ``key=value`` items to merge last.
@@ -300,14 +312,18 @@ class SavedRun:
             ValueError: The path is not a run, a file cannot be read, or the model is no prior with
                 a tokenizer of another run.
         """
-        path, trust = Path(path), trust_config or is_trusting()
+        path, trust = place_of(path), trust_config or is_trusting()
         run = RunDir(path.absolute().parent.parent)
-        if path.is_file() and files and not run.saved_configs:
+        untrusted = run.configs
+        if is_shared(path):
+            run, checkpoint, untrusted = RunDir(path), path / WEIGHTS, path
+            files = [path / CONFIG, *files]
+        elif path.is_file() and files and not run.saved_configs:
             checkpoint, files = path, list(files)
         else:
             run, checkpoint = RunDir.resume(path)
-            files = [run.project_config, *files]
-        files, untrusted = files[-1:] if alone else files, None if trust else run.configs
+            files, untrusted = [run.project_config, *files], run.configs
+        files, untrusted = files[-1:] if alone else files, None if trust else untrusted
         config = load_config(files, dotlist, untrusted=untrusted, ignore_data=ignore_data)
         if tokenizer is not None:
             name_tokenizer(config, tokenizer)
@@ -333,6 +349,8 @@ class SavedRun:
                 f"the run {self.folder} holds a {target}, which takes no {', '.join(unknown)}; "
                 "name the run of a model that does, such as a tokenizer"
             )
+        if is_shared(self.folder):
+            return load_modules(self.folder, self.config, self.trust_config, **params)["model"]
         merged = {**(block.get("params") or {}), **params}
         wanted = without_starts(merged) | {"ckpt_path": str(self.checkpoint)}
         of_user = not self.config.is_untrusted("model.params.trust_checkpoint")

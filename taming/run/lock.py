@@ -1,4 +1,4 @@
-"""A lock that keeps a run's folder to one process, and ends with it."""
+"""Locks that keep a run's folder, or a piece of work, to one process, and end with it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,32 @@ EXPIRY = 60.0  # seconds without one after which the process counts as dead
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder, which must exist.
 
-    The file names the host and the process. The system releases its lock when the process dies. On
-    file systems whose locks do not reach other machines, or have none, the file counts as long as
-    its time is less than a minute old by the file system's own clock: its owner renews it.
-
     Raises:
         ValueError: Another process holds it; names it.
     """
-    path = folder / NAME
-    file = _acquire(path)
+    with held(folder / NAME) as owner:
+        if owner is not None:
+            raise ValueError(
+                f"the run {folder} is in use by {owner or 'another process'}: wait until it has "
+                f"ended; if its machine is down, until {EXPIRY:.0f} s have passed"
+            )
+        for part in folder.glob("checkpoints/*.part"):  # of processes that were killed
+            part.unlink(missing_ok=True)
+        yield
+
+
+@contextmanager
+def held(path: Path) -> Iterator[str | None]:
+    """Hold a lock if it is free: yield None, or else the name of its owner, which may be empty.
+
+    The file names the host and the process. The system releases its lock when the process dies. On
+    file systems whose locks do not reach other machines, or have none, the file counts as long as
+    its time is less than a minute old by the file system's own clock: its owner renews it.
+    """
+    owner, file = _acquire(path)
+    if file is None:
+        yield owner
+        return
     done = threading.Event()
 
     def show_life() -> None:
@@ -41,9 +58,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     threading.Thread(target=show_life, name="lock", daemon=True).start()
     try:
-        for part in folder.glob("checkpoints/*.part"):  # of processes that were killed
-            part.unlink(missing_ok=True)
-        yield
+        yield None
     finally:
         done.set()
         os.ftruncate(file, 0)
@@ -52,28 +67,22 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(file)
 
 
-def _acquire(path: Path) -> int:
-    """Return the open, locked file, with this process in it."""
+def _acquire(path: Path) -> tuple[str, int | None]:
+    """Return the owner, and the open, locked file with this process in it if that is the owner."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            owner = os.read(file, 200).decode(errors="replace").strip()
-            has_locks = _lock(file)
-            # On this machine, a lock that is free belongs to a process that has died.
-            is_local = has_locks and owner.endswith(f" on {socket.gethostname()}")
-            if has_locks is None or (owner and not is_local and _is_fresh(path)):
-                raise ValueError(
-                    f"the run {path.parent} is in use by {owner or 'another process'}: wait until "
-                    f"it has ended; if its machine is down, until {EXPIRY:.0f} s have passed"
-                )
-            if os.fstat(file).st_nlink > 0:
-                os.ftruncate(file, 0)
-                os.lseek(file, 0, os.SEEK_SET)
-                os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-                return file
-        except ValueError:
+        owner = os.read(file, 200).decode(errors="replace").strip()
+        has_locks = _lock(file)
+        # On this machine, a lock that is free belongs to a process that has died.
+        is_local = has_locks and owner.endswith(f" on {socket.gethostname()}")
+        if has_locks is None or (owner and not is_local and _is_fresh(path)):
             os.close(file)
-            raise
+            return owner, None
+        if os.fstat(file).st_nlink > 0:
+            os.ftruncate(file, 0)
+            os.lseek(file, 0, os.SEEK_SET)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            return "", file
         os.close(file)  # its owner removed it just now
 
 

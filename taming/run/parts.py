@@ -13,6 +13,10 @@ from taming.run.config import COMMAND_LINE, LoadedConfig, entries
 # Target by which a configuration names the model of another run.
 LOADER = "taming.run.folder.model_from_run"
 
+# Files of a shared model (`taming.run.pretrained`).
+CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
+SHIPPED = Path(__file__).parents[1] / "pretrained"
+
 
 class _Loading(NamedTuple):
     """The runs whose models are being built, the innermost last."""
@@ -58,6 +62,25 @@ def folder_of(path: Path) -> Path:
     return path.absolute().parent.parent if path.is_file() else path
 
 
+def shipped() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.name for path in SHIPPED.glob("*") if is_shared(path))
+
+
+def place_of(name: str | Path) -> Path:
+    """Return the path of a run or shared model; a path that exists wins over a shipped name."""
+    path = Path(str(name)).expanduser()
+    return SHIPPED / path if str(path) in shipped() and not path.exists() else path
+
+
+def missing(name: str | Path) -> FileNotFoundError:
+    """Return the error for what is neither a path nor the name of a shipped model."""
+    names = ", ".join(shipped()) or "none"
+    return FileNotFoundError(
+        f"{name} does not exist, and no model of this name ships (shipped: {names})"
+    )
+
+
 def find_run(run: str | Path) -> Path:
     """Find a run, or a checkpoint of one, that a run being loaded names as a part of its model.
 
@@ -67,15 +90,15 @@ def find_run(run: str | Path) -> Path:
     Raises:
         FileNotFoundError: There is no such run; names the run that needs it.
     """
-    given, folders = Path(str(run)).expanduser(), _LOADING.get(_NONE).folders
-    if not folders or _is_run(given):
+    given, folders = place_of(run), _LOADING.get(_NONE).folders
+    if not folders or is_run(given) or is_shared(given):
         return given
     parts = given.parts[1:] if given.is_absolute() else given.parts
     shortest = 3 if given.suffix == ".ckpt" else 1  # <run>/checkpoints/<file>.ckpt
     for start in range(len(parts) - shortest + 1):
         for folder in folders[-1].parents:
             found = folder.joinpath(*parts[start:])
-            if _is_run(found):
+            if is_run(found) or is_shared(found):
                 return found
     raise FileNotFoundError(
         f"the run {folders[-1]} needs the run {run} of its tokenizer, which is neither there nor "
@@ -84,8 +107,15 @@ def find_run(run: str | Path) -> Path:
     )
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Return True for the folder of a run, or one of its checkpoints."""
     return path.exists() and any((folder_of(path) / "configs").glob("*.yaml"))
+
+
+def is_shared(path: Path) -> bool:
+    """Return True for the folder of a shared model, even if one of its files is missing."""
+    files = (path / name for name in (CONFIG, WEIGHTS))
+    return any(file.is_file() for file in files) and not is_run(path)
 
 
 def name_tokenizer(config: LoadedConfig, tokenizer: str | Path) -> None:

@@ -46,7 +46,7 @@ _LIGHTNING = "lightning.pytorch"
 
 # Top-level block -> the classes that may be built anywhere inside it. Left out are those that write
 # or fetch files of any name, unpickle, start processes or call what they are given: most loggers,
-# plugins and launchers of Lightning, metrics that load networks, LSUN, and TokenCacheWriter.
+# plugins and launchers of Lightning, metrics that load networks, and LSUN.
 _ALLOWED: dict[str, tuple[_Allowed, ...]] = {
     "model": (
         *map(_Allowed, ("taming.models", "taming.modules", "taming.lr_scheduler", "torch.optim")),
@@ -96,18 +96,20 @@ _IMPORTABLE = (
 _FOLDERS = ("dirpath", "save_dir", "default_root_dir", "logdir", "ckptdir", "cfgdir")
 
 
-def check_trust(config: LoadedConfig, block: str) -> None:
+def check_trust(config: LoadedConfig, block: str, name: str | None = None) -> None:
     """Refuse what a saved run's own files may not ask for in a top-level block.
 
     Args:
         config: A configuration; unless it has ``untrusted`` files, everything is allowed.
         block: ``model``, ``data`` or ``lightning``.
+        name: Name of the top-level block if it is another, which may build what ``block`` may.
 
     Raises:
         ConfigError: Names the file, the key path and the target.
     """
     if config.untrusted is not None:
-        _check_entries(config, block, block, config.values.get(block))
+        name = name or block
+        _check_entries(config, block, name, config.values.get(name))
 
 
 def _check_entries(config: LoadedConfig, block: str, path: str, value: Any) -> None:

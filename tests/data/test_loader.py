@@ -1,6 +1,8 @@
 """Batches follow from the seed: any can be read again, by any number of loader processes."""
 
+import multiprocessing
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from taming.data.loader import Loader, StreamLoader, is_stream, make_loader
+from taming.data.loader import Loader, is_stream
+from taming.data.stream_loader import StreamLoader, make_loader
 from taming.util import DataError
 
 
@@ -75,6 +78,24 @@ class Shards(Stream):
             yield self.items[index]
 
 
+class Tapes(Tape):
+    """One that divides itself among readers."""
+
+    is_sharded = True
+
+    def __len__(self):
+        return self.items.length
+
+    def begin(self, seed, epoch, lane, lanes):
+        self.place, self.lane, self.lanes = 0, lane, lanes
+
+    def __iter__(self):
+        for index in range(self.lane, self.items.length, self.lanes)[self.place :]:
+            self.read.append(index)
+            self.place += 1
+            yield self.items[index]
+
+
 def contents(loader):
     """Numbers and draws of every batch."""
     return [(batch["number"].tolist(), batch["drawn"].tolist()) for batch in loader]
@@ -120,7 +141,8 @@ def test_a_stream_continues_from_its_state():
     second.load_state_dict(first.state_dict())
     assert contents(second) == whole[2:]
     assert tape.read == [4, 5, 6]
-    assert first.state_dict() == {"stream": {"place": 4}}
+    (state,) = first.state_dict()["streams"]
+    assert state == {"states": {0: (4, {"place": 4})}, "next": 0, "workers": 1}
 
 
 @pytest.mark.parametrize("length", [1, 7, 8])
@@ -152,6 +174,62 @@ def test_processes_share_a_stream(kind, length):
 
 def test_a_stream_that_divides_itself_is_read_by_all_loader_processes():
     assert numbers(StreamLoader(Shards(), 2, 2)) == [[0, 2], [1, 3], [4, 6], [5]]
+
+
+@pytest.mark.parametrize("workers, done", [(0, 3), (1, 2), (2, 1), (2, 4)])
+def test_a_stream_that_divides_itself_continues_from_the_states_of_all_readers(workers, done):
+    at = [(2, 0)]
+
+    def loader(data):
+        return StreamLoader(data, 2, workers, seed=1, position=lambda: at[0])
+
+    whole, first = contents(loader(Tapes(11))), loader(Tapes(11))
+    batches = iter(first)
+    for _ in range(done):
+        next(batches)
+    at[0] = (2, done)
+    tape = Tapes(11)
+    second = loader(tape)
+    second.load_state_dict(first.state_dict())
+    assert contents(second) == whole[done:]
+    if not workers:
+        assert tape.read[0] == 2 * done  # nothing again
+    with pytest.raises(DataError, match=f"resume with as many, not 1 with {workers + 2}"):
+        StreamLoader(tape, 2, workers + 2).load_state_dict(first.state_dict())
+
+
+def _resume(rank, folder):
+    """Read as one of two training processes, stop, and go on from the state of the first."""
+    torch.set_num_threads(1)
+    options = {"init_method": f"file://{folder / 'meeting'}", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", **options)
+    at = [(0, 0)]
+
+    def loader():
+        return StreamLoader(Tapes(16), 2, seed=1, share=(rank, 2), position=lambda: at[0])
+
+    whole, first = contents(loader()), loader()
+    batches = iter(first)
+    next(batches), next(batches)
+    at[0] = (0, 2)
+    saved = [first.state_dict()]
+    torch.distributed.broadcast_object_list(saved)  # as of a checkpoint, which the first saves
+    second = loader()
+    second.load_state_dict(saved[0])
+    assert contents(second) == whole[2:] and second.data.read[0] == rank + 8
+    torch.distributed.destroy_process_group()
+
+
+def test_each_of_several_processes_continues_from_its_own_state(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_resume, args=(rank, tmp_path)) for rank in range(2)]
+    with warnings.catch_warnings():  # about forks beside threads
+        warnings.simplefilter("ignore")
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def test_streams_are_recognized():

@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from support.caches import write_cache
 from support.models import TRANSFORMS, every_tokenizer, images, prior, tokenizer_config, trainer
 from support.original import load_golden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
+from taming.data.token_files import CacheInfo
+from taming.data.tokens import TokenCache
 from taming.data.utils import custom_collate
 from taming.modules.vqvae.transforms import Residual
-from taming.util import NonFiniteError
+from taming.util import DataError, NonFiniteError
 
 
 @pytest.mark.parametrize("name", ["net2net_class", "net2net_uncond"])
@@ -178,14 +180,13 @@ def test_losses_from_cached_tokens_are_those_from_images(kind: str, tmp_path) ->
         kind, cond_stage_config=labels, cond_stage_key="class_label", permuter_config=order
     ).eval()
     data, sequence = images(6, 3), model.first_stage_model.quantize.sequence
-    info = CacheInfo(model.fingerprint, [8, 8], 256)
-    writer = TokenCacheWriter(tmp_path, info, sequence.vocab_size)
-    for batch in data:
-        codes = model.encode_codes(model.get_xc(batch)[0])
-        columns = {"class_label": batch["class_label"].tolist()}
-        writer.add(sequence.encode(codes)[0], columns)
-    writer.close()
-    cached = DataLoader(TokenCache(str(tmp_path)), batch_size=3, collate_fn=custom_collate)
+    info = CacheInfo(model.fingerprint, sequence.vocab_size, 2)
+    codes = torch.cat([model.encode_codes(model.get_xc(batch)[0]) for batch in data])
+    labels = {"class_label": torch.cat([batch["class_label"] for batch in data]).tolist()}
+    write_cache(tmp_path / "cache", sequence.encode(codes)[0], labels, info, [(16, 16)])
+    cached = DataLoader(
+        TokenCache(str(tmp_path / "cache")), batch_size=3, collate_fn=custom_collate
+    )
     results = [
         trainer(tmp_path / name).validate(model, loader, verbose=False)
         for name, loader in (("images", data), ("cached", cached))
@@ -197,6 +198,9 @@ def test_losses_from_cached_tokens_are_those_from_images(kind: str, tmp_path) ->
     batch = next(iter(cached))
     with pytest.raises(ValueError, match=r"another tokenizer \(fingerprint .* scripts/encode.py"):
         prior(kind).tokenize_batch(batch)
+    both = batch | {"grid": torch.tensor([[8, 8], [4, 16], [8, 8]])}
+    with pytest.raises(DataError, match="grids of .* sites"):
+        model.tokenize_batch(both)
     model.cond_stage_key = "depth"
     with pytest.raises(ValueError, match="the token cache has no 'depth'.* only tokens, grid"):
         model.tokenize_batch(batch)

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from support.caches import write_cache
 from support.models import every_tokenizer, images, tokenizer_config, trainer
 from support.models import prior as transformer_prior
 from torch.utils.data import DataLoader
 
-from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
+from taming.data.token_files import CacheInfo
+from taming.data.tokens import TokenCache
 from taming.data.utils import custom_collate
 from taming.models.pixelcnn import PixelCNNPrior
 from taming.models.sampling import Progress
@@ -76,12 +78,10 @@ def test_its_numbers_are_those_that_a_transformer_logs(kind: str, tmp_path) -> N
 def test_cached_tokens_cost_the_same_as_their_images(tmp_path) -> None:
     model, data = prior(cond_stage_config=LABELS).eval(), images(4, 4)
     sequence = model.first_stage_model.quantize.sequence
-    info = CacheInfo(model.fingerprint, [SIDE, SIDE], 256)
-    writer = TokenCacheWriter(tmp_path / "cache", info, sequence.vocab_size)
-    for batch in data:
-        codes = model.encode_codes(model.get_xc(batch)[0])
-        writer.add(sequence.encode(codes)[0], {"class_label": batch["class_label"].tolist()})
-    writer.close()
+    info = CacheInfo(model.fingerprint, sequence.vocab_size, 2)
+    codes = torch.cat([model.encode_codes(model.get_xc(batch)[0]) for batch in data])
+    labels = {"class_label": torch.cat([batch["class_label"] for batch in data]).tolist()}
+    write_cache(tmp_path / "cache", sequence.encode(codes)[0], labels, info, [(16, 16)])
     cache = TokenCache(str(tmp_path / "cache"))
     cached = DataLoader(cache, batch_size=4, collate_fn=custom_collate)
     numbers = [trainer(tmp_path).validate(model, d, verbose=False) for d in (data, cached)]

@@ -27,7 +27,7 @@ import torch
 
 from taming.codec.container import Header, read, write
 from taming.tokenizer import Tokenizer
-from tests.support.codec import tables
+from tests.support.codec import fill_tables
 from tests.support.models import tokenizer_of
 
 KINDS = ("residual", "depth", "beam", "attract", "plain")
@@ -37,22 +37,13 @@ MOST_GROWTH = 64 << 20  # bytes that a child process may ask for beyond what it 
 TIMEOUT = 120.0  # seconds for a block of files
 
 
-class Entropy(torch.nn.Module):
-    """Entropy tables that are none of the model's weights."""
-
-    def __init__(self, turns: int, n_e: int) -> None:
-        super().__init__()
-        self.__dict__.update(vars(tables(turns, n_e)))
-
-
 class Kind:
     """A tokenizer and its files: (bytes, what they and their first segments decode to)."""
 
     def __init__(self, name: str) -> None:
         model = tokenizer_of(name)
-        sequence = model.quantize.sequence
         if model.quantize.variable_rate:
-            model.quantize.entropy = Entropy(sequence.max_loops, sequence.n_e)
+            fill_tables(model.quantize)
         self.tokenizer = Tokenizer(model, max_pixels=MOST_PIXELS)
         generator = np.random.default_rng(0)
         self.files: list[bytes] = []

@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+from support.caches import write_cache
 
 from taming.checkpoint import load_checkpoint
 from taming.data.base import NumpyPaths
-from taming.data.tokens import CacheInfo, TokenCache, TokenCacheWriter
+from taming.data.tokens import TokenCache
 from taming.modules.vqvae.quantize import VectorQuantizer2
 
 OUTCOMES = ("refused", "same", "changed", "other error", "crashed", "hung")
@@ -54,26 +55,25 @@ def content() -> dict[str, Any]:
 def save_cache(folder: Path, files: int = 3) -> None:
     shutil.rmtree(folder)
     generator = torch.Generator().manual_seed(0)
-    writer = TokenCacheWriter(folder, CacheInfo("abc", [2, 3], 96), 300, images_per_file=8)
     tokens = torch.randint(0, 300, (8 * files - 3, 12), generator=generator)
     lengths = torch.randint(6, 13, (len(tokens), 1), generator=generator)
     tokens = tokens.masked_fill(torch.arange(12) >= lengths, -1)
     box = torch.rand(len(tokens), 4, generator=generator).tolist()
     names = [f"{number}.png" for number in range(len(tokens))]
     numbers = list(range(len(tokens)))
-    writer.add(tokens, {"class_label": numbers, "box": box, "name": names})
-    writer.close()
+    labels = {"class_label": numbers, "box": box, "name": names}
+    write_cache(folder, tokens, labels, sizes=[(8, 12), (5, 11)], per_file=8)
 
 
 def save_earlier_cache(folder: Path) -> None:
-    """A cache as it was saved before there were checksums."""
+    """A cache as it was saved before there were checksums, keys and sizes."""
     save_cache(folder)
     (folder / "checksums.json").unlink()
+    about = {"fingerprint": "abc", "grid": [2, 3], "pixels": 96}
     for file in folder.glob("*.arrow"):
         with pa.OSFile(str(file)) as source:
             table = pa.ipc.open_file(source).read_all()
-        about = json.loads(table.schema.metadata[b"taming.tokens"])
-        del about["vocab_size"]
+        table = table.drop_columns(["key", "height", "width"])
         rewrite(file, table.replace_schema_metadata({b"taming.tokens": json.dumps(about)}))
 
 
@@ -84,7 +84,7 @@ def rewrite(file: Path, table: pa.Table) -> None:
 
 def read_cache(folder: Path) -> Any:
     cache = TokenCache(str(folder))
-    return cache.info._asdict(), [cache[number] for number in range(len(cache))]
+    return cache.about, [cache[number] for number in range(len(cache))]
 
 
 def save_picture(folder: Path) -> None:

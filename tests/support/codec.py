@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from taming.modules.vqvae.loopy import LoopyVectorQuantizer
+
 
 def integers(count: int, most: int, seed: int = 0) -> Tensor:
     """Integers (N,) in 0..most-1 by a linear congruential generator (Knuth's MMIX)."""
@@ -32,6 +34,13 @@ def valid_codes(
 def cut(codes: Tensor, turns: int) -> Tensor:
     """Codes (h, w, T) without what follows so many turns."""
     return codes.masked_fill(torch.arange(codes.shape[-1]) >= turns, -1)
+
+
+def fill_tables(quantizer: LoopyVectorQuantizer) -> None:
+    """Give a quantizer the shares of `tables`."""
+    own = quantizer.entropy
+    found = tables(own.max_loops, own.n_e)
+    own.load_state_dict({"codes": found.codes, "going_on": found.going_on})
 
 
 def tables(turns: int, n_e: int, learned: bool = True) -> SimpleNamespace:

@@ -26,6 +26,7 @@ TOKENIZER_OF = {
     "custom_loopy_transformer.yaml": "custom_loopy_vqgan.yaml",
     "imagenet_transformer.yaml": "imagenet_vqgan.yaml",
     "sflckr_transformer.yaml": "custom_vqgan.yaml",
+    "photos_context.yaml": "photos.yaml",
     "pixelcnn_cifar10.yaml": "cifar10_loopy.yaml",
     "vqvae2_bottom_prior.yaml": "vqvae2_cifar10.yaml",
     "vqvae2_top_prior.yaml": "vqvae2_cifar10.yaml",
@@ -60,6 +61,7 @@ GAN = [
     for item in ("perceptual_weight=0.0", "disc_ndf=8", "disc_start=1")
 ]
 STACKS = [f"model.params.stacks_config.params.{size}" for size in ("channels=8", "layers=2")]
+CONTEXT = [f"model.params.context_config.params.{size}" for size in ("channels=4", "hidden=8")]
 TWO_LEVELS = [
     f"model.params.transformer_config.params.{size}"
     for size in ("n_embd=16", "depth.n_head=2", "depth.n_embd=8")
@@ -114,6 +116,18 @@ def both(*items: str) -> list[str]:
     return [f"data.params.{s}.params.{item}" for s in ("train", "validation") for item in items]
 
 
+def mixed(data: Path) -> list[str]:
+    """A mixture of a folder and a Parquet file, of 32 pixels, and the folder to validate."""
+    parts = {"custom.ImageFolder": f"root: {data / 'images'}"}
+    parts["hub.ParquetImages"] = f"path: {data / 'images.parquet'}"
+    blocks = [f"{{target: taming.data.{t}, params: {{{p}, size: 32}}}}" for t, p in parts.items()]
+    train = ("length=8", "shares=[1, 1]", f"datasets=[{', '.join(blocks)}]")
+    return [
+        *(f"data.params.train.params.{v}" for v in train),
+        *(f"data.params.validation.params.{v}" for v in (f"root={data / 'images'}", "size=32")),
+    ]
+
+
 def shipped() -> list[str]:
     """All configurations, relative to ``configs/``."""
     return sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
@@ -144,6 +158,8 @@ def overrides(data: Path) -> dict[str, list[str]]:
             "imagenet_transformer.yaml": [*gpt(), *pixels(32, "config.size")],
             "loopy_transformer.yaml": [*prior(32), *PHOTOS],
             "loopy_vqgan.yaml": [*tokenizer(32, 4), *GAN, *PHOTOS],
+            "photos.yaml": [*vqmodel(32, 5), *mixed(data)],
+            "photos_context.yaml": [*CONTEXT, *mixed(data)],
             "pixelcnn_cifar10.yaml": [*STACKS, *pixels(16), *parquet],
             "vqvae2_bottom_prior.yaml": [*prior(16), *parquet],
             "vqvae2_cifar10.yaml": [*tokenizer(16, 3), *LEVELS, *parquet],

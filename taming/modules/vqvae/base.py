@@ -192,6 +192,14 @@ class Quantizer(Part, ABC):
         """Return scalars of the quantizer's state to log while it trains, by name."""
         return {}
 
+    def loop_tables(self) -> dict[str, Tensor]:
+        """Return what finds codes outside of torch, as `taming.modules.vqvae.numpy_loop` takes it.
+
+        Raises:
+            ValueError: Its codes take more than tables.
+        """
+        raise ValueError(f"the codes of a {type(self).__name__} cannot be found by tables alone")
+
     def _check(self, z: Tensor) -> None:
         """Refuse z that is not (B, D, h, w) or (N, D) of finite latents."""
         if z.ndim not in (2, 4) or z.shape[1] != self.e_dim:

@@ -119,6 +119,14 @@ class Transform(Part, ABC):
         z_q = self.compose(codes, codebook)
         return z_q if self.depth is None else z_q + self.depth[(codes >= 0).sum(dim=1) - 1]
 
+    def loop_tables(self, codebook: Tensor) -> dict[str, Tensor]:
+        """Return what its turns need outside of torch (`taming.modules.vqvae.numpy_loop`).
+
+        Raises:
+            ValueError: They take more than tables.
+        """
+        raise ValueError(f"the turns of a {type(self).__name__} cannot be made by tables alone")
+
     def initialize(self, z: Tensor, searches: Searches, codebook: Tensor) -> None:
         """Initialize the transform's statistics from a first batch; by default, nothing.
 
@@ -155,6 +163,13 @@ class Cascade(Transform):
         if beam < 1:
             raise ValueError(f"beam must be at least 1, got {beam}")
         self.max_loops, self.beam = max_loops, beam
+
+    def loop_tables(self, codebook: Tensor) -> dict[str, Tensor]:
+        """Return the codebook as each turn sees it, (T, K, D)."""
+        if self.beam > 1:
+            raise ValueError(f"the loop outside of torch keeps one path, not a beam of {self.beam}")
+        turns = range(self.max_loops)
+        return {"codebooks": torch.stack([self.project(codebook, turn) for turn in turns])}
 
     @abstractmethod
     def project(self, codebook: Tensor, turn: int) -> Tensor:

@@ -36,7 +36,7 @@ from taming.modules.vqvae.entropy import EntropyTables
 from taming.modules.vqvae.loop import build_transform
 from taming.modules.vqvae.nearest import distance_to, nearest_codes
 from taming.modules.vqvae.paths import Path, Searches
-from taming.modules.vqvae.rate import check_ranges, expand_per_image, lengths_within, sample_rates
+from taming.modules.vqvae.rate import check_ranges, expand_per_image, lengths_within, rates_between
 from taming.modules.vqvae.walk import Rate, Walk, Walker, check_rates
 
 if TYPE_CHECKING:
@@ -219,6 +219,12 @@ class LoopyVectorQuantizer(Quantizer):
         z_q = z_q.reshape(*grid, self.e_dim)
         return z_q if len(grid) == 1 else channels_second(z_q)
 
+    def loop_tables(self) -> dict[str, Tensor]:
+        """Return the threshold, the number of turns, and what the transform's turns see."""
+        tables = self.transform.loop_tables(self.embedding.weight.float())
+        turns = torch.tensor(self.max_loops)
+        return {**tables, "threshold": self.threshold, "max_loops": turns}
+
     # --- rate ------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -270,9 +276,9 @@ class LoopyVectorQuantizer(Quantizer):
         walker = self._walker(rows, images)
         rates = {name: value for name, value in (given or {}).items() if value is not None}
         check_rates([*rates], self.transform)
-        if not rates and self.training:
-            ranges = (self.length_range, self.rate_range)
-            rates = sample_rates(images, walker.sites, *ranges, rows.device)
+        if not rates and self.training and (self.length_range or self.rate_range):
+            share = torch.rand(images, device=rows.device)
+            rates = rates_between(share, walker.sites, self.length_range, self.rate_range)
         name, value = next(iter(rates.items()), ("threshold", self.threshold))
         return walker.walk(name, value)
 

@@ -103,6 +103,12 @@ class NearestQuantizer(SingleCodeQuantizer):
             self._learn(z.detach(), codes)
         return QuantizerOutput(straight_through(z, entries.detach()), loss, self._info(codes, z))
 
+    def loop_tables(self) -> dict[str, Tensor]:
+        """Return the codebook, as that of the only turn."""
+        if self.remap is not None:
+            raise ValueError("a quantizer with remap numbers its codes anew, which tables do not")
+        return {"codebooks": self.codebook[None]}
+
     @abstractmethod
     def _loss(self, z: Tensor, entries: Tensor) -> Tensor:
         """Compute the loss of latents and their codes, both (B, D, h, w) float32."""

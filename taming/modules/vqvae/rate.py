@@ -127,29 +127,27 @@ def fewest_codes(
     return enough
 
 
-def sample_rates(
-    images: int,
+def rates_between(
+    share: Tensor,
     sites: int,
-    length_range: tuple[float, float] | None,
-    rate_range: tuple[float, float] | None,
-    device: torch.device,
+    length_range: Sequence[float] | None,
+    rate_range: Sequence[float] | None,
 ) -> dict[str, Tensor]:
-    """Sample a rate for each image of a training batch.
+    """Return a rate for each image, at a share of the way between bounds.
 
     Args:
-        images: B.
+        share: (B,) float32 in [0, 1]; uniform random numbers to sample rates.
         sites: S.
-        length_range: Bounds of a mean length, which is uniform; times S, it is a budget.
-        rate_range: Instead: bounds of lambda, whose logarithm is uniform.
-        device: Of the rates.
+        length_range: Bounds of a mean length; times S, it is a budget.
+        rate_range: Instead: bounds of lambda, between which the logarithm is taken.
 
     Returns:
         ``max_codes`` (B,) int64, or ``rate`` (B,) float32; {} without bounds.
     """
     if length_range is not None:
-        mean = torch.empty(images, device=device).uniform_(*length_range)
-        return {"max_codes": (mean * sites).round().long()}
+        low, high = length_range
+        return {"max_codes": ((low + (high - low) * share) * sites).round().long()}
     if rate_range is not None:
         low, high = map(math.log, rate_range)
-        return {"rate": torch.empty(images, device=device).uniform_(low, high).exp()}
+        return {"rate": (low + (high - low) * share).exp()}
     return {}

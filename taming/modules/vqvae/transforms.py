@@ -101,6 +101,10 @@ class Attract(Transform):
         """Average the squared distances of the one search."""
         return path.distances[:, 0].square().mean()
 
+    def loop_tables(self, codebook: Tensor) -> dict[str, Tensor]:
+        """Return the one codebook and the step."""
+        return {"codebooks": codebook[None], "step": torch.tensor(self.step)}
+
     def compose(self, codes: Tensor, codebook: Tensor) -> Tensor:
         """Look up e_k, of shape (N, D), for codes (N, T)."""
         return F.embedding(self._last_code(codes), codebook)

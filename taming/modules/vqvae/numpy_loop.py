@@ -1,0 +1,110 @@
+"""The loop in NumPy: latents of an exported encoder to codes of an exported decoder.
+
+This file needs nothing but NumPy; ``scripts/export.py`` saves a copy as ``loop.py`` beside the
+graphs and ``loop.npz``::
+
+    import numpy as np, onnxruntime
+    from loop import encode
+    encoder, decoder = map(onnxruntime.InferenceSession, ("encoder.onnx", "decoder.onnx"))
+    (z,) = encoder.run(None, {"images": images})  # (B, C, H, W) float32 in [-1, 1]
+    codes = encode(z, np.load("loop.npz"), max_codes=2000)
+    (again,) = decoder.run(None, {"codes": codes})
+
+Axis letters: B images, D channels, h w grid, N = B h w latents, K codes, T turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+_SCORES = 1 << 22  # of latents with codes, held at once
+
+
+def encode(
+    z: Array,
+    tables: Mapping[str, Array],
+    threshold: float | None = None,
+    max_codes: int | None = None,
+) -> Array:
+    """Find the codes of latents.
+
+    Args:
+        z: (B, D, h, w) latents.
+        tables: Of ``loop.npz``: ``codebooks`` (T, K, D), as each turn sees them, or (1, K, D) where
+            all see one. Of a loop also ``threshold``; ``max_loops``, T; and, where a turn pulls a
+            latent toward its code, the ``step``.
+        threshold: Distance at which a loop ends; None takes the tokenizer's own.
+        max_codes: Instead: most codes of an image, at least one for each site.
+
+    Returns:
+        (B, h, w, T) int64: 0..K-1 for a code, K for the dummy D, -1 after the end of a loop.
+
+    Raises:
+        ValueError: Both rates are given, one where there is no loop, or one that cannot be met.
+
+    Example:
+        >>> tables = {"codebooks": np.array([[[0.0], [4.0]], [[-1.0], [1.0]]])}
+        >>> tables |= {"threshold": np.array(0.5), "max_loops": np.array(2)}
+        >>> encode(np.array([[[[0.25, 5.0]]]]), tables).tolist()
+        [[[[0, -1], [1, 1]]]]
+    """
+    batch, channels, h, w = z.shape
+    rows = np.moveaxis(z, 1, 3).reshape(-1, channels).astype(np.float64)  # (N, D)
+    codes, distances = _paths(rows, tables)  # (N, T)
+    if threshold is not None and max_codes is not None:
+        raise ValueError("give a threshold or max_codes, not both")
+    if "threshold" not in tables:
+        if threshold is not None or max_codes is not None:
+            raise ValueError("this tokenizer has a fixed rate: omit threshold and max_codes")
+        return codes.reshape(batch, h, w, 1)
+    if max_codes is not None:
+        tau = _threshold_for(distances.reshape(batch, h * w, -1), max_codes)
+    else:
+        tau = np.full(batch, tables["threshold"] if threshold is None else threshold)
+    if not (tau >= 0).all():
+        raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
+    within: Array = distances <= tau.repeat(h * w)[:, None]
+    within[:, -1] = True  # the last turn ends every loop
+    left = within.argmax(axis=1)[:, None] - np.arange(codes.shape[1])  # turns to go
+    if "step" in tables:
+        codes = np.where(left > 0, tables["codebooks"].shape[1], codes)
+    return np.where(left < 0, -1, codes).reshape(batch, h, w, -1)
+
+
+def _paths(rows: Array, tables: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Return codes (N, T) int64 and distances (N, T) of loops that take every turn."""
+    codebooks = tables["codebooks"].astype(np.float64)
+    if "step" in tables:  # the code stays the same, and the distance shrinks by a factor
+        codes = _nearest(rows, codebooks[0])[:, None].repeat(int(tables["max_loops"]), axis=1)
+        first = np.linalg.norm(rows - codebooks[0][codes[:, 0]], axis=1)
+        return codes, first[:, None] * (1 - float(tables["step"])) ** np.arange(codes.shape[1])
+    found, distances = [], []
+    for codebook in codebooks:
+        found.append(_nearest(rows, codebook))
+        rows = rows - codebook[found[-1]]
+        distances.append(np.linalg.norm(rows, axis=1))
+    return np.stack(found, axis=1), np.stack(distances, axis=1)
+
+
+def _nearest(rows: Array, codebook: Array) -> Array:
+    """Return the nearest code (N,) int64 of each row (N, D), the lowest of equals."""
+    half = (codebook**2).sum(axis=1) / 2
+    size = max(1, _SCORES // len(codebook))
+    parts = (rows[start : start + size] for start in range(0, len(rows), size))
+    return np.concatenate([(half - part @ codebook.T).argmin(axis=1) for part in parts])
+
+
+def _threshold_for(distances: Array, max_codes: int) -> Array:
+    """Return the smallest threshold (B,) that keeps images (B, h w, T) to a number of codes."""
+    batch, sites, _ = distances.shape
+    if max_codes < sites:
+        raise ValueError(f"an image of {sites} sites needs at least {sites} codes, got {max_codes}")
+    # A site goes past a turn as long as the smallest distance so far is above the threshold.
+    minima = np.minimum.accumulate(distances, axis=2)[..., :-1].reshape(batch, -1)
+    ordered = np.concatenate([-np.sort(-minima, axis=1), np.zeros((batch, 1))], axis=1)
+    return ordered[:, min(max_codes - sites, minima.shape[1])]

@@ -1,0 +1,158 @@
+"""Sharing: a trained model as one folder, here or on a hub, that needs nothing of its run."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from taming.util import usable_device
+
+S = TypeVar("S", bound="Shared")
+
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+_CARD = """---
+library_name: loopy-taming
+tags: [image-tokenizer, vector-quantization]
+---
+
+# {title}
+
+Made by loopy-taming. Say here what it was trained on, for how long, how good it is, and what it is
+not for.
+
+{facts}
+
+```python
+import taming
+{kind} = taming.{name}.from_pretrained("folder or name")
+```
+"""
+
+
+class Shared(ABC):
+    """Saves its modules as ``config.yaml`` and ``model.safetensors``, and loads them again."""
+
+    @abstractmethod
+    def shared_modules(self) -> dict[str, Any]:
+        """Return the modules to save, by block name (`taming.run.pretrained`)."""
+
+    @classmethod
+    @abstractmethod
+    def of_modules(cls: type[S], modules: Mapping[str, Any]) -> S:
+        """Return the object of loaded modules.
+
+        Raises:
+            ValueError: They are of another kind.
+        """
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Return what the configuration tells a reader of the model card: name -> value."""
+
+    @abstractmethod
+    def to(self: S, device: torch.device | str) -> S:
+        """Move the modules to a device; return the object."""
+
+    @classmethod
+    def from_pretrained(
+        cls: type[S],
+        name: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        revision: str | None = None,
+        trust_config: bool = False,
+    ) -> S:
+        """Load a shared model.
+
+        Args:
+            name: A folder of `save_pretrained`, else the name of a model that ships, else
+                ``owner/name`` on the hub. A path that exists wins.
+            device: Device for the model.
+            revision: Branch, tag or commit on the hub.
+            trust_config: Build whatever its configuration names, which may run any code; by
+                default, only what ``docs/security.md`` lists.
+
+        Raises:
+            ConnectionError: The hub cannot be reached, and its cache does not hold the model.
+            FileNotFoundError: There is no such model, or a file is missing.
+            ValueError: It is a run, or a model of another kind, or asks for what it may not; its
+                weights do not fit it; or there is no such device.
+        """
+        from taming.run.hub import download
+        from taming.run.parts import missing, place_of
+        from taming.run.pretrained import load_modules
+
+        device, folder = usable_device(device), place_of(name)  # before anything is loaded
+        if not folder.exists():
+            if not _HUB_NAME.fullmatch(str(name)):
+                raise missing(name)
+            folder = download(str(name), revision)
+        return cls.of_modules(load_modules(folder, trust_config=trust_config)).to(device)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
+        """Save the model with all that its use needs, and nothing of its training.
+
+        Args:
+            folder: The folder; it is created. A ``README.md`` that is there stays.
+            dtype: Floating-point dtype of the saved weights, such as ``float16``, which halves the
+                file; they are float32 again when loaded. None keeps the model's, bit for bit.
+
+        Raises:
+            ValueError: The folder is a run, the dtype is none, or a file cannot state the model's
+                configuration.
+            OSError: A file cannot be saved.
+        """
+        from taming.run.pretrained import save_modules
+
+        card = self._card(Path(folder).resolve().name)
+        save_modules(folder, self.shared_modules(), card, dtype)
+
+    def push_to_hub(
+        self,
+        name: str,
+        dtype: torch.dtype | str | None = None,
+        *,
+        private: bool | None = None,
+        message: str = "",
+    ) -> str:
+        """Upload the model, as `save_pretrained` saves it, in one commit.
+
+        Args:
+            name: ``owner/name``, or a name of one's own; the repository is created if there is
+                none. Its ``README.md`` stays if it has one.
+            dtype: Floating-point dtype of the uploaded weights, or None.
+            private: Show a new repository to its owner alone; None as the owner's settings say.
+            message: Message of the commit.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ConnectionError: The hub cannot be reached, or refuses.
+            ValueError: As for `save_pretrained`, or ``huggingface_hub`` is not installed.
+        """
+        from taming.run.hub import upload
+
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place, name.rpartition("/")[2])
+            self.save_pretrained(folder, dtype)
+            return upload(folder, name, private, message)
+
+    def _card(self, title: str) -> str:
+        name = type(self).__name__
+        facts = "\n".join(f"- {key}: {value}" for key, value in self.facts().items())
+        return _CARD.format(title=title, facts=facts, name=name, kind=name.lower())
+
+
+def count_parameters(module: nn.Module) -> str:
+    """Return the number of a module's parameters, those of its loss left out, such as 1,024."""
+    named = module.named_parameters()
+    return f"{sum(p.numel() for name, p in named if 'loss' not in name.split('.')):,}"

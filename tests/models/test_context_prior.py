@@ -1,0 +1,82 @@
+"""The prior of a context network trains on any tokenizer's codes, at all of its rates."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.models import images, tokenizer_config, trainer
+
+from taming.models.context import ContextPrior
+from taming.modules.transformer.generate import SamplingParams
+
+NETWORK = {
+    "target": "taming.modules.context.ContextNetwork",
+    "params": {"channels": 4, "hidden": 8},
+}
+
+
+def prior(kind: str = "residual", **kwargs) -> ContextPrior:
+    """A small prior whose tokenizer spreads latents over its codes."""
+    built = ContextPrior(tokenizer_config(kind), NETWORK, **kwargs)
+    with torch.no_grad():
+        built.first_stage_model.quantize.embedding.weight.copy_(torch.randn(16, 4) * 0.5)
+    return built
+
+
+@pytest.mark.parametrize("kind", ["residual", "plain"])
+def test_training_lowers_the_bits_and_leaves_the_tokenizer(kind: str, tmp_path) -> None:
+    model = prior(kind)
+    frozen = {k: v.clone() for k, v in model.first_stage_model.state_dict().items()}
+    model.learning_rate = 1e-2
+    before = trainer(tmp_path).validate(model, images(4, 4), verbose=False)[0]
+    fit = trainer(tmp_path, max_epochs=4)
+    fit.fit(model.train(), images(8, 4), images(4, 4))
+    for name, value in model.first_stage_model.state_dict().items():
+        assert torch.equal(value, frozen[name]), name
+    logged = {k.removeprefix("val/"): v for k, v in fit.callback_metrics.items() if "val/" in k}
+    assert logged["bits_per_image"] < before["val/bits_per_image"]
+    torch.testing.assert_close(logged["bits_per_image"] / 16**2, logged["bits_per_pixel"])
+    torch.testing.assert_close(logged["bits_per_token"], logged["loss"] / math.log(2))
+
+
+def test_rates_are_those_of_the_range_spread_evenly_where_nothing_is_trained() -> None:
+    model, x = prior(length_range=[1, 3]).eval(), torch.rand(4, 3, 16, 16)
+    counts = (model.encode_codes(x) >= 0).flatten(1).sum(dim=1)
+    assert bool((counts <= torch.tensor([80, 112, 144, 176])).all())
+    assert bool((counts.diff() > 0).all())
+    torch.manual_seed(0)
+    trained = {int((model.train().encode_codes(x)[0] >= 0).sum()) for _ in range(8)}
+    assert len(trained) > 3 and min(trained) >= 64
+
+
+def test_the_logits_start_at_the_tables_of_the_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    bits = torch.rand(3, 16)
+    tables = SimpleNamespace(learned=True, code_bits=lambda: bits)
+    quantizer = type(prior().first_stage_model.quantize)
+    monkeypatch.setattr(quantizer, "entropy", tables, raising=False)
+    torch.testing.assert_close(prior().context.shares.detach(), -math.log(2) * bits)
+    tables.learned = False
+    assert not prior().context.shares.detach().any()
+
+
+def test_completions_keep_known_sites_and_samples_depend_on_their_generator_alone() -> None:
+    model, x = prior().eval(), torch.rand(2, 3, 16, 16)
+    codes, condition = model.encode_codes(x), torch.zeros(2, 1, dtype=torch.int64)
+    known = torch.rand(8, 8) < 0.5
+    found = model.sample_codes(condition, codes=codes, known=known)
+    assert torch.equal(found[:, known], codes[:, known])
+    assert not torch.equal(found, codes)
+    model.sequence.encode(found)  # raises unless they are codes
+    greedy = SamplingParams(greedy=True)
+    assert torch.equal(*(model.sample_codes(condition, greedy) for _ in range(2)))
+    with pytest.raises(ValueError, match="no guidance"):
+        model.sample_codes(condition, SamplingParams(guidance=2.0))
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(ValueError, match="writes dummies"):
+        prior("attract")
+    for wrong in ([0.5, 2], [2, 1], [1, 4]):
+        with pytest.raises(ValueError, match=r"two bounds in \[1, max_loops = 3\]"):
+            prior(length_range=wrong)

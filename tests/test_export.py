@@ -1,0 +1,101 @@
+"""What other programs run gives the codes and pictures of the tokenizer itself, at any size."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from support.models import pictures, tokenizer_of
+from support.runs import call, fails
+
+from taming.modules.vqvae import numpy_loop
+from taming.tokenizer import Tokenizer
+
+RATES: tuple[dict[str, Any], ...] = ({}, {"threshold": 0.1}, {"max_codes": 100})
+
+
+def tables_of(model: Any) -> dict[str, np.ndarray]:
+    return {key: value.numpy() for key, value in model.quantize.loop_tables().items()}
+
+
+@pytest.mark.parametrize("quantizer", ["residual", "one-turn", "linear", "depth", "attract"])
+def test_the_loop_in_numpy_finds_the_codes_of_the_quantizer(quantizer: str) -> None:
+    model = tokenizer_of(quantizer)
+    tables, lengths = tables_of(model), set()
+    for size in ((16, 16), (8, 32)):
+        x = pictures(2, *size)
+        z = model.encode_to_prequant(x).numpy()
+        for rate in RATES:
+            codes = numpy_loop.encode(z, tables, **rate)
+            assert np.array_equal(codes, model.encode_to_codes(x, **rate).numpy())
+            lengths |= {*(codes >= 0).sum(axis=-1).flat}
+    assert len(lengths) > 1 or quantizer == "one-turn"
+
+
+@pytest.mark.parametrize("quantizer", ["first", "plain", "averages"])
+def test_without_a_loop_the_nearest_code_is_found(quantizer: str) -> None:
+    model, x = tokenizer_of(quantizer), pictures(2, 8, 32)
+    z = model.encode_to_prequant(x).numpy()
+    codes = numpy_loop.encode(z, tables_of(model))
+    assert np.array_equal(codes, model.encode_to_codes(x).numpy())
+    with pytest.raises(ValueError, match="fixed rate"):
+        numpy_loop.encode(z, tables_of(model), max_codes=70)
+
+
+def test_rates_that_mean_nothing_are_refused() -> None:
+    model = tokenizer_of("residual")
+    z, tables = np.zeros((1, 4, 2, 2)), tables_of(model)
+    with pytest.raises(ValueError, match="not both"):
+        numpy_loop.encode(z, tables, 1.0, 10)
+    with pytest.raises(ValueError, match="needs at least 4 codes, got 3"):
+        numpy_loop.encode(z, tables, max_codes=3)
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        numpy_loop.encode(z, tables, -1)
+
+
+def test_graphs_run_elsewhere_at_any_size_and_rate(tmp_path: Path) -> None:
+    model = tokenizer_of("residual")
+    Tokenizer(model).save_pretrained(tmp_path / "model")
+    call("export", "-r", tmp_path / "model", "-o", tmp_path)
+    spec = importlib.util.spec_from_file_location("loop", tmp_path / "loop.py")
+    assert spec and spec.loader
+    spec.loader.exec_module(loop := importlib.util.module_from_spec(spec))
+    tables = np.load(tmp_path / "loop.npz")
+    graphs = [onnxruntime.InferenceSession(tmp_path / f"{n}.onnx") for n in ("encoder", "decoder")]
+    programs = [torch.export.load(tmp_path / f"{n}.pt2").module() for n in ("encoder", "decoder")]
+    for size in ((1, 16, 16), (3, 4, 26)):
+        x = pictures(*size)
+        latents = model.encode_to_prequant(x)
+        (z,) = graphs[0].run(None, {"images": x.numpy()})
+        np.testing.assert_allclose(z, latents.numpy(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(programs[0](x), latents)
+        for rate in ({}, {"max_codes": 80}):
+            codes = loop.encode(z, tables, **rate)
+            wanted = model.encode_to_codes(x, **rate)
+            assert np.array_equal(codes, wanted.numpy())
+            (images,) = graphs[1].run(None, {"codes": codes})
+            np.testing.assert_allclose(images, model.decode_code(wanted), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(programs[1](wanted), model.decode_code(wanted))
+
+
+def test_what_cannot_be_exported_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"gumbel": "a GumbelQuantize", "levels": "a Hierarchy", "beam": "not a beam of 2"}
+    for quantizer, name in names.items():
+        Tokenizer(tokenizer_of(quantizer)).save_pretrained(tmp_path / quantizer)
+        error = fails(capsys, "export", "-r", tmp_path / quantizer, "-o", tmp_path / "out")
+        assert name in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named_before_anything_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    error = fails(capsys, "export", "-r", tmp_path / "none", "-o", tmp_path / "out")
+    assert "pip install 'loopy-taming[export]', or give --formats pt2" in error
