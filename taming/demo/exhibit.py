@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ class Exhibit:
     """A run on the page.
 
     Attributes:
-        name: Its name.
+        name: Its name, as it was given.
         tokenizer: Its tokenizer, or that of its prior.
         studio: Its prior, if it has one.
     """
@@ -47,10 +46,10 @@ class Exhibit:
             FileNotFoundError: There is no such run.
             ValueError: Its model is neither.
         """
-        loaded, name = load(run, device, **options), Path(run).name
+        loaded = load(run, device, **options)
         if isinstance(loaded, Generator):
-            return cls.of_prior(name, loaded.model)
-        return cls(name, loaded)
+            return cls.of_prior(run, loaded.model)
+        return cls(run, loaded)
 
     @classmethod
     def of_prior(

@@ -51,7 +51,7 @@ def build(exhibits: Sequence[Exhibit]) -> gr.Blocks:
         gr.Markdown("# Loopy tokenizer")
         with gr.Tab("Compress", elem_id="compress"):
             compress_tab(exhibits)
-        studios = {e.name: e.studio for e in exhibits if e.studio is not None}
+        studios = [(e.name, e.studio) for e in exhibits if e.studio is not None]
         if studios:
             with gr.Tab("Sample", elem_id="sample"):
                 sample_tab(studios, EVENT)
@@ -82,12 +82,15 @@ def compress_tab(exhibits: Sequence[Exhibit]) -> None:
         panels = [lay_panel(exhibit) for exhibit in exhibits]
     studies = gr.State(time_to_live=3600)
     shown = [component for panel in panels for component in panel]
-    sees: dict[str, Any] = {"fn": show, "inputs": [studies, kind, value, x, y], "outputs": shown}
+
+    def see(studies: list[Study] | None, *wanted: Any) -> list[Any]:
+        return show(studies, *wanted) if studies else [None] * len(shown)
 
     def load(path: str | None, side: int, kind: str) -> tuple[Any, Any]:
         found = study_all(exhibits, path, side)
         return found, slider_of(found, kind)
 
+    sees: dict[str, Any] = {"fn": see, "inputs": [studies, kind, value, x, y], "outputs": shown}
     for event in (photo.change, side.input):
         loaded = event(load, [photo, side, kind], [studies, value], **EVENT)
         loaded.success(**sees, **EVENT)
@@ -163,11 +166,9 @@ def place_of(event: gr.SelectData) -> tuple[int, int]:
 
 
 def show(
-    studies: list[Study] | None, kind: str, value: float, x: float | None, y: float | None
+    studies: list[Study], kind: str, value: float, x: float | None, y: float | None
 ) -> list[Any]:
     """Return what the panels show, one after the other, at a rate and a pixel."""
-    if not studies:
-        raise gr.Error("drop a picture first")
     return [part for study in studies for part in _shown(study, kind, value, (x or 0, y or 0))]
 
 

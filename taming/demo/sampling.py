@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -13,27 +13,28 @@ from taming.demo.studio import Step, Studio, Wish
 COLOUR = "#e63c3c"  # of what is painted over
 
 
-def sample_tab(studios: Mapping[str, Studio], event: Mapping[str, Any]) -> None:
+def sample_tab(named: Sequence[tuple[str, Studio]], event: Mapping[str, Any]) -> None:
     """Lay out sampling from one prior, or from several side by side.
 
     Args:
-        studios: Name of a run -> its prior.
+        named: Name of each run, and its prior.
         event: Options of all events.
     """
+    studios = [studio for _, studio in named]
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            wish = lay_wish(list(studios.values()))
+            wish = lay_wish(studios)
         with gr.Column(scale=2, min_width=300):
             with gr.Row():
                 go = gr.Button("Sample", variant="primary", elem_id="go")
                 stop = gr.Button("Stop", elem_id="stop")
             with gr.Row():
-                panels = [lay_result(name, studio) for name, studio in studios.items()]
-            start = lay_start(next(iter(studios.values())), wish["scale"], event)
+                panels = [lay_result(name, studio) for name, studio in named]
+            start = lay_start(studios[0], wish["scale"], event)
 
     def run(*values: Any) -> Iterator[list[Any]]:
         wished = dict(zip(wish, values, strict=False))
-        yield from sample_all(list(studios.values()), wished, *values[len(wished) :])
+        yield from sample_all(studios, wished, *values[len(wished) :])
 
     shown = [component for panel in panels for component in panel]
     sampling = go.click(run, [*wish.values(), *start], shown, **event)

@@ -190,11 +190,9 @@ class Studio:
         """
         stage = self.model.first_stage_model
         image = to_tensor(picture, stage.channels)
-        longer = max(image.shape[1:]) / min(image.shape[1:])
-        sides = [longer if side > min(image.shape[1:]) else 1.0 for side in image.shape[1:]]
-        rows, columns = scaled_grid(
-            (self.model.grid[0] * sides[0], self.model.grid[1] * sides[1]), scale
-        )
+        height, width = (side / min(image.shape[1:]) for side in image.shape[1:])
+        grid = self.model.grid[0] * height, self.model.grid[1] * width
+        rows, columns = scaled_grid(grid, scale)
         image = resize(image, rows * stage.factor, columns * stage.factor).clamp(-1, 1)
         return image[None].to(next(self.model.parameters()))
 
