@@ -23,11 +23,6 @@ class Progress(TQDMProgressBar):
         self._images = 0
         self._times: deque[tuple[float, int]] = deque(maxlen=STEPS)  # with the images before them
 
-    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Begin to count anew: validation is not counted."""
-        self._times.clear()
-        super().on_train_epoch_start(trainer, *args)
-
     def on_train_batch_end(
         self,
         trainer: Trainer,
@@ -42,7 +37,7 @@ class Progress(TQDMProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count anew after it."""
+        """Begin to count anew after it, so that its time does not count."""
         self._times.clear()
         super().on_validation_start(trainer, pl_module)
 

@@ -1,5 +1,6 @@
 """The page answers to this machine alone, takes no path, and loads nothing from elsewhere."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -149,6 +150,7 @@ def test_what_is_too_large_is_refused(address: str, tmp_path: Path) -> None:
     from taming.demo.serve import MAX_BYTES
 
     port = int(address.rpartition(":")[2])
+    start = "POST /gradio_api/upload HTTP/1.1\r\nHost: localhost"
     for head in (f"Content-Length: {MAX_BYTES + 1}", "Content-Length: -1", "Content-Length: x"):
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.sendall(
@@ -170,3 +172,32 @@ def test_files_that_are_no_pictures_are_named(address: str, tmp_path: Path) -> N
         (own,) = upload(address, tmp_path / name)
         refused = call(address, LOAD, [file(own, orig_name=name), 512, "own"])
         assert not refused["success"] and name in refused["output"]["error"]
+
+
+def test_what_comes_in_pieces_is_cut_off() -> None:
+    pytest.importorskip("gradio")
+    from taming.demo.serve import MAX_BYTES, Guard
+
+    read, sent = [], []
+    pieces = [b"x" * 2**20] * (MAX_BYTES // 2**20 + 9)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": pieces.pop(), "more_body": bool(pieces)}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        more = True
+        while more:
+            message = await receive()
+            more = message["more_body"]
+            read.append(len(message["body"]))
+        await send({"type": "http.response.start", "status": 200})
+
+    scope = {"type": "http", "headers": [(b"host", b"localhost")]}
+    asyncio.run(Guard(app, "127.0.0.1")(scope, receive, send))
+    assert [m["status"] for m in sent if "status" in m] == [413] and sum(read) == MAX_BYTES
+    pieces = [b"x"]
+    asyncio.run(Guard(app, "127.0.0.1")(scope, receive, send))
+    assert sent[-1]["status"] == 200
