@@ -4,8 +4,8 @@ python -m benchmarks.codec KODAK_FOLDER [-r photos] [--bpp 0.05 0.1 0.15] [--plo
 
 Bits are those of whole files, headers included; Pillow writes and reads the other three. The
 qualities of a table's row are means over the pictures. A second table compares the tokenizer with
-each of the others at equal bits, by linear interpolation between its settings. All sides run in
-turn, on one thread, for each picture.
+each of the others at equal bits, by linear interpolation between its settings. All run on one
+thread. ``--perceptual`` measures ST-LPIPS too, which takes some seconds for each picture.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from tqdm import tqdm
 import taming
 from benchmarks.timing import save, table
 from taming.data.paths import find_images
+from taming.evaluation.measures import Measure
+from taming.evaluation.networks import shift_tolerant
 from taming.run.cli import run, script_parser
 from taming.tokenizer import Tokenizer
 
@@ -40,7 +42,8 @@ QUALITIES = {
     "WebP": (0, 1, 5, 10, 20, 30),
     "AVIF": (5, 15, 20, 25, 30, 40),
 }
-NUMBERS = ("bpp", "psnr", "ms_ssim", "write_s_per_mp", "read_s_per_mp")
+QUALITY = ("psnr", "ms_ssim", "st_lpips")
+TIMES = ("write_s_per_mp", "read_s_per_mp")
 
 
 class Side(NamedTuple):
@@ -84,15 +87,19 @@ def _image(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].double()
 
 
-def measure(side: Side, picture: Image.Image) -> dict[str, float] | None:
+def measure(
+    side: Side, picture: Image.Image, perceptual: Measure | None
+) -> dict[str, float] | None:
     """Write and read a picture; None if the codec cannot keep to so few bits.
 
     Args:
         side: Codec and setting.
         picture: RGB, each side at least 161 pixels, as MS-SSIM needs.
+        perceptual: Another distance of pictures.
 
     Returns:
-        Bits per pixel of the file, PSNR in dB, MS-SSIM, and seconds per megapixel.
+        Bits per pixel of the file, PSNR in dB, MS-SSIM, the distance if there is one, and seconds
+        of processor time per megapixel.
     """
     start = time.process_time()
     try:
@@ -104,13 +111,16 @@ def measure(side: Side, picture: Image.Image) -> dict[str, float] | None:
     ended = time.process_time()
     pixels = picture.width * picture.height
     error = (image - again).square().mean()
-    return {
+    found = {
         "bpp": 8 * len(data) / pixels,
         "psnr": float(20 * np.log10(255) - 10 * error.log10()),
         "ms_ssim": float(ms_ssim(again, image, data_range=255.0)),
-        "write_s_per_mp": (written - start) / pixels * 1e6,
-        "read_s_per_mp": (ended - written) / pixels * 1e6,
     }
+    if perceptual is not None and perceptual.compare is not None:
+        seen = (perceptual.see(shown.byte()) for shown in (image, again))
+        found["st_lpips"] = float(perceptual.compare(*seen))
+    times = ((written - start) / pixels * 1e6, (ended - written) / pixels * 1e6)
+    return found | dict(zip(TIMES, times, strict=True))
 
 
 def at_equal_bits(rows: list[dict[str, Any]], codec: str) -> list[dict[str, Any]]:
@@ -118,14 +128,13 @@ def at_equal_bits(rows: list[dict[str, Any]], codec: str) -> list[dict[str, Any]
     own = [row for row in rows if row["codec"] == "loop"]
     others = sorted((row for row in rows if row["codec"] == codec), key=lambda row: row["bpp"])
     bpps = [row["bpp"] for row in others]
+    names = [name for name in QUALITY if name in rows[0]]
     found = []
     for row in own:
-        if not bpps or not bpps[0] <= row["bpp"] <= bpps[-1]:
-            continue
-        gains = {
-            k: row[k] - np.interp(row["bpp"], bpps, [o[k] for o in others]) for k in NUMBERS[1:3]
-        }
-        found.append({"beside": codec, "bpp": row["bpp"]} | {k: float(v) for k, v in gains.items()})
+        if bpps and bpps[0] <= row["bpp"] <= bpps[-1]:
+            theirs = {n: np.interp(row["bpp"], bpps, [o[n] for o in others]) for n in names}
+            gains = {n: float(row[n] - theirs[n]) for n in names}
+            found.append({"beside": codec, "bpp": row["bpp"], **gains})
     return found
 
 
@@ -158,23 +167,24 @@ def main() -> None:
     bpps = [0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25]
     parser.add_argument("--bpp", type=float, nargs="+", default=bpps, help="(default: %(default)s)")
     parser.add_argument("-n", type=int, help="number of pictures (default: all)")
+    parser.add_argument("--perceptual", action="store_true", help="measure ST-LPIPS too")
     parser.add_argument("--plot", type=Path, help="file of the plot")
     options = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer: Any = taming.load(options.run)
     paths = [options.pictures / name for name in find_images(str(options.pictures))][: options.n]
     pictures = [Image.open(path).convert("RGB") for path in paths]
+    perceptual = shift_tolerant(torch.device("cpu")) if options.perceptual else None
     rows = []
     for side in tqdm([*sides(tokenizer, options.bpp)], desc="settings"):
-        found = [measure(side, picture) for picture in pictures]
-        kept = [numbers for numbers in found if numbers]
-        if len(kept) == len(found):
-            means = {name: mean(numbers[name] for numbers in kept) for name in NUMBERS}
+        found = [measure(side, picture, perceptual) for picture in pictures]
+        if small := [numbers for numbers in found if numbers]:
+            means = {name: mean(numbers[name] for numbers in small) for name in small[0]}
+        if len(small) == len(found):
             rows.append({"codec": side.codec, "setting": side.setting, **means})
         else:
-            logger.warning(
-                "%s %g: %d pictures do not fit", side.codec, side.setting, len(found) - len(kept)
-            )
+            missing = len(found) - len(small)
+            logger.warning("%s at %g: %d pictures need more", side.codec, side.setting, missing)
     logger.info("%d pictures\n\n%s\n", len(pictures), table(rows))
     gains = [row for codec in QUALITIES for row in at_equal_bits(rows, codec)]
     if gains:

@@ -57,7 +57,6 @@ EXTRAS = {
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
     "datasets": "data",
     **dict.fromkeys(("fastapi", "gradio", "uvicorn"), "demo"),
-    "fsspec": "data",
     "huggingface_hub": "hub",
     "ray": "ray",
     "torch_fidelity": "eval",

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -20,6 +19,8 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 from torchmetrics.image.fid import FrechetInceptionDistance
+
+from taming.util import naming_extras
 
 EXACT = 100.0  # dB, the largest PSNR reported: JSON has no infinity
 NEIGHBOURS = 3  # of precision and recall
@@ -150,7 +151,8 @@ def precision_and_recall(generated: Tensor, real: Tensor) -> tuple[float, float]
     """
     if min(len(generated), len(real)) <= NEIGHBOURS:
         raise ValueError(f"precision and recall need more than {NEIGHBOURS} pictures of each set")
-    prc = fidelity("metric_prc").prc_features_to_metric
+    with naming_extras():
+        from torch_fidelity.metric_prc import prc_features_to_metric as prc
     found = prc(
         generated.double(),
         real.double(),
@@ -160,18 +162,6 @@ def precision_and_recall(generated: Tensor, real: Tensor) -> tuple[float, float]
         verbose=False,
     )
     return found["precision"], found["recall"]
-
-
-def fidelity(module: str) -> Any:
-    """Import a module of torch-fidelity.
-
-    Raises:
-        ValueError: It is not installed; names the command.
-    """
-    try:
-        return import_module(f"torch_fidelity.{module}")
-    except ModuleNotFoundError as error:
-        raise ValueError(f"torch-fidelity is not installed: {EXTRA}") from error
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from taming.evaluation.images import from_levels
-from taming.evaluation.measures import EXTRA, Measure, fidelity, pixel_measures, tool
+from taming.evaluation.measures import EXTRA, Measure, pixel_measures, tool
 from taming.modules.losses.lpips import (
     LPIPS,
     WITHOUT,
@@ -25,7 +25,7 @@ from taming.modules.losses.lpips import (
     load_file,
     vgg16_file,
 )
-from taming.util import file_hash
+from taming.util import file_hash, naming_extras
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 FID_SIDE = 299
@@ -111,7 +111,8 @@ def inception_file() -> Path:
         if not Path(given).is_file():
             raise FileNotFoundError(f"{given}, which TAMING_INCEPTION names, does not exist")
         return Path(given)
-    url = fidelity("feature_extractor_inceptionv3").URL_INCEPTION_V3
+    with naming_extras():
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
     path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +138,10 @@ def inception(device: torch.device, kind: str) -> Measure:
         ConnectionError: The weights are missing and cannot be downloaded.
         ValueError: torch-fidelity is not installed, or the file holds other weights.
     """
-    extractor = fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    with naming_extras():
+        from torch_fidelity import feature_extractor_inceptionv3 as networks
+
+    extractor = networks.FeatureExtractorInceptionV3
     path = inception_file()
     load_file(path)  # refuses code, which the extractor would run
     try:

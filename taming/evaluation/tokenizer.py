@@ -69,7 +69,7 @@ class Cost:
 
 
 def quantize_at(model: VQModel, z: Tensor, codes: Sequence[float]) -> Iterator[tuple[str, Any]]:
-    """Quantize latents at several rates, with one search for all.
+    """Quantize latents at several rates.
 
     Args:
         model: The tokenizer.
@@ -81,11 +81,8 @@ def quantize_at(model: VQModel, z: Tensor, codes: Sequence[float]) -> Iterator[t
     """
     quantizer: Any = model.quantize
     yield OWN, quantizer(z)
-    if codes:
-        path = quantizer.whole_path(z)
-        for rate in codes:
-            most = math.floor(rate * z[0, 0].numel() + 1e-6)
-            yield f"{rate:g}", quantizer(z, max_codes=most, path=path)
+    for rate in codes:
+        yield f"{rate:g}", quantizer(z, max_codes=math.floor(rate * z[0, 0].numel() + 1e-6))
 
 
 def check_rates(model: VQModel, codes: Sequence[float]) -> list[float]:

@@ -349,7 +349,7 @@ class SavedRun:
                 f"the run {self.folder} holds a {target}, which takes no {', '.join(unknown)}; "
                 "name the run of a model that does, such as a tokenizer"
             )
-        if is_shared(self.folder):
+        if self.checkpoint == self.folder / WEIGHTS:
             return load_modules(self.folder, self.config, self.trust_config, **params)["model"]
         merged = {**(block.get("params") or {}), **params}
         wanted = without_starts(merged) | {"ckpt_path": str(self.checkpoint)}

@@ -1,6 +1,7 @@
 """Feature networks: their files, what they see, and what is said of those that are missing."""
 
 import importlib.metadata
+import sys
 from pathlib import Path
 from urllib.error import URLError
 
@@ -8,11 +9,12 @@ import lpips as reference_package
 import pytest
 import torch
 from skimage import data
+from torch_fidelity import feature_extractor_inceptionv3
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from taming.evaluation import networks
 from taming.evaluation.images import from_levels
-from taming.evaluation.measures import FrechetDistance, fidelity, precision_and_recall
+from taming.evaluation.measures import FrechetDistance, precision_and_recall
 from taming.modules.losses.lpips import LPIPS, VGG16
 from taming.util import file_hash
 
@@ -85,7 +87,7 @@ def test_lpips_is_that_of_the_loss(tmp_path, monkeypatch):
 
 
 def test_inception_is_torch_fidelitys_with_the_file_that_is_named(tmp_path, monkeypatch):
-    module = fidelity("feature_extractor_inceptionv3")
+    module = feature_extractor_inceptionv3
     with pytest.MonkeyPatch.context() as patch:  # random weights, in the form of the original's
         patch.setattr(module, "load_state_dict_from_url", lambda *a, **k: {})
         patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, s: None)
@@ -123,18 +125,21 @@ def test_what_is_missing_is_named_with_place_and_remedy(tmp_path, monkeypatch):
 
 
 def test_a_missing_extra_is_named_with_its_command(monkeypatch):
-    def absent(name: str) -> None:  # a ModuleNotFoundError, as both ways to look raise
+    def absent(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(networks, "distribution", absent)
-    monkeypatch.setattr("taming.evaluation.measures.import_module", absent)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "torch_fidelity"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "path_importer_cache", {})
     monkeypatch.setenv("TAMING_LPIPS", "/nowhere/heads.pth")
     measures, missing = networks.all_measures(CPU, "g")
     assert not measures
     assert missing == {
         f"ST-LPIPS, {networks.FRECHET}": "stlpips-pytorch is not installed: pip install "
         "'loopy-taming[eval]'",
-        "gFID": "torch-fidelity is not installed: pip install 'loopy-taming[eval]'",
+        "gFID": "torch_fidelity is not installed: pip install 'loopy-taming[eval]'",
     }
 
 

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -172,6 +173,13 @@ def _out_of_range(value: float, rng: np.random.Generator) -> File:
     return File(".tif", _saved("TIFF", Image.fromarray(values)), None)
 
 
+def _reads_back(image: Image.Image, kind: str) -> bool:
+    """Return True if Pillow can read what it saves of an image."""
+    with suppress(OSError):
+        return Image.open(io.BytesIO(_saved(kind, image))).load() is not None
+    return False
+
+
 def kinds() -> dict[str, Callable[[np.random.Generator], File]]:
     """Makers of files by the name of their kind."""
     modes = {
@@ -184,7 +192,8 @@ def kinds() -> dict[str, Callable[[np.random.Generator], File]]:
         "SGI.rgb DDS.dds QOI.qoi AVIF.avif",
         "RGBA": "PNG.png WEBP.webp TIFF.tif JPEG2000.jp2 TGA.tga DDS.dds AVIF.avif",
         "CMYK": "JPEG.jpg TIFF.tif",
-        "YCbCr": "JPEG.jpe TIFF.tif",
+        # Some releases of Pillow, 12.3 among them, cannot read the YCbCr TIFF files they save.
+        "YCbCr": "JPEG.jpe" + " TIFF.tif" * _reads_back(Image.new("YCbCr", (5, 5)), "TIFF"),
     }
     made: dict[str, Callable[[np.random.Generator], File]] = {
         f"{mode} {kind}": partial(_eight_bits, mode, kind, f".{suffix}")

@@ -339,7 +339,7 @@ def test_right_experiments_pass_unchanged(toy, change):
         ),
         ("lightning.trainer.max_steps=three", "lightning.trainer.max_steps must be int, .*'three'"),
         ("lightning.trainer.max_epochs=1.5", "trainer.max_epochs must be int"),
-        ("lightning.trainer.limit_val_batches=all", "trainer.limit_val_batches must be float"),
+        ("lightning.trainer.limit_val_batches=all", "trainer.limit_val_batches must be "),
         (
             "lightning.trainer.plugins=[{target: lightning.pytorch.plugins.HalfPrecison}]",
             "plugins.0.target: lightning.pytorch.plugins has no 'HalfPrecison'; .*'HalfPrecision'",

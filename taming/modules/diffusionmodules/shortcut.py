@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHROMA = 0.06  # variance of the two colour differences, relative to that of the grey of photographs
@@ -51,9 +52,10 @@ def leading_patterns(channels: int, side: int, count: int) -> Tensor:
 
 
 class LinearShortcut(nn.Module):
-    """Linear map of the pixels of each site to its latent, and another one back.
+    """Linear map of the pixels of each site to its latent, and one of 3 x 3 latents back.
 
-    Both are learned, and start from the same orthonormal cosines, as in JPEG. So a model whose
+    Both are learned, and start from the same orthonormal cosines, as in JPEG, with nothing from the
+    neighbours, from which the way back learns to smooth the borders of sites. So a model whose
     networks add nothing yet already has the error of a linear transform coder. They learn what a
     linear code misses, and no norm hides the colour of a flat region from the latents. An error of
     the latents has, at the start, the mean square of the error of the pixels that it makes.
@@ -84,12 +86,13 @@ class LinearShortcut(nn.Module):
         # Weights have a mean square of 1, so that a step of Adam changes little of them.
         patterns = leading_patterns(channels, side, latent_channels) * math.sqrt(numbers)
         self.gains = math.sqrt(latent_channels) / numbers, 1 / math.sqrt(latent_channels)
-        options = {"kernel_size": side, "stride": side, "bias": False}
-        self.pixels_to_latent = nn.Conv2d(channels, latent_channels, **options)
-        self.latent_to_pixels = nn.ConvTranspose2d(latent_channels, channels, **options)
+        self.pixels_to_latent = nn.Conv2d(channels, latent_channels, side, side, bias=False)
+        self.latent_to_pixels = nn.ConvTranspose2d(
+            latent_channels, channels, 3 * side, side, padding=side, bias=False
+        )
         with torch.no_grad():
             self.pixels_to_latent.weight.copy_(patterns)
-            self.latent_to_pixels.weight.copy_(patterns)
+            self.latent_to_pixels.weight.copy_(F.pad(patterns, (side, side, side, side)))
 
     def encode(self, x: Tensor) -> Tensor:
         """Map images (B, C, H, W) to latents (B, D, h, w), in the weights' precision."""
