@@ -20,7 +20,6 @@ class BuildWithPrograms(build_py):
             self.packages = [*self.packages, *PROGRAMS]
             self.package_dir = {**(self.package_dir or {}), **PROGRAMS}
             self.package_data["taming.programs.configs"] = ["**/*.yaml"]
-            self.package_data["taming.programs.scripts"] = ["*.html"]
         super().run()
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:

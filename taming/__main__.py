@@ -1,4 +1,4 @@
-"""The command ``taming``: each of its commands runs ``main.py`` or a program of ``scripts/``."""
+"""The command ``taming``: each command runs ``main.py``, a program of ``scripts/`` or the demo."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from taming.util import home, nearest
 
 
 def programs() -> dict[str, Path]:
-    """Return the programs by the name of their command: ``train`` first, then all scripts."""
-    scripts = sorted(home().glob("scripts/*.py"))
-    return {"train": home() / "main.py", **{path.stem: path for path in scripts}}
+    """Return the programs by the name of their command: ``train`` first, then all scripts.
+
+    ``demo`` is the page in the browser; scripts/demo.py is what ``make demo`` runs.
+    """
+    scripts = {path.stem: path for path in sorted(home().glob("scripts/*.py"))}
+    page = Path(__file__).parent / "demo/__main__.py"
+    return {"train": home() / "main.py", **scripts, "demo": page}
 
 
 def usage() -> str:

@@ -56,7 +56,7 @@ EXTRAS = {
     **dict.fromkeys(("tensorboard", "torchmetrics", "torchvision"), "train"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
     "datasets": "data",
-    "gradio": "demo",
+    **dict.fromkeys(("fastapi", "gradio", "uvicorn"), "demo"),
     "huggingface_hub": "hub",
     "ray": "ray",
     "torch_fidelity": "eval",

@@ -33,6 +33,11 @@ ALLOWED: dict[str, set[str]] = {
         *("evaluation", "tokenizer", "generator", "models", "modules"),
         *("data", "decoding", "pictures", "run", "util"),
     },
+    # Shows what the face loads, and runs with their data: above all, and of use to scripts alone.
+    "demo": {
+        *("demo", "tokenizer", "generator", "codes", "codec", "models"),
+        *("data", "pictures", "run", "util"),
+    },
     "run": {"run", "models", "data", "checkpoint", "pictures", "util"},
     # A program in a folder: runs to load, pictures to read, the face's way from images to codes.
     "scale": {"scale", "tokenizer", "models", "data", "run", "util"},

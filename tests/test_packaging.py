@@ -204,7 +204,9 @@ def test_a_missing_extra_is_named_in_one_line(
     bare: dict[str, str], wheel: Path, tiny_runs: TinyRuns, tmp_path: Path
 ) -> None:
     run = tiny_runs.of("demo/loopy_vqgan.yaml")
-    for arguments in (("train", "-b", "photos", "-t"), ("evaluate", "-r", str(run))):
+    missing = {("train", "-b", "photos", "-t"): "train", ("evaluate", "-r", str(run)): "train"}
+    missing["demo", "-r", str(run)] = "demo"
+    for arguments, extra in missing.items():
         done = subprocess.run(
             [sys.executable, wheel / "bin/taming", *arguments],
             env={**os.environ, **bare},
@@ -212,7 +214,7 @@ def test_a_missing_extra_is_named_in_one_line(
             text=True,
             cwd=tmp_path,
         )
-        line = r"error: (\w+) is not installed: pip install 'loopy-taming\[train\]'\n"
+        line = rf"error: (\w+) is not installed: pip install 'loopy-taming\[{extra}\]'\n"
         assert done.returncode == 2 and re.fullmatch(line, done.stderr), done.stderr
     assert not [*tmp_path.glob("logs/*")]
 

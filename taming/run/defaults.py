@@ -11,6 +11,7 @@ DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
     "epoch_values": {"target": "taming.run.epoch_values.EpochValues"},
     "image_logger": {"target": "taming.run.callbacks.ImageLogger"},
     "codebook_telemetry": {"target": "taming.run.callbacks.CodebookTelemetry"},
+    "advice": {"target": "taming.run.advice.Advice"},
     "learning_rate_logger": {
         "target": "lightning.pytorch.callbacks.LearningRateMonitor",
         "params": {"logging_interval": "step"},

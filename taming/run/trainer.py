@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import environments
 from lightning.pytorch.strategies import DDPStrategy
@@ -29,6 +29,7 @@ from taming.run.defaults import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blo
 from taming.run.folder import Experiment, PreparationError
 from taming.run.loggers import quiet_threads
 from taming.run.processes import take_over
+from taming.run.progress import Progress
 from taming.util import (
     DataError,
     NonFiniteError,
@@ -185,6 +186,8 @@ def build_trainer(
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
     if arguments.get("enable_checkpointing", True) and not arguments.get("fast_dev_run"):
         callbacks += build_checkpoints(experiment, model)
+    if arguments.get("enable_progress_bar") is not False:
+        callbacks += [] if any(isinstance(c, ProgressBar) for c in callbacks) else [Progress()]
     # Lightning would otherwise add a checkpoint callback of its own.
     arguments["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in callbacks)
     io = SafeCheckpointIO(experiment.trust_checkpoint)

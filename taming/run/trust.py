@@ -66,6 +66,7 @@ _ALLOWED: dict[str, tuple[_Allowed, ...]] = {
         _Allowed("torchvision.transforms"),
     ),
     "lightning": (
+        _Allowed("taming.run.advice", f"{_LIGHTNING}.callbacks.callback.Callback"),
         _Allowed("taming.run.averages", f"{_LIGHTNING}.callbacks.callback.Callback"),
         _Allowed("taming.run.callbacks", f"{_LIGHTNING}.callbacks.callback.Callback"),
         _Allowed("taming.run.checkpoints", f"{_LIGHTNING}.callbacks.callback.Callback"),

@@ -44,11 +44,42 @@ class Browser:
             time.sleep(0.05)
 
     def click(self, selector: str) -> None:
-        found = _send(
-            "POST", f"{self.session}/element", {"using": "css selector", "value": selector}
+        self._of(selector, "click", {})
+
+    def type(self, selector: str, text: str) -> None:
+        """Type into an element; into an input of files, that is to choose the file of a path."""
+        self._of(selector, "value", {"text": text})
+
+    def drag(self, selector: str, *places: tuple[float, float]) -> None:
+        """Press at the first place, release at the last: shares of width and height from 0 to 1."""
+        x, y, width, height = self.run(
+            f"const e = document.querySelector({json.dumps(selector)});"
+            "e.scrollIntoView({block: 'center'}); const b = e.getBoundingClientRect();"
+            "return [b.x, b.y, b.width, b.height]"
         )
-        (element,) = found.values()
-        _send("POST", f"{self.session}/element/{element}/click", {})
+        moves: list[dict[str, Any]] = [
+            {"type": "pointerMove", "x": round(x + u * width), "y": round(y + v * height)}
+            for u, v in places
+        ]
+        button = {"button": 0}
+        down, up = {"type": "pointerDown", **button}, {"type": "pointerUp", **button}
+        self._act("pointer", [moves[0], down, *moves[1:], up])
+
+    def press(self, *keys: str) -> None:
+        """Press keys, one after the other, where the focus is."""
+        self._act("key", [{"type": t, "value": k} for k in keys for t in ("keyDown", "keyUp")])
+
+    def resize(self, width: int, height: int) -> None:
+        _send("POST", f"{self.session}/window/rect", {"width": width, "height": height})
+
+    def _of(self, selector: str, action: str, content: dict[str, Any]) -> None:
+        query = {"using": "css selector", "value": selector}
+        (element,) = _send("POST", f"{self.session}/element", query).values()
+        _send("POST", f"{self.session}/element/{element}/{action}", content)
+
+    def _act(self, kind: str, actions: list[dict[str, Any]]) -> None:
+        source = {"type": kind, "id": kind, "actions": actions}
+        _send("POST", f"{self.session}/actions", {"actions": [source]})
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(_send("GET", f"{self.session}/screenshot")))

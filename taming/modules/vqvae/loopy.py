@@ -233,6 +233,20 @@ class LoopyVectorQuantizer(Quantizer):
         self._check(z)
         return self._walker(as_rows(z).detach(), z.shape[0]).whole_path()
 
+    @torch.no_grad()
+    def walk(self, z: Tensor, **rate: Rate) -> Walk:
+        """Walk latents as `forward` does, at one of its rates or the quantizer's own, to look at.
+
+        Args:
+            z: (B, D, h, w), or (N, D) of one image.
+            **rate: At most one rate of `forward`.
+
+        Raises:
+            ValueError: As for `forward`.
+        """
+        self._check(z)
+        return self._walk(as_rows(z), z.shape[0] if z.ndim == 4 else 1, rate)
+
     def bits(self, codes: Tensor) -> Tensor:
         """Add up the bits of codes (B, h, w, T) by the `EntropyTables`: (B,) float64."""
         return self.entropy.bits_of_images(codes)
