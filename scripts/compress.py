@@ -40,7 +40,8 @@ def parse_options() -> argparse.Namespace:
     parser = cli.script_parser(__doc__)
     add = parser.add_argument
     add("pictures", nargs="+", help="image files or folders of them")
-    add("-r", "--resume", help="run of the tokenizer, or a checkpoint")
+    run = "tokenizer: a run, a checkpoint, or the name of one that ships (default: %(default)s)"
+    add("-r", "--resume", default="photos", help=run)
     add("--trust_config", action="store_true", help=cli.TRUST_HELP)
     add("-o", "--outdir", required=True, type=Path)
     add("--entropy", choices=("raw", "static", "context"), help="default: the best there is")
@@ -53,8 +54,6 @@ def parse_options() -> argparse.Namespace:
     add("--max_codes", type=int, help="largest number of codes of a picture")
     options = parser.parse_args()
     cli.check_folder(options.outdir)
-    if options.resume is None:
-        raise ValueError("name the run of a tokenizer, or one of its checkpoints, with -r")
     return options
 
 

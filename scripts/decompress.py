@@ -35,7 +35,8 @@ def parse_options() -> argparse.Namespace:
     parser = cli.script_parser(__doc__)
     add = parser.add_argument
     add("files", nargs="+", help=f"{SUFFIX} files or folders of them")
-    add("-r", "--resume", help="run of the tokenizer, or a checkpoint")
+    run = "tokenizer: a run, a checkpoint, or the name of one that ships (default: %(default)s)"
+    add("-r", "--resume", default="photos", help=run)
     add("--trust_config", action="store_true", help=cli.TRUST_HELP)
     add("-o", "--outdir", required=True, type=Path)
     add("--turns", type=int, help="most turns to decode, as for a preview")
@@ -43,8 +44,6 @@ def parse_options() -> argparse.Namespace:
     add("--partial", action="store_true", help=partial_help)
     options = parser.parse_args()
     cli.check_folder(options.outdir)
-    if options.resume is None:
-        raise ValueError("name the run of a tokenizer, or one of its checkpoints, with -r")
     if options.turns is not None and options.turns < 1:
         raise ValueError(f"--turns must be at least 1, got {options.turns}")
     return options

@@ -196,7 +196,14 @@ def test_a_shipped_model_is_found_by_its_name(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("ships")
-def test_an_existing_path_wins_over_a_shipped_name() -> None:
+def test_a_model_of_its_own_wins_over_a_shipped_name_and_a_folder_of_pictures_does_not(
+    folder: Path,
+) -> None:
+    Path("shared").mkdir()
+    (Path("shared") / "photo.png").write_bytes(b"")
+    wanted = Tokenizer.from_pretrained(folder).model
+    for tokenizer in (taming.load("shared"), Tokenizer.from_pretrained("shared")):
+        assert isinstance(tokenizer, Tokenizer) and same(tokenizer.model, wanted)
     Tokenizer(tokenizer_of("attract")).save_pretrained("shared")
     for tokenizer in (taming.load("shared"), Tokenizer.from_pretrained("shared")):
         assert "Attract" in str(tokenizer.model.to_config())

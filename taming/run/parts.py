@@ -68,9 +68,10 @@ def shipped() -> list[str]:
 
 
 def place_of(name: str | Path) -> Path:
-    """Return the path of a run or shared model; a path that exists wins over a shipped name."""
+    """Return the path of a run or shared model; one of that name wins over a shipped model."""
     path = Path(str(name)).expanduser()
-    return SHIPPED / path if str(path) in shipped() and not path.exists() else path
+    own = path.is_file() or is_run(path) or is_shared(path)  # a folder of pictures is neither
+    return SHIPPED / path if str(path) in shipped() and not own else path
 
 
 def missing(name: str | Path) -> FileNotFoundError:

@@ -89,8 +89,6 @@ def test_mistakes_are_named_before_any_work(
     run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = photos / "c.png"
-    assert "with -r" in fails(capsys, "compress", picture, "-o", tmp_path)
-    assert "with -r" in fails(capsys, "decompress", picture, "-o", tmp_path)
     assert "is a file" in fails(capsys, "compress", picture, "-r", run, "-o", picture)
     (tmp_path / "c.loop").write_bytes(b"mine")
     error = fails(capsys, "compress", picture, "-r", "nothing", "-o", tmp_path)
