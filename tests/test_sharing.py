@@ -174,6 +174,12 @@ assert not slow, slow
     assert done.returncode == 0, done.stderr
 
 
+def test_others_may_read_what_is_shared(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    plain = (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in folder.iterdir()} == {plain}
+
+
 # --- shipped models ------------------------------------------------------------------------------
 
 

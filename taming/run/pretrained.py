@@ -52,7 +52,7 @@ def save_modules(
         ValueError: The folder is a run, the dtype is none, or a file cannot state a configuration.
         WriteError: A file cannot be saved.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder = Path(folder)
     if is_run(folder):
@@ -64,7 +64,7 @@ def save_modules(
         for key, value in _weights_of(module, name).items():
             weights[key] = value if name == "context" else _converted(value, kind)
     with replacing(folder / WEIGHTS) as part:
-        save_file(weights, part, metadata={"format": "pt"})
+        part.write_bytes(save(weights, {"format": "pt"}))  # save_file would let only its user read
     with replacing(folder / CONFIG) as part:
         part.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     if not (folder / CARD).exists():
