@@ -39,6 +39,10 @@ RUNS = {
 }
 OTHER_RUNS = {
     "docs/extending": {"time_my_prior": "custom_loopy_transformer.yaml"},
+    "docs/photos": {
+        "run_of_configs_photos_yaml": "photos.yaml",
+        "run_of_configs_photos_context_yaml": "photos_context.yaml",
+    },
     "docs/recipes": {
         "run_of_single_code": "vqvae_single_code.yaml",
         "run_of_transformer": "cifar10_transformer.yaml",
@@ -76,6 +80,7 @@ PARSED = {
     "tests": "searches for minutes; short forms are in the suite",
     "scripts/convert.py": "needs files of other projects; tests/test_convert.py makes them",
     "scripts/sample_conditional.py": "serves until it is stopped; has its own tests",
+    "taming/demo/__main__.py": "serves until it is stopped; tests/demo runs it",
 }
 # Programs of others: what is checked of them in place of a run, which would change the machine.
 REQUIREMENT = re.compile(r"[\w.-]+(?:\[[\w,]+\])?$")

@@ -114,6 +114,8 @@ def test_wrong_target_paths_are_named(path, message, tmp_path, monkeypatch):
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "gradio"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r"gradio .*pip install 'loopy-taming\[demo\]'"):
         get_obj_from_str("gradio.blocks.Blocks")
