@@ -47,7 +47,8 @@ def test_loader_processes_share_the_memory_of_texts():
     names = [
         f"some/folder/of/photos/picture_of_something_{number:07}.png" for number in range(120_000)
     ]
-    assert growth(Texts(names), workers=1) < 5 < growth(names, workers=1)  # MiB
+    # In MiB. Counting references copies the pages of a list; what else grows is the same for both.
+    assert growth(Texts(names), workers=1) + 5 < growth(names, workers=1)
 
 
 def test_every_decoded_format_is_found(tmp_path):
