@@ -11,13 +11,10 @@ bits per pixel, PSNR in dB, MS-SSIM (null below 176 pixels) and seconds of compr
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 import taming
 from taming.run import cli
@@ -27,8 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from taming.tokenizer import Tokenizer
-
-logger = logging.getLogger("taming.compress")
 
 SUFFIX = ".loop"
 RATES = ("bpp", "bits", "psnr", "rate", "max_codes")
@@ -70,30 +65,33 @@ def measure_quality(x: Tensor, x_rec: Tensor) -> dict[str, float | None]:
     return {"psnr": psnr_of(x, x_rec), "ms_ssim": ms_ssim}
 
 
-def compress(tokenizer: Tokenizer, path: Path, output: Path, **options: Any) -> dict[str, Any]:
+def compress(
+    tokenizer: Tokenizer, quality: bool, path: Path, output: Path, **options: Any
+) -> dict[str, Any]:
     """Compress a picture file to another file; return its numbers by name."""
     start = time.perf_counter()
     data = tokenizer.compress(path, **options)
     seconds = time.perf_counter() - start
     with replacing(output) as part:
         part.write_bytes(data)
-    height, width = tokenizer.to_tensor(path).shape[1:]
-    bpp = 8 * len(data) / (height * width)
-    size = {"file": output.name, "size": [width, height], "bytes": len(data), "bpp": bpp}
-    return {**size, "seconds": seconds}
+    x = tokenizer.to_tensor(path)
+    height, width = x.shape[1:]
+    numbers = {"file": output.name, "size": [width, height], "bytes": len(data)}
+    numbers |= {"bpp": 8 * len(data) / (height * width), "seconds": seconds}
+    if quality:
+        numbers |= measure_quality(x, tokenizer.to_tensor(tokenizer.decompress(data)))
+    return numbers
 
 
 def main() -> None:
     """Compress each picture, and save ``compressed.json`` with the numbers of all.
-
-    A picture that cannot be compressed is named, and the others go on.
 
     Raises:
         ValueError: A picture could not be compressed, or a file of its name is there already.
     """
     options = parse_options()
     from taming.data.custom import find_files, unique_names
-    from taming.data.preprocessing import error_context, refuse_failed, skipping
+    from taming.run.each import each_file
     from taming.tokenizer import Tokenizer
 
     paths = find_files(options.pictures)
@@ -102,26 +100,9 @@ def main() -> None:
     device = cli.choose_device(options.device)
     loaded = taming.load(options.resume, device, trust_config=options.trust_config)
     tokenizer = cli.check_kind(loaded, Tokenizer, options.resume, "a tokenizer")
-    rate = {name: getattr(options, name) for name in RATES}
-    rate = {name: value for name, value in rate.items() if value is not None}
-    report: dict[str, dict[str, Any]] = {}
-    failed: list[str] = []
-    try:
-        for path, output in tqdm(zip(paths, outputs, strict=True), "compress", len(paths)):
-            with skipping(failed), error_context(f"image {path}"):
-                report[str(path)] = compress(
-                    tokenizer, path, output, entropy=options.entropy, **rate
-                )
-                if not options.no_quality:
-                    x_rec = tokenizer.to_tensor(tokenizer.decompress(output.read_bytes()))
-                    report[str(path)] |= measure_quality(tokenizer.to_tensor(path), x_rec)
-    finally:
-        if report:  # what was done before a fault is not lost
-            with replacing(options.outdir / "compressed.json") as part:
-                part.write_text(json.dumps(report, indent=2))
-    total = sum(numbers["bytes"] for numbers in report.values())
-    logger.info("%d files of %d bytes in %s", len(report), total, options.outdir)
-    refuse_failed(failed, len(paths))
+    rate = {name: value for name in RATES if (value := getattr(options, name)) is not None}
+    work = partial(compress, tokenizer, not options.no_quality, entropy=options.entropy, **rate)
+    each_file(work, paths, outputs, options.outdir / "compressed.json")
 
 
 if __name__ == "__main__":

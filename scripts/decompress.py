@@ -10,22 +10,16 @@ bits per pixel and seconds of decompressing.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 import taming
 from taming.run import cli
-from taming.util import replacing
 
 if TYPE_CHECKING:
     from taming.tokenizer import Tokenizer
-
-logger = logging.getLogger("taming.decompress")
 
 SUFFIX = ".loop"
 
@@ -65,14 +59,12 @@ def decompress(tokenizer: Tokenizer, path: Path, output: Path, **options: Any) -
 def main() -> None:
     """Decompress each file, and save ``decompressed.json`` with the numbers of all.
 
-    A file that cannot be decompressed is named, and the others go on.
-
     Raises:
         ValueError: A file could not be decompressed, or a picture of its name is there already.
     """
     options = parse_options()
     from taming.data.custom import find_files, unique_names
-    from taming.data.preprocessing import error_context, refuse_failed, skipping
+    from taming.run.each import each_file
     from taming.tokenizer import Tokenizer
 
     paths = find_files(options.files, [SUFFIX])
@@ -81,20 +73,8 @@ def main() -> None:
     device = cli.choose_device(options.device)
     loaded = taming.load(options.resume, device, trust_config=options.trust_config)
     tokenizer = cli.check_kind(loaded, Tokenizer, options.resume, "a tokenizer")
-    report: dict[str, dict[str, Any]] = {}
-    failed: list[str] = []
-    try:
-        for path, output in tqdm(zip(paths, outputs, strict=True), "decompress", len(paths)):
-            with skipping(failed), error_context(f"file {path}"):
-                report[str(path)] = decompress(
-                    tokenizer, path, output, turns=options.turns, partial=options.partial
-                )
-    finally:
-        if report:  # what was done before a fault is not lost
-            with replacing(options.outdir / "decompressed.json") as part:
-                part.write_text(json.dumps(report, indent=2))
-    logger.info("%d pictures in %s", len(report), options.outdir)
-    refuse_failed(failed, len(paths))
+    work = partial(decompress, tokenizer, turns=options.turns, partial=options.partial)
+    each_file(work, paths, outputs, options.outdir / "decompressed.json")
 
 
 if __name__ == "__main__":

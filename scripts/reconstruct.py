@@ -12,18 +12,14 @@ alone.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 import taming
 from taming.run import cli
-from taming.util import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,15 +150,13 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Reconstruct each image, and save ``reconstructions.json`` with the numbers of all.
 
-    An image that cannot be used is named, and the others go on.
-
     Raises:
         ValueError: An image could not be used.
     """
     options = parse_options()
     from taming.data.custom import find_files, unique_names
-    from taming.data.preprocessing import error_context, refuse_failed, skipping
     from taming.pictures import load_image
+    from taming.run.each import each_file
     from taming.tokenizer import Tokenizer
 
     paths = find_files(options.images)
@@ -175,26 +169,18 @@ def main() -> None:
         raise ValueError(f"{options.resume} holds a tokenizer of {channels} channels, not 3")
     model = tokenizer.model
     rate = chosen_rate(options, model)
-    report: dict[str, dict[str, Any]] = {}
-    failed: list[str] = []
-    try:
-        for path, name in tqdm(zip(paths, names, strict=True), "reconstruct", len(paths)):
-            with skipping(failed), error_context(f"image {path}"):
-                x = load_image(path, options.size, model.factor)[None].to(model.device)
-                pictures, numbers = reconstruct(model, x, rate)
-                save_pictures(pictures, options.outdir, name)
-                report[str(path)] = numbers
-    finally:
-        if report:  # what was done before a fault is not lost
-            with replacing(options.outdir / "reconstructions.json") as part:
-                part.write_text(json.dumps(report, indent=2))
-    for name, numbers in report.items():
-        target = rate.get("target_psnr", -math.inf)
-        if numbers["psnr"] < target:
+    target = rate.get("target_psnr", -math.inf)
+
+    def work(path: Path, name: str) -> dict[str, Any]:
+        x = load_image(path, options.size, model.factor)[None].to(model.device)
+        pictures, numbers = reconstruct(model, x, rate)
+        save_pictures(pictures, options.outdir, name)
+        if (psnr := numbers["psnr"]) < target:
             message = "%s reaches only %.2f of the %.2f dB wanted, with all its turns"
-            logger.warning(message, name, numbers["psnr"], target)
-    logger.info("%d reconstructions in %s", len(report), options.outdir)
-    refuse_failed(failed, len(paths))
+            logger.warning(message, path, psnr, target)
+        return numbers
+
+    each_file(work, paths, names, options.outdir / "reconstructions.json")
 
 
 if __name__ == "__main__":
