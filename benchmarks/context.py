@@ -39,7 +39,7 @@ from taming.run.folder import model_from_run
 logger = logging.getLogger("taming.benchmark")
 
 NETWORK = "taming.modules.context.ContextNetwork"
-FLOAT = {"bits": 40}  # finer than float32 can tell
+FLOAT = {"bits": 40}  # finer than float32 can send
 GPT: dict[str, Any] = {
     "target": "taming.modules.transformer.two_level.TwoLevelGPT",
     "params": {"n_layer": 2, "n_head": 4, "n_embd": 96, "rms_norm": True, "qk_norm": True}
@@ -58,7 +58,7 @@ def keep(model: Any) -> Any:
 def codes_of(prior: ContextPrior, folder: str, size: int, images: int | None = None) -> Tensor:
     """Encode crops of a folder's pictures as codes (B, h, w, T), at the prior's rates.
 
-    The crops are random in training, and one for each picture unless ``images`` says how many.
+    The crops are random in training, and one for each picture unless ``images`` limits them.
     """
     crops = {"random_crop": True, "random_flip": True, "random_scale": (1.0, 2.5)}
     data = ImageFolder(folder, size, allow_upscale=True, **(crops if prior.training else {}))
@@ -111,13 +111,13 @@ def static_bits(training: Tensor, codes: Tensor, n_codes: int) -> float:
     """Return the bits per image by tables by turn: of codes, and of going on."""
     bits = 0.0
     for turn in range(codes.shape[-1]):
-        known, told = training[..., turn], codes[..., turn]
+        known, sent = training[..., turn], codes[..., turn]
         counts = torch.bincount(known[known >= 0], minlength=n_codes) + 0.5
-        bits -= float((counts / counts.sum()).log2()[told[told >= 0]].double().sum())
+        bits -= float((counts / counts.sum()).log2()[sent[sent >= 0]].double().sum())
         if turn:
-            known, told = (c[c[..., turn - 1] >= 0][:, turn] >= 0 for c in (training, codes))
+            known, sent = (c[c[..., turn - 1] >= 0][:, turn] >= 0 for c in (training, codes))
             on = (known.sum() + 0.5) / (known.numel() + 1)
-            bits -= float(told.sum() * on.log2() + (~told).sum() * (1 - on).log2())
+            bits -= float(sent.sum() * on.log2() + (~sent).sum() * (1 - on).log2())
     return bits / len(codes)
 
 

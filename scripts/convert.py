@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("taming.convert")
 
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-# What diffusers' VQModel may be told that this project's has no other way of.
+# Options of diffusers' VQModel of which this project's has the default alone.
 _DIFFUSERS_ONLY = {"act_fn": "silu", "norm_type": "group", "mid_block_add_attention": True}
 # Quantizers that take the nearest code.
 _NEAREST = ("VectorQuantizer", "VectorQuantizer2", "EMAVectorQuantizer")

@@ -80,12 +80,12 @@ def main() -> None:
         pictures = {name: getattr(options, name) for name in _PICTURES}
         data = options.data[0] if len(options.data) == 1 else options.data
         common["on_error"] = options.on_error or "skip"
-        tell(encode_shards(saved, data, options.outdir, **common, **pictures), options.outdir)
+        log_report(encode_shards(saved, data, options.outdir, **common, **pictures), options.outdir)
         return
     common |= {"on_error": options.on_error or "raise", "tile": None}
     for split, source in own_sources(options, saved).items():
         folder = options.outdir / split
-        tell(encode_shards(saved, source, folder, **common), folder)
+        log_report(encode_shards(saved, source, folder, **common), folder)
 
 
 def own_sources(options: argparse.Namespace, saved: SavedRun) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def own_sources(options: argparse.Namespace, saved: SavedRun) -> dict[str, Any]:
     return {name: own_source(saved, name, passes.get(name, 1), options.seed) for name in names}
 
 
-def tell(report: Any, folder: Path) -> None:
+def log_report(report: Any, folder: Path) -> None:
     """Log what a complete cache holds."""
     logger.info("%d pictures, %d tokens in %s", report.pictures, report.tokens, folder)
     if report.unreadable:

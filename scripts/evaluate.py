@@ -5,7 +5,7 @@ python scripts/evaluate.py -r logs/<run> --data photos/ --codes 1,1.5,2,3,4
 python scripts/evaluate.py -r logs/<prior's run> --generated 5000
 
 Writes a JSON file and beside it a page, .html, with the best, median and worst reconstructions;
-prints a table. docs/evaluation.md says what each number is.
+prints a table. docs/evaluation.md explains each number.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ class Generator(Shared):
         return {f"level_{number}": prior for number, prior in enumerate(self.priors)}
 
     def facts(self) -> dict[str, Any]:
-        """Return what the configuration tells a reader of the model card: name -> value."""
+        """Return the facts of the model card that the configuration states: name -> value."""
         classes = self.model.n_classes
         about = {
             f"prior {name}": f"{type(prior).__name__} of {count_parameters(prior.network)} "

@@ -55,7 +55,7 @@ class Shared(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Return what the configuration tells a reader of the model card: name -> value."""
+        """Return the facts of the model card that the configuration states: name -> value."""
 
     @abstractmethod
     def to(self: S, device: torch.device | str) -> S:
@@ -129,7 +129,7 @@ class Shared(ABC):
             name: ``owner/name``, or a name of one's own; the repository is created if there is
                 none. Its ``README.md`` stays if it has one.
             dtype: Floating-point dtype of the uploaded weights, or None.
-            private: Show a new repository to its owner alone; None as the owner's settings say.
+            private: Show a new repository to its owner alone; None follows the owner's settings.
             message: Message of the commit.
 
         Returns:

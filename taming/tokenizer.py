@@ -113,7 +113,7 @@ class Tokenizer(Shared):
         return {"model": self.model} | ({"context": self.context} if self.context else {})
 
     def facts(self) -> dict[str, Any]:
-        """Return what the configuration tells a reader of the model card: name -> value."""
+        """Return the facts of the model card that the configuration states: name -> value."""
         height, width = (self.model.factor * sites for sites in self.model.grid)
         return {
             "model": f"{type(self.model).__name__} of {count_parameters(self.model)} parameters",
@@ -258,7 +258,7 @@ class Tokenizer(Shared):
             **rate: Another rate of `encode`, such as ``max_codes`` or ``threshold``.
 
         Raises:
-            ValueError: As for `encode`; or no file is that small, says how large one is.
+            ValueError: As for `encode`; or no file is that small; names the smallest.
         """
         image = self.to_tensor(picture)
         x = pad(image, self.model.factor)[None].to(next(self.model.parameters()))
@@ -276,7 +276,7 @@ class Tokenizer(Shared):
             partial: Decode a file that is damaged or cut off from the turns before that place.
 
         Raises:
-            ValueError: They are damaged (says where), of another tokenizer, or of a picture of
+            ValueError: They are damaged (names the place), of another tokenizer, or of a picture of
                 more than ``max_pixels``.
         """
         codes, size = self._codec().unpack(data, turns, partial, self.max_pixels)

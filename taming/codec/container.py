@@ -17,7 +17,7 @@ _MOST_BYTES = 5  # of a number, which is then below 2**35
 
 
 class Header(NamedTuple):
-    """What a file says about itself.
+    """Sizes, mode and fingerprints of a file.
 
     Attributes:
         mode: Byte of the entropy model.
@@ -81,11 +81,11 @@ def read(data: bytes, partial: bool = False) -> tuple[Header, list[bytes]]:
             before that.
 
     Returns:
-        The header, and the segments. They are fewer than the header says where a file was cut
+        The header, and the segments. They are fewer than the header's where a file was cut
         exactly after one.
 
     Raises:
-        ValueError: It is no such file, or is damaged; says where.
+        ValueError: It is no such file, or is damaged; names the segment.
     """
     if not isinstance(data, bytes | bytearray | memoryview):
         raise ValueError(f"expected the bytes of a compressed picture, got {type(data).__name__}")
@@ -139,7 +139,7 @@ def _read_segment(view: memoryview, start: int, checksum: int) -> tuple[bytes, i
 
 
 def _compare(view: memoryview, start: int, end: int, before: int) -> int:
-    """Return the checksum of a range, if the 4 bytes after it tell the same."""
+    """Return the checksum of a range, if it is that in the 4 bytes after it."""
     if end + 4 > len(view):
         raise ValueError(f"it needs {end + 4 - len(view)} bytes more")
     checksum = zlib.crc32(view[start:end], before)

@@ -2,7 +2,7 @@
 
 Within a segment, symbols stand in the order of `ContextNetwork.walk`.
 
-Axis letters: h w grid, T turns, N sites told together, V values of a symbol.
+Axis letters: h w grid, T turns, N sites sent together, V values of a symbol.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def frequencies(logits: Tensor) -> Tensor:
 
 
 class Context(EntropyModel):
-    """Codes told turn by turn, under the frequencies of a network that sees those before.
+    """Codes sent turn by turn, under the frequencies of a network that sees those before.
 
     Args:
         network: In evaluation mode; it is copied.
@@ -123,9 +123,9 @@ class Context(EntropyModel):
         def pull(logits: Tensor, _: Tensor, __: Tensor) -> Tensor:
             return coder.pull(frequencies(logits)).to(logits.device)
 
-        for turn, told in enumerate(self.network.walk(unknown, pull)):
+        for turn, sent in enumerate(self.network.walk(unknown, pull)):
             coder.close()
-            codes[..., turn] = torch.where(told[0] < self.network.n_codes, told[0], ABSENT).cpu()
+            codes[..., turn] = torch.where(sent[0] < self.network.n_codes, sent[0], ABSENT).cpu()
             if turn + 1 < len(segments):
                 coder = Decoder(segments[turn + 1])
         if (codes[..., len(segments) - 1] < 0).all():

@@ -33,7 +33,7 @@ def fit(
         bits: Size that is never exceeded.
 
     Raises:
-        ValueError: The file of the smallest setting is larger; says how large.
+        ValueError: The file of the smallest setting is larger; names its size.
     """
     codes_at, lowest, highest = settings[0], settings[1][0], settings[1][-1]
     best = pack(codes_at(lowest))
@@ -172,7 +172,7 @@ class Codec:
             Codes (h, w, T) int64, and (H, W).
 
         Raises:
-            ValueError: It is not a whole file of this tokenizer; says why.
+            ValueError: It is not a whole file of this tokenizer.
         """
         header, segments = read(data, partial)
         model = self._model_of(header)

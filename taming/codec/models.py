@@ -96,7 +96,7 @@ def frequencies_of(shares: Tensor) -> Tensor:
     """
     values = len(shares)
     if not 1 <= values <= TOTAL:
-        raise ValueError(f"tables tell at most {TOTAL} codes apart, got {values}: use raw")
+        raise ValueError(f"tables are of at most {TOTAL} codes, got {values}: use raw")
     shares = shares.detach().cpu().double()
     if not ((shares >= 0) & (shares <= 1)).all():  # False for NaN as well
         raise ValueError("the entropy tables hold shares outside [0, 1]: are they damaged?")
@@ -112,7 +112,7 @@ def frequencies_of(shares: Tensor) -> Tensor:
 class ByTurns(EntropyModel):
     """Model to which all sites of a turn are alike.
 
-    A *way* tells how to write a symbol: what a coder's ``push`` and ``pull`` take.
+    A *way* of a symbol is what a coder's ``push`` and ``pull`` take.
 
     Args:
         max_loops: T.

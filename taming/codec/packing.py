@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def width_of(values: int) -> int:
-    """Return ceil(log2 V), the bits that tell V symbols apart; 0 for one symbol."""
+    """Return ceil(log2 V), the bits of one of V symbols; 0 for V = 1."""
     return (values - 1).bit_length()
 
 

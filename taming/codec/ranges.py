@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TOTAL = 1 << 16  # sum of a row of frequencies; also the most symbols that a row can tell apart
+TOTAL = 1 << 16  # sum of a row of frequencies; also the most symbols of a row
 FINE_TOTAL = 1 << 24  # the other sum, for rows that are known in advance
 _MOST_WEIGHTS = 1 << 24  # handed over at once: 64 MiB
 
@@ -37,7 +37,7 @@ def _check_form(frequencies: Tensor, count: int) -> None:
         got = f"{frequencies.dtype} {tuple(frequencies.shape)}"
         raise ValueError(f"frequencies must be int64 (N, V) or (V,), got {got}")
     if not 1 <= (values := frequencies.shape[-1]) <= TOTAL:
-        raise ValueError(f"a row of frequencies tells 1 to {TOTAL} symbols apart, got {values}")
+        raise ValueError(f"a row has 1 to {TOTAL} frequencies, got {values}")
     if frequencies.ndim == 2 and len(frequencies) != count:
         raise ValueError(f"{len(frequencies)} rows of frequencies for {count} symbols")
 
@@ -58,7 +58,7 @@ def _models(frequencies: Tensor, count: int) -> Iterator[tuple[int, Any, list[np
     Yields:
         The symbols of a part, constriction's model, and the weights by symbol where rows differ:
         one row for all gives the same bytes as the same row for each. Nothing if there is
-        nothing to tell.
+        no bits.
 
     Raises:
         ValueError: A value is not one of frequencies.
@@ -150,11 +150,11 @@ class Decoder:
         _check_form(frequencies, count)
         symbols = []
         for number, model, weights in _models(frequencies, count):
-            try:  # with weights, their number says how many
+            try:  # with weights, their number is that of the symbols
                 symbols.append(self._coder.decode(model, *(weights or [number])))
             except (AssertionError, ValueError) as error:  # which one depends on the release
                 raise ValueError("the bytes are not those of an encoder") from error
-        if not symbols:  # there was nothing to tell
+        if not symbols:  # symbols of no bits
             return torch.zeros(count, dtype=torch.int64)
         return torch.from_numpy(np.concatenate(symbols).astype(np.int64))
 

@@ -121,7 +121,7 @@ class TokenCache(Dataset[dict[str, Any]]):
         return {"tokens": tokens, **self._size_of(labels), **labels}
 
     def _size_of(self, labels: dict[str, Any]) -> dict[str, Any]:
-        """Return what a prior must know of a picture, beside its tokens."""
+        """Return the columns of a picture that a prior needs, beside its tokens."""
         if "grid" in self.about:
             grid, pixels = self.about["grid"], self.about["pixels"]
         else:

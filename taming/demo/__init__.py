@@ -1,4 +1,4 @@
-"""The demo: a page in the browser, on Gradio, which is told here not to report its use."""
+"""The demo: a page in the browser, on Gradio, whose reports of its use are turned off here."""
 
 import os
 

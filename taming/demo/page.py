@@ -173,7 +173,7 @@ def show(
 
 
 def _shown(study: Study, kind: str, value: float, pixel: tuple[float, float]) -> tuple[Any, ...]:
-    """Return what one panel shows; a rate that it does not know is named there."""
+    """Return what one panel shows; a rate that it does not have is named there."""
     try:
         view = study.at(study.rate_of(kind, value))
     except ValueError as error:

@@ -55,7 +55,7 @@ class Guard:
 
     It answers to a Host header with an address, or a name of this machine: a foreign page could
     lead its own name here, and then read the answers. It ends requests of more than `MAX_BYTES`,
-    and tells the browser to load nothing from elsewhere.
+    and forbids the browser to load anything from elsewhere.
 
     Args:
         app: The application.

@@ -62,7 +62,7 @@ class View:
 
 
 def kinds_of(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Return the kinds of rate, of `RATES`, that a tokenizer knows."""
+    """Return the kinds of rate, of `RATES`, that a tokenizer has."""
     quantize: Any = tokenizer.model.quantize
     if not quantize.variable_rate:
         return RATES[:1]
@@ -108,7 +108,7 @@ class Study:
 
     @cached_property
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """Kinds of rate that the tokenizer knows -> smallest and largest value of each.
+        """Kinds of rate that the tokenizer has -> smallest and largest value of each.
 
         ``codes`` are those of a site, ``bits`` those of a pixel by the quantizer's tables, and
         ``lambda`` is its log2; `OWN` has no value.
@@ -132,7 +132,7 @@ class Study:
         Values beyond the range are moved to its end.
 
         Raises:
-            ValueError: The tokenizer knows no such rate.
+            ValueError: The tokenizer has no such rate.
         """
         if kind not in self.ranges:
             raise ValueError(f"this tokenizer has no rate by {kind}, only {', '.join(self.ranges)}")

@@ -218,7 +218,7 @@ class Comparison:
 def look(measures: Sequence[Measure], levels: Tensor, missing: dict[str, str]) -> dict[str, Any]:
     """See the originals (B, C, H, W) uint8 once, for all comparisons with them.
 
-    A measure that cannot see them is left out from then on, and ``missing`` says why.
+    A measure that cannot see them is left out from then on, and ``missing`` has the reason.
     """
     for measure in measures:
         if measure.name not in missing and (why := measure.refusal(levels.shape)):

@@ -1,6 +1,6 @@
-"""The context model: a network that tells how likely codes are, for small files.
+"""The context model: a network that sends how likely codes are, for small files.
 
-Axis letters: B images, C channels, H W image, h w grid, S = h w sites, T turns, N sites told
+Axis letters: B images, C channels, H W image, h w grid, S = h w sites, T turns, N sites sent
 together, V values of a symbol.
 """
 
@@ -144,11 +144,11 @@ class ContextPrior(Prior):
         symbols = torch.where(known[..., None], symbols, -1)
         sampled = torch.full_like(codes, -1)
 
-        def tell(logits: Tensor, wanted: Tensor, image: Tensor) -> Tensor:
+        def send(logits: Tensor, wanted: Tensor, image: Tensor) -> Tensor:
             return torch.where(wanted < 0, sample_token(logits, params, image), wanted)
 
-        for turn, told in enumerate(self.context.walk(symbols, tell)):
-            sampled[..., turn] = torch.where(told < self.context.n_codes, told, -1)
+        for turn, sent in enumerate(self.context.walk(symbols, send)):
+            sampled[..., turn] = torch.where(sent < self.context.n_codes, sent, -1)
             finished = known.numel() if turn + 1 == self.context.max_loops else 0
             report(lambda finished=finished: finished, sampled.clone)
         return sampled

@@ -106,7 +106,7 @@ class FirstStage:
         """Return a hexadecimal number that two models share only if they give the same tokens.
 
         That is, at their own threshold, or at one stated. Tokens at a ``rate`` or ``target_bits``
-        also depend on the quantizer's `EntropyTables`, which say nothing of what a token means and
+        also depend on the quantizer's `EntropyTables`, which do not decide what a token means and
         are left out: counting them anew leaves caches of tokens valid.
         """
         sequence = self.quantize.sequence

@@ -9,12 +9,12 @@ are clamps and roundings, and frequencies follow from integers of a table. In tr
 lines run in float32, and gradients pass the roundings unchanged (straight-through, Bengio et al.
 2013, arXiv:1308.3432).
 
-Codes are told turn by turn, and a turn in five groups of sites: of every 4 x 4 sites the first,
+Codes are sent turn by turn, and a turn in five groups of sites: of every 4 x 4 sites the first,
 then the one between four that are known, and so on down to half of all sites (``GROUPS``). A group
 is predicted in one pass, from all turns before and the groups before it.
 
 Axis letters: B images, h w grid, S = B h w sites, T turns, K codes, C channels of a site, H of a
-hidden layer, P places of the padded grids, N sites told together, V values of a symbol.
+hidden layer, P places of the padded grids, N sites sent together, V values of a symbol.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ REACH = 2  # sites seen to each side
 _LIMIT = 16.0  # of activations
 _AT_ONCE = 2048  # sites, which bounds the memory of a large picture
 
-# Logits (N, V), the values wanted (N,) or -1, and images (N,) -> the values told (N,).
-Tell = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Logits (N, V), the values wanted (N,) or -1, and images (N,) -> the values sent (N,).
+Send = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _Snap(torch.autograd.Function):
@@ -70,7 +70,7 @@ class _Layout(NamedTuple):
     seen: Tensor
 
     def by_group(self, sites: Tensor) -> list[Tensor]:
-        """Split sites (N,) by their group, in the order in which they are told."""
+        """Split sites (N,) by their group, in the order in which they are sent."""
         group = self.group[sites]
         return [sites[group == number] for number in range(_N_GROUPS)]
 
@@ -92,7 +92,7 @@ def _nats_of(logits: Tensor, values: Tensor) -> Tensor:
 
 
 class ContextNetwork(Recorded, nn.Module):
-    """Frequencies of each code and of going on, given the codes told before.
+    """Frequencies of each code and of going on, given the codes sent before.
 
     A site is the sum of vectors of its symbols so far. A first layer looks at 5 x 5 sites; a second
     one refines what it found.
@@ -184,7 +184,7 @@ class ContextNetwork(Recorded, nn.Module):
     # --- a pass ----------------------------------------------------------------------------------
 
     def _start(self, batch: int, h: int, w: int) -> Tensor:
-        """Return the padded plane (P, C) of which nothing is told."""
+        """Return the padded plane (P, C) of which nothing is sent."""
         inside = snap(self.inside, self.bits).expand(batch, h, w, -1)
         return F.pad(inside, (0, 0, *4 * [REACH])).flatten(0, 2)
 
@@ -193,7 +193,7 @@ class ContextNetwork(Recorded, nn.Module):
         return snap(F.embedding(symbols, self.symbols[turn]), self.bits)
 
     def _see(self, plane: Tensor, layout: _Layout, sites: Tensor, turn: int, group: int) -> Tensor:
-        """Return the features (N, H) of sites (N,), given the plane (P, C) of all that is told."""
+        """Return the features (N, H) of sites (N,), given the plane (P, C) of all that is sent."""
         around = layout.place[sites][:, None] + layout.seen  # (N, 25)
         patches = F.embedding(around, plane).flatten(1)  # (N, 25 C)
         found = self._linear(self.look, patches.clamp(-_LIMIT, _LIMIT))
@@ -225,8 +225,8 @@ class ContextNetwork(Recorded, nn.Module):
             vectors = self._vectors(symbols[alive, turn], turn)
             after = plane.index_add(0, layout.place[alive], vectors)
             for group, sites in enumerate(layout.by_group(alive)):
-                told = torch.where((group_at < group)[:, None], after, plane)  # (P, C)
-                features = self._see(told, layout, sites, turn, group)
+                sent = torch.where((group_at < group)[:, None], after, plane)  # (P, C)
+                features = self._see(sent, layout, sites, turn, group)
                 wanted, image = symbols[sites, turn], layout.image[sites]
                 on = wanted < self.n_codes
                 if turn:
@@ -237,16 +237,16 @@ class ContextNetwork(Recorded, nn.Module):
             plane, alive = after, alive[symbols[alive, turn] < self.n_codes]
         return nats
 
-    def walk(self, symbols: Tensor, tell: Tell) -> Iterator[Tensor]:
-        """Go through codes as they are told: turn by turn, group by group.
+    def walk(self, symbols: Tensor, send: Send) -> Iterator[Tensor]:
+        """Go through codes as they are sent: turn by turn, group by group.
 
-        Of each group, ``tell`` is called for who takes the turn (values 1 and 0; all take the first
+        Of each group, ``send`` is called for who takes the turn (values 1 and 0; all take the first
         one), then, for some sites at once, for the codes of those that do, both in raster order.
 
         Args:
             symbols: (B, h, w, T) int64, or fewer turns: codes, K after a site's end, -1 for what is
                 not known.
-            tell: Called with logits (N, V), the values wanted (N,) int64, -1 for what is not known,
+            send: Called with logits (N, V), the values wanted (N,) int64, -1 for what is not known,
                 and the number (N,) of the image of each; returns the values (N,) int64.
 
         Yields:
@@ -259,7 +259,7 @@ class ContextNetwork(Recorded, nn.Module):
         for turn in range(turns):
             if not len(alive):
                 return
-            told = torch.full_like(symbols[:, turn], self.n_codes)  # (S,)
+            sent = torch.full_like(symbols[:, turn], self.n_codes)  # (S,)
             for group, sites in enumerate(layout.by_group(alive)):
                 parts = sites.split(_AT_ONCE)
                 features = torch.cat([self._see(plane, layout, p, turn, group) for p in parts])
@@ -267,10 +267,10 @@ class ContextNetwork(Recorded, nn.Module):
                 on = torch.ones_like(sites, dtype=torch.bool)
                 if turn:
                     going = torch.where(wanted < 0, -1, (wanted < self.n_codes).long())
-                    on = tell(self._going_logits(features, turn), going, image) == 1
+                    on = send(self._going_logits(features, turn), going, image) == 1
                 for some in on.nonzero()[:, 0].split(_AT_ONCE):
                     logits = self._code_logits(features[some], turn)
-                    told[sites[some]] = tell(logits, wanted[some], image[some])
-                plane = plane.index_add(0, layout.place[sites], self._vectors(told[sites], turn))
-            yield told.view(batch, h, w)
-            alive = alive[told[alive] < self.n_codes]
+                    sent[sites[some]] = send(logits, wanted[some], image[some])
+                plane = plane.index_add(0, layout.place[sites], self._vectors(sent[sites], turn))
+            yield sent.view(batch, h, w)
+            alive = alive[sent[alive] < self.n_codes]

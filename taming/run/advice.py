@@ -20,8 +20,8 @@ class Symptom(NamedTuple):
     """Something that can be wrong with a training.
 
     Attributes:
-        split: ``train`` or ``val``, whose numbers tell.
-        holds: Numbers -> True if it is wrong; KeyError if they do not tell.
+        split: ``train`` or ``val``, whose numbers count.
+        holds: Numbers -> True if it is wrong; KeyError if one is missing.
         text: The warning, with numbers by name.
     """
 
@@ -53,7 +53,7 @@ SYMPTOMS = {
     "discriminator": Symptom(
         "val",
         lambda it: it["disc_factor"] > 0 and it["disc_loss"] < 0.05 * it["disc_factor"],
-        "the discriminator tells nearly all reconstructions from pictures (loss {disc_loss:.3f}), "
+        "the discriminator recognises nearly all reconstructions (loss {disc_loss:.3f}), "
         "so that little is to be learned from it: raise disc_start, or lower disc_num_layers or "
         "disc_weight",
     ),

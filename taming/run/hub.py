@@ -72,7 +72,7 @@ def upload(folder: Path, name: str, private: bool | None = None, message: str = 
     Args:
         folder: The folder.
         name: ``owner/name``; without an owner, it is who is logged in.
-        private: Show a new repository to its owner alone; None as the owner's settings say.
+        private: Show a new repository to its owner alone; None follows the owner's settings.
         message: Message of the commit.
 
     Returns:

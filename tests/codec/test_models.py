@@ -207,8 +207,8 @@ def test_damaged_tables_are_refused(value: float) -> None:
         Static(own, False)
 
 
-def test_more_codes_than_a_table_tells_apart_are_refused() -> None:
-    with pytest.raises(ValueError, match="at most 65536 codes apart, got 65537: use raw"):
+def test_more_codes_than_a_table_holds_are_refused() -> None:
+    with pytest.raises(ValueError, match="at most 65536 codes, got 65537: use raw"):
         frequencies_of(torch.zeros((1 << 16) + 1))
 
 

@@ -21,13 +21,13 @@ def test_snapped_numbers_are_the_nearest_of_their_grid_and_pass_gradients() -> N
 
 
 def test_each_site_is_told_after_neighbours_of_earlier_groups() -> None:
-    """All but the first group have told sites within reach on opposite sides."""
+    """All but the first group have sent sites within reach on opposite sides."""
     plane = np.tile(np.array(GROUPS), (3, 3))
     for row, column in np.ndindex(4, 4):
         around = plane[row + 2 : row + 7, column + 2 : column + 7]
-        told = around < around[2, 2]
-        assert np.array_equal(told, told[::-1, ::-1])
-        assert told.any() == (around[2, 2] > 0)
+        sent = around < around[2, 2]
+        assert np.array_equal(sent, sent[::-1, ::-1])
+        assert sent.any() == (around[2, 2] > 0)
 
 
 class Reference:
@@ -84,15 +84,15 @@ class Reference:
 
 
 def told_logits(network: ContextNetwork, codes: torch.Tensor) -> list[torch.Tensor]:
-    """All logits of codes (h, w, T), as `ContextNetwork.walk` tells them."""
+    """All logits of codes (h, w, T), as `ContextNetwork.walk` sends them."""
     found = []
 
-    def tell(logits: torch.Tensor, wanted: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    def send(logits: torch.Tensor, wanted: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         found.append(logits)
         return wanted
 
     symbols = torch.where(codes < 0, network.n_codes, codes)[None]
-    list(network.walk(symbols, tell))
+    list(network.walk(symbols, send))
     return [logits for logits in found if len(logits)]
 
 
@@ -132,13 +132,13 @@ def test_nats_are_those_of_the_logits_told() -> None:
     network, codes = network_of(16, 3), codes_of((6, 5), 3, 16)
     nats = torch.zeros((), dtype=torch.float64)
 
-    def tell(logits: torch.Tensor, wanted: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    def send(logits: torch.Tensor, wanted: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         nats.add_(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
         return wanted
 
     symbols = torch.where(codes < 0, 16, codes)
     with torch.no_grad():
-        list(network.frozen().walk(symbols[None], tell))
+        list(network.frozen().walk(symbols[None], send))
         both = network.frozen().nats(torch.stack([codes, codes_of((6, 5), 3, 16, seed=1)]))
         rough = network.nats(codes[None])
     torch.testing.assert_close(both[0], nats)

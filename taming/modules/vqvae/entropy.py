@@ -85,7 +85,7 @@ class EntropyTables(nn.Module):
     def end_bits(self) -> Tensor:
         """Bits of ending at each turn and of going on, (T, 2) float32.
 
-        At the last turn they are 0 and inf: there, nothing is left to say.
+        At the last turn they are 0 and inf: there, every loop ends.
         """
         on = F.pad(self.going_on[:-1].float() * (1 - UNIFORM) + UNIFORM / 2, (0, 1))  # (T,)
         return -torch.stack([1 - on, on], dim=1).log2() + 0.0  # no -0

@@ -107,7 +107,7 @@ class Transform(Part, ABC):
     def mean_square(self, path: Path, lengths: Tensor) -> Tensor | None:
         """Mean of ``|z - z_q|^2``, a scalar, over searches of a path that ends at lengths (N,).
 
-        None if the path does not tell, but only `retrace`.
+        None if it takes a `retrace`.
         """
 
     @abstractmethod

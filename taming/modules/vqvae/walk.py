@@ -185,7 +185,7 @@ class Walker:
             )
         low, high = (torch.full_like(target, end) for end in LOG2_RATES)
         tried, spent = self._measure(torch.zeros_like(target))
-        free = spent <= target  # all that its turns can say
+        free = spent <= target  # the bits of the whole path
         walk, bits = tried.where(free, walk), torch.where(free, spent, bits)
         for _ in range(PROBES):
             short = ~free & (bits < 0.999 * target)
@@ -207,7 +207,7 @@ class Walker:
 
     def _search(self, tau: Tensor, price: Price | None = None) -> Path:
         """Find the paths until they are within tau (N,)."""
-        priced = {} if price is None else {"price": price}  # of which a transform need not know
+        priced = {} if price is None else {"price": price}  # a transform may have no such argument
         turns = self.tables.max_loops
         return self.transform.search(self.rows, self.codebook, tau, turns, **priced)
 
