@@ -18,7 +18,7 @@ from taming.modules.diffusionmodules.model import Encoder
 from taming.modules.vqvae.base import Quantizer
 
 # Parts of a tokenizer that do not affect the codes of an image.
-_AFTER = ("loss", "decoder", "post_quant_conv", "colorize")
+_AFTER = ("loss.", "decoder.", "post_quant_conv.", "colorize", "shortcut.latent_to_pixels.")
 # Part of its quantizers that affects them only at a rate by bits, which is in no fingerprint too.
 _TABLES = "entropy"
 
@@ -113,8 +113,7 @@ class FirstStage:
         about = [type(sequence).__name__, vars(sequence), self.quantize.identity()]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode())
         for name, value in sorted(self.state_dict().items()):
-            parts = name.split(".")
-            if parts[0] not in _AFTER and _TABLES not in parts:
+            if not name.startswith(_AFTER) and _TABLES not in name.split("."):
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

@@ -70,3 +70,14 @@ def test_the_optimizer_has_the_shortcut_and_other_models_have_none():
         for name in instantiate_from_config(vqmodel_config()).state_dict()
         if "shortcut" in name
     ]
+
+
+def test_only_the_way_to_the_latents_decides_codes():
+    model = instantiate_from_config(vqmodel_config(linear_shortcut=True))
+    before = model.fingerprint()
+    with torch.no_grad():
+        model.shortcut.latent_to_pixels.weight += 1
+    assert model.fingerprint() == before
+    with torch.no_grad():
+        model.shortcut.pixels_to_latent.weight += 1
+    assert model.fingerprint() != before
