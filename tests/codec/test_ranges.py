@@ -147,7 +147,10 @@ def test_the_bytes_are_those_that_are_stored(sizes: tuple[int, int]) -> None:
         (torch.tensor([[TOTAL - 2, 1]] * 3), str(TOTAL)),
         (torch.tensor([[TOTAL - 1, 1], [FINE_TOTAL - 1, 1], [TOTAL - 1, 1]]), "one size"),
         (torch.tensor([[TOTAL - 1, 1]] * 2), "2 rows of frequencies for 3 symbols"),
-        (torch.ones(3, TOTAL + 1, dtype=torch.int64), "a row has 1 to 65536 frequencies, got 65537"),
+        (
+            torch.ones(3, TOTAL + 1, dtype=torch.int64),
+            "a row has 1 to 65536 frequencies, got 65537",
+        ),
         (torch.ones(3, 0, dtype=torch.int64), "got 0"),
     ],
 )
