@@ -34,6 +34,7 @@ from race.measure import (
     cut_by,
     fixed_length,
     measure,
+    set_rate_for_mean,
     shuffled_lengths,
     threshold_for_mean,
 )
@@ -69,7 +70,9 @@ def settings(
         yield ""
         return
     for length in contender.lengths:
-        if isinstance(model.quantize, LoopyVectorQuantizer):
+        if isinstance(model.quantize, LoopyVectorQuantizer) and model.quantize.rate is not None:
+            set_rate_for_mean(model, calibration[:2], length)
+        elif isinstance(model.quantize, LoopyVectorQuantizer):
             model.quantize.threshold = threshold_for_mean(model, calibration, length)
         else:
             assert isinstance(model.quantize, ResidualVQ)

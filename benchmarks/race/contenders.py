@@ -14,6 +14,10 @@ ZOO = "taming.modules.vqvae.zoo.LibraryQuantizer"
 MAX_LOOPS = 8
 BEAM = 4
 BETA = 0.05  # weight of all commitment losses; the usual 0.25 costs up to 1 dB in short trainings
+LEARNING = {"beta": BETA, "ema_decay": 0.95, "revive_below": 0.25}
+RATE_RANGE = (0.001, 0.03)  # lambdas of a training's images: about 6 to 1 turns
+RATES = {1: 0.03, 2: 0.01, 3: 0.005, 4: 0.002}  # lambdas with about so many turns
+RATE_WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,26 @@ def _loopy(
         n_e=codes,
         e_dim=channels,
         max_loops=turns,
-        beta=BETA,
-        ema_decay=0.95,
-        revive_below=0.25,
+        **LEARNING,
         transform_config=_transform(transform, turns, channels),
         **params,
+    )
+
+
+def _rated(name: str, codes: int, channels: int, turns: int) -> Contender:
+    """Return a quantizer of fixed depth whose codes are chosen and learned by rate."""
+    block = _block(
+        "race.peers.FixedRate",
+        n_e=codes,
+        e_dim=channels,
+        max_loops=turns,
+        **LEARNING,
+        rate=RATES[turns],
+        rate_weight=RATE_WEIGHT,
+        transform_config=_transform("LinearResidual", turns, channels),
+    )
+    return Contender(
+        name, "one code, by rate" if turns == 1 else "fixed depth, by rate", block, beam=BEAM
     )
 
 
@@ -119,10 +138,27 @@ def _peers(codes: int, channels: int) -> list[Contender]:
             quantizer = _residual(turns, codes, channels, shared_codebook=shared)
             group = f"fixed depth, {kind}"
             found.append(Contender(f"rvq-{turns}-{kind}", group, quantizer, beam=BEAM))
+    found += [_rated(f"vq-rate-{n}x", n * codes, channels, 1) for n in (1, 4)]
+    found += [_rated(f"fixed-rate-{turns}", codes, channels, turns) for turns in (2, 3, 4)]
     found += _library_contenders(codes, channels)
     dropout = _residual(6, codes, channels, quantize_dropout=True)
     rates = (1, 2, 3, 4, 6)
     found.append(Contender("rvq-dropout", "quantize_dropout", dropout, rates, beam=BEAM))
+    return found
+
+
+def _loops_by_rate(codes: int, channels: int) -> list[Contender]:
+    found = []
+    for suffix, weight in (("", 0.0), ("-loss", RATE_WEIGHT)):
+        linear = partial(_loopy, "LinearResidual", codes, channels, rate_weight=weight)
+        one = linear(rate=RATES[2], rate_range=RATE_RANGE)
+        lengths = (1.25, 1.5, 2, 3, 4)
+        group = "loopy by rate, one checkpoint" + suffix.replace("-", ", ")
+        found.append(Contender(f"rate-one{suffix}", group, one, lengths, beam=BEAM))
+        group = "loopy by rate, dedicated" + suffix.replace("-", ", ")
+        for turns in (2, 4):
+            quantizer = linear(rate=RATES[turns])
+            found.append(Contender(f"rate-{turns}{suffix}", group, quantizer, beam=BEAM))
     return found
 
 
@@ -136,6 +172,7 @@ def _loops(codes: int, channels: int) -> list[Contender]:
         # Also with 15% fewer codes: do these suffice for the PSNR of a fixed number of turns?
         rates = (0.85 * length, length)
         found.append(Contender(f"loopy-{length}", "loopy, dedicated", quantizer, rates, beam=BEAM))
+    found += _loops_by_rate(codes, channels)
     for factor in (4, 16):
         quantizer = linear(factor * codes, channels, target_length=2)
         name = f"loopy-2-{factor}x"

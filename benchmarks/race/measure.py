@@ -6,7 +6,7 @@ Axis letters: B images, D channels, h w grid, N latents, S sites, T turns, K cod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from taming.modules.vqvae.loop import Path
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
 from taming.modules.vqvae.rate import lengths_within
 
+ROUNDS, PROBES, RATES = 3, 6, (3e-4, 0.1)  # in search of a lambda
 Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -170,3 +171,25 @@ def threshold_for_mean(model: VQModel, images: Iterable[Tensor], length: float) 
         else:
             high = middle
     return high
+
+
+@torch.no_grad()
+def set_rate_for_mean(model: VQModel, images: Sequence[Tensor], length: float) -> None:
+    """Set the lambda at which the mean length of a site is ``length``, and count its tables.
+
+    Lengths fall with lambda, so bisection on its logarithm finds it. Tables and lambda depend on
+    each other; after a few rounds they hardly move.
+    """
+    quantizer = model.quantize
+    assert isinstance(quantizer, LoopyVectorQuantizer)
+    latents = torch.cat([model.encode_to_prequant(x) for x in images])
+    for _ in range(ROUNDS):
+        low, high = RATES
+        for _ in range(PROBES):
+            quantizer.rate = math.sqrt(low * high)
+            codes = quantizer(latents).info.indices
+            if (codes >= 0).sum() > length * codes[..., 0].numel():
+                low = quantizer.rate
+            else:
+                high = quantizer.rate
+        quantizer.entropy.count(codes)

@@ -1,6 +1,6 @@
-"""The peer in the race: residual quantization, with rates and a search to be set afterwards.
+"""The peers in the race: quantizers with a fixed number of turns, and a rate to be set afterwards.
 
-Axis letters: D channels, K codes, T turns.
+Axis letters: N latents, D channels, K codes, T turns.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from taming.modules.sequence.notations import RasterSequence
 from taming.modules.vqvae.base import QuantizerOutput
+from taming.modules.vqvae.entropy import EntropyTables
+from taming.modules.vqvae.loopy import LoopyVectorQuantizer
 from taming.modules.vqvae.zoo import LibraryQuantizer
 
 # The library's defaults (decay 0.8, rotation trick, dead codes kept) cost 1 dB or more.
@@ -68,3 +70,31 @@ class ResidualVQ(LibraryQuantizer):
         output = super().forward(z)
         inner.layers, inner.num_quantizers = layers, turns
         return output
+
+
+class FixedTables(EntropyTables):
+    """Tables by which every site takes all turns: to end before costs infinitely many bits."""
+
+    def end_bits(self) -> Tensor:
+        """Bits of ending at each turn and of going on, (T, 2) float32, without any choice."""
+        ends = torch.tensor([torch.inf, 0.0], device=self.codes.device).repeat(self.max_loops, 1)
+        ends[-1] = ends[-1].flip(0)
+        return ends
+
+
+class FixedRate(LoopyVectorQuantizer):
+    """The loop with all its turns at every site, its codes chosen by rate (Chou et al. 1989).
+
+    One turn is entropy-constrained vector quantization. Its rate loss is the one of the loop.
+
+    Args:
+        n_e: K, number of codes.
+        e_dim: D, channels of a latent.
+        max_loops: T, turns of every site.
+        options: Further arguments of `LoopyVectorQuantizer`, a ``rate`` among them.
+    """
+
+    def __init__(self, n_e: int, e_dim: int, max_loops: int, **options: Any) -> None:
+        super().__init__(n_e, e_dim, max_loops=max_loops, **options)
+        self.sequence = RasterSequence(n_e, max_loops)  # type: ignore[assignment]
+        self.entropy = FixedTables(n_e, max_loops)

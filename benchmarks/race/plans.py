@@ -8,7 +8,7 @@ from typing import Any
 
 from race.contenders import contenders
 from taming.data.custom import ImageFolder
-from taming.data.hub import CIFAR10
+from taming.data.hub import CIFAR10, ParquetImages
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Plan:
         seeds: Number of seeds.
         names: Names of the contenders.
         test_images: Number of held-out images.
-        calibration_images: Number of training images for calibrating thresholds.
+        calibration_images: Number of training images for calibrating rates.
+        linear_shortcut: Start from a linear code, so that a small network is not the limit.
     """
 
     ddconfig: dict[str, Any]
@@ -49,6 +50,7 @@ class Plan:
     names: tuple[str, ...]
     test_images: int
     calibration_images: int
+    linear_shortcut: bool = False
 
 
 SMALL = {
@@ -64,6 +66,7 @@ SMALL = {
     "dropout": 0.0,
     "num_groups": 8,
 }
+PHOTOS = SMALL | {"resolution": 64, "ch_mult": [1, 1, 2, 4]}
 LARGE = SMALL | {
     "resolution": 256,
     "ch": 64,
@@ -75,10 +78,12 @@ MODERN = {"rms_norm": True, "qk_norm": True, "swiglu": True}
 # Learns lengths in fewer steps than the original's GPT.
 SMALL_PRIOR = {"n_layer": 2, "n_head": 4, "n_embd": 96, "rotary": True, **MODERN}
 LARGE_PRIOR = {"n_layer": 8, "n_head": 8, "n_embd": 512, "rotary": True, **MODERN}
-DECISIVE = (
-    *("loopy-one", "rvq-dropout", "rvq-2-separate", "rvq-3-separate", "rvq-4-separate"),
-    *("loopy-2", "loopy-3", "loopy-4", "ema-vq-1x", "ema-vq-4x", "attract"),
+PEERS = (
+    *("rvq-2-separate", "rvq-3-separate", "rvq-4-separate", "ema-vq-1x", "ema-vq-4x"),
+    *("vq-rate-1x", "vq-rate-4x", "fixed-rate-2", "fixed-rate-3", "fixed-rate-4"),
 )
+RATED = ("rate-one", "rate-one-loss", "rate-2", "rate-2-loss", "rate-4", "rate-4-loss")
+DECISIVE = ("loopy-one", *PEERS, *RATED, "rvq-dropout", "loopy-2", "loopy-3", "loopy-4", "attract")
 ALL = tuple(contenders(256, 16))
 PLANS = {
     "quick": Plan(
@@ -87,6 +92,10 @@ PLANS = {
     ),
     "standard": Plan(
         SMALL, 32, 256, 6000, 1500, 16, 4e-3, 500, 4e-3, SMALL_PRIOR, 3, DECISIVE, 2000, 2000
+    ),
+    "photos": Plan(
+        PHOTOS, 32, 256, 2000, 800, 16, 2e-3, 500, 4e-3, SMALL_PRIOR, 3,
+        ("loopy-one", *PEERS, *RATED), 2000, 2000, linear_shortcut=True,
     ),
     "full": Plan(
         LARGE, 32, 1024, 100_000, 50_000, 16, 4e-4, 20_000, 1e-3, LARGE_PRIOR, 3, ALL,
@@ -97,6 +106,8 @@ PLANS = {
 
 def images_of(path: str | None, split: str, size: int, train: bool) -> Any:
     """Open a folder of images or a Parquet file; None downloads CIFAR-10."""
-    if path is not None and Path(path).is_dir():
+    if path is None:
+        return CIFAR10(split=split, size=size, random_flip=train)  # type: ignore[arg-type]
+    if Path(path).is_dir():
         return ImageFolder(path, size=size, random_crop=train, random_flip=train)
-    return CIFAR10(split=split, path=path, size=size, random_flip=train)  # type: ignore[arg-type]
+    return ParquetImages(path, size=size, random_flip=train)

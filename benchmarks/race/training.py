@@ -26,7 +26,7 @@ from taming.util import instantiate_from_config
 
 logger = logging.getLogger("taming.benchmark")
 
-BASE = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+BASE = ("encoder", "decoder", "quant_conv", "post_quant_conv", "shortcut")
 
 
 def schedule(steps: int) -> dict[str, Any]:
@@ -90,7 +90,8 @@ def build_tokenizer(
         betas=(0.9, 0.99),
         scheduler_config=schedule(steps or plan.steps),
         quantize_start=quantize_start,
-        orthogonal_start=True,
+        orthogonal_start=not plan.linear_shortcut,
+        linear_shortcut=plan.linear_shortcut,
     )
 
 

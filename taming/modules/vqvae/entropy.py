@@ -5,6 +5,7 @@ Axis letters: B images, N sites, K codes, T turns, P partial paths, k candidates
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,27 @@ class Price(NamedTuple):
         turn = written.shape[2]
         before = self.codes[torch.arange(turn, device=written.device), written].sum(dim=2)
         return self.weight[:, None, None] * (before[..., None] + self.codes[turn][found])
+
+    def expected_bits(self, residual: Tensor, seen: Tensor, turn: int) -> Tensor:
+        """Bits of a turn, if its code k is drawn with probability q_k, with gradient.
+
+        ``q_k ~ 2^-(|r - M e_k|^2 / weight + bits_k)``, the assignment of least distance at a rate
+        (Blahut 1972): nearly the code taken, and soft where others are about as good.
+
+        Args:
+            residual: (M, D) float32, r of each site.
+            seen: (K, D) float32, the codebook as this turn sees it.
+            turn: Which turn, in [0, T).
+
+        Returns:
+            (M,) float32.
+        """
+        bits = self.codes[turn]
+        with torch.autocast(residual.device.type, enabled=False):
+            # |r|^2 is the same for all codes.
+            nearness = 2 * residual @ seen.T - seen.square().sum(dim=1)  # (M, K)
+            log2_share = nearness / self.weight.clamp(min=1e-20)[:, None] - bits
+            return (log2_share * math.log(2)).softmax(dim=1) @ bits
 
 
 class EntropyTables(nn.Module):

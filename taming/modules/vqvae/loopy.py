@@ -32,7 +32,7 @@ from taming.modules.vqvae.base import (
 )
 from taming.modules.vqvae.checks import mark_impossible, rows_of_codes
 from taming.modules.vqvae.codebook import Codebook
-from taming.modules.vqvae.entropy import EntropyTables
+from taming.modules.vqvae.entropy import EntropyTables, Price
 from taming.modules.vqvae.loop import build_transform
 from taming.modules.vqvae.nearest import distance_to, nearest_codes
 from taming.modules.vqvae.paths import Path, Searches
@@ -61,11 +61,16 @@ class LoopyVectorQuantizer(Quantizer):
             follow from this quantizer; ``depth_embedding: true`` stands for (T, D).
         target_length: Mean length in [1, T]: instead of a fixed ``threshold``, tau is then steered
             to it while training and kept in the checkpoint.
+        rate: Instead: lambda >= 0, by which codes and ends are chosen (see `forward`). A checkpoint
+            does not change it.
         length_range: Train one quantizer for all rates: the mean length of each image of a training
             batch is sampled uniformly between these bounds in [1, T], and it gets the threshold
-            that gives it. None trains with the quantizer's own threshold.
+            that gives it. None trains with the quantizer's own threshold or rate.
         rate_range: Instead: the lambda of each image of a training batch is sampled between these
             bounds, above 0, uniformly in its logarithm, and its codes are those of ``rate``.
+        rate_weight: Weight in the loss of lambda times the bits that each site is expected to write
+            (`Price.expected_bits`), for latents whose codes are cheap. It needs a lambda: ``rate``
+            or ``rate_range``.
         legacy: Put beta on the codebook term instead, for a codebook that learns by gradient.
         ema_decay: Learn the codebook by moving averages of this decay; None by gradient.
         start_batches: Number of first training batches from which k-means places the codes.
@@ -73,8 +78,8 @@ class LoopyVectorQuantizer(Quantizer):
             vectors of the current batch; 0 never moves any.
 
     Raises:
-        ValueError: An argument is out of range, or not exactly one of ``threshold`` and
-            ``target_length`` is given.
+        ValueError: An argument is out of range, or not exactly one of ``threshold``,
+            ``target_length`` and ``rate`` is given.
 
     Example:
         >>> quantizer = LoopyVectorQuantizer(n_e=16, e_dim=4, threshold=0.5, max_loops=3).eval()
@@ -91,6 +96,7 @@ class LoopyVectorQuantizer(Quantizer):
     variable_rate = True
     not_in_identity = (
         *("beta", "legacy", "target_length", "length_range", "rate_range", "start_batches"),
+        *("rate", "rate_weight"),
     )
 
     def __init__(
@@ -108,29 +114,41 @@ class LoopyVectorQuantizer(Quantizer):
         start_batches: int = 4,
         revive_below: float = 0.05,
         rate_range: tuple[float, float] | None = None,
+        rate: float | None = None,
+        rate_weight: float = 0.0,
     ) -> None:
         super().__init__(n_e, e_dim)
         if max_loops < 1:
             raise ValueError(f"max_loops must be at least 1, got {max_loops}")
-        if (threshold is None) == (target_length is None):
-            raise ValueError("a loopy quantizer's params need one of threshold and target_length")
+        own = {"threshold": threshold, "target_length": target_length, "rate": rate}
+        if sum(value is not None for value in own.values()) != 1:
+            raise ValueError(f"a loopy quantizer's params need one of {', '.join(own)}, got {own}")
         if threshold is not None and not threshold >= 0:
             raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
         if target_length is not None and not 1 <= target_length <= max_loops:
             raise ValueError(f"target_length must be in [1, {max_loops}], got {target_length}")
         check_ranges(length_range, rate_range, max_loops)
+        if rate is not None and not 0 <= rate < math.inf:
+            raise ValueError(f"rate must be a lambda of at least 0, got {rate}")
+        if not rate_weight >= 0 or (rate_weight > 0 and rate is None and rate_range is None):
+            raise ValueError(
+                f"rate_weight must be at least 0 and needs rate or rate_range, got {rate_weight}"
+            )
+        self.rate, self.rate_weight = rate, rate_weight
         self.beta, self.legacy, self.max_loops = beta, legacy, max_loops
         self.target_length, self.start_batches = target_length, start_batches
         self.length_range, self.rate_range = length_range, rate_range
         self.embedding = Codebook(n_e, e_dim, ema_decay, revive_below)
         self.transform = build_transform(transform_config, max_loops, e_dim)
-        if rate_range is not None:
-            check_rates(["rate_range"], self.transform)
+        for name, value in {"rate": rate, "rate_range": rate_range}.items():
+            if value is not None:
+                check_rates([name], self.transform)
         self.sequence = UnarySequence(n_e, max_loops, dummies=self.transform.dummies)
         self.entropy = EntropyTables(n_e, max_loops, self.transform.dummies)
         self.threshold: Tensor
         self.latent_std: Tensor
-        start = torch.tensor(float(1 if threshold is None else threshold))
+        unset = 1.0 if rate is None else math.inf
+        start = torch.tensor(float(unset if threshold is None else threshold))
         self.register_buffer("threshold", start)
         self.register_buffer("latent_std", torch.ones(()))
 
@@ -146,8 +164,8 @@ class LoopyVectorQuantizer(Quantizer):
 
         Args:
             z: (B, D, h, w) or (N, D); not changed.
-            threshold: tau; None takes the quantizer's own or, while training with a
-                ``length_range`` or ``rate_range``, samples a rate per image.
+            threshold: tau; None takes the quantizer's own, or its own ``rate``, or, while training
+                with a ``length_range`` or ``rate_range``, samples a rate per image.
             max_codes: Instead: most codes of an image, at least one per site; each image gets the
                 smallest threshold that keeps to it.
             rate: Instead: lambda >= 0; codes and ends are those of least J (see
@@ -186,6 +204,8 @@ class LoopyVectorQuantizer(Quantizer):
         if loss is None:
             searches = self.transform.retrace(flat.detach(), codes, self.embedding.weight.float())
             loss = self._loss(flat, searches)
+            if self.rate_weight > 0:
+                loss = loss + self.rate_weight * self._rate_loss(flat, searches, walk.price)
             if self.training:
                 self._learn(flat.detach(), codes, searches)
         trace = LoopTrace(*(self._grid(x, z) for x in (lengths, last, last <= walk.threshold)))
@@ -221,6 +241,8 @@ class LoopyVectorQuantizer(Quantizer):
 
     def loop_tables(self) -> dict[str, Tensor]:
         """Return the threshold, the number of turns, and what the transform's turns see."""
+        if self.rate is not None:
+            raise ValueError("the loop outside of torch ends at a threshold, not by a rate")
         tables = self.transform.loop_tables(self.embedding.weight.float())
         turns = torch.tensor(self.max_loops)
         return {**tables, "threshold": self.threshold, "max_loops": turns}
@@ -272,14 +294,15 @@ class LoopyVectorQuantizer(Quantizer):
         return Walker(self.transform, codebook, self.entropy, unit, rows, images)
 
     def _walk(self, rows: Tensor, images: int, given: Mapping[str, Rate] | None = None) -> Walk:
-        """Walk latents (N, D) at the rate given, at one sampled for training, or to tau."""
+        """Walk latents (N, D) at the rate given, at one sampled for training, or at its own."""
         walker = self._walker(rows, images)
         rates = {name: value for name, value in (given or {}).items() if value is not None}
         check_rates([*rates], self.transform)
         if not rates and self.training and (self.length_range or self.rate_range):
             share = torch.rand(images, device=rows.device)
             rates = rates_between(share, walker.sites, self.length_range, self.rate_range)
-        name, value = next(iter(rates.items()), ("threshold", self.threshold))
+        own = ("threshold", self.threshold) if self.rate is None else ("rate", self.rate)
+        name, value = next(iter(rates.items()), own)
         return walker.walk(name, value)
 
     def _decode(self, codes: Tensor, codebook: Tensor) -> Tensor:
@@ -296,9 +319,26 @@ class LoopyVectorQuantizer(Quantizer):
             return self.beta * F.mse_loss(searches.approximations.detach(), latents) * share
         return vq_loss(latents, searches.approximations, self.beta, self.legacy) * share
 
+    def _rate_loss(self, z: Tensor, searches: Searches, price: Tensor) -> Tensor:
+        """Average lambda times the bits of a site, as expected of its turns; of all ranks."""
+        weight = price[searches.sites]  # (M,)
+        codebook = self.embedding.weight.float().clone()  # averages move it before the gradient
+        before = (z.detach()[searches.sites] - searches.queries).detach()
+        residual = F.embedding(searches.sites, z) - before  # (M, D): a query, with its gradient
+        priced = Price(self.entropy.code_bits(), weight)
+        total = z.new_zeros(())
+        for turn in range(self.max_loops):
+            at = (searches.turns == turn).nonzero().squeeze(1)
+            if len(at) > 0:
+                seen = self.transform.project(codebook, turn)
+                bits = priced.of_sites(at).expected_bits(residual[at], seen, turn)
+                total = total + (weight[at] * bits).sum()
+        share = share_of_rank(len(z), z) if self.training else 1.0
+        return total / (self.latent_std.square() * len(z)) * share
+
     def _loss_without_gradient(self, path: Path, lengths: Tensor) -> Tensor | None:
         """Compute the loss from a path that ends at lengths (N,); None where it takes searches."""
-        if self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or self.rate_weight > 0:
             return None
         square = self.transform.mean_square(path, lengths)
         terms = self.beta + (self.embedding.ema_decay is None)
@@ -363,8 +403,12 @@ class LoopyVectorQuantizer(Quantizer):
         return {} if relative.isinf() else {"relative_threshold": relative}
 
     def identity(self) -> dict[str, object]:
-        """Add the transform's identity."""
-        return {**super().identity(), "transform": self.transform.identity()}
+        """Add the transform's identity and, if codes are chosen by a rate of its own, its bits."""
+        own = {**super().identity(), "transform": self.transform.identity()}
+        if self.rate is not None:
+            own |= {"rate": self.rate, "bits": self.entropy.code_bits().tolist()}
+            own |= {"latent_std": float(self.latent_std), "ends": self.entropy.end_bits().tolist()}
+        return own
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Load as `nn.Module` does, but keep a threshold that the configuration fixes."""

@@ -57,11 +57,13 @@ class Walk(NamedTuple):
         path: The `Path`.
         lengths: (N,) int64 in [1, T], turns of each site.
         threshold: (N,) float32, distance that ends a loop; inf where J decides.
+        price: (N,) float32, squared distance that is worth a bit; 0 where a threshold decides.
     """
 
     path: Path
     lengths: Tensor
     threshold: Tensor
+    price: Tensor
 
     @property
     def codes(self) -> Tensor:
@@ -83,7 +85,8 @@ class Walk(NamedTuple):
             self.path.dummy,
         )
         lengths = torch.where(sites, self.lengths, other.lengths)
-        return Walk(path, lengths, torch.where(sites, self.threshold, other.threshold))
+        threshold = torch.where(sites, self.threshold, other.threshold)
+        return Walk(path, lengths, threshold, torch.where(sites, self.price, other.price))
 
 
 @dataclass(frozen=True)
@@ -139,12 +142,12 @@ class Walker:
         """Walk to the first code within a threshold (B,)."""
         tau = threshold.repeat_interleave(self.sites)
         path = self._search(tau)
-        return Walk(path, lengths_within(path.distances, tau), tau)
+        return Walk(path, lengths_within(path.distances, tau), tau, torch.zeros_like(tau))
 
     def within_codes(self, path: Path, max_codes: Tensor) -> Walk:
         """Cut the whole path at the smallest threshold that gives at most (B,) codes."""
         tau = threshold_for(path.distances, max_codes)
-        return Walk(path, lengths_within(path.distances, tau), tau)
+        return Walk(path, lengths_within(path.distances, tau), tau, torch.zeros_like(tau))
 
     @torch.no_grad()
     def to_quality(self, quality: Callable[[Tensor], Tensor], target: Tensor) -> Walk:
@@ -164,7 +167,7 @@ class Walker:
         price = Price(self.tables.code_bits(), weight) if bool((rate > 0).any()) else None
         path = self._search(torch.zeros_like(weight), price)
         cost = path.distances.square() + weight[:, None] * self._bits_of_ends(path)
-        return Walk(path, cost.argmin(dim=1) + 1, torch.full_like(weight, torch.inf))
+        return Walk(path, cost.argmin(dim=1) + 1, torch.full_like(weight, torch.inf), weight)
 
     def within_bits(self, target: Tensor) -> Walk:
         """Walk at about the smallest lambda that gives at most (B,) float64 bits, on the CPU.

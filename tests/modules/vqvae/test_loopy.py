@@ -66,9 +66,13 @@ def test_infinite_threshold_is_vector_quantizer_2(transform: str) -> None:
 
 
 @every_transform
+@pytest.mark.parametrize("rate_weight", [0.0, 0.5])
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_the_loss_without_gradient_is_the_loss(transform: str, ema_decay: float | None) -> None:
-    quantizer, z = loopy(transform, ema_decay=ema_decay), torch.randn(2, D, 5, 4)
+def test_the_loss_without_gradient_is_the_loss(transform, ema_decay, rate_weight) -> None:
+    weight = {"rate_weight": rate_weight, "rate_range": (0.01, 0.1)} if rate_weight else {}
+    if rate_weight and transform.startswith("attract"):
+        pytest.skip("has no rate")
+    quantizer, z = loopy(transform, ema_decay=ema_decay, **weight), torch.randn(2, D, 5, 4)
     graph = quantizer(z)
     with torch.no_grad():
         plain = quantizer(z)
@@ -392,7 +396,7 @@ def test_quantizing_is_float32_under_autocast(transform: str) -> None:
         ({"max_loops": 0}, "max_loops must be at least 1, got 0"),
         ({"threshold": -1.0}, "threshold must be a distance of at least 0, got -1.0"),
         ({"threshold": float("nan")}, "threshold must be"),
-        ({"threshold": None}, "one of threshold and target_length"),
+        ({"threshold": None}, "one of threshold, target_length, rate"),
         ({"threshold": None, "target_length": 9}, r"target_length must be in \[1, 4\], got 9"),
         ({"ema_decay": 1.0}, "ema_decay must be in"),
         (

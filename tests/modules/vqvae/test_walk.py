@@ -206,6 +206,11 @@ def test_rates_that_make_no_sense_are_refused(name: str) -> None:
         ({"rate_range": (0.1, math.inf)}, "rate_range must be"),
         ({"rate_range": (0.1,)}, "rate_range must be"),
         ({"rate_range": (0.1, 1.0), "length_range": (1.0, 2.0)}, "length_range or rate_range"),
+        ({"rate": 0.1}, "one of threshold, target_length, rate"),
+        ({"rate": -0.1, "threshold": None}, "rate must be a lambda of at least 0, got"),
+        ({"rate": math.nan, "threshold": None}, "rate must be a lambda of at least 0, got"),
+        ({"rate_weight": 0.1}, "rate_weight must be at least 0 and needs rate or rate_range"),
+        ({"rate_weight": -1.0, "rate_range": (0.1, 1.0)}, "rate_weight must be at least 0"),
     ],
 )
 def test_ranges_of_rates_that_make_no_sense_are_refused(kwargs: dict, message: str) -> None:
@@ -216,6 +221,24 @@ def test_ranges_of_rates_that_make_no_sense_are_refused(kwargs: dict, message: s
 def test_a_range_of_rates_needs_a_transform_with_rates() -> None:
     with pytest.raises(ValueError, match="Attract decodes .*rate_range has no meaning"):
         loopy("attract", rate_range=(0.1, 1.0))
+    with pytest.raises(ValueError, match="Attract decodes .*rate has no meaning"):
+        loopy("attract", rate=0.1, threshold=None)
+
+
+@every_rated
+def test_a_rate_of_its_own_is_that_rate_given(transform: str) -> None:
+    quantizer = rated(transform, rate=0.03, threshold=None)
+    given = loopy(transform)
+    state = {k: v for k, v in quantizer.state_dict().items() if k != "threshold"}
+    given.load_state_dict(state, strict=False)
+    z = torch.randn(2, D, 5, 5)
+    assert torch.equal(quantizer(z).info.indices, given(z, rate=0.03).info.indices)
+    assert torch.equal(quantizer(z, threshold=0.8).info.indices, given(z).info.indices)
+    before = quantizer.identity()
+    quantizer.entropy.count(torch.randint(K, (50, T)))
+    assert quantizer.identity() != before  # its tables choose its codes
+    with pytest.raises(ValueError, match="not by a rate"):
+        quantizer.loop_tables()
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -244,6 +267,57 @@ def test_training_at_rates_fits_clusters(transform: str) -> None:
     out = quantizer.eval()(centers, rate=1e-4)
     assert (out.z_q - centers).norm(dim=1).max() < 0.5
     assert quantizer.entropy.learned
+
+
+def literal_bits(quantizer: LoopyVectorQuantizer, z: Tensor, rate: float) -> float:
+    """Lambda times the expected bits of a site in float64, one turn of one site at a time."""
+    transform, codebook = quantizer.transform, quantizer.embedding.weight.detach()
+    assert isinstance(transform, Cascade)
+    seen = [transform.project(codebook, turn).double() for turn in range(T)]
+    bits, weight = quantizer.entropy.code_bits().double(), rate * float(quantizer.latent_std) ** 2
+    total = 0.0
+    for residual, codes in zip(z.double(), quantizer(z, rate=rate).info.indices, strict=True):
+        for turn, code in enumerate(codes[codes >= 0]):
+            cost = (residual - seen[turn]).square().sum(dim=1) / weight + bits[turn]
+            share = 2 ** (cost.min() - cost)
+            total += float((share / share.sum() * bits[turn]).sum())
+            residual = residual - seen[turn][code]
+    return rate * total / len(z)
+
+
+@every_rated
+def test_the_rate_loss_is_the_literal_one_and_its_gradient_makes_codes_cheaper(transform) -> None:
+    quantizer = rated(transform, rate_range=(0.1, 0.2), rate_weight=0.7)
+    z = torch.randn(30, D, requires_grad=True)
+    loss = quantizer(z, rate=0.05).loss
+    quantizer.rate_weight = 0.0
+    loss = loss - quantizer(z, rate=0.05).loss
+    assert float(loss.detach()) == pytest.approx(
+        0.7 * literal_bits(quantizer, z.detach(), 0.05), 1e-3
+    )
+    (slope,) = torch.autograd.grad(loss, z)
+    cheaper = literal_bits(quantizer, z.detach() - 1e-3 * slope / slope.norm(), 0.05)
+    expected = literal_bits(quantizer, z.detach(), 0.05) - 1e-3 * float(slope.norm()) / 0.7
+    assert cheaper == pytest.approx(expected, rel=1e-5)
+
+
+def test_latents_learn_to_be_cheap() -> None:
+    bits = []
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        quantizer = loopy(rate=0.1, rate_weight=weight, threshold=None, ema_decay=0.9).train()
+        z = torch.randn(400, D)
+        moved = z.clone().requires_grad_()
+        optimizer = torch.optim.SGD([moved], 50.0)
+        for _ in range(30):
+            loss = quantizer(moved).loss + (moved - z).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        bits.append(
+            float(quantizer.entropy.bits(quantizer.eval()(moved.detach()).info.indices).mean())
+        )
+    assert bits[1] < bits[0]
 
 
 # --- search --------------------------------------------------------------------------------------
