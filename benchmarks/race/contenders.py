@@ -15,8 +15,8 @@ MAX_LOOPS = 8
 BEAM = 4
 BETA = 0.05  # weight of all commitment losses; the usual 0.25 costs up to 1 dB in short trainings
 LEARNING = {"beta": BETA, "ema_decay": 0.95, "revive_below": 0.25}
-RATE_RANGE = (0.001, 0.02)  # lambdas of a training's images: about 6 to 1 turns
-RATES = {1: 0.02, 2: 0.006, 3: 0.003, 4: 0.0017}  # lambdas with about so many turns
+RATE_RANGE = (0.0003, 0.02)  # lambdas of a training's images: about 6 to 1 turns
+RATES = {1: 0.02, 2: 0.005, 3: 0.002, 4: 0.001}  # lambdas with about so many turns
 RATE_WEIGHT = 0.1  # 0.3 costs 0.1 dB at equal bits
 
 
