@@ -16,6 +16,7 @@ from taming.demo.exhibit import Exhibit
 from taming.demo.sampling import sample_tab
 from taming.demo.study import OWN, RATES, Study, View, kinds_of
 
+EXAMPLE = Path(__file__).with_name("example.jpg")  # by Stefan van der Walt, CC0
 SIDES = (128, 256, 384, 512, 768, 1024, 2048)
 # Kind of rate -> its name, the slider's label, step, and where it starts within its range.
 NAMES = {
@@ -50,7 +51,7 @@ def build(exhibits: Sequence[Exhibit]) -> gr.Blocks:
     with gr.Blocks(title="Loopy tokenizer", analytics_enabled=False) as page:
         gr.Markdown("# Loopy tokenizer")
         with gr.Tab("Compress", elem_id="compress"):
-            compress_tab(exhibits)
+            compress_tab(page, exhibits)
         studios = [(e.name, e.studio) for e in exhibits if e.studio is not None]
         if studios:
             with gr.Tab("Sample", elem_id="sample"):
@@ -58,13 +59,14 @@ def build(exhibits: Sequence[Exhibit]) -> gr.Blocks:
     return page
 
 
-def compress_tab(exhibits: Sequence[Exhibit]) -> None:
+def compress_tab(page: gr.Blocks, exhibits: Sequence[Exhibit]) -> None:
     """Lay out the reconstruction of a picture at any rate, and the path of a site."""
     known = {kind for exhibit in exhibits for kind in kinds_of(exhibit.tokenizer)}
     kinds = [(NAMES[kind][0], kind) for kind in RATES if kind in known]
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             photo = gr.Image(
+                str(EXAMPLE),
                 type="filepath",
                 image_mode=None,
                 sources=["upload", "clipboard"],
@@ -91,7 +93,7 @@ def compress_tab(exhibits: Sequence[Exhibit]) -> None:
         return found, slider_of(found, kind)
 
     sees: dict[str, Any] = {"fn": see, "inputs": [studies, kind, value, x, y], "outputs": shown}
-    for event in (photo.change, side.input):
+    for event in (page.load, photo.change, side.input):
         loaded = event(load, [photo, side, kind], [studies, value], **EVENT)
         loaded.success(**sees, **EVENT)
     kind.input(slider_of, [studies, kind], value, **EVENT).success(**sees, **EVENT)

@@ -15,6 +15,8 @@ from PIL import Image
 from support.page import page
 from support.runs import TinyRuns
 
+EXAMPLE = Path("taming/demo/example.jpg")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -122,6 +124,18 @@ def test_no_file_is_served_but_what_was_uploaded(address: str, tmp_path: Path) -
     (own,) = upload(address, secret)
     assert ask(f"{address}/gradio_api/file={own}")[1] == secret.read_bytes()
     assert call(address, LOAD, [file(own), 512, "own"])["success"]
+
+
+def test_the_page_opens_with_a_picture(address: str) -> None:
+    config = json.loads(ask(f"{address}/config")[1])
+    (shown,) = [
+        c["props"]["value"]
+        for c in config["components"]
+        if c["props"].get("value") and c["props"].get("elem_id") == "photo"
+    ]
+    assert ask(f"{address}/gradio_api/file={shown['path']}")[1] == EXAMPLE.read_bytes()
+    assert config["dependencies"][LOAD]["targets"][0][1] == "load"
+    assert call(address, LOAD, [shown, 512, "own"])["success"]
 
 
 def test_an_address_is_not_fetched(address: str) -> None:
