@@ -150,6 +150,7 @@ def overrides(data: Path) -> dict[str, list[str]]:
             "cifar10_two_level_transformer.yaml": [*prior(16), *TWO_LEVELS, *parquet],
             "custom_loopy_vqgan.yaml": [*tokenizer(32, 5), *GAN, *folder],
             "custom_loopy_transformer.yaml": [*prior(32), *folder],
+            "custom_small.yaml": [*vqmodel(32, 5), *folder],
             "custom_transformer.yaml": [*prior(32), *lists],
             "custom_vqgan.yaml": [*tokenizer(32, 5), *GAN, *lists],
             "demo/loopy_transformer.yaml": [*prior(16), *TWO_LEVELS, *PHOTOS],
