@@ -21,9 +21,9 @@ from taming.util import replacing
 _SINGLE, _LEVEL, _SIZE, _BITS = "indices", "level{}", "size", "bits"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Codes:
-    """The codes of one picture.
+    """The codes of one picture; equal to those of the same indices and size.
 
     Attributes:
         indices: (h, w, T) int64: 0..K-1 for a codebook vector, K for the dummy D, -1 after the end
@@ -62,6 +62,14 @@ class Codes:
 
     def __len__(self) -> int:
         return sum(int((level >= 0).sum()) for level in self.levels)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Codes):
+            return NotImplemented
+        same = (self.size, len(self.levels)) == (other.size, len(other.levels))
+        return same and all(map(torch.equal, self.levels, other.levels))
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         grids = ", ".join(f"{level.shape[0]}x{level.shape[1]}" for level in self.levels)

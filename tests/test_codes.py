@@ -49,6 +49,24 @@ def test_a_file_keeps_everything(file: Path, codes: Codes) -> None:
     assert same(loaded, codes) and all(level.dtype == torch.int64 for level in loaded.levels)
 
 
+@settings(deadline=None, max_examples=50)
+@given(one=CODES, other=CODES)
+def test_codes_are_equal_if_indices_and_size_are(one: Codes, other: Codes) -> None:
+    again = Codes(tuple(level.clone() for level in one.levels), one.size)
+    assert one == again and one != Codes(again.indices, (one.size[0] + 1, one.size[1]))
+    changed = torch.where(
+        torch.arange(one.levels[0].numel()).reshape(one.levels[0].shape) == 0, 9, one.levels[0]
+    )
+    assert (Codes((changed, *one.levels[1:]), one.size) == one) == torch.equal(
+        changed, one.levels[0]
+    )
+    assert (one == other) == (
+        str(one) == str(other)
+        and same(Codes(one.levels, one.size, 0), Codes(other.levels, other.size, 0))
+    )
+    assert one != one.indices
+
+
 def test_numbers_of_codes() -> None:
     codes = Codes(torch.tensor([[[5, 3, -1], [2, -1, -1]]]), (7, 16), 14.0)
     assert len(codes) == 3 and codes.lengths.tolist() == [[2, 1]] and codes.bpp == 0.125
