@@ -21,7 +21,8 @@ from taming.run.config import (
 from taming.run.defaults import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
 from taming.run.trust import check_trust
 from taming.run.values import Misfit, check_range, fit, members
-from taming.util import QUANTIZER_SIZES, get_obj_from_str, nearest, parameters_of
+from taming.signatures import parameters_of
+from taming.util import QUANTIZER_SIZES, get_obj_from_str, nearest
 
 logger = logging.getLogger(__name__)
 

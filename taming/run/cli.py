@@ -16,18 +16,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import yaml
 from omegaconf import OmegaConf
 
+from taming.extras import naming_extras
 from taming.run.check import TRAINER
 from taming.run.folder import SavedRun
 from taming.run.legacy import OLD_TRAINER_ARGUMENTS
 from taming.run.values import members
-from taming.util import (
-    get_obj_from_str,
-    home,
-    naming_extras,
-    nearest,
-    parameters_of,
-    usable_device,
-)
+from taming.signatures import parameters_of
+from taming.util import get_obj_from_str, home, nearest, usable_device
 
 if TYPE_CHECKING:
     import torch

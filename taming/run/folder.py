@@ -32,7 +32,8 @@ from taming.run.parts import (
 )
 from taming.run.pretrained import load_modules
 from taming.run.trust import check_trust
-from taming.util import get_obj_from_str, instantiate_from_config, parameters_of
+from taming.signatures import parameters_of
+from taming.util import get_obj_from_str, instantiate_from_config
 
 # Environment variable by which processes that Lightning starts find their parent's run.
 _RUN_VARIABLE = "TAMING_RUN"

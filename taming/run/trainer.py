@@ -24,20 +24,20 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from taming.extras import naming_extras
 from taming.run.checkpoints import MonitorCheck, SafeCheckpointIO
 from taming.run.defaults import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
 from taming.run.folder import Experiment, PreparationError
 from taming.run.loggers import quiet_threads
 from taming.run.processes import take_over
 from taming.run.progress import Progress
+from taming.signatures import parameters_of
 from taming.util import (
     DataError,
     NonFiniteError,
     WriteError,
     get_obj_from_str,
     instantiate_from_config,
-    naming_extras,
-    parameters_of,
 )
 
 logger = logging.getLogger(__name__)

@@ -150,7 +150,7 @@ HARMFUL: dict[str, dict[str, Any]] = {
     "taming.util.instantiate_from_config": {"config": {"target": "os.abort"}},
     "taming.util.instantiate_with_sizes": {"config": {"target": "os.abort"}, "sizes": {}},
     "taming.util.download": {"url": "file:///etc/hosts", "local_path": "{mark}"},
-    "taming.util.load_network": {"hub": ".", "entry": "touch"},
+    "taming.downloads.load_network": {"hub": ".", "entry": "touch"},
     "taming.util.get_ckpt_path": {"name": "vgg_lpips", "root": "{mark}"},
     "taming.util.os.system": {"command": "touch {mark}"},
     "taming.checkpoint.load_checkpoint": {"path": "payload.ckpt", "trust_checkpoint": True},

@@ -254,7 +254,7 @@ def test_only_targets_become_code():
     assert outside == {
         ("taming.__init__", "import_module"),  # of the names of the face
         ("taming.__main__", "run_path"),  # of the programs beside it
-        ("taming.util", "eval"),  # of the annotations in a target's own source
+        ("taming.signatures", "eval"),  # of the annotations in a target's own source
         ("taming.util", "import_module"),
         ("taming.util", "reload"),
         ("taming.util", "get_obj_from_str"),
