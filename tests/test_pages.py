@@ -27,7 +27,7 @@ from support.runs import TinyRuns, call, picture
 
 import main as program
 from taming.__main__ import programs
-from taming.run.cli import parse_arguments
+from taming.run.options import parse_arguments
 from taming.signatures import parameters_of
 from taming.util import get_obj_from_str
 

@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from taming.checkpoint import load_checkpoint
 from taming.data.loader import EPOCH, TRAINING, VALIDATION, seed_generators
-from taming.run.folder import PreparationError
 from taming.run.position import settle
+from taming.run.rundir import PreparationError
 from taming.run.signals import Interrupted, Request, watch
 from taming.util import NonFiniteError, WriteError, nearest, replacing
 

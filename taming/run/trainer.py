@@ -27,10 +27,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from taming.extras import naming_extras
 from taming.run.checkpoints import MonitorCheck, SafeCheckpointIO
 from taming.run.defaults import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
-from taming.run.folder import Experiment, PreparationError
 from taming.run.loggers import quiet_threads
 from taming.run.processes import take_over
 from taming.run.progress import Progress
+from taming.run.rundir import Experiment, PreparationError
 from taming.signatures import parameters_of
 from taming.util import (
     DataError,

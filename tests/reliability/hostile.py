@@ -162,7 +162,7 @@ HARMFUL: dict[str, dict[str, Any]] = {
     "taming.data.imagenet_base.download": {"url": "file:///etc/hosts", "local_path": "{mark}"},
     "taming.run.cli.run": {"program": "os.abort"},
     "taming.run.folder.SavedRun": {},
-    "taming.run.folder.RunDir": {"path": "{mark}"},
+    "taming.run.rundir.RunDir": {"path": "{mark}"},
     "taming.run.checkpoints.SafeCheckpointIO": {"trust_checkpoint": True},
     "taming.run.trainer.fit": {},
     "taming.experiment.get_obj_from_str": {"string": "payload.Payload"},

@@ -18,7 +18,7 @@ from taming.run import trainer as building
 from taming.run.callbacks import ImageLogger, SetupCallback
 from taming.run.checkpoints import LastCheckpoint, MonitorCheck
 from taming.run.epoch_values import EpochValues
-from taming.run.folder import Experiment, PreparationError, RunDir
+from taming.run.rundir import Experiment, PreparationError, RunDir
 from taming.run.signals import watch
 from taming.run.trainer import build_callbacks, build_checkpoints, build_loggers, choose_strategy
 
