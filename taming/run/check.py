@@ -14,11 +14,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from taming.run.config import (
-    LoadedConfig,
-    entries,
-)
+from taming.run.config import LoadedConfig
 from taming.run.defaults import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
+from taming.run.sources import entries
 from taming.run.trust import check_trust
 from taming.run.values import Misfit, check_range, fit, members
 from taming.signatures import parameters_of

@@ -166,7 +166,7 @@ HARMFUL: dict[str, dict[str, Any]] = {
     "taming.run.checkpoints.SafeCheckpointIO": {"trust_checkpoint": True},
     "taming.run.trainer.fit": {},
     "taming.experiment.get_obj_from_str": {"string": "payload.Payload"},
-    "taming.generator.load": {"run": "."},
+    "taming.loading.load": {"run": "."},
     "support.models.ToyModel": {},
 }
 

@@ -17,8 +17,9 @@ from taming.data.base import NumpyPaths
 from taming.models.vqgan import VQModel
 from taming.modules.losses.vqperceptual import DummyLoss
 from taming.run import trust
-from taming.run.config import ConfigError, load_config
+from taming.run.config import load_config
 from taming.run.folder import SavedRun, data_from_run, model_from_run
+from taming.run.sources import ConfigError
 
 TAMING = Path(taming.__file__).parent
 REFUSED = "a saved run may not"
