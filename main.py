@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taming.run.check import check_experiment
-from taming.run.cli import Options, one_line_errors, parse_arguments
+from taming.run.cli import one_line_errors
 from taming.run.config import load_config
-from taming.run.folder import Experiment, RunDir, is_first_process, run_name, without_starts
+from taming.run.folder import without_starts
+from taming.run.options import Options, parse_arguments
 from taming.run.parts import loading
+from taming.run.rundir import Experiment, RunDir, is_first_process, run_name
 from taming.run.signals import watch
 from taming.util import MAIN_NAMES, get_obj_from_str, instantiate_from_config
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from taming.downloads import load_network
 from taming.run import cli
-from taming.util import get_obj_from_str, load_network
+from taming.util import get_obj_from_str
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from taming.downloads import load_network
 from taming.run import cli
-from taming.util import load_network
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from taming.codes import Codes
     from taming.evaluation.evaluate import Evaluation, evaluate
-    from taming.generator import Generator, load
+    from taming.generator import Generator
+    from taming.loading import load
     from taming.tokenizer import Tokenizer
 
 __all__ = ["Codes", "Evaluation", "Generator", "Tokenizer", "evaluate", "load"]
 
 # Imported on first use, so that ``import taming`` does not load torch.
 _HOMES = {"Codes": "codes", "Generator": "generator", "Tokenizer": "tokenizer"}
-_HOMES["load"] = "generator"
+_HOMES["load"] = "loading"
 _HOMES |= dict.fromkeys(("Evaluation", "evaluate"), "evaluation.evaluate")
 
 

@@ -57,9 +57,11 @@ class Shared(ABC):
     def facts(self) -> dict[str, Any]:
         """Return the facts of the model card that the configuration states: name -> value."""
 
-    @abstractmethod
     def to(self: S, device: torch.device | str) -> S:
         """Move the modules to a device; return the object."""
+        for module in self.shared_modules().values():
+            module.to(usable_device(device))
+        return self
 
     @classmethod
     def from_pretrained(

@@ -17,7 +17,6 @@ from taming.decoding import Colour, rgb_of
 from taming.models.vqgan import VQModel
 from taming.pictures import Picture, is_single, pad, to_picture, to_tensor
 from taming.sharing import Shared, count_parameters
-from taming.util import usable_device
 
 if TYPE_CHECKING:
     from taming.codec.files import Codec
@@ -94,12 +93,6 @@ class Tokenizer(Shared):
         for part in parts:
             if "tile" in vars(part):
                 part.tile = tile
-
-    def to(self, device: torch.device | str) -> Tokenizer:
-        """Move the model to a device; return the tokenizer."""
-        for module in self.shared_modules().values():
-            module.to(usable_device(device))
-        return self
 
     @classmethod
     def of_modules(cls, modules: Mapping[str, Any]) -> Tokenizer:

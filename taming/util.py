@@ -1,32 +1,25 @@
-"""Helpers for all parts: objects from target paths, signatures, downloads, lookups."""
+"""Helpers for all parts: objects from target paths, files saved whole, lookups, errors."""
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import importlib
-import inspect
-import logging
 import os
 import pkgutil
 import shutil
-import signal
 import sys
-import textwrap
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
-from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tqdm import tqdm
-
-logger = logging.getLogger(__name__)
+# The original has these here.
+from taming.downloads import download as download
+from taming.downloads import get_ckpt_path as get_ckpt_path
+from taming.downloads import md5_hash as md5_hash
+from taming.extras import naming_extras
+from taming.signatures import parameters_of
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -48,49 +41,6 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; valid: {', '.join(names)}" if 0 < len(names) <= 12 else ""
-
-
-# Packages that only an extra of this one brings, by the name of their module.
-EXTRAS = {
-    **dict.fromkeys(("lightning", "matplotlib", "pyarrow", "skimage"), "train"),
-    **dict.fromkeys(("tensorboard", "torchmetrics", "torchvision"), "train"),
-    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
-    "datasets": "data",
-    **dict.fromkeys(("fastapi", "gradio", "uvicorn"), "demo"),
-    "huggingface_hub": "hub",
-    "ray": "ray",
-    "torch_fidelity": "eval",
-    "vector_quantize_pytorch": "zoo",
-    "wandb": "wandb",
-}
-
-
-@contextmanager
-def naming_extras() -> Iterator[None]:
-    """Name the extra that brings a package which an import inside lacks.
-
-    Raises:
-        ValueError: The package is not installed; the message holds the pip command.
-
-    Example:
-        >>> with naming_extras():  # doctest: +SKIP
-        ...     import gradio
-        ValueError: gradio is not installed: pip install 'loopy-taming[demo]'
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if remedy := _remedy(error.name or ""):
-            raise ValueError(remedy) from error
-        raise
-
-
-def _remedy(module: str) -> str:
-    """Return the message for a missing module of an extra; it is empty for any other."""
-    package = module.partition(".")[0]
-    if package not in EXTRAS:
-        return ""
-    return f"{package} is not installed: pip install 'loopy-taming[{EXTRAS[package]}]'"
 
 
 def home() -> Path:
@@ -143,16 +93,15 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
 
 def _import_module(name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with naming_extras():
+            return importlib.import_module(name)
     except SyntaxError as error:
         where = f"{error.filename}:{error.lineno}"
         raise ValueError(f"{where} is not valid Python: {error.msg}") from error
     except ModuleNotFoundError as error:
         missing = error.name or name
         parent, _, leaf = missing.rpartition(".")
-        if remedy := _remedy(missing):
-            message = remedy
-        elif not f"{name}.".startswith(f"{missing}."):
+        if not f"{name}.".startswith(f"{missing}."):
             message = f"{name} needs the module {missing!r}, which is not installed"
         elif parent:
             siblings = _submodules(sys.modules[parent])
@@ -187,71 +136,6 @@ def instantiate_from_config(config: Mapping[str, Any], **kwargs: Any) -> Any:
     if "target" not in config:
         raise ValueError(f"expected a block with a 'target', got the keys {sorted(config)}")
     return get_obj_from_str(config["target"])(**{**(config.get("params") or {}), **kwargs})
-
-
-def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
-    """List the keyword parameters of a class or function.
-
-    Where a constructor forwards its ``**kwargs`` to a base class, the parameters of the next
-    constructor in the MRO follow. They count as optional, since ``*args`` may carry them.
-
-    Args:
-        target: Class or function.
-
-    Returns:
-        Name -> parameter, whose annotation is a type where its source text can be evaluated; and
-        True if the target may take other keywords as well.
-    """
-    classes = getattr(target, "__mro__", ())
-    inits = [vars(c)["__init__"] for c in classes if inspect.isfunction(vars(c).get("__init__"))]
-    found: dict[str, inspect.Parameter] = {}
-    hidden: set[str] = set()
-    for depth, init in enumerate(inits or [target]):
-        try:
-            parameters = [*inspect.signature(init).parameters.values()][bool(inits) :]
-        except (TypeError, ValueError):  # compiled code may have no signature
-            return found, True
-        for p in parameters:
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in hidden:
-                is_made_optional = depth and p.default is p.empty
-                p = p.replace(annotation=_evaluated(p.annotation, init))
-                found.setdefault(p.name, p.replace(default=...) if is_made_optional else p)
-        if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
-            return found, False
-        set_by_call = _forwarded(init, parameters[-1].name)
-        if set_by_call is None:
-            return found, True
-        hidden |= set_by_call
-    return found, True
-
-
-def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
-    """Evaluate the source text of an annotation; return it as it is if its names are unknown."""
-    if not isinstance(annotation, str):
-        return annotation
-    try:
-        return eval(annotation, getattr(inspect.unwrap(function), "__globals__", {}))
-    except (NameError, AttributeError, TypeError, SyntaxError):  # imported for type checkers only
-        return annotation
-
-
-def _forwarded(init: Callable[..., Any], kwargs: str) -> set[str] | None:
-    """Return the keywords that a constructor sets where it forwards ``**kwargs`` to a base.
-
-    None means that ``**kwargs`` may go elsewhere, so that any keyword may be valid.
-    """
-    try:
-        nodes = [*ast.walk(ast.parse(textwrap.dedent(inspect.getsource(init))))]
-    except (OSError, SyntaxError):
-        return None
-    if sum(isinstance(node, ast.Name) and node.id == kwargs for node in nodes) != 1:
-        return None
-    for call in nodes:
-        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(".__init__"):
-            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-            if keywords.get(None) == kwargs:
-                return {name for name in keywords if name}
-    return None
 
 
 # Names that quantizers give their sizes: n_e codes of e_dim channels.
@@ -353,56 +237,6 @@ def load_array(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"cannot be read as a NumPy array: {error}") from error
 
 
-def md5_hash(path: str | os.PathLike[str]) -> str:
-    """Return the hexadecimal MD5 digest of a file."""
-    return file_hash(path, "md5")
-
-
-def file_hash(path: str | os.PathLike[str], name: str) -> str:
-    """Return the hexadecimal digest of a file by the algorithm of a name, such as sha256."""
-    digest = hashlib.new(name, usedforsecurity=False)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def download(url: str, local_path: str | os.PathLike[str], chunk_size: int = 1 << 16) -> None:
-    """Download a file with a progress bar; the target appears only once it is complete.
-
-    Args:
-        url: Source address (``https:``, ``file:``, ...).
-        local_path: Target file; missing folders are created.
-        chunk_size: Bytes per read.
-
-    Raises:
-        ConnectionError: The address cannot be reached; the message names both address and target,
-            for a download by hand.
-    """
-    target = Path(local_path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Saved beside the target and renamed, so that parallel processes never see a partial file.
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
-            total = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=total or None, unit="B", unit_scale=True, desc=target.name) as progress:
-                while chunk := response.read(chunk_size):
-                    file.write(chunk)
-                    progress.update(len(chunk))
-            # A connection that breaks looks like the end of the file.
-            if file.tell() < total:
-                raise ConnectionError(f"got {file.tell()} of {total} bytes")
-        os.replace(part, target)
-    except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as error:
-        raise ConnectionError(
-            f"cannot download {url} ({error}); without a network connection, download it elsewhere "
-            f"and copy it to {target}"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def usable_device(device: Any) -> Any:
     """Return the ``torch.device`` of a name.
 
@@ -416,84 +250,6 @@ def usable_device(device: Any) -> Any:
     except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
         why = str(error).partition("\n")[0]
         raise ValueError(f"device {str(device)!r} cannot be used here: {why}") from error
-
-
-def load_network(hub: str, entry: str, **options: Any) -> Any:
-    """Load a network, or the preprocessing of its input, from a torch hub repository.
-
-    Args:
-        hub: ``owner/name`` on GitHub, or a folder that holds such a repository.
-        entry: Name of a function in its ``hubconf.py``.
-        **options: Arguments of that function.
-
-    Raises:
-        ConnectionError: The repository, or weights that it downloads, cannot be reached.
-        ValueError: The folder is not a torch hub repository, or a package that it needs is missing.
-    """
-    import torch  # takes seconds, which the command line's --help does not need
-
-    is_local = Path(hub).is_dir()
-    if is_local and not Path(hub, "hubconf.py").is_file():
-        raise ValueError(f"{hub} has no hubconf.py, so it is not a torch hub repository")
-    source = "local" if is_local else "github"
-    trusted: Any = True  # the user named it; torch declares str alone
-    try:
-        return torch.hub.load(hub, entry, source=source, trust_repo=trusted, **options)
-    except ImportError as error:
-        raise ValueError(f"the network {entry} of {hub} needs another package: {error}") from error
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConnectionError(
-            f"the network {entry} of {hub} is neither a local folder nor available from torch hub "
-            f"({error}); without a network connection, download https://github.com/{hub} elsewhere "
-            "and name its folder with --hub"
-        ) from error
-
-
-# Name -> address, file name and MD5 digest of published weights.
-PUBLISHED = {
-    "vgg_lpips": (
-        "https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1",
-        "vgg.pth",
-        "d507d7349b931f0638a25a48a722f98a",
-    )
-}
-
-
-def get_ckpt_path(name: str, root: str | os.PathLike[str], check: bool = False) -> str:
-    """Return the path of published weights in a folder, downloaded first if they are missing.
-
-    Args:
-        name: A key of `PUBLISHED`; ``"vgg_lpips"`` names the linear heads of LPIPS.
-        root: Folder of the weights.
-        check: Download again if an existing file has another MD5 digest.
-
-    Raises:
-        ConnectionError: The weights are missing and cannot be downloaded.
-        ValueError: The name is unknown, or the download has another MD5 digest.
-    """
-    if name not in PUBLISHED:
-        raise ValueError(f"published weights are {', '.join(PUBLISHED)}; got {name!r}")
-    url, file_name, md5 = PUBLISHED[name]
-    path = Path(root, file_name)
-    if not path.is_file() or (check and md5_hash(path) != md5):
-        download(url, path)
-        if (found := md5_hash(path)) != md5:
-            raise ValueError(f"{path} from {url} has md5 {found}, expected {md5}")
-    return str(path)
-
-
-def refuse_text(name: str, values: Any) -> None:
-    """Refuse a text where a list is meant: its letters would be taken for the items.
-
-    Args:
-        name: Name of the parameter, for the error.
-        values: Its value.
-
-    Raises:
-        ValueError: The value is a text, bytes or a path.
-    """
-    if isinstance(values, (str, bytes, os.PathLike)):
-        raise ValueError(f"{name} must be a list, got the text {values!r}: use [{values!r}]")
 
 
 class KeyNotFoundError(KeyError):
@@ -536,23 +292,3 @@ class WriteError(OSError):
 
 class NonFiniteError(RuntimeError):
     """A latent or loss is not finite; training stops and the last good checkpoint is kept."""
-
-
-def outlive_signals(worker: int) -> None:
-    """Let a loader process serve on after a signal to a whole group of processes.
-
-    Its parent ends after the batch, and then ends it, or goes on.
-
-    Args:
-        worker: Its number, which torch passes on; not used.
-    """
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
-        signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        threading.Thread(target=_obey_parent, daemon=True).start()
-
-
-def _obey_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from taming import __main__ as command
-from taming.run.config import ConfigError, load_config, recipes
+from taming.run.config import load_config
+from taming.run.sources import ConfigError, recipes
 from taming.util import MAIN_NAMES, get_obj_from_str, home, instantiate_from_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,8 +20,9 @@ from support.runs import (
 )
 
 from taming.run.check import check_experiment
-from taming.run.config import ConfigError, load_config
+from taming.run.config import load_config
 from taming.run.folder import model_from_run
+from taming.run.sources import ConfigError
 
 every_config = pytest.mark.parametrize("name", shipped())
 

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from support.runs import TRAINER, TinyRuns
 
-from taming.util import EXTRAS
+from taming.extras import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "loopy-taming"

@@ -27,8 +27,9 @@ from support.runs import TinyRuns, call, picture
 
 import main as program
 from taming.__main__ import programs
-from taming.run.cli import parse_arguments
-from taming.util import get_obj_from_str, parameters_of
+from taming.run.options import parse_arguments
+from taming.signatures import parameters_of
+from taming.util import get_obj_from_str
 
 # Name of a run in the pages -> the recipe that it is of here; those that some pages mean otherwise.
 RUNS = {

@@ -2,8 +2,6 @@
 
 import hashlib
 import importlib
-import signal
-import subprocess
 import sys
 import threading
 from contextlib import contextmanager
@@ -14,6 +12,8 @@ from typing import ClassVar, NamedTuple
 
 import pytest
 
+from taming.extras import naming_extras
+from taming.signatures import parameters_of
 from taming.util import (
     KeyNotFoundError,
     WriteError,
@@ -23,8 +23,6 @@ from taming.util import (
     instantiate_from_config,
     instantiate_with_sizes,
     md5_hash,
-    naming_extras,
-    parameters_of,
     replacing,
     retrieve,
 )
@@ -278,22 +276,3 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     below = pytest.raises(WriteError, match=rf"{file}/below.json cannot be saved")
     with below, replacing(file / "below.json"):
         pass
-
-
-@pytest.mark.skipif(
-    not hasattr(signal, "sigwaitinfo"), reason="this system cannot wait for signals"
-)
-def test_only_its_parent_ends_a_loader_process():
-    serve = "outlive_signals(0); print('ready', flush=True); time.sleep(60)"
-    loader = subprocess.Popen(
-        [sys.executable, "-c", f"import time; from taming.util import outlive_signals; {serve}"],
-        stdout=subprocess.PIPE,
-    )
-    assert loader.stdout is not None and loader.stdout.readline() == b"ready\n"
-    for name in ("INT", "USR1", "TERM"):
-        subprocess.run(["kill", f"-{name}", str(loader.pid)], check=True)  # another process
-    with pytest.raises(subprocess.TimeoutExpired):
-        loader.communicate(timeout=0.3)
-    loader.terminate()
-    loader.communicate(timeout=10)
-    assert loader.returncode == 0

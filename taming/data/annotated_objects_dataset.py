@@ -19,8 +19,9 @@ from taming.data.conditional_builder.objects_center_points import (
 from taming.data.crops import Crop, RandomSquare, SquareCrop, Stretch
 from taming.data.helper_types import Annotation, Category, CropMethodType
 from taming.data.preprocessing import error_context, to_unit_range
+from taming.data.utils import refuse_text
 from taming.decoding import decode_image
-from taming.util import get_obj_from_str, refuse_text
+from taming.util import get_obj_from_str
 
 logger = logging.getLogger(__name__)
 

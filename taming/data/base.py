@@ -21,8 +21,9 @@ from torch.utils.data import ConcatDataset, Dataset
 from taming.data.crops import SquareCrop
 from taming.data.paths import Texts, compact
 from taming.data.preprocessing import error_context, to_unit_range
+from taming.data.utils import refuse_text
 from taming.decoding import Colour, decode_image, rgb_of
-from taming.util import load_array, refuse_text
+from taming.util import load_array
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from taming.data.preprocessing import (
 )
 from taming.data.roots import data_root, require
 from taming.data.segmentation import ExampleImages, mask_name
-from taming.util import refuse_text
+from taming.data.utils import refuse_text
 
 N_LABELS = 183  # unlabelled, 91 things, 91 stuff
 COCO = "https://cocodataset.org/#download"

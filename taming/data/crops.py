@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from taming.data.preprocessing import View, scale_short_side
-from taming.util import refuse_text
+from taming.data.utils import refuse_text
 
 
 class Crop(Protocol):

@@ -14,7 +14,7 @@ import numpy as np
 from taming.data.base import ImagePaths
 from taming.data.paths import find_images
 from taming.data.roots import read_text
-from taming.util import refuse_text
+from taming.data.utils import refuse_text
 
 
 def read_path_list(list_file: str | os.PathLike[str]) -> list[str]:

@@ -18,7 +18,7 @@ from taming.data.base import ConcatDatasetWithIndex, ImagePaths, NumpyPaths
 from taming.data.crops import SquareCrop
 from taming.data.preprocessing import View
 from taming.data.roots import data_root, read_list, require
-from taming.util import refuse_text
+from taming.data.utils import refuse_text
 
 # Reader and source of each set.
 _SETS = {

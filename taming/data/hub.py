@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 from taming.data.crops import SquareCrop
 from taming.data.preprocessing import error_context, to_unit_range
 from taming.data.roots import cache_folder, data_root
+from taming.data.utils import refuse_text
 from taming.decoding import decode_image
-from taming.util import refuse_text
 
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),

@@ -32,7 +32,7 @@ from taming.data.preprocessing import (
 )
 from taming.data.roots import UPSTREAM_LISTS, data_root, read_list, require, resolve
 from taming.data.segmentation import mask_name
-from taming.util import naming_extras
+from taming.extras import naming_extras
 
 # Restricted ImageNet: Tsipras et al., "Robustness may be at odds with accuracy", 2019, and more.
 RIN = "30-32, 33-37, 151-268, 281-285, 80-100, 365-382, 389-397, 118-121, 300-319"

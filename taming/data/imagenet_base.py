@@ -18,7 +18,7 @@ import yaml
 
 from taming.data.base import ImagePaths
 from taming.data.roots import cache_folder, data_root, read_list, require
-from taming.util import download
+from taming.downloads import download
 
 SOURCE = "https://image-net.org/download-images (ILSVRC2012, one subfolder per synset)"
 NAMES_URL = "https://heibox.uni-heidelberg.de/f/9f28e956cd304264bb82/?dl=1"

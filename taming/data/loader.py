@@ -9,7 +9,10 @@ Axis letters: B items of a batch, N items of a data set.
 from __future__ import annotations
 
 import gc
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cached_property
@@ -23,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from taming.data.utils import custom_collate
-from taming.util import DataError, outlive_signals
+from taming.util import DataError
 
 # Uses of random numbers, which get different ones from the same seed.
 ORDER, ITEM, EPOCH, TRAINING, VALIDATION = range(5)
@@ -195,5 +198,22 @@ class Loader:
 
 
 def _start_worker(number: int) -> None:
-    outlive_signals(number)
+    outlive_signals()
     gc.freeze()  # the collector would otherwise copy pages of modules that processes share
+
+
+def outlive_signals() -> None:
+    """Let a loader process serve on after a signal to a whole group of processes.
+
+    Its parent ends after the batch, and then ends it, or goes on.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

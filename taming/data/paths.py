@@ -13,8 +13,9 @@ from typing import Any, overload
 
 import numpy as np
 
+from taming.data.utils import refuse_text
 from taming.decoding import picture_extensions
-from taming.util import DataError, refuse_text
+from taming.util import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 
 from taming.data.crops import SquareCrop
 from taming.data.preprocessing import View, scale_short_side, to_unit_range
+from taming.data.utils import refuse_text
 from taming.decoding import decode_image
-from taming.util import naming_extras, refuse_text
+from taming.extras import naming_extras
 
 # The two motorcycle pictures are a stereo pair of one scene and must be in the same split.
 TRAIN_PHOTOS = (

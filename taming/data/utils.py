@@ -1,7 +1,8 @@
-"""Collation of items into batches."""
+"""Helpers of data sets: items collated into batches, arguments that are lists."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,3 +44,17 @@ def custom_collate(batch: Sequence[Any]) -> Any:
 
 def _are_annotations(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Annotation)
+
+
+def refuse_text(name: str, values: Any) -> None:
+    """Refuse a text where a list is meant: its letters would be taken for the items.
+
+    Args:
+        name: Name of the parameter, for the error.
+        values: Its value.
+
+    Raises:
+        ValueError: The value is a text, bytes or a path.
+    """
+    if isinstance(values, (str, bytes, os.PathLike)):
+        raise ValueError(f"{name} must be a list, got the text {values!r}: use [{values!r}]")

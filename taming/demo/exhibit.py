@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from taming.demo.studio import Studio
-from taming.generator import Generator, load
+from taming.generator import Generator
+from taming.loading import load
 from taming.models.prior import Prior
 from taming.tokenizer import Tokenizer
 

@@ -18,7 +18,8 @@ from taming.evaluation.prior import evaluate_prior
 from taming.evaluation.tokenizer import OWN, check_rates, evaluate_tokenizer
 from taming.generator import Generator
 from taming.models.prior import Prior
-from taming.modules.transformer.generate import SamplingParams, filter_logits
+from taming.modules.transformer.generate import SamplingParams
+from taming.modules.transformer.logits import filter_logits
 from taming.pictures import Picture
 from taming.run.folder import SavedRun
 from taming.tokenizer import Tokenizer

@@ -20,7 +20,7 @@ from torchmetrics.functional.image import (
 )
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from taming.util import naming_extras
+from taming.extras import naming_extras
 
 EXACT = 100.0  # dB, the largest PSNR reported: JSON has no infinity
 NEIGHBOURS = 3  # of precision and recall

@@ -15,8 +15,10 @@ from urllib.error import URLError
 import torch
 from torch import Tensor
 
+from taming.downloads import file_hash
 from taming.evaluation.images import from_levels
 from taming.evaluation.measures import EXTRA, Measure, pixel_measures, tool
+from taming.extras import naming_extras
 from taming.modules.losses.lpips import (
     LPIPS,
     WITHOUT,
@@ -25,7 +27,6 @@ from taming.modules.losses.lpips import (
     load_file,
     vgg16_file,
 )
-from taming.util import file_hash, naming_extras
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 FID_SIDE = 299

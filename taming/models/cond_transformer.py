@@ -29,13 +29,8 @@ from taming.models.sampling import (
     unknown_range,
 )
 from taming.models.sizes import build_network, check_inputs
-from taming.modules.transformer.generate import (
-    GenerationState,
-    SamplingParams,
-    filter_logits,
-    generate,
-    mask_logits,
-)
+from taming.modules.transformer.generate import GenerationState, SamplingParams, generate
+from taming.modules.transformer.logits import filter_logits, mask_logits
 from taming.modules.transformer.network import PriorNetwork
 from taming.modules.util import checks_values
 

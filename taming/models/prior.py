@@ -33,11 +33,11 @@ from taming.models.sampling import (
     known_sites,
     pictures_of,
 )
+from taming.modules.batches import images_of, tensor_of
 from taming.modules.distributed import share_of_rank
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.transformer.generate import DEFAULT_SAMPLING, SamplingParams
 from taming.modules.transformer.permuter import Identity, Permuter
-from taming.modules.util import images_of, tensor_of
 from taming.util import DataError, NonFiniteError, instantiate_from_config
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from taming.models.sampling import Grid
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.transformer.network import PriorNetwork
-from taming.util import get_obj_from_str, instantiate_from_config, parameters_of
+from taming.signatures import parameters_of
+from taming.util import get_obj_from_str, instantiate_from_config
 
 
 def build_network(config: Mapping[str, Any], prior: Any) -> PriorNetwork:

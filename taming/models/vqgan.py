@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from taming.checkpoint import freeze_parts, load_weights
 from taming.models.first_stage import FirstStage
 from taming.models.gan import ManualOptimization
+from taming.modules.batches import images_of
 from taming.modules.diffusionmodules.model import Decoder, Encoder, check_ddconfig
 from taming.modules.diffusionmodules.shortcut import LinearShortcut
 from taming.modules.losses.base import DISCRIMINATOR, GENERATOR, AutoencoderLoss, check_finite
-from taming.modules.util import images_of, start_at_zero, start_orthogonal
+from taming.modules.util import start_at_zero, start_orthogonal
 from taming.modules.vqvae.base import GridShape, QuantizerOutput
 from taming.modules.vqvae.build import build_quantizer
 from taming.modules.vqvae.quantize import GumbelQuantize

@@ -1,4 +1,4 @@
-"""Warnings about a training that goes wrong, each with what to change."""
+"""What tells a user that a training goes wrong, or cannot do what was asked, and what to change."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from taming.run.rundir import PreparationError
+from taming.util import nearest
 
 logger = logging.getLogger("taming.advice")
 
@@ -112,3 +115,36 @@ def by_level(metrics: Mapping[str, Any], split: str) -> dict[str, dict[str, floa
         level = next((name[: -len(n) - 1] for n in known if name.endswith(f"_{n}")), "")
         found.setdefault(level, {})[name[len(level) + 1 :] if level else name] = float(value)
     return found
+
+
+class MonitorCheck(Callback):
+    """Stop a run whose best checkpoints depend on a metric that validation does not log.
+
+    Without validation, it only warns.
+
+    Args:
+        monitor: Name of the metric. Metrics of the training are not checked.
+    """
+
+    def __init__(self, monitor: str | None) -> None:
+        self.monitor = monitor
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn on the first process if there is no validation."""
+        needs_it = self.monitor is not None and self.monitor.startswith("val/")
+        if needs_it and not trainer.enable_validation and trainer.is_global_zero:
+            message = "no validation and so no %s: only last.ckpt is kept, not the best checkpoints"
+            logger.warning(message, self.monitor)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that a validation, such as the sanity check, logged the metric.
+
+        Raises:
+            PreparationError: It did not.
+        """
+        name, logged = self.monitor, list(trainer.callback_metrics)
+        if name is None or name.startswith("train/") or name in (*logged, "step", "epoch"):
+            return
+        raise PreparationError(
+            f"validation does not log the monitor {name!r}{nearest(name, logged)}"
+        )

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from taming.run.folder import PreparationError
+from taming.run.rundir import PreparationError
 
 logger = logging.getLogger(__name__)
 

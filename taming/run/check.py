@@ -14,14 +14,13 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from taming.run.config import (
-    LoadedConfig,
-    entries,
-)
+from taming.run.config import LoadedConfig
 from taming.run.defaults import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
+from taming.run.sources import entries
 from taming.run.trust import check_trust
 from taming.run.values import Misfit, check_range, fit, members
-from taming.util import QUANTIZER_SIZES, get_obj_from_str, nearest, parameters_of
+from taming.signatures import parameters_of
+from taming.util import QUANTIZER_SIZES, get_obj_from_str, nearest
 
 logger = logging.getLogger(__name__)
 

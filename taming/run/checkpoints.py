@@ -18,10 +18,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from taming.checkpoint import load_checkpoint
 from taming.data.loader import EPOCH, TRAINING, VALIDATION, seed_generators
-from taming.run.folder import PreparationError
 from taming.run.position import settle
 from taming.run.signals import Interrupted, Request, watch
-from taming.util import NonFiniteError, WriteError, nearest, replacing
+from taming.util import NonFiniteError, WriteError, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -289,36 +288,3 @@ def _is_within_batch(trainer: Trainer) -> bool:
     """Return True if a batch has begun to change the model and is not done."""
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return batches.started > batches.processed or _is_accumulating(trainer)
-
-
-class MonitorCheck(Callback):
-    """Stop a run whose best checkpoints depend on a metric that validation does not log.
-
-    Without validation, it only warns.
-
-    Args:
-        monitor: Name of the metric. Metrics of the training are not checked.
-    """
-
-    def __init__(self, monitor: str | None) -> None:
-        self.monitor = monitor
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn on the first process if there is no validation."""
-        needs_it = self.monitor is not None and self.monitor.startswith("val/")
-        if needs_it and not trainer.enable_validation and trainer.is_global_zero:
-            message = "no validation and so no %s: only last.ckpt is kept, not the best checkpoints"
-            logger.warning(message, self.monitor)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that a validation, such as the sanity check, logged the metric.
-
-        Raises:
-            PreparationError: It did not.
-        """
-        name, logged = self.monitor, list(trainer.callback_metrics)
-        if name is None or name.startswith("train/") or name in (*logged, "step", "epoch"):
-            return
-        raise PreparationError(
-            f"validation does not log the monitor {name!r}{nearest(name, logged)}"
-        )

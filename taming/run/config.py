@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from taming.run.legacy import modernize
-from taming.util import home
-
-COMMAND_LINE = "command line"
+from taming.run.sources import (
+    COMMAND_LINE,
+    ConfigError,
+    Source,
+    entries,
+    lies_below,
+    parse_dotlist,
+    read,
+)
 
 # Trainer arguments for trying something out. From the command line, they count for one start only.
 TRIALS = (
@@ -25,23 +31,7 @@ TRIALS = (
     *("profiler", "barebones"),
 )
 
-_BROKEN = (yaml.YAMLError, OmegaConfBaseException)
 _INTERPOLATED = re.compile(r"\$\{\s*(\w+)")
-
-# ${name:argument}, also where the name is put together, as opposed to ${key} and ${.key}.
-_RESOLVER = re.compile(r"\$\{[^}]*(:|\$\{)")
-
-# Environment variable with modules of the user, separated by commas.
-TRUST_VARIABLE = "TAMING_TRUST"
-
-TRUST_REMEDY = (
-    "if you trust whoever made the run, pass --trust_config (trust_config=True in Python), or list "
-    f"modules of your own in the environment variable {TRUST_VARIABLE}; see docs/security.md"
-)
-
-
-class ConfigError(ValueError):
-    """A configuration cannot be read, or has a key or value that nothing accepts."""
 
 
 class LoadedConfig(NamedTuple):
@@ -82,7 +72,7 @@ class LoadedConfig(NamedTuple):
         if self.untrusted is None or self.interpolated:  # a ${...} may refer to such a value
             return self.untrusted is not None
         origin = self.origin(path)
-        return origin != COMMAND_LINE and _lies_below(Path(origin), self.untrusted)
+        return origin != COMMAND_LINE and lies_below(Path(origin), self.untrusted)
 
     def block(self, name: str) -> dict[str, Any]:
         """Return a top-level block.
@@ -122,14 +112,6 @@ def _yaml_line(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-class _Source(NamedTuple):
-    """Attributes: name of a file or the command line, its values, and texts as `LoadedConfig`."""
-
-    name: str
-    values: dict[str, Any]
-    texts: dict[str, str]
-
-
 def load_config(
     paths: Sequence[str | Path],
     dotlist: Sequence[str] = (),
@@ -154,14 +136,14 @@ def load_config(
         ConfigError: A file is missing or broken, two files cannot be merged, or one that is not
             trusted calls a resolver.
     """
-    files, given = [_read(Path(path), untrusted) for path in paths], []
+    files, given = [read(Path(path), untrusted) for path in paths], []
     if ignore_data:
         for source in files:
             source.values.pop("data", None)
     if overrides:
-        given.append(_Source(COMMAND_LINE, modernize(overrides), {}))
+        given.append(Source(COMMAND_LINE, modernize(overrides), {}))
     if dotlist:
-        given.append(_parse_dotlist(dotlist))
+        given.append(parse_dotlist(dotlist))
     merged, tried = OmegaConf.create(), {}
     origins: dict[str, str] = {}
     texts: dict[str, str] = {}
@@ -184,7 +166,7 @@ def load_config(
     return LoadedConfig(values, origins, named, untrusted, texts, trials, stale)
 
 
-def _merge(merged: Any, source: _Source) -> Any:
+def _merge(merged: Any, source: Source) -> Any:
     try:
         return OmegaConf.merge(merged, source.values)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
@@ -224,11 +206,6 @@ def _to_plain(merged: Any, origins: dict[str, str]) -> dict[str, Any]:
     return {str(key): _expand_home(value) for key, value in plain.items()}
 
 
-def _lies_below(path: Path, folder: Path) -> bool:
-    """Compare paths without following links: a link in the folder may lead anywhere."""
-    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
-
-
 def _expand_home(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _expand_home(item) for key, item in value.items()}
@@ -237,7 +214,7 @@ def _expand_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and value[:2] == "~/" else value
 
 
-def _without_trials(source: _Source, found: dict[str, Any]) -> _Source:
+def _without_trials(source: Source, found: dict[str, Any]) -> Source:
     """Return a source without the `TRIALS`, which are collected in ``found``."""
     lightning = source.values.get("lightning")
     if not isinstance(lightning, dict) or not isinstance(trainer := lightning.get("trainer"), dict):
@@ -247,87 +224,8 @@ def _without_trials(source: _Source, found: dict[str, Any]) -> _Source:
     return source._replace(values={**source.values, "lightning": {**lightning, "trainer": kept}})
 
 
-def recipes() -> dict[str, Path]:
-    """Return the configurations that ship, by name: ``loopy_vqgan``, ``demo/loopy_vqgan``, ..."""
-    folder = home() / "configs"
-    files = sorted(folder.rglob("*.yaml"))
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
-
-
-def _find(path: Path) -> Path:
-    """Return a file, or else the recipe of that name."""
-    path, known = path.expanduser(), recipes()
-    if path.is_file():
-        return path
-    name = path.as_posix()
-    if name not in known:
-        raise ConfigError(
-            f"there is no configuration file {path}, and the recipes are {', '.join(known)}"
-        )
-    return known[name]
-
-
-def _read(path: Path, untrusted: Path | None) -> _Source:
-    path = _find(path)
-    try:
-        loaded = OmegaConf.load(path)
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ConfigError(f"{path}:{line} is not valid YAML: {error.problem}") from error
-    except (OSError, UnicodeDecodeError, RecursionError, *_BROKEN) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path} must hold a mapping with the keys model, data, lightning")
-    if untrusted is not None and _lies_below(path, untrusted):
-        _refuse_resolvers(str(path), OmegaConf.to_container(loaded))
-    return _Source(str(path), _to_modern(loaded, str(path)), dict(_plain_texts(node, "")))
-
-
-def _refuse_resolvers(name: str, value: Any) -> None:
-    """Refuse ``${oc.env:TOKEN}`` and functions that a program registers, often ``eval``."""
-    if isinstance(value, str) and _RESOLVER.search(value):
-        raise ConfigError(f"{name}: a saved run may not call a resolver, {value!r}; {TRUST_REMEDY}")
-    for _, item in entries(value):
-        _refuse_resolvers(name, item)
-
-
-def _parse_dotlist(dotlist: Sequence[str]) -> _Source:
-    texts: dict[str, str] = {}
-    try:
-        values = _to_modern(OmegaConf.from_dotlist(list(dotlist)), COMMAND_LINE)
-        for key, _, text in (item.partition("=") for item in dotlist):
-            path = key.replace("[", ".").replace("]", "")
-            texts.update(_plain_texts(yaml.compose(text, Loader=yaml.SafeLoader), path))
-    except _BROKEN as error:
-        message = " ".join(str(error).split())
-        raise ConfigError(f"{COMMAND_LINE}: cannot read {' '.join(dotlist)}: {message}") from error
-    return _Source(COMMAND_LINE, values, texts)
-
-
-def _plain_texts(node: yaml.Node | None, path: str) -> Iterable[tuple[str, str]]:
-    """Yield key path and text of the unquoted scalars of a YAML node."""
-    if isinstance(node, yaml.ScalarNode) and node.style is None:
-        yield path, node.value
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield from _plain_texts(item, f"{path}.{index}")
-    elif isinstance(node, yaml.MappingNode):
-        for key, item in node.value:
-            yield from _plain_texts(item, f"{path}.{key.value}" if path else str(key.value))
-
-
-def _to_modern(config: DictConfig, name: str) -> dict[str, Any]:
-    plain = OmegaConf.to_container(config)
-    assert isinstance(plain, dict)
-    try:
-        return modernize({str(key): value for key, value in plain.items()})
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from error
-
-
 def _record(
-    source: _Source, value: Any, old: Any, path: str, origins: dict[str, str], texts: dict[str, str]
+    source: Source, value: Any, old: Any, path: str, origins: dict[str, str], texts: dict[str, str]
 ) -> None:
     """Record the origin and the text of a value that replaces an old one, and of those inside."""
     if path:
@@ -342,10 +240,3 @@ def _record(
     for key, item in entries(value):
         where = f"{path}.{key}" if path else str(key)
         _record(source, item, inside.get(key), where, origins, texts)
-
-
-def entries(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Return the keys and values of a mapping, or the positions and items of a list."""
-    if isinstance(value, Mapping):
-        return value.items()
-    return enumerate(value) if isinstance(value, list) else ()

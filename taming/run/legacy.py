@@ -47,7 +47,7 @@ _MOVED = {
     "taming.modules.vqvae.classic": "taming.modules.vqvae.quantize",
     "taming.modules.vqvae.gumbel": "taming.modules.vqvae.quantize",
     "taming.modules.vqvae.sequence": "taming.modules.sequence.notations",
-    "taming.observers": "taming.run.checkpoints",
+    "taming.observers": "taming.run.advice",
     "taming.resume": "taming.run.checkpoints",
 }
 

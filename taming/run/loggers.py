@@ -1,4 +1,4 @@
-"""Tables and TensorBoard files of a run, which a full disk or a lost folder does not stop.
+"""The loggers of a run: tables and TensorBoard files that a full disk or lost folder does not stop.
 
 They are for looking at, unlike checkpoints: where they cannot be written, a warning is logged and
 training goes on. Rows of ``metrics.csv`` wait until they can be written; what TensorBoard misses
@@ -8,8 +8,10 @@ meanwhile is left out there.
 from __future__ import annotations
 
 import csv
+import importlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +25,10 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 
-from taming.util import WriteError, replacing
+from taming.extras import naming_extras
+from taming.run.defaults import DEFAULT_LOGGER, merge_block
+from taming.run.rundir import Experiment
+from taming.util import WriteError, instantiate_from_config, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +162,38 @@ class Events(Tolerant, TensorBoardLogger):
         super().log_metrics(*args, **kwargs)
         if self.logging.failed:  # its thread has ended, and it would raise for ever
             self._experiment = None
+
+
+def build_loggers(experiment: Experiment) -> list[Logger]:
+    """Build the CSV and TensorBoard loggers, Weights & Biases on request, and a configured one.
+
+    They log to ``csv/<start time>/metrics.csv``, ``tensorboard`` and ``wandb``. The params of the
+    ``lightning.logger`` block are merged into those of the logger with the same target.
+
+    Raises:
+        ValueError: Weights & Biases is asked for and not installed.
+    """
+    module, path = "lightning.pytorch.loggers", experiment.run.path
+    given = experiment.lightning.get("logger")
+    block = given and merge_block(DEFAULT_LOGGER, given)
+    defaults = {
+        f"{module}.CSVLogger": {"name": f"csv/{experiment.start_time}", "version": ""},
+        f"{module}.TensorBoardLogger": {"name": "tensorboard", "version": ""},
+    }
+    project, wandb = experiment.wandb_project, f"{module}.WandbLogger"
+    if project or (block and block["target"] == wandb):
+        with naming_extras():
+            importlib.import_module("wandb")
+        run_id = re.sub(r"[^\w.-]", "-", path.name)[-64:]
+        defaults[wandb] = {"name": path.name, "id": run_id, "project": project or "taming"}
+    folder = {"save_dir": str(path)}
+    blocks = {t: {"target": t, "params": {**folder, **p}} for t, p in defaults.items()}
+    if block:
+        blocks[block["target"]] = merge_block(blocks.get(block["target"]) or block, block)
+    for name, own in (("CSVLogger", "Table"), ("TensorBoardLogger", "Events")):
+        if block := blocks.get(f"{module}.{name}"):
+            block["target"] = f"taming.run.loggers.{own}"  # the same, but a full disk is no end
+    return [instantiate_from_config(block) for block in blocks.values()]
 
 
 def quiet_threads() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from taming.run.config import entries
+from taming.run.sources import entries
 from taming.util import instantiate_from_config
 
 

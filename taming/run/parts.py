@@ -8,7 +8,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
-from taming.run.config import COMMAND_LINE, LoadedConfig, entries
+from taming.run.config import LoadedConfig
+from taming.run.sources import COMMAND_LINE, entries
 
 # Target by which a configuration names the model of another run.
 LOADER = "taming.run.folder.model_from_run"

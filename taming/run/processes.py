@@ -9,7 +9,11 @@ from typing import Any
 
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import (
+    ClusterEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -60,6 +64,19 @@ class SignalConnector(_SignalConnector):
             before = signal.getsignal(signal.SIGTERM)
             super().register_signal_handlers()
             signal.signal(signal.SIGTERM, before)
+
+
+def with_environment(given: Any) -> list[Any]:
+    """Return the given plugins, and Slurm's environment without Lightning's requeueing.
+
+    Requeueing expects its checkpoint in the folder of the first start; `LastCheckpoint` saves one.
+    """
+    plugins = [*given] if isinstance(given, list | tuple) else [given] if given else []
+    has_own = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
+    elastic = TorchElasticEnvironment.detect()
+    if not has_own and not elastic and SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return plugins
 
 
 def take_over(trainer: Trainer) -> None:

@@ -5,47 +5,36 @@ The ``lightning`` block of a configuration may set everything; the rest has defa
 
 from __future__ import annotations
 
-import importlib
 import logging
-import os
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins import environments
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from taming.run.checkpoints import MonitorCheck, SafeCheckpointIO
-from taming.run.defaults import DEFAULT_CHECKPOINT, DEFAULT_LOGGER, callback_blocks, merge_block
-from taming.run.folder import Experiment, PreparationError
-from taming.run.loggers import quiet_threads
-from taming.run.processes import take_over
+from taming.run.advice import MonitorCheck
+from taming.run.checkpoints import SafeCheckpointIO
+from taming.run.defaults import DEFAULT_CHECKPOINT, callback_blocks, merge_block
+from taming.run.devices import choose_strategy
+from taming.run.loggers import build_loggers, quiet_threads
+from taming.run.processes import take_over, with_environment
 from taming.run.progress import Progress
+from taming.run.rundir import Experiment, PreparationError
+from taming.signatures import parameters_of
 from taming.util import (
     DataError,
     NonFiniteError,
     WriteError,
     get_obj_from_str,
     instantiate_from_config,
-    naming_extras,
-    parameters_of,
 )
 
 logger = logging.getLogger(__name__)
-
-# Errors of a user that may come up once everything is built.
-MISTAKES = (PreparationError, DataError, NonFiniteError, WriteError)
-
-PROCESSES_PER_CORE = 4  # most training processes that a core of a CPU can serve
 
 # Messages of Lightning about intended behaviour.
 _KNOWN_WARNINGS = (
@@ -100,69 +89,6 @@ def _built(value: Any) -> Any:
     return [_built(item) for item in value] if isinstance(value, list) else value
 
 
-def choose_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the Trainer arguments to replace so that several processes train together.
-
-    Frozen stages and the two optimizers of a GAN leave parameters without gradients, on which plain
-    DDP fails, so DDP always looks for unused parameters. It communicates through gloo on CPUs, and
-    on GPUs where NCCL is not available, such as on Windows.
-
-    Raises:
-        ValueError: More GPUs are asked for than are visible, or more processes than the CPU can
-            serve; or the strategy does not start processes as a program.
-    """
-    accelerator = arguments.get("accelerator", "auto")
-    devices = _parse_devices(arguments.get("devices", "auto"))
-    if accelerator == "cpu" and isinstance(devices, list):
-        # The run that is resumed, or another file, may have named GPUs.
-        logger.info("accelerator cpu: devices %s are indices of GPUs and are ignored", devices)
-        return {"devices": "auto"} | choose_strategy({**arguments, "devices": "auto"})
-    strategy, nodes = arguments.get("strategy", "auto"), arguments.get("num_nodes", 1)
-    if str(strategy).startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
-        raise ValueError(f"strategy {strategy} is for notebooks; with main.py, use ddp")
-    several = _count_devices(accelerator, devices) * nodes > 1
-    if strategy != "ddp" and not (strategy == "auto" and several):
-        return {}
-    logger.info("strategy %s: DDP that allows parameters without gradients", strategy)
-    if torch.distributed.is_nccl_available():
-        return {"strategy": "ddp_find_unused_parameters_true"}
-    return {"strategy": DDPStrategy(find_unused_parameters=True, process_group_backend="gloo")}
-
-
-def _parse_devices(devices: Any) -> Any:
-    """Parse a string of devices: ``"0,1"`` holds indices, ``"2"`` is a number of devices."""
-    if isinstance(devices, str) and "," in devices:
-        return [int(number) for number in devices.split(",") if number.strip()]
-    if isinstance(devices, str) and devices.lstrip("-").isdigit():
-        return int(devices)
-    return devices
-
-
-def _count_devices(accelerator: str, devices: Any) -> int:
-    visible = torch.cuda.device_count() or int(torch.backends.mps.is_available())
-    is_list = isinstance(devices, list)
-    wants_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and is_list)
-    needed = max(devices) + 1 if is_list else devices
-    if wants_gpu and (visible == 0 or (isinstance(needed, int) and needed > visible)):
-        instead = f"--gpus with indices below {visible}, or " if visible else ""
-        raise ValueError(
-            f"GPU devices {devices} are asked for, here or by the run that is resumed, but "
-            f"{visible} GPUs are visible here; pass {instead}--accelerator cpu (or --gpus 0) to "
-            "train on the CPU"
-        )
-    if is_list:
-        return len(devices)
-    if isinstance(devices, int) and devices > 0:
-        cores, on_cpu = os.cpu_count() or 1, accelerator == "cpu" or not visible
-        if on_cpu and devices > PROCESSES_PER_CORE * cores:
-            raise ValueError(
-                f"{devices} devices are asked for, here or by the run that is resumed, each a "
-                f"process on this machine's {cores} CPU cores; pass --devices {cores} or fewer"
-            )
-        return devices
-    return visible if wants_gpu or (accelerator == "auto" and visible) else 1
-
-
 def build_trainer(
     experiment: Experiment, arguments: Mapping[str, Any], model: LightningModule
 ) -> Trainer:
@@ -191,26 +117,13 @@ def build_trainer(
     # Lightning would otherwise add a checkpoint callback of its own.
     arguments["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in callbacks)
     io = SafeCheckpointIO(experiment.trust_checkpoint)
-    plugins = [*_plugins(arguments.pop("plugins", None)), io]
+    plugins = [*with_environment(arguments.pop("plugins", None)), io]
     try:
         trainer = Trainer(**arguments, logger=loggers, callbacks=callbacks, plugins=plugins)
     except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"lightning.trainer: {' '.join(str(error).split())}") from error
     take_over(trainer)
     return trainer
-
-
-def _plugins(given: Any) -> list[Any]:
-    """Return the given plugins, and Slurm's environment without Lightning's requeueing.
-
-    Requeueing expects its checkpoint in the folder of the first start; `LastCheckpoint` saves one.
-    """
-    plugins = [*given] if isinstance(given, list | tuple) else [given] if given else []
-    has_own = any(isinstance(plugin, environments.ClusterEnvironment) for plugin in plugins)
-    elastic = environments.TorchElasticEnvironment.detect()
-    if not has_own and not elastic and environments.SLURMEnvironment.detect():
-        plugins.append(environments.SLURMEnvironment(auto_requeue=False))
-    return plugins
 
 
 def hand_over_optimization(arguments: Mapping[str, Any], model: LightningModule) -> dict[str, Any]:
@@ -234,38 +147,6 @@ def hand_over_optimization(arguments: Mapping[str, Any], model: LightningModule)
     for name, value in given.items():
         setattr(model, name, value)
     return {name: value for name, value in arguments.items() if name not in _MANUAL}
-
-
-def build_loggers(experiment: Experiment) -> list[Logger]:
-    """Build the CSV and TensorBoard loggers, Weights & Biases on request, and a configured one.
-
-    They log to ``csv/<start time>/metrics.csv``, ``tensorboard`` and ``wandb``. The params of the
-    ``lightning.logger`` block are merged into those of the logger with the same target.
-
-    Raises:
-        ValueError: Weights & Biases is asked for and not installed.
-    """
-    module, path = "lightning.pytorch.loggers", experiment.run.path
-    given = experiment.lightning.get("logger")
-    block = given and merge_block(DEFAULT_LOGGER, given)
-    defaults = {
-        f"{module}.CSVLogger": {"name": f"csv/{experiment.start_time}", "version": ""},
-        f"{module}.TensorBoardLogger": {"name": "tensorboard", "version": ""},
-    }
-    project, wandb = experiment.wandb_project, f"{module}.WandbLogger"
-    if project or (block and block["target"] == wandb):
-        with naming_extras():
-            importlib.import_module("wandb")
-        run_id = re.sub(r"[^\w.-]", "-", path.name)[-64:]
-        defaults[wandb] = {"name": path.name, "id": run_id, "project": project or "taming"}
-    folder = {"save_dir": str(path)}
-    blocks = {t: {"target": t, "params": {**folder, **p}} for t, p in defaults.items()}
-    if block:
-        blocks[block["target"]] = merge_block(blocks.get(block["target"]) or block, block)
-    for name, own in (("CSVLogger", "Table"), ("TensorBoardLogger", "Events")):
-        if block := blocks.get(f"{module}.{name}"):
-            block["target"] = f"taming.run.loggers.{own}"  # the same, but a full disk is no end
-    return [instantiate_from_config(block) for block in blocks.values()]
 
 
 def build_callbacks(experiment: Experiment) -> list[Callback]:

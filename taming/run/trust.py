@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from taming.run.config import TRUST_REMEDY, TRUST_VARIABLE, LoadedConfig, entries
+from taming.run.config import LoadedConfig
+from taming.run.sources import TRUST_REMEDY, TRUST_VARIABLE, entries
 from taming.util import MAIN_NAMES, get_obj_from_str
 
 

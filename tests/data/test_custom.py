@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from taming.data.custom import CustomTest, CustomTrain, ImageFolder
-from taming.util import parameters_of
+from taming.signatures import parameters_of
 
 
 def save(path, size=(12, 10)):

@@ -2,6 +2,9 @@
 
 import multiprocessing
 import random
+import signal
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -254,3 +257,23 @@ def test_pairs_become_mappings():
         assert batch["image"].shape == (2, 4, 4, 3) and batch["class_label"].tolist() == [0, 1]
     with pytest.raises(DataError, match="PIL picture .*transform"):
         list(Loader([(Image.new("RGB", (4, 4)), 1)], 1))
+
+
+@pytest.mark.skipif(
+    not hasattr(signal, "sigwaitinfo"), reason="this system cannot wait for signals"
+)
+def test_only_its_parent_ends_a_loader_process():
+    serve = "import time; from taming.data.loader import outlive_signals; outlive_signals(); "
+    serve += "print('ready', flush=True); time.sleep(60)"
+    loader = subprocess.Popen(
+        [sys.executable, "-c", serve],
+        stdout=subprocess.PIPE,
+    )
+    assert loader.stdout is not None and loader.stdout.readline() == b"ready\n"
+    for name in ("INT", "USR1", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(loader.pid)], check=True)  # another process
+    with pytest.raises(subprocess.TimeoutExpired):
+        loader.communicate(timeout=0.3)
+    loader.terminate()
+    loader.communicate(timeout=10)
+    assert loader.returncode == 0

@@ -12,11 +12,11 @@ from skimage import data
 from torch_fidelity import feature_extractor_inceptionv3
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from taming.downloads import file_hash
 from taming.evaluation import networks
 from taming.evaluation.images import from_levels
 from taming.evaluation.measures import FrechetDistance, precision_and_recall
 from taming.modules.losses.lpips import LPIPS, VGG16
-from taming.util import file_hash
 
 CPU = torch.device("cpu")
 HEADS = Path(reference_package.__file__).parent / "weights/v0.1/vgg.pth"

@@ -5,14 +5,8 @@ import torch
 from torch import nn
 
 from taming.modules import util
-from taming.modules.util import (
-    ActNorm,
-    Labelator,
-    SOSProvider,
-    count_params,
-    first_non_finite,
-    images_of,
-)
+from taming.modules.batches import images_of
+from taming.modules.util import ActNorm, Labelator, SOSProvider, count_params, first_non_finite
 from taming.util import DataError
 
 

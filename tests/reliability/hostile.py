@@ -150,7 +150,7 @@ HARMFUL: dict[str, dict[str, Any]] = {
     "taming.util.instantiate_from_config": {"config": {"target": "os.abort"}},
     "taming.util.instantiate_with_sizes": {"config": {"target": "os.abort"}, "sizes": {}},
     "taming.util.download": {"url": "file:///etc/hosts", "local_path": "{mark}"},
-    "taming.util.load_network": {"hub": ".", "entry": "touch"},
+    "taming.downloads.load_network": {"hub": ".", "entry": "touch"},
     "taming.util.get_ckpt_path": {"name": "vgg_lpips", "root": "{mark}"},
     "taming.util.os.system": {"command": "touch {mark}"},
     "taming.checkpoint.load_checkpoint": {"path": "payload.ckpt", "trust_checkpoint": True},
@@ -162,11 +162,11 @@ HARMFUL: dict[str, dict[str, Any]] = {
     "taming.data.imagenet_base.download": {"url": "file:///etc/hosts", "local_path": "{mark}"},
     "taming.run.cli.run": {"program": "os.abort"},
     "taming.run.folder.SavedRun": {},
-    "taming.run.folder.RunDir": {"path": "{mark}"},
+    "taming.run.rundir.RunDir": {"path": "{mark}"},
     "taming.run.checkpoints.SafeCheckpointIO": {"trust_checkpoint": True},
     "taming.run.trainer.fit": {},
     "taming.experiment.get_obj_from_str": {"string": "payload.Payload"},
-    "taming.generator.load": {"run": "."},
+    "taming.loading.load": {"run": "."},
     "support.models.ToyModel": {},
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import taming
 from taming.run.averages import MovingAverages
 from taming.run.checkpoints import LastCheckpoint, RngState, SafeCheckpointIO
-from taming.run.folder import PreparationError
+from taming.run.rundir import PreparationError
 from taming.run.signals import watch
 from taming.util import instantiate_from_config
 

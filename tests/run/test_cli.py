@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from taming.run.cli import _TRAINER_HELP, choose_device, parse_arguments, run
+from taming.run.cli import choose_device, run
+from taming.run.options import _TRAINER_HELP, parse_arguments
 
 
 def test_defaults_are_the_originals():

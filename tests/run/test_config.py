@@ -6,11 +6,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from taming.run.check import check_block, check_experiment
-from taming.run.config import (
-    ConfigError,
-    load_config,
-)
+from taming.run.config import load_config
 from taming.run.defaults import DEFAULT_CALLBACKS, callback_blocks, merge_block
+from taming.run.sources import ConfigError
 from taming.util import retrieve
 
 

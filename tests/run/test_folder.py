@@ -10,18 +10,9 @@ import torch
 from omegaconf import OmegaConf
 from support.models import ToyModel
 
-from taming.run.config import ConfigError
-from taming.run.folder import (
-    _RANK_VARIABLES,
-    _RUN_VARIABLE,
-    RunDir,
-    SavedRun,
-    data_from_run,
-    is_first_process,
-    model_from_run,
-    run_name,
-    without_starts,
-)
+from taming.run.folder import SavedRun, data_from_run, model_from_run, without_starts
+from taming.run.rundir import _RANK_VARIABLES, _RUN_VARIABLE, RunDir, is_first_process, run_name
+from taming.run.sources import ConfigError
 
 PROJECT = {
     "model": {

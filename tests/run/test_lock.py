@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from taming.run.folder import RunDir
 from taming.run.lock import EXPIRY, NAME, locked
+from taming.run.rundir import RunDir
 
 HOLD = """
 import sys, time

@@ -15,12 +15,15 @@ from lightning.pytorch.profilers import SimpleProfiler
 from support.models import ToyDataModule, ToyManualModel, ToyModel
 
 from taming.run import trainer as building
+from taming.run.advice import MonitorCheck
 from taming.run.callbacks import ImageLogger, SetupCallback
-from taming.run.checkpoints import LastCheckpoint, MonitorCheck
+from taming.run.checkpoints import LastCheckpoint
+from taming.run.devices import choose_strategy
 from taming.run.epoch_values import EpochValues
-from taming.run.folder import Experiment, PreparationError, RunDir
+from taming.run.loggers import build_loggers
+from taming.run.rundir import Experiment, PreparationError, RunDir
 from taming.run.signals import watch
-from taming.run.trainer import build_callbacks, build_checkpoints, build_loggers, choose_strategy
+from taming.run.trainer import build_callbacks, build_checkpoints
 
 MODEL = {"target": "support.models.ToyModel"}
 DATA = {"target": "support.models.ToyDataModule"}

@@ -29,7 +29,8 @@ from conftest import SHARED  # noqa: E402
 from support import runs  # noqa: E402
 from support.original import CONFIGS, SCRIPTS, TARGETS  # noqa: E402
 
-from taming.util import get_obj_from_str, parameters_of  # noqa: E402
+from taming.signatures import parameters_of  # noqa: E402
+from taming.util import get_obj_from_str  # noqa: E402
 
 
 class Row(NamedTuple):

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taming.util import get_ckpt_path, naming_extras
+from taming.downloads import get_ckpt_path
+from taming.extras import naming_extras
 
 logger = logging.getLogger(__name__)
 

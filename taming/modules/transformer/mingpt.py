@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from taming.modules.sequence.notations import RasterSequence
+from taming.modules.transformer.backbone import init_weights
 from taming.modules.transformer.blocks import (
     Block,
     CausalSelfAttention,
@@ -23,7 +24,7 @@ from taming.modules.transformer.blocks import (
     SiteEmbedding,
 )
 from taming.modules.transformer.generate import SamplingParams, generate
-from taming.modules.transformer.gpt import GPT, init_weights
+from taming.modules.transformer.gpt import GPT
 from taming.modules.vqvae.codebook import k_means
 from taming.modules.vqvae.nearest import nearest_codes
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from taming.modules.sequence.grammar import GrammarState, by_site
+from taming.modules.transformer.backbone import Backbone, init_weights
 from taming.modules.transformer.blocks import GPTConfig
-from taming.modules.transformer.gpt import GPT, Backbone, in_groups, init_weights
+from taming.modules.transformer.gpt import GPT, in_groups
 from taming.modules.transformer.network import IncrementalDecoder, Prompt
 
 # Options that the depth transformer shares with the main one, or that do nothing within a site.

@@ -8,9 +8,9 @@ import lpips as reference_package
 import pytest
 import torch
 
+from taming.downloads import PUBLISHED
 from taming.modules.losses import lpips
 from taming.modules.losses.lpips import LPIPS
-from taming.util import PUBLISHED
 
 HEADS = Path(reference_package.__file__).parent / "weights/v0.1/vgg.pth"
 

@@ -5,16 +5,16 @@ import torch
 from torch import Tensor
 
 from taming.modules.sequence.notations import RasterSequence, RunLengthSequence, UnarySequence
+from taming.modules.transformer.backbone import Backbone
 from taming.modules.transformer.blocks import KVCache
 from taming.modules.transformer.generate import (
     SamplingParams,
-    filter_logits,
     generate,
     generators_of,
-    mask_logits,
     sample_token,
 )
-from taming.modules.transformer.gpt import GPT, Backbone
+from taming.modules.transformer.gpt import GPT
+from taming.modules.transformer.logits import filter_logits, mask_logits
 from taming.modules.transformer.network import PriorNetwork
 from taming.modules.transformer.two_level import NOT_WITHIN_SITES, TwoLevelGPT
 

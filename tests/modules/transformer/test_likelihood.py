@@ -8,8 +8,9 @@ from modules.transformer.test_generate import MODERN, K, every_network, every_se
 from torch import Tensor
 
 from taming.modules.sequence.notations import RasterSequence, RunLengthSequence, UnarySequence
-from taming.modules.transformer.generate import SamplingParams, generate, mask_logits
+from taming.modules.transformer.generate import SamplingParams, generate
 from taming.modules.transformer.gpt import length_groups
+from taming.modules.transformer.logits import mask_logits
 
 TINY = [
     RasterSequence(3),

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.modules.sequence.grammar import GrammarState
-from taming.modules.transformer.generate import SamplingParams, mask_logits
+from taming.modules.transformer.generate import SamplingParams
+from taming.modules.transformer.logits import mask_logits
 from taming.modules.transformer.network import IncrementalDecoder, PriorNetwork, Prompt
 
 
