@@ -81,7 +81,7 @@ class Codec:
         Raises:
             ValueError: There is no such model, or the tokenizer has none.
         """
-        tables = getattr(self.model.quantize, "entropy", None)
+        tables = self.model.quantize.entropy
         if name is None and self.context is None:
             name = "static" if tables is not None and tables.learned else "raw"
         if name in (None, "context"):
