@@ -272,7 +272,7 @@ class Tokenizer(Shared):
 
         Args:
             data: Bytes of a file.
-            turns: Most turns to decode, as for a preview; None for all.
+            turns: Most turns to decode, as for a preview, of all levels together; None for all.
             partial: Decode a file that is damaged or cut off from the turns before that place.
 
         Raises:

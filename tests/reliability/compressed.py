@@ -44,12 +44,14 @@ class Kind:
 
     def __init__(self, name: str) -> None:
         model = tokenizer_of(name)
-        sequence, names, network = model.quantize.sequence, ["raw"], None
-        if model.quantize.variable_rate:
-            fill_tables(model.quantize)
+        levels, names, network = [*model.levels.values()], ["raw"], None
+        self.dummies = any(level.sequence.dummies for level in levels)
+        if all(level.variable_rate for level in levels):
             names.append("static")
-        if not sequence.dummies:
-            network = network_of(sequence.n_e, sequence.max_loops)
+            for level in levels:
+                fill_tables(level)
+        if len(levels) == 1 and not self.dummies:
+            network = network_of(levels[0].sequence.n_e, levels[0].sequence.max_loops)
             names.append("context")
         self.tokenizer = Tokenizer(model, max_pixels=MOST_PIXELS, context=network)
         generator = np.random.default_rng(0)
@@ -62,7 +64,7 @@ class Kind:
     def _pictures(self, data: bytes) -> list[bytes]:
         """Pixels of a file's picture after each turn but those that decode to nothing."""
         turns = range(1, read(data)[0].segments + 1)
-        first = turns if not self.tokenizer.model.quantize.sequence.dummies else turns[-1:]
+        first = turns if not self.dummies else turns[-1:]
         return [self.tokenizer.decompress(data, number).tobytes() for number in first]
 
 

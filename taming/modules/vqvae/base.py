@@ -152,6 +152,7 @@ class Quantizer(Part, ABC):
         rate_range: Bounds of the lambdas, likewise.
         codebooks: Number of codebooks, each of equally many consecutive turns.
         names: Names of the levels, the top first; () for a single quantizer.
+        factors: Sites of the finest level beside each other in one of each level, the top first.
     """
 
     sequence: TokenSequence
@@ -162,6 +163,7 @@ class Quantizer(Part, ABC):
     rate_range: Sequence[float] | None = None
     codebooks: int = 1
     names: tuple[str, ...] = ()
+    factors: tuple[int, ...] = (1,)
 
     def __init__(self, n_e: int, e_dim: int) -> None:
         super().__init__()
