@@ -134,13 +134,14 @@ def compress_alone(path: Path, megapixels: float, *flags: str) -> dict[str, Any]
 
 def compress_mosaics(paths: Sequence[Path], sizes: Sequence[float]) -> None:
     """Log the table of whole compressions and save it."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for megapixels in sizes:
         for flags in (["--no_quality"], []):
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, "mosaic.png")
                 mosaic(paths, megapixels).save(path, compress_level=1)
                 rows.append(compress_alone(path, megapixels, *flags))
+            logger.info("%s", rows[-1])  # the next may take minutes
     logger.info("Compressing, one thread:\n%s", table(rows))
     logger.info("saved %s", save("codec_memory", rows))
 
