@@ -60,10 +60,10 @@ def load(options: Options) -> Experiment:
     files = [*(run.saved_configs if run else []), *options.base]
     untrusted = run.configs if run and not options.trust_config else None
     config = load_config(files, options.dotlist, given, untrusted)
+    check_experiment(config, train=options.train)
     if options.show:
         sys.stdout.write(config.to_yaml())
         sys.exit()
-    check_experiment(config, train=options.train)
     model, lightning = config.block("model"), config.values.get("lightning") or {}
     if run:  # all weights are in the checkpoint
         model = without_starts(model)

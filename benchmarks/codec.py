@@ -24,13 +24,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
 from tqdm import tqdm
 
 import taming
 from benchmarks.timing import save, table
 from taming.data.paths import find_images
-from taming.evaluation.measures import Measure
+from taming.evaluation.measures import Measure, ms_ssim
 from taming.evaluation.networks import shift_tolerant
 from taming.run.cli import run, script_parser
 from taming.tokenizer import Tokenizer
@@ -114,7 +113,7 @@ def measure(
     found = {
         "bpp": 8 * len(data) / pixels,
         "psnr": float(20 * np.log10(255) - 10 * error.log10()),
-        "ms_ssim": float(ms_ssim(again, image, data_range=255.0)),
+        "ms_ssim": float(ms_ssim(image, again)),
     }
     if perceptual is not None and perceptual.compare is not None:
         seen = (perceptual.see(shown.byte()) for shown in (image, again))

@@ -2,21 +2,32 @@
 
 python -m benchmarks.codec_speed
 python -m benchmarks.codec_speed --codes 4096 --factor 16
+python -m benchmarks.codec_speed --pictures kodak/*.png --megapixels 6 12 24
 
 Codes and lengths are sampled by tables in which the share of a code falls with its number as 1 / n,
 and half of the sites of a turn go on. One thread; the bytes stand beside the bits of the tables.
+
+With --pictures, the networks too: processor time and peak memory of scripts/compress.py with the
+tokenizer that ships, in a process of its own for each mosaic of the pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from benchmarks.timing import in_turn, save, table
@@ -66,6 +77,75 @@ def from_file(model: EntropyModel, data: bytes, grid: tuple[int, int]) -> Tensor
     return model.decode(read(data)[1], grid)
 
 
+def time_side(side: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time the codec of a square picture; return a row for each entropy model."""
+    tables: Any = zipf_tables(options.turns, options.codes)
+    grid = (side // options.factor, side // options.factor)
+    codes = sample_codes(tables, grid)
+    models = {"raw": Raw(options.turns, options.codes, False), "static": Static(tables, False)}
+    files = {name: to_file(model, codes, (side, side)) for name, model in models.items()}
+    sides: dict[str, Callable[[], object]] = {}
+    for name, model in models.items():
+        sides[f"{name} encode"] = partial(to_file, model, codes, (side, side))
+        sides[f"{name} decode"] = partial(from_file, model, files[name], grid)
+    times, rows = in_turn(sides, options.repeats), []
+    for name, data in files.items():
+        encode, decode = (times[f"{name} {way}"].cpu for way in ("encode", "decode"))
+        megapixels = side**2 / 1e6
+        row = {"entropy": name, "side": side, "codes": int((codes >= 0).sum())}
+        row |= {"bytes": len(data), "by the tables": round(bits_of(tables, codes) / 8)}
+        row |= {"encode, ms": encode * 1000, "decode, ms": decode * 1000}
+        rows.append({**row, "megapixels a second": megapixels / (encode + decode)})
+    return rows
+
+
+def mosaic(paths: Sequence[Path], megapixels: float) -> Image.Image:
+    """Lay pictures out in rows, as a picture of 3 : 2 and so many megapixels."""
+    columns = math.ceil(math.sqrt(len(paths)))
+    width = round(math.sqrt(1.5e6 * megapixels))
+    height = round(width / 1.5)
+    whole, rows = Image.new("RGB", (width, height)), -(-len(paths) // columns)
+    for number in range(rows * columns):
+        (row, column), path = divmod(number, columns), paths[number % len(paths)]
+        left, right = (width * n // columns for n in (column, column + 1))
+        top, bottom = (height * n // rows for n in (row, row + 1))
+        with Image.open(path) as picture:
+            cell = ImageOps.fit(picture.convert("RGB"), (right - left, bottom - top))
+        whole.paste(cell, (left, top))
+    return whole
+
+
+def compress_alone(path: Path, megapixels: float, *flags: str) -> dict[str, Any]:
+    """Run scripts/compress.py on a picture file, one thread, without other numbers."""
+    program = Path(__file__).parents[1] / "scripts/compress.py"
+    outdir = path.with_suffix("")
+    command = [sys.executable, str(program), str(path), "-o", str(outdir), *flags]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise ValueError(f"{' '.join(command)} failed")
+    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    row = {"megapixels": megapixels, "flags": " ".join(flags)}
+    row |= {"bytes": (outdir / f"{path.stem}.loop").stat().st_size}
+    seconds = used.ru_utime + used.ru_stime
+    row |= {"seconds": seconds, "seconds a megapixel": seconds / megapixels}
+    return row | {"peak, MB": round(peak / 1e6), "float32, MB": 12.0 * megapixels}
+
+
+def compress_mosaics(paths: Sequence[Path], sizes: Sequence[float]) -> None:
+    """Log the table of whole compressions and save it."""
+    rows: list[dict[str, Any]] = []
+    for megapixels in sizes:
+        for flags in (["--no_quality"], []):
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "mosaic.png")
+                mosaic(paths, megapixels).save(path, compress_level=1)
+                rows.append(compress_alone(path, megapixels, *flags))
+            logger.info("%s", rows[-1])  # the next may take minutes
+    logger.info("Compressing, one thread:\n%s", table(rows))
+    logger.info("saved %s", save("codec_memory", rows))
+
+
 def main() -> None:
     """Log the table and save it."""
     parser: argparse.ArgumentParser = script_parser(__doc__, device=False)
@@ -75,27 +155,14 @@ def main() -> None:
     add("--factor", type=int, default=8, help="side of a site in pixels (default: 8)")
     add("--sides", type=int, nargs="+", default=[256, 1024, 4896], help="of pictures, in pixels")
     add("--repeats", type=int, default=5, help="timed rounds (default: 5)")
+    add("--pictures", type=Path, nargs="+", help="compress mosaics of these instead")
+    add("--megapixels", type=float, nargs="+", default=[6, 12, 24], help="sizes of the mosaics")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tables: Any = zipf_tables(options.turns, options.codes)
-    rows: list[dict[str, Any]] = []
-    for side in options.sides:
-        grid = (side // options.factor, side // options.factor)
-        codes = sample_codes(tables, grid)
-        models = {"raw": Raw(options.turns, options.codes, False), "static": Static(tables, False)}
-        files = {name: to_file(model, codes, (side, side)) for name, model in models.items()}
-        sides: dict[str, Callable[[], object]] = {}
-        for name, model in models.items():
-            sides[f"{name} encode"] = partial(to_file, model, codes, (side, side))
-            sides[f"{name} decode"] = partial(from_file, model, files[name], grid)
-        times = in_turn(sides, options.repeats)
-        for name, data in files.items():
-            encode, decode = (times[f"{name} {way}"].cpu for way in ("encode", "decode"))
-            megapixels = side**2 / 1e6
-            row = {"entropy": name, "side": side, "codes": int((codes >= 0).sum())}
-            row |= {"bytes": len(data), "by the tables": round(bits_of(tables, codes) / 8)}
-            row |= {"encode, ms": encode * 1000, "decode, ms": decode * 1000}
-            rows.append({**row, "megapixels a second": megapixels / (encode + decode)})
+    if options.pictures:
+        compress_mosaics(options.pictures, options.megapixels)
+        return
+    rows = [row for side in options.sides for row in time_side(side, options)]
     logger.info("Processor time of one thread:\n%s", table(rows))
     logger.info("saved %s", save("codec_speed", rows))
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 SUFFIX = ".loop"
 RATES = ("bpp", "bits", "psnr", "rate", "max_codes")
-LEAST_SIDE = 176  # of a picture with an MS-SSIM: at the last of five scales, a window of 11 pixels
 
 
 def parse_options() -> argparse.Namespace:
@@ -54,15 +53,12 @@ def parse_options() -> argparse.Namespace:
 
 def measure_quality(x: Tensor, x_rec: Tensor) -> dict[str, float | None]:
     """Return PSNR in dB and MS-SSIM of images (C, H, W) in [-1, 1]."""
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
-
+    from taming.evaluation.measures import LEAST_SIDE, ms_ssim
     from taming.pictures import psnr_of
 
-    ms_ssim = None
-    if min(x.shape[1:]) >= LEAST_SIDE:
-        pair = x[None], x_rec[None]
-        ms_ssim = float(multiscale_structural_similarity_index_measure(*pair, data_range=2.0))
-    return {"psnr": psnr_of(x, x_rec), "ms_ssim": ms_ssim}
+    is_large = min(x.shape[1:]) >= LEAST_SIDE
+    found = float(ms_ssim(x[None], x_rec[None], data_range=2.0)) if is_large else None
+    return {"psnr": psnr_of(x, x_rec), "ms_ssim": found}
 
 
 def compress(

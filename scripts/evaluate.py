@@ -38,8 +38,9 @@ def parse_options() -> argparse.Namespace:
     parser = cli.script_parser(__doc__)
     add = parser.add_argument
     cli.add_run_arguments(parser, "run, or one of its checkpoints")
-    data_help = "folder of images, text file that lists some, or Parquet file;\n"
-    add("--data", help=data_help + "default: the validation set of the run")
+    data_help = "folder of images, text file that lists some, Parquet file, or owner/name on the\n"
+    add("--data", help=data_help + "hub; default: the validation set of the run")
+    add("--split", default="test", help="split of a data set of the hub (default: test)")
     size_help = "side of square crops of --data in pixels;\n"
     add("-s", "--size", type=int, help=size_help + "default: whole pictures; for a prior, its own")
     codes_help = "rates of a loopy tokenizer besides its own, as mean codes of a site,\n"
@@ -109,10 +110,11 @@ def main() -> None:
     cli.check_folder(options.output.parent)
     names = ("temperature", "top_k", "top_p", "guidance")
     params = {name: getattr(options, name) for name in names}
-    names = ("data", "codes", "generated", "size", "batch_size", "examples", "seed", "tokenizer")
+    names = ("data", "codes", "generated", "size", "split", "batch_size", "examples", "seed")
     result = taming.evaluate(
         options.resume,
         device=cli.choose_device(options.device),
+        tokenizer=options.tokenizer,
         trust_config=options.trust_config,
         **{name: getattr(options, name) for name in names},
         **{name: value for name, value in params.items() if value is not None},

@@ -254,9 +254,11 @@ class Tokenizer(Shared):
             ValueError: As for `encode`; or no file is that small; names the smallest.
         """
         image = self.to_tensor(picture)
+        size = image.shape[1], image.shape[2]
         x = pad(image, self.model.factor)[None].to(next(self.model.parameters()))
+        del image  # a large one would stay beside x
         rates = {"bits": bits, "bpp": bpp, "target_psnr": psnr, **rate}
-        return self._codec().compress(x, (image.shape[1], image.shape[2]), entropy, rates)
+        return self._codec().compress(x, size, entropy, rates)
 
     def decompress(
         self, data: bytes, turns: int | None = None, partial: bool = False
@@ -265,7 +267,7 @@ class Tokenizer(Shared):
 
         Args:
             data: Bytes of a file.
-            turns: Most turns to decode, as for a preview; None for all.
+            turns: Most turns to decode, as for a preview, of all levels together; None for all.
             partial: Decode a file that is damaged or cut off from the turns before that place.
 
         Raises:

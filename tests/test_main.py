@@ -16,6 +16,7 @@ from PIL import Image
 from reliability import configurations
 
 import main as program
+from taming.run.cli import parse_arguments
 from taming.util import get_obj_from_str
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,6 +164,22 @@ def test_show_prints_what_would_be_used_and_where_it_comes_from(run, capsys):
     shown = OmegaConf.create(text)
     assert shown.model.params == {"monitor": "val/loss", "width": 2}
     assert "limit_train_batches" not in shown.lightning.trainer
+
+
+def test_show_prints_what_a_run_would_be_built_from(folder, capsys):
+    argv = ["-b", "custom_loopy_vqgan", "-t", "lightning.modelcheckpoint.params.save_top_k=2"]
+    argv += ["model.params.quantizer_config.target=taming.modules.vqvae.quantize.VectorQuantizer2"]
+    argv += ["model.params.quantizer_config.params.beta=1", "lightning.trainer.max_steps=1e3"]
+    with pytest.raises(SystemExit) as stop:
+        program.load(parse_arguments([*argv, "--show"]))
+    text = capsys.readouterr().out
+    assert not stop.value.code and not Path("logs").exists()
+    shown, built = OmegaConf.create(text), program.load(parse_arguments(argv))
+    assert shown == {"model": built.model, "data": built.data, "lightning": built.lightning}
+    assert shown.model.params.quantizer_config.params == {"beta": 1}
+    assert "max_steps: 1000  # command line" in text
+    assert "ModelCheckpoint  # default" in text
+    fails([*argv, "--show", "model.params.n_embd=3"], capsys)
 
 
 def test_a_trial_of_a_new_run_leaves_nothing(folder):

@@ -40,6 +40,11 @@ RUNS = {
 }
 OTHER_RUNS = {
     "docs/extending": {"time_my_prior": "custom_loopy_transformer.yaml"},
+    "docs/hierarchy": {
+        "run_of_vqvae2": "vqvae2_cifar10.yaml",
+        "run_of_vqvae2_top": "vqvae2_top_prior.yaml",
+        "run_of_vqvae2_bottom": "vqvae2_bottom_prior.yaml",
+    },
     "docs/photos": {
         "run_of_configs_photos_yaml": "photos.yaml",
         "run_of_configs_photos_context_yaml": "photos_context.yaml",

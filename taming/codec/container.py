@@ -34,7 +34,7 @@ class Header(NamedTuple):
     segments: int
 
 
-def _number(value: int) -> bytes:
+def write_number(value: int) -> bytes:
     """Write a number as LEB128: seven bits a byte, the low ones first."""
     written = bytearray()
     while value > 0x7F:
@@ -43,8 +43,8 @@ def _number(value: int) -> bytes:
     return bytes([*written, value])
 
 
-def _read_number(data: memoryview, start: int) -> tuple[int, int]:
-    """Read such a number; return it and the place after it.
+def read_number(data: bytes | memoryview, start: int) -> tuple[int, int]:
+    """Read a number of `write_number`; return it and the place after it.
 
     Raises:
         ValueError: The data ends within it, or it has needless or too many bytes.
@@ -61,12 +61,12 @@ def _read_number(data: memoryview, start: int) -> tuple[int, int]:
 
 def write(header: Header, segments: Sequence[bytes]) -> bytes:
     """Write a file of a header and its segments."""
-    numbers = b"".join(map(_number, (*header.size, header.segments)))
+    numbers = b"".join(map(write_number, (*header.size, header.segments)))
     head = MAGIC + bytes([VERSION, header.mode]) + header.tokenizer + header.entropy + numbers
     checksum = zlib.crc32(head)
     parts = [head, checksum.to_bytes(4, "little")]
     for segment in segments:
-        body = _number(len(segment)) + segment
+        body = write_number(len(segment)) + segment
         checksum = zlib.crc32(body, checksum)
         parts += [body, checksum.to_bytes(4, "little")]
     return b"".join(parts)
@@ -118,7 +118,7 @@ def _read_header(view: memoryview) -> tuple[Header, int, int]:
     numbers, place = [], _FIXED
     try:
         for _ in range(3):
-            number, place = _read_number(view, place)
+            number, place = read_number(view, place)
             numbers.append(number)
         checksum = _compare(view, 0, place, 0)
     except ValueError as error:
@@ -133,7 +133,7 @@ def _read_header(view: memoryview) -> tuple[Header, int, int]:
 
 def _read_segment(view: memoryview, start: int, checksum: int) -> tuple[bytes, int, int]:
     """Read the segment at a place; return it, the place after it, and its checksum."""
-    length, place = _read_number(view, start)
+    length, place = read_number(view, start)
     checksum = _compare(view, start, place + length, checksum)
     return bytes(view[place : place + length]), place + length + 4, checksum
 

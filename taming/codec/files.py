@@ -14,16 +14,18 @@ from torch import Tensor
 
 from taming.codec.container import Header, read, write
 from taming.codec.context import Context
+from taming.codec.levels import Levels
 from taming.codec.models import EntropyModel, Raw, Static
 from taming.decoding import check_size
 from taming.models.vqgan import MOST_SITES, VQModel
 from taming.modules.context import ContextNetwork
+from taming.modules.vqvae.base import Quantizer
 
 MODES = {"raw": 0, "static": 1, "context": 2}
 
 
 def fit(
-    pack: Callable[[Tensor], bytes], settings: tuple[Callable[[int], Tensor], range], bits: float
+    pack: Callable[[Any], bytes], settings: tuple[Callable[[int], Any], range], bits: float
 ) -> bytes:
     """Find the largest file within a size, by bisection over what makes files larger.
 
@@ -53,22 +55,20 @@ def fit(
 class Codec:
     """Turns images into files and files into codes, with a trained tokenizer.
 
+    Codes are (h, w, T), or a tuple of those of all levels, the top first.
+
     Args:
         model: The tokenizer, in eval mode.
         context: Network that predicts the model's codes, if it has one.
 
     Raises:
-        ValueError: It is a VQ-VAE-2.
+        ValueError: It has one, and several levels.
     """
 
     def __init__(self, model: VQModel, context: ContextNetwork | None = None) -> None:
-        if len(model.levels) > 1:
-            raise ValueError(
-                f"a file holds the codes of one grid, and a {type(model).__name__} has "
-                f"{len(model.levels)}: {', '.join(model.levels)}; encode gives the codes of all"
-            )
+        if context is not None and len(model.levels) > 1:
+            raise ValueError(f"a context model is of one grid, not of {', '.join(model.levels)}")
         self.model, self.context = model, context
-        self.sequence = model.quantize.sequence
 
     @cached_property
     def tokenizer(self) -> bytes:
@@ -81,21 +81,30 @@ class Codec:
         Raises:
             ValueError: There is no such model, or the tokenizer has none.
         """
-        tables = getattr(self.model.quantize, "entropy", None)
+        quantizers = self.model.levels
         if name is None and self.context is None:
-            name = "static" if tables is not None and tables.learned else "raw"
+            tables = [quantizer.entropy for quantizer in quantizers.values()]
+            name = "static" if all(own is not None and own.learned for own in tables) else "raw"
+        models = {level: self._of_level(own, name) for level, own in quantizers.items()}
+        if len(models) > 1:
+            return Levels(models, self.model.quantize.factors)
+        return models[""]
+
+    def _of_level(self, quantizer: Quantizer, name: str | None) -> EntropyModel:
+        """Return the entropy model of one level's codes by name."""
+        sequence, tables = quantizer.sequence, quantizer.entropy
         if name in (None, "context"):
             if self.context is None:
                 raise ValueError("this tokenizer has no context model: load one with it")
             return Context(self.context)
         if name == "static":
             if tables is None:
-                kind = type(self.model.quantize).__name__
+                kind = type(quantizer).__name__
                 raise ValueError(f"a {kind} keeps no entropy tables: use raw")
-            return Static(tables, self.sequence.dummies)
+            return Static(tables, sequence.dummies)
         if name != "raw":
             raise ValueError(f"entropy must be one of {', '.join(MODES)}, got {name!r}")
-        return Raw(self.sequence.max_loops, self.sequence.n_e, self.sequence.dummies)
+        return Raw(sequence.max_loops, sequence.n_e, sequence.dummies)
 
     # --- image -> file ---------------------------------------------------------------------------
 
@@ -120,34 +129,39 @@ class Codec:
             raise ValueError(f"give one rate, got {', '.join(rates)}")
         bits = rates.get("bits", rates.get("bpp", 0) * size[0] * size[1])
         if not {"bits", "bpp"} & rates.keys():
-            return self.pack(self.model.encode_to_codes(x, **rates)[0], size, model)
+            return self.pack(self._codes_of(self.model.encode(x, **rates)), size, model)
         if not 0 < bits < math.inf:
             ((name, value),) = rates.items()
             raise ValueError(f"{name} must be a positive number, got {value}")
-        return fit(lambda codes: self.pack(codes[0], size, model), self._settings(x), bits)
+        return fit(lambda codes: self.pack(codes, size, model), self._settings(x), bits)
 
-    def _settings(self, x: Tensor) -> tuple[Callable[[int], Tensor], range]:
-        """Encode an image once; return codes (1, h, w, T) by a setting, and the settings.
+    def _codes_of(self, quantized: Any) -> Any:
+        """Return the codes in what the model's ``encode`` or its quantizer gave for one image."""
+        top, *lower = (own[0].cpu() for own in self.model.codes_by_level(quantized).values())
+        return (top, *lower) if lower else top
+
+    def _settings(self, x: Tensor) -> tuple[Callable[[int], Any], range]:
+        """Encode an image once; return its codes by a setting, and the settings.
 
         A larger one means more codes: as ``max_codes`` where a site has dummies, otherwise by a
         smaller lambda.
         """
         quantize: Any = self.model.quantize
         z = self.model.encode_to_prequant(x)  # (1, D, h, w)
-        sites, turns = z[0, 0].numel(), self.sequence.max_loops
 
-        def codes_at(**rate: float) -> Tensor:
-            return quantize(z, **rate).info.indices.reshape(1, *z.shape[2:], turns)
+        def codes_at(**rate: float) -> Any:
+            return self._codes_of(quantize(z, **rate))
 
         if not quantize.variable_rate:
             return lambda setting: codes_at(), range(1)
-        if self.sequence.dummies:
+        if quantize.sequence.dummies:
+            sites, turns = z[0, 0].numel(), quantize.sequence.max_loops
             return lambda setting: codes_at(max_codes=setting), range(sites, sites * turns + 1)
         return lambda setting: codes_at(rate=2 ** (10 - setting / 8)), range(321)
 
-    def pack(self, codes: Tensor, size: tuple[int, int], model: EntropyModel) -> bytes:
-        """Write the codes (h, w, T) of a picture of (H, W) pixels as a file."""
-        segments = list(model.encode(codes.cpu()))
+    def pack(self, codes: Any, size: tuple[int, int], model: EntropyModel) -> bytes:
+        """Write the codes of a picture of (H, W) pixels as a file."""
+        segments = list(model.encode(codes))
         header = Header(model.mode, self.tokenizer, model.fingerprint(), size, len(segments))
         return write(header, segments)
 
@@ -159,17 +173,17 @@ class Codec:
         turns: int | None = None,
         partial: bool = False,
         max_pixels: int | None = None,
-    ) -> tuple[Tensor, tuple[int, int]]:
+    ) -> tuple[Any, tuple[int, int]]:
         """Read the codes of a picture from a file.
 
         Args:
             data: The file.
-            turns: Most turns to decode; None for all.
+            turns: Most turns to decode, of all levels together; None for all.
             partial: Decode the turns before a place that is damaged or cut off.
             max_pixels: Refuse larger pictures, as `taming.decoding.decode_image` does.
 
         Returns:
-            Codes (h, w, T) int64, and (H, W).
+            The codes, int64, and (H, W). Where turns are missing, so may lower levels be.
 
         Raises:
             ValueError: It is not a whole file of this tokenizer.
@@ -178,11 +192,13 @@ class Codec:
         model = self._model_of(header)
         height, width = header.size
         check_size(width, height, max_pixels)
-        site = self.model.factor
+        site, finest = self.model.factor, self.model.quantize.factors[0]
         grid = -(-height // site), -(-width // site)
-        if grid[0] * grid[1] > MOST_SITES:
-            raise ValueError(f"a grid of {grid[0]}x{grid[1]} sites has more than {MOST_SITES}")
-        if header.segments > (most := self.sequence.max_loops):
+        h, w = grid[0] * finest, grid[1] * finest
+        if h * w > MOST_SITES:
+            raise ValueError(f"a grid of {h}x{w} sites has more than {MOST_SITES}")
+        most = sum(level.sequence.max_loops for level in self.model.levels.values())
+        if header.segments > most:
             raise ValueError(f"the file has {header.segments} turns, the tokenizer {most}")
         if turns is not None:
             if turns < 1:

@@ -40,26 +40,27 @@ class EntropyModel(ABC):
         """Return 4 bytes that another model, whose bytes would decode to other codes, has not."""
 
     @abstractmethod
-    def encode(self, codes: Tensor) -> Iterator[bytes]:
+    def encode(self, codes: Any) -> Iterator[bytes]:
         """Encode the codes of a picture.
 
         Args:
-            codes: (h, w, T) int64 that the quantizer's loop produces, -1 after a site's end.
+            codes: (h, w, T) int64 that the quantizer's loop produces, -1 after a site's end; of
+                several levels, a tuple, the top first.
 
         Yields:
             One segment for each turn that a site takes: at least one, at most T.
         """
 
     @abstractmethod
-    def decode(self, segments: Sequence[bytes], grid: tuple[int, int]) -> Tensor:
+    def decode(self, segments: Sequence[bytes], grid: tuple[int, int]) -> Any:
         """Decode as many turns as there are segments.
 
         Args:
             segments: The first of those that `encode` gave, at least one, at most T.
-            grid: (h, w), of at least one site.
+            grid: (h, w), of at least one site; of several levels, that of the top.
 
         Returns:
-            (h, w, T) int64: the codes, cut to the turns that there are.
+            The codes as `encode` takes them, cut to the turns that there are.
 
         Raises:
             ValueError: The bytes are not those of such a grid and model.

@@ -191,11 +191,9 @@ class Study:
     def _codec(self) -> Codec:
         return Codec(self.model, self.tokenizer.context)
 
-    def _file_size(self, codes: Codes) -> float:
-        """Bytes of the file of `Tokenizer.compress`; of a VQ-VAE-2, which has none, of its bits."""
-        if len(self.model.levels) > 1:
-            return codes.bits / 8
-        return len(self._codec.pack(codes.levels[0], codes.size, self._codec.entropy_model()))
+    def _file_size(self, codes: Codes) -> int:
+        """Bytes of the file of `Tokenizer.compress`."""
+        return len(self._codec.pack(codes.indices, codes.size, self._codec.entropy_model()))
 
     def site_at(self, x: float, y: float) -> tuple[int, int]:
         """Return row and column of the site of a pixel, or of the nearest site."""

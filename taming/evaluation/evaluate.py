@@ -86,6 +86,7 @@ def evaluate(
     codes: Sequence[float] = (),
     generated: int = 0,
     size: int | None = None,
+    split: str = "test",
     batch_size: int = 16,
     device: torch.device | str = "cpu",
     examples: int = 0,
@@ -98,13 +99,15 @@ def evaluate(
 
     Args:
         model: Run folder or checkpoint; or a model that was loaded.
-        data: Folder of images, text file that lists some, Parquet file, or several pictures of any
-            kind; None for the validation set of the run.
+        data: Folder of images, text file that lists some, Parquet file, name of a data set of the
+            hub, ``owner/name``, or several pictures of any kind; None for the validation set of the
+            run.
         codes: Mean numbers of codes of a site at which a loopy tokenizer is measured besides its
             own rate, in the same pass.
         generated: Number of pictures that a prior generates, to be compared with the data.
         size: Side of square crops in pixels; None keeps pictures whole, for a prior takes the size
-            trained on. Only with the files of a folder, list or Parquet file.
+            trained on. Only with the files of a folder, list or Parquet file, or the hub's.
+        split: Split of a data set of the hub.
         batch_size: Largest number of pictures of one size that go through the model together.
         device: Device for a model that is not loaded yet.
         examples: Number of the best, median and worst reconstructions each to show.
@@ -139,7 +142,7 @@ def evaluate(
         device = usable_device(device)
         saved = SavedRun.load(model, tokenizer=tokenizer, trust_config=trust_config)
         loaded = saved.model().to(device)
-    source = _Source(saved, data, size, batch_size)
+    source = _Source(saved, data, size, batch_size, split)
     if priors := _priors_of(loaded):
         if codes:
             raise ValueError("codes are the rate of a tokenizer, but this is a prior: omit codes")
@@ -164,14 +167,15 @@ class _Source:
     data: Data
     size: int | None
     batch_size: int
+    split: str
 
     def open(self, key: str, channels: int, side: int | None, classes: int | None) -> ImageSet:
         """Open the images; ``side`` is that of the crops if no size was given."""
         if self.size and not isinstance(self.data, str | Path):
             raise ValueError("size crops the files of a folder, list or Parquet file: give data")
         if isinstance(self.data, str | Path):
-            options = {"size": self.size or side, "batch_size": self.batch_size}
-            return of_files(self.data, key, channels, classes=classes, **options)
+            crop = self.size or side
+            return of_files(self.data, key, channels, crop, self.batch_size, classes, self.split)
         if self.data is not None:
             return of_pictures(self.data, key, channels)
         if self.saved is None:

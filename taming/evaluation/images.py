@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from taming.data.datamodule import DataModuleFromConfig
+from taming.data.loader import length_of
 from taming.pictures import Picture, to_tensor
 from taming.run.folder import SavedRun
 
@@ -158,29 +160,34 @@ def of_files(
     size: int | None,
     batch_size: int,
     classes: int | None = None,
+    split: str = "test",
 ) -> ImageSet:
-    """Return the images of a folder, of a text file that lists them, or of a Parquet file.
+    """Return the images of a folder, a text file that lists them, a Parquet file, or of the hub.
 
     Args:
-        source: Path of the folder or file; a list has one path in each line.
+        source: Path of the folder or file; a list has one path in each line. Or, where there is
+            none, the name of a data set of the hub, ``owner/name``.
         key: Key of the image in a batch.
         channels: C.
         size: Side of the square crops in pixels; None keeps images whole.
         batch_size: Largest number of images of a batch.
         classes: Number of classes that the items must name; None for no classes.
+        split: Split of a data set of the hub.
 
     Raises:
         FileNotFoundError: There is no such folder or file.
-        ValueError: It has no images, or no such classes.
+        ValueError: It has no images, or no such classes; or the hub has no such data set.
     """
     path = Path(source).expanduser()
-    block = _block_of(path, {"size": size, "channels": channels}, classes is not None)
+    block = _block_of(path, {"size": size, "channels": channels}, classes is not None, split)
     data = DataModuleFromConfig(batch_size if size else 1, validation=block)
     data.setup("validate")
     dataset = data.datasets["validation"]
     if classes is not None:
         _check_classes(path, dataset, classes)
     about: dict[str, Any] = {"source": str(path), "resize": "none", "crop": "none"}
+    if block["target"] == _STREAM:
+        about["source"] = f"{path} of the hub, split {split}"
     if size:
         smoothed = "with" if block["target"] != _PARQUET else "without"
         about["resize"] = f"short side to {size} pixels, bilinear {smoothed} antialiasing"
@@ -190,19 +197,24 @@ def of_files(
         for batch in data.val_dataloader():
             yield {**batch, key: batch["image"]}
 
-    return ImageSet(batches, len(dataset), about)
+    return ImageSet(batches, length_of(dataset), about)
 
 
 _PARQUET = "taming.data.hub.ParquetImages"
+_STREAM = "taming.data.streams.StreamedImages"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.txt)(?<!\.parquet)")
 
 
-def _block_of(path: Path, params: dict[str, Any], labels: bool) -> dict[str, Any]:
-    """Return the ``{target, params}`` block of the data set in a folder or file."""
+def _block_of(path: Path, params: dict[str, Any], labels: bool, split: str) -> dict[str, Any]:
+    """Return the ``{target, params}`` block of the data set in a folder or file, or of the hub."""
     if path.is_dir():
         own = {"root": str(path), "allow_upscale": True, "labels": labels}
         return {"target": "taming.data.custom.ImageFolder", "params": params | own}
     if not path.is_file():
-        raise FileNotFoundError(f"there is no folder, list of images or Parquet file {path}")
+        if _HUB_NAME.fullmatch(name := path.as_posix()):
+            return {"target": _STREAM, "params": params | {"data": name, "split": split}}
+        kinds = "folder, list of images or Parquet file"
+        raise FileNotFoundError(f"there is no {kinds} {path}; names on the hub are owner/name")
     if path.suffix.lower() == ".parquet":
         return {"target": _PARQUET, "params": params | {"path": str(path), **_columns_of(path)}}
     own = {"test_images_list_file": str(path), "antialias": True}
@@ -222,9 +234,10 @@ def _columns_of(path: Path) -> dict[str, str | None]:
 def _check_classes(path: Path, dataset: Any, classes: int) -> None:
     """Refuse data without the classes that a class-conditional prior needs."""
     found = getattr(dataset, "classes", None) or getattr(dataset, "class_names", None)
-    if "class_label" not in dataset[0] or (found and len(found) != classes):
+    first = next(iter(dataset)) if length_of(dataset) is None else dataset[0]
+    if "class_label" not in first or (found and len(found) != classes):
         number = f"has {len(found)}" if found else "has none"
         raise ValueError(
             f"this prior is conditional on {classes} classes, and {path} {number}: give a folder "
-            "with one folder for each class, or a Parquet file with a column label"
+            "with one folder for each class, or a table with a column label"
         )

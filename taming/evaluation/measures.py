@@ -12,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
 )
@@ -23,8 +23,12 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from taming.extras import naming_extras
 
 EXACT = 100.0  # dB, the largest PSNR reported: JSON has no infinity
+LEAST_SIDE = 176  # of a picture with an MS-SSIM: at the last of five scales, a window of 11 pixels
 NEIGHBOURS = 3  # of precision and recall
 EXTRA = "pip install 'loopy-taming[eval]'"
+_SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents of MS-SSIM, the finest first
+_REACH = 5  # of a window, from its middle
+_PIXELS = 1 << 20  # seen together
 TOO_FEW = "needs at least two pictures of each set"
 
 
@@ -82,14 +86,51 @@ def _psnr(x: Tensor, y: Tensor) -> Tensor:
     return found.clamp(max=EXACT)
 
 
+def _in_bands(compare: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Average a comparison (B,) of windows that lie inside of images, some rows at a time.
+
+    A similarity takes some hundred times the memory of the pixels that it sees together.
+    """
+    inner, most = x.shape[2] - 2 * _REACH, max(_PIXELS // x.shape[3], 1)
+    total = x.new_zeros(len(x))
+    for top in range(0, inner, most):
+        rows = min(most, inner - top)
+        band = slice(top, top + rows + 2 * _REACH)
+        total += compare(x[:, :, band], y[:, :, band]) * rows
+    return total / inner
+
+
 def _ssim(x: Tensor, y: Tensor) -> Tensor:
-    found = structural_similarity_index_measure(y, x, data_range=255.0, reduction="none")
-    return found.reshape(len(x))  # type: ignore[union-attr]
+    def inside(x: Tensor, y: Tensor) -> Tensor:
+        options: Any = {"data_range": 255.0, "return_full_image": True}
+        image = structural_similarity_index_measure(y, x, **options)[1]
+        return image[:, :, _REACH:-_REACH, _REACH:-_REACH].mean(dim=(1, 2, 3))
+
+    return _in_bands(inside, *(F.pad(t, 4 * [_REACH], mode="reflect") for t in (x, y)))
 
 
-def _ms_ssim(x: Tensor, y: Tensor) -> Tensor:
-    found = multiscale_structural_similarity_index_measure(y, x, data_range=255.0, reduction="none")
-    return found.reshape(len(x))
+def ms_ssim(x: Tensor, y: Tensor, data_range: float = 255.0) -> Tensor:
+    """Compute MS-SSIM (Wang et al. 2003) as torchmetrics does, in bounded memory.
+
+    Args:
+        x: (B, C, H, W), of at least 176 pixels a side.
+        y: The same.
+        data_range: Difference of the largest and the smallest value.
+
+    Returns:
+        (B,) in [0, 1].
+    """
+
+    def contrast(x: Tensor, y: Tensor) -> Tensor:
+        options: Any = {"data_range": data_range, "return_contrast_sensitivity": True}
+        return structural_similarity_index_measure(y, x, reduction="none", **options)[1]
+
+    found = x.new_ones(len(x))
+    for weight in _SCALES[:-1]:
+        found = found * _in_bands(contrast, x, y).relu() ** weight
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    last = structural_similarity_index_measure(y, x, data_range=data_range, reduction="none")
+    return found * last.reshape(len(x)).relu() ** _SCALES[-1]  # type: ignore[union-attr]
 
 
 def pixel_measures() -> list[Measure]:
@@ -99,7 +140,7 @@ def pixel_measures() -> list[Measure]:
     return [
         Measure("PSNR", about | {"largest": EXACT}, Tensor.float, _psnr),
         Measure("SSIM", window, Tensor.float, _ssim, least=11),
-        Measure("MS-SSIM", window | {"scales": 5}, Tensor.float, _ms_ssim, least=176),
+        Measure("MS-SSIM", window | {"scales": 5}, Tensor.float, ms_ssim, least=LEAST_SIDE),
     ]
 
 

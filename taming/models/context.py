@@ -86,23 +86,21 @@ class ContextPrior(Prior):
             cond_stage_key=first_stage_key,
             scheduler_config=scheduler_config,
         )
-        turns = self.sequence.max_loops
+        quantizer, turns = self.first_stage_model.quantize, self.sequence.max_loops
         if self.sequence.dummies:
             raise ValueError(
                 "a context model takes codes of which each turn writes one; the transform of this "
                 "tokenizer's quantizer writes dummies, which only the last turn explains"
             )
         if length_range is None and rate_range is None:
-            quantizer = self.first_stage_model.quantize
-            rate_range = getattr(quantizer, "rate_range", None)
-            length_range = getattr(quantizer, "length_range", None) if rate_range is None else None
+            rate_range, length_range = quantizer.rate_range, quantizer.length_range
         check_ranges(length_range, rate_range, turns)
         self.rates = {"length_range": length_range, "rate_range": rate_range}
         if not any(self.rates.values()):
             self.rates["length_range"] = (1.0, float(turns))
         sizes = {"n_codes": self.sequence.n_e, "max_loops": turns}
         self.context: ContextNetwork = instantiate_with_sizes(context_config, sizes)
-        tables = getattr(self.first_stage_model.quantize, "entropy", None)
+        tables = quantizer.entropy
         if tables is not None and tables.learned:  # what a context only has to refine
             with torch.no_grad():
                 self.context.shares.copy_(-math.log(2) * tables.code_bits())

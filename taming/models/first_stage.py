@@ -109,8 +109,9 @@ class FirstStage:
         also depend on the quantizer's `EntropyTables`, which do not decide what a token means and
         are left out: counting them anew leaves caches of tokens valid.
         """
-        sequence = self.quantize.sequence
-        about = [type(sequence).__name__, vars(sequence), self.quantize.identity()]
+        sequences = [quantizer.sequence for quantizer in self.levels.values()]
+        about = [part for own in sequences for part in (type(own).__name__, vars(own))]
+        about.append(self.quantize.identity())
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode())
         for name, value in sorted(self.state_dict().items()):
             if not name.startswith(_AFTER) and _TABLES not in name.split("."):

@@ -127,8 +127,12 @@ def draw_sample(x: Tensor, unit: int, most: int) -> Sample:
     whole = BLOCK + 2 * BLOCK_MARGIN
     sides = [min(length, whole) for length in grid]
     margins = [BLOCK_MARGIN if side == whole else 0 for side in sides]
-    values = x.float()
-    mean, square = (F.avg_pool2d(t, BLOCK * unit, ceil_mode=True) for t in (values, values**2))
+    # One channel at a time: squares of a large picture would take as much as the picture.
+    pooled = [
+        [F.avg_pool2d(t, BLOCK * unit, ceil_mode=True) for t in (values, values**2)]
+        for values in x.float().split(1, dim=1)
+    ]
+    mean, square = (torch.cat(parts, dim=1) for parts in zip(*pooled, strict=True))
     deviation = (square - mean**2).clamp(min=0).sqrt().mean(dim=(0, 1)).cpu().double()  # by block
     order = deviation.flatten().argsort()
     chance = deviation.flatten()[order]

@@ -86,7 +86,7 @@ class LoadedConfig(NamedTuple):
 
     def to_yaml(self) -> str:
         """Return the values as YAML, each with its origin in a comment."""
-        lines = _yaml_lines(self.values, "", self.origin)
+        lines = _yaml_lines(self.values, "", lambda path: self.origins.get(path, "default"))
         if self.trials:
             lines += ["# lightning.trainer of this start alone:"]
             lines += _yaml_lines(self.trials, "", lambda _: COMMAND_LINE, "#   ")

@@ -15,6 +15,8 @@ from support.models import QUANTIZED, pictures, tokenizer_of, vqmodel_config
 
 from taming.codec.container import read, write
 from taming.codec.files import Codec, fit
+from taming.codec.levels import Levels
+from taming.codec.models import Raw
 from taming.modules.context import ContextNetwork
 from taming.tokenizer import Codes, Tokenizer
 from taming.util import instantiate_from_config
@@ -26,34 +28,40 @@ LOOPY = [name for name in ONE_GRID if name not in ("first", "plain", "averages",
 def with_tables(quantizer: str, learned: bool = True) -> Tokenizer:
     """A tokenizer whose quantizer keeps entropy tables."""
     model = tokenizer_of(quantizer)
-    if learned:
-        fill_tables(model.quantize)
+    for level in model.levels.values() if learned else ():
+        fill_tables(level)
     return Tokenizer(model)
+
+
+def equal(codes: Any, others: Any) -> bool:
+    """Compare codes of one level or of all."""
+    found, wanted = Codes(codes, (1, 1)).levels, Codes(others, (1, 1)).levels
+    return len(found) == len(wanted) and all(map(torch.equal, found, wanted))
 
 
 def same(picture: Image.Image, other: Image.Image) -> bool:
     return picture.size == other.size and ImageChops.difference(picture, other).getbbox() is None
 
 
-@pytest.mark.parametrize("quantizer", ONE_GRID)
+@pytest.mark.parametrize("quantizer", list(QUANTIZED))
 def test_a_file_gives_what_the_codes_give(quantizer: str) -> None:
     tokenizer, picture = Tokenizer(tokenizer_of(quantizer)), pictures(1, 9, 14)[0]
     data = tokenizer.compress(picture)
     codes = tokenizer.encode(picture)
     found, size = Codec(tokenizer.model).unpack(data)
-    assert torch.equal(found, codes.indices) and size == (9, 14)
+    assert equal(found, codes.indices) and size == (9, 14)
     assert same(tokenizer.decompress(data), tokenizer.decode(codes))
     assert data == tokenizer.compress(picture, entropy="raw")
 
 
-@pytest.mark.parametrize("quantizer", LOOPY)
+@pytest.mark.parametrize("quantizer", [*LOOPY, "loopy-levels"])
 def test_static_files_give_the_same_codes(quantizer: str) -> None:
     tokenizer, picture = with_tables(quantizer), pictures(1, 9, 14)[0]
     data = tokenizer.compress(picture)
     assert data == tokenizer.compress(picture, entropy="static")
     raw = tokenizer.compress(picture, entropy="raw")
     codec = Codec(tokenizer.model)
-    assert torch.equal(codec.unpack(data)[0], codec.unpack(raw)[0]) and data[5] == 1 and raw[5] == 0
+    assert equal(codec.unpack(data)[0], codec.unpack(raw)[0]) and data[5] == 1 and raw[5] == 0
 
 
 def test_remapped_codes_are_files_of_the_codes_that_are_used(tmp_path: Any) -> None:
@@ -110,6 +118,41 @@ def test_a_tokenizer_of_dummies_has_no_previews() -> None:
     assert tokenizer.decompress(data, turns=header.segments).size == (16, 16)
 
 
+@pytest.mark.parametrize("quantizer", ["levels", "loopy-levels"])
+def test_the_first_segments_of_several_grids_show_the_upper_levels(quantizer: str) -> None:
+    tokenizer, picture = Tokenizer(tokenizer_of(quantizer)), pictures(1, 9, 14)[0]
+    data, codes = tokenizer.compress(picture), tokenizer.encode(picture)
+    header, segments = read(data)
+    turns = [int((level >= 0).sum(dim=-1).max()) for level in codes.levels]
+    assert header.segments == sum(turns)
+    ends = [(level, turn + 1) for level, most in enumerate(turns) for turn in range(most)]
+    for count, (level, turn) in enumerate(ends, 1):
+        upper = (*codes.levels[:level], cut(codes.levels[level], turn))
+        shorter = tokenizer.decode(Codes(upper, codes.size))
+        assert same(tokenizer.decompress(data, turns=count), shorter)
+        assert same(tokenizer.decompress(write(header, segments[:count])), shorter)
+
+
+def test_segments_that_no_levels_wrote_are_refused() -> None:
+    tokenizer = Tokenizer(tokenizer_of("levels"))
+    data = tokenizer.compress(pictures(1)[0])
+    _, (top, bottom) = read(data)
+    for segments, message in (
+        ((b"\0" + top[1:], bottom), "the codes of the level top: 0 segments for 1 turns"),
+        ((b"\2" + top[1:], bottom), "the codes of the level top: 2 segments for 1 turns"),
+        ((b"\x80", bottom), "the codes of the level top: a number is damaged or cut off"),
+        ((top, bottom[:-1]), "the codes of the level bottom: segment 1 is of no such picture"),
+        ((top, b""), "the codes of the level bottom: a number is damaged or cut off"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tokenizer.decompress(write(read(data)[0], segments))
+    models = {name: Raw(2, 16, False) for name in ("top", "bottom")}
+    levels, codes = Levels(models, (2, 1)), (torch.zeros(1, 1, 2), torch.zeros(2, 2, 2))
+    segments = [*levels.encode([own.long() for own in codes])]
+    with pytest.raises(ValueError, match="1 segments follow those of the last level"):
+        levels.decode([*segments, b""], (1, 1))
+
+
 # --- rates ---------------------------------------------------------------------------------------
 
 
@@ -133,8 +176,9 @@ def test_bits_are_a_bound_of_the_whole_file(quantizer: str, entropy: str) -> Non
         tokenizer.compress(picture, bits=least - 1, entropy=entropy)
 
 
-def test_a_fixed_rate_has_one_size_and_no_other_rate() -> None:
-    tokenizer, picture = Tokenizer(tokenizer_of("plain")), pictures(1)[0]
+@pytest.mark.parametrize("quantizer", ["plain", "levels"])
+def test_a_fixed_rate_has_one_size_and_no_other_rate(quantizer: str) -> None:
+    tokenizer, picture = Tokenizer(tokenizer_of(quantizer)), pictures(1)[0]
     bits = 8 * len(tokenizer.compress(picture))
     assert 8 * len(tokenizer.compress(picture, bits=bits)) == bits
     with pytest.raises(ValueError, match=f"smallest file has {bits} bits"):
@@ -195,8 +239,11 @@ def test_the_best_entropy_model_that_there_is_is_the_default() -> None:
     assert same(context.decompress(data), learned.decompress(learned.compress(picture)))
     with pytest.raises(ValueError, match="no context model"):
         learned.decompress(data)
-    with pytest.raises(ValueError, match="keeps no entropy tables: use raw"):
-        Tokenizer(tokenizer_of("plain")).compress(picture, entropy="static")
+    for quantizer in ("plain", "levels"):
+        with pytest.raises(ValueError, match="keeps no entropy tables: use raw"):
+            Tokenizer(tokenizer_of(quantizer)).compress(picture, entropy="static")
+    with pytest.raises(ValueError, match="a context model is of one grid, not of top, bottom"):
+        Tokenizer(tokenizer_of("levels"), context=network).compress(picture)
 
 
 # --- files of others, and damaged ones -----------------------------------------------------------
@@ -287,13 +334,6 @@ def test_every_changed_byte_is_refused_or_gives_fewer_turns(
     assert shown == len(shorter) > 0
 
 
-@pytest.mark.parametrize("quantizer", ["levels", "loopy-levels"])
-def test_several_grids_are_refused(quantizer: str) -> None:
-    tokenizer = Tokenizer(tokenizer_of(quantizer))
-    with pytest.raises(ValueError, match="a file holds the codes of one grid, .* top, bottom"):
-        tokenizer.compress(pictures(1)[0])
-
-
 def test_what_is_no_file_is_refused(tokenizer: Tokenizer) -> None:
     png = io.BytesIO()
     Image.new("RGB", (4, 4)).save(png, "PNG")
@@ -305,5 +345,5 @@ def test_what_is_no_file_is_refused(tokenizer: Tokenizer) -> None:
 
 def test_mutated_files_are_refused_or_give_pictures() -> None:
     """`reliability.compressed` tries more of them, in a process of limited memory."""
-    found = try_files([Kind("residual"), Kind("attract")], 300, seed=0)
+    found = try_files([Kind(name) for name in ("residual", "attract", "levels")], 300, seed=0)
     assert set(found) == set(RIGHT) and found["refused"] > 150

@@ -6,9 +6,13 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support.runs import TinyRuns, call, fails
+
+from taming.evaluation.images import of_files
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +82,36 @@ def test_the_same_pictures_by_folder_list_and_parquet(tokenizer: Path, tiny_runs
     assert rates[0] == pytest.approx(rates[1], abs=1e-3)
 
 
+def test_a_data_set_of_the_hub_is_streamed(
+    tokenizer: Path, tiny_runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    clone, images = tmp_path / "clone", sorted((tiny_runs.folder / "data/images").rglob("*.png"))
+    (clone / "data").mkdir(parents=True)
+    rows = {"image": [{"bytes": image.read_bytes(), "path": None} for image in images]}
+    rows["label"] = [number % 3 for number in range(len(images))]
+    pq.write_table(pa.table(rows), clone / "data/validation-00000-of-00001.parquet")
+    load = datasets.load_dataset
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name, *rest, **options: load({"owner/name": str(clone)}[name], *rest, **options),
+    )
+    found = []
+    for data in (("owner/name", "--split", "validation"), (tiny_runs.folder / "data/images",)):
+        call("evaluate", "-r", tokenizer, "--data", *data, "-s", 32)
+        found.append(json.loads(Path("results/evaluation.json").read_text()))
+    own, folder = (numbers["protocol"] for numbers in found)
+    assert own.pop("source") == "owner/name of the hub, split validation"
+    assert folder.pop("source").endswith("images") and own == folder
+    assert found[0]["rates"]["own"]["quality"] == pytest.approx(found[1]["rates"]["own"]["quality"])
+    labelled = of_files("owner/name", "image", 3, None, 4, classes=3, split="validation")
+    for _ in range(2):  # the look at the classes took none of them
+        labels = [int(batch["class_label"]) for batch in labelled.batches()]
+        assert labels == rows["label"]
+
+
 def test_the_runs_own_validation_set(tokenizer: Path) -> None:
     call("evaluate", "-r", tokenizer, "--examples", 0)
     about = json.loads(Path("results/evaluation.json").read_text())["protocol"]
@@ -91,6 +125,7 @@ def test_the_runs_own_validation_set(tokenizer: Path) -> None:
         (("--codes", "1,two"), "--codes takes numbers such as 1,1.5,2, got '1,two'"),
         (("--codes", "9"), "codes must be mean numbers of codes in [1, 5], got 9"),
         (("--data", "nowhere"), "there is no folder, list of images or Parquet file nowhere"),
+        (("--data", "no/where.txt"), "there is no folder, list of images or Parquet file no/where"),
         (("--size", "8"), "size crops the files of a folder, list or Parquet file: give data"),
         (("--generated", "4"), "only a prior generates pictures, and this is a tokenizer"),
         (("-o", "numbers.txt"), "-o names the .json file to be written, got numbers.txt"),

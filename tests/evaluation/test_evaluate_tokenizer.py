@@ -11,6 +11,7 @@ from support.models import every_quantizer, tokenizer_of
 
 import taming
 from taming import Tokenizer
+from taming.evaluation import measures
 from taming.evaluation.examples import choose
 from taming.evaluation.images import Digest, by_shape, of_pictures, to_levels
 from taming.evaluation.measures import FrechetDistance, pixel_measures
@@ -57,6 +58,22 @@ def test_quality_is_that_of_the_pictures_that_the_face_decodes(quantizer):
     found = measured(quantizer)["rates"]["own"]
     assert found["per_image"]["PSNR"] == pytest.approx(psnr, rel=1e-4)
     assert found["quality"]["PSNR"] == pytest.approx(sum(psnr) / len(psnr), rel=1e-4)
+
+
+@pytest.mark.parametrize("pixels", [1 << 20, 1000, 1])
+def test_similarities_are_torchmetrics_whatever_is_seen_together(pixels, monkeypatch):
+    from torchmetrics.functional import image as theirs
+
+    monkeypatch.setattr(measures, "_PIXELS", pixels)
+    x = torch.stack([torch.from_numpy(np.array(p)) for p in photos((179, 198), (179, 198))])
+    x = x.movedim(-1, 1).float()
+    y = (x + torch.randn(x.shape) * torch.tensor([3, 30])[:, None, None, None]).clamp(0, 255)
+    _, ssim, ms_ssim = (m.compare for m in pixel_measures())
+    options = {"data_range": 255.0, "reduction": "none"}
+    wanted = theirs.structural_similarity_index_measure(y, x, **options)
+    torch.testing.assert_close(ssim(x, y), wanted, rtol=1e-5, atol=0)
+    wanted = theirs.multiscale_structural_similarity_index_measure(y, x, **options)
+    torch.testing.assert_close(ms_ssim(x, y), wanted, rtol=1e-5, atol=0)
 
 
 def test_similarity_is_skimages():

@@ -166,3 +166,12 @@ def test_an_empty_batch_has_no_codes_and_no_images(quantizer: str) -> None:
 def test_any_codes_decode_or_are_refused(quantizer: str) -> None:
     """`reliability.codes` tries more of them."""
     assert set(try_codes(quantizer, n=150, seed=1)) == {"refused", "decoded"}
+
+
+@every_quantizer
+def test_each_quantizer_answers_for_tables_and_rates(quantizer: str) -> None:
+    for own in tokenizer_of(quantizer).levels.values():
+        assert (own.entropy is not None) == own.variable_rate
+        assert any("entropy" in name for name in own.state_dict()) == own.variable_rate
+        assert own.rate_range is own.length_range is None  # it was given none
+        assert not {"entropy", "rate_range", "length_range"} & own.identity().keys()

@@ -207,3 +207,16 @@ def test_models_without_such_a_level_are_refused() -> None:
         Level(plain, "top")
     with pytest.raises(ValueError, match="'middle'.*top, bottom"):
         Level(vqvae2_config(*kinds), "middle")
+
+
+def test_the_fingerprint_is_of_what_decides_the_codes_of_all_levels() -> None:
+    tokenizer = model("loopy", "loopy")
+    quantize, found = tokenizer.quantize, tokenizer.fingerprint()
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.weight.add_(1)
+        quantize.levels[1].entropy.codes.fill_(1)
+        assert tokenizer.fingerprint() == found
+        for part in (quantize.merges[0], quantize.decoders[0].conv_out, quantize.levels[0]):
+            next(part.parameters()).add_(1)
+            assert tokenizer.fingerprint() != found
+            found = tokenizer.fingerprint()

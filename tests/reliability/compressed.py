@@ -2,12 +2,13 @@
 
 python -m tests.reliability.compressed --n 100000
 
-Files of five tokenizers, raw and by tables, are flipped, cut and spliced; half of all are rewritten
-with other headers and segments and right checksums, as a hostile writer would. Each must be refused
-by a ValueError, or give a picture of the size that its header states; one whose checksums were left
-alone, the picture that it was or, cut after a segment, that of fewer turns. All are decompressed in
-a child process, whose memory is limited to little more than it had before (on Linux), so that a
-crash and a hang are counted too. Exits with 1 if anything else came of one.
+Files of five tokenizers, raw, by tables and under a context network, are flipped, cut and spliced;
+half of all are rewritten with other headers and segments and right checksums, as a hostile writer
+would. Each must be refused by a ValueError, or give a picture of the size that its header states;
+one whose checksums were left alone, the picture that it was or, cut after a segment, that of fewer
+turns. All are decompressed in a child process, whose memory is limited to little more than it had
+before (on Linux), so that a crash and a hang are counted too. Exits with 1 if anything else came of
+one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ import torch
 from taming.codec.container import Header, read, write
 from taming.tokenizer import Tokenizer
 from tests.support.codec import fill_tables
-from tests.support.models import tokenizer_of
+from tests.support.context import network_of
+from tests.support.models import QUANTIZED, tokenizer_of
 
 KINDS = ("residual", "depth", "beam", "attract", "plain")
 RIGHT = ("refused", "whole", "fewer turns", "another picture")
@@ -42,21 +44,27 @@ class Kind:
 
     def __init__(self, name: str) -> None:
         model = tokenizer_of(name)
-        if model.quantize.variable_rate:
-            fill_tables(model.quantize)
-        self.tokenizer = Tokenizer(model, max_pixels=MOST_PIXELS)
+        levels, names, network = [*model.levels.values()], ["raw"], None
+        self.dummies = any(level.sequence.dummies for level in levels)
+        if all(level.variable_rate for level in levels):
+            names.append("static")
+            for level in levels:
+                fill_tables(level)
+        if len(levels) == 1 and not self.dummies:
+            network = network_of(levels[0].sequence.n_e, levels[0].sequence.max_loops)
+            names.append("context")
+        self.tokenizer = Tokenizer(model, max_pixels=MOST_PIXELS, context=network)
         generator = np.random.default_rng(0)
         self.files: list[bytes] = []
         for size in ((1, 9), (16, 16), (23, 40)):
             pixels = generator.integers(0, 256, (*size, 3), np.uint8)
-            names = ("raw", "static") if model.quantize.variable_rate else ("raw",)
             self.files += [self.tokenizer.compress(pixels, entropy=name) for name in names]
         self.shown = {data: self._pictures(data) for data in self.files}
 
     def _pictures(self, data: bytes) -> list[bytes]:
         """Pixels of a file's picture after each turn but those that decode to nothing."""
         turns = range(1, read(data)[0].segments + 1)
-        first = turns if not self.tokenizer.model.quantize.sequence.dummies else turns[-1:]
+        first = turns if not self.dummies else turns[-1:]
         return [self.tokenizer.decompress(data, number).tobytes() for number in first]
 
 
@@ -163,10 +171,10 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def serve(connection: Any) -> None:
+def serve(connection: Any, names: Sequence[str]) -> None:
     """Try the blocks of files that are asked for, and answer with their counts."""
     torch.set_num_threads(1)
-    kinds = [Kind(name) for name in KINDS]
+    kinds = [Kind(name) for name in names]
     try_files(kinds, 100, -1)  # what the first files load is no growth
     if sys.platform == "linux":
         limit_memory()
@@ -175,15 +183,15 @@ def serve(connection: Any) -> None:
         connection.send(try_files(kinds, *block))
 
 
-def count(n: int, seed: int, block: int = 500) -> Counter[str]:
-    """Try n files in a child process, and count what came of them."""
+def count(n: int, seed: int, names: Sequence[str] = KINDS, block: int = 500) -> Counter[str]:
+    """Try n files of tokenizers of these kinds in a child process, and count what came of them."""
     context = multiprocessing.get_context("spawn")
     total: Counter[str] = Counter()
     child, ours = None, None
     for number in range(-(-n // block)):
         if child is None or ours is None:
             ours, theirs = context.Pipe()
-            child = context.Process(target=serve, args=(theirs,), daemon=True)
+            child = context.Process(target=serve, args=(theirs, names), daemon=True)
             child.start()
             theirs.close()
             ours.recv()
@@ -209,8 +217,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=sorted(QUANTIZED), default=KINDS)
     options = parser.parse_args()
-    total = count(options.n, options.seed)
+    total = count(options.n, options.seed, options.kinds)
     for name in [*RIGHT, *sorted(set(total) - set(RIGHT))]:
         sys.stdout.write(f"{total[name]:8} {name}\n")
     raise SystemExit(bool(set(total) - set(RIGHT)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.sequence.notations import RasterSequence
 from taming.modules.util import checks_values, count_codes
 from taming.modules.vqvae.checks import check_finite_latents, mark_outside, rows_of_codes
+from taming.modules.vqvae.entropy import EntropyTables
 from taming.util import load_array
 
 if TYPE_CHECKING:
@@ -146,21 +147,30 @@ class Quantizer(Part, ABC):
             continuous latents.
         variable_rate: True if ``forward`` also takes ``threshold``, ``max_codes``, ``rate`` and
             ``target_bits``, each one number or one per image, and `reach` is implemented.
+        entropy: Tables of how often codes are written, if it keeps any.
+        length_range: Bounds of the mean lengths of images that it was trained at, if at several.
+        rate_range: Bounds of the lambdas, likewise.
         codebooks: Number of codebooks, each of equally many consecutive turns.
         names: Names of the levels, the top first; () for a single quantizer.
+        factors: Sites of the finest level beside each other in one of each level, the top first.
     """
 
     sequence: TokenSequence
     trains_without_decoder = True
     variable_rate: bool = False
+    entropy: EntropyTables | None
+    length_range: Sequence[float] | None = None
+    rate_range: Sequence[float] | None = None
     codebooks: int = 1
     names: tuple[str, ...] = ()
+    factors: tuple[int, ...] = (1,)
 
     def __init__(self, n_e: int, e_dim: int) -> None:
         super().__init__()
         if n_e < 1 or e_dim < 1:
             raise ValueError(f"n_e and e_dim must be at least 1, got n_e={n_e}, e_dim={e_dim}")
         self.n_e, self.e_dim = n_e, e_dim
+        self.register_module("entropy", None)  # a class's None would hide a module set later
 
     @abstractmethod
     def forward(self, z: Tensor) -> QuantizerOutput:

@@ -94,6 +94,7 @@ class LoopyVectorQuantizer(Quantizer):
     """
 
     variable_rate = True
+    entropy: EntropyTables
     not_in_identity = (
         *("beta", "legacy", "target_length", "length_range", "rate_range", "start_batches"),
         *("rate", "rate_weight"),
