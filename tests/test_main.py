@@ -16,7 +16,7 @@ from PIL import Image
 from reliability import configurations
 
 import main as program
-from taming.run.cli import parse_arguments
+from taming.run.options import parse_arguments
 from taming.util import get_obj_from_str
 
 ROOT = Path(__file__).resolve().parents[1]
