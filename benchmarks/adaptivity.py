@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from einops import reduce
 from PIL import Image, ImageDraw
-from race.contenders import contenders
 from race.measure import fixed_length
 from race.plans import PLANS, images_of
 from race.training import build_tokenizer, last, loader, widen_search
@@ -195,7 +194,7 @@ def load(options: argparse.Namespace) -> tuple[VQModel, int]:
         raise ValueError(
             f"{options.race} has no {file.name}: run rate_distortion.py --only loopy-one first"
         )
-    contender = contenders(plan.codes, plan.channels)["loopy-one"]
+    contender = plan.contenders()["loopy-one"]
     model = build_tokenizer(plan, contender)
     model.load_state_dict(torch.load(file, map_location="cpu"))
     widen_search(model, contender)

@@ -32,7 +32,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from race.classifier import Classifier, Judgement, judge, labelled, trained_classifier
-from race.contenders import contenders
 from race.drawing import complete, sample
 from race.folder import claim
 from race.measure import threshold_for_mean
@@ -108,7 +107,7 @@ def open_images(sizes: Sizes, options: Namespace) -> tuple[Any, Any]:
 def tokenizer_of(sizes: Sizes, train: Any, options: Namespace) -> VQModel:
     """Train the tokenizer and set it to two turns per site on average."""
     plan = sizes.tokenizer
-    contender = contenders(plan.codes, plan.channels)["loopy-2"]
+    contender = plan.contenders()["loopy-2"]
     model = trained_tokenizer(plan, contender, 0, train, options.outdir, options.precision)
     side = plan.ddconfig["resolution"]
     still = first(images_of(options.train, "train", side, train=False), plan.calibration_images)

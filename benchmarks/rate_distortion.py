@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from race.contenders import MAX_LOOPS, Contender, contenders
+from race.contenders import MAX_LOOPS, Contender
 from race.folder import claim
 from race.measure import (
     Measurement,
@@ -92,7 +92,7 @@ def race(plan: Plan, name: str, seed: int, options: Namespace) -> list[dict[str,
     """Train one contender with one seed and measure it at all of its rates."""
     torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    contender = contenders(plan.codes, plan.channels)[name]
+    contender = plan.contenders()[name]
     size = plan.ddconfig["resolution"]
     train = images_of(options.train, "train", size, train=True)
     # The last images, because the first ones were used to choose the recipe.

@@ -12,7 +12,6 @@ import pytest
 import torch
 from priors import SIZES, Sizes, compare
 from race.classifier import Classifier, judge
-from race.contenders import contenders
 from race.drawing import mean_psnr
 from race.folder import claim
 from race.networks import MODERN, NAMES, OrderZero, build_prior
@@ -81,7 +80,7 @@ def test_the_psnr_of_images_is_the_mean_of_each_ones() -> None:
 def test_modern_priors_are_those_of_the_configuration(sizes: Sizes, plan: Plan) -> None:
     config = load_config([CONFIGS / "cifar10_two_level_transformer.yaml"]).values
     shipped = config["model"]["params"]["transformer_config"]["params"]
-    tokenizer = build_tokenizer(plan, contenders(plan.codes, plan.channels)["loopy-2"])
+    tokenizer = build_tokenizer(plan, plan.contenders()["loopy-2"])
     model: Any = build_prior("two-level-modern", sizes.networks, tokenizer, 4)
     for built, block in (
         (model.transformer.config, shipped),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,8 @@ TRANSFORMS = "taming.modules.vqvae.transforms"
 ZOO = "taming.modules.vqvae.zoo.LibraryQuantizer"
 MAX_LOOPS = 8
 BEAM = 4
-BETA = 0.05  # weight of all commitment losses; the usual 0.25 costs up to 1 dB in short trainings
+BETA = 0.05  # weight of the commitment; the usual 0.25 costs up to 1 dB in short trainings
+COMMITMENTS = ("beta", "commitment_weight", "commitment_loss_weight")  # its names
 LEARNING = {"beta": BETA, "ema_decay": 0.95, "revive_below": 0.25}
 RATE_RANGE = (0.0003, 0.02)  # lambdas of a training's images: about 6 to 1 turns
 RATES = {1: 0.02, 2: 0.005, 3: 0.002, 4: 0.001}  # lambdas with about so many turns
@@ -190,12 +191,18 @@ def _loops(codes: int, channels: int) -> list[Contender]:
     ]
 
 
-def contenders(codes: int, channels: int) -> dict[str, Contender]:
+def contenders(codes: int, channels: int, beta: float = BETA) -> dict[str, Contender]:
     """Return all contenders by name.
 
     Args:
         codes: K, number of codes of a codebook.
         channels: D, channels of a latent.
+        beta: Weight of the commitment of all that have one.
     """
-    every = _peers(codes, channels) + _loops(codes, channels)
-    return {contender.name: contender for contender in every}
+    found = {}
+    for contender in _peers(codes, channels) + _loops(codes, channels):
+        block = contender.quantizer
+        weights = {name: beta for name in COMMITMENTS if name in block["params"]}
+        quantizer = {**block, "params": {**block["params"], **weights}}
+        found[contender.name] = replace(contender, quantizer=quantizer)
+    return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from race.contenders import contenders
+from race.contenders import BETA, Contender, contenders
 from taming.data.custom import ImageFolder
 from taming.data.hub import CIFAR10, ParquetImages
 
@@ -34,6 +34,7 @@ class Plan:
         test_images: Number of held-out images.
         calibration_images: Number of training images for calibrating rates.
         linear_shortcut: Start from a linear code, so that a small network is not the limit.
+        beta: Weight of the commitment of all contenders.
     """
 
     ddconfig: dict[str, Any]
@@ -51,6 +52,11 @@ class Plan:
     test_images: int
     calibration_images: int
     linear_shortcut: bool = False
+    beta: float = BETA
+
+    def contenders(self) -> dict[str, Contender]:
+        """Return all contenders of these sizes by name."""
+        return contenders(self.codes, self.channels, self.beta)
 
 
 SMALL = {
@@ -95,7 +101,7 @@ PLANS = {
     ),
     "photos": Plan(
         PHOTOS, 32, 256, 2000, 800, 16, 2e-3, 500, 4e-3, SMALL_PRIOR, 3,
-        ("loopy-one", *PEERS, *RATED), 2000, 2000, linear_shortcut=True,
+        ("loopy-one", *PEERS, *RATED), 2000, 2000, linear_shortcut=True, beta=1.0,
     ),
     "full": Plan(
         LARGE, 32, 1024, 100_000, 50_000, 16, 4e-4, 20_000, 1e-3, LARGE_PRIOR, 3, ALL,

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch.utils.data import DataLoader, Subset
 
-from race.contenders import Contender, contenders
+from race.contenders import Contender
 from race.peers import ResidualVQ
 from race.plans import Plan
 from taming.models.cond_transformer import Net2NetTransformer
@@ -103,7 +103,7 @@ def trained_base(
     if not file.exists():
         logger.info("training the autoencoder of seed %d", seed)
         pl.seed_everything(seed, verbose=False)
-        some = contenders(plan.codes, plan.channels)["vq"]  # any: its codes are never decoded
+        some = plan.contenders()["vq"]  # any: its codes are never decoded
         model = build_tokenizer(plan, some, plan.base_steps, quantize_start=plan.base_steps)
         model.learning_rate = plan.learning_rate
         fit(model, loader(data, plan.batch_size, shuffle=True), plan.base_steps, precision)
