@@ -12,7 +12,8 @@ import numpy as np
 
 logger = logging.getLogger("taming.benchmark")
 
-ONE, DEDICATED = "loopy, one checkpoint", "loopy, dedicated"
+BY_RATE = "loopy by rate, one checkpoint"
+LOOPS = ("loopy, one checkpoint", "loopy, dedicated", BY_RATE, f"{BY_RATE}, loss")
 CONTROL = "control: "
 RATES = {
     "tokens": "codes per image",  # the column's name in results that already exist
@@ -161,7 +162,7 @@ def plot(points: Sequence[Point], file: Path) -> None:
             for group in dict.fromkeys(p["group"] for p in points):
                 line = [p for p in points if p["group"] == group and p[rate] is not None]
                 style = "--" if group.startswith("control") else "-"
-                width = 2.5 if group in (ONE, DEDICATED) else 1.2
+                width = 2.5 if group in LOOPS else 1.2
                 axis.errorbar(
                     [p[rate] for p in line],
                     [p[quality] for p in line],
@@ -188,7 +189,7 @@ def write_report(rows: Sequence[Point], plan: Any, folder: Path) -> None:
         f"{plan.steps} with each quantizer, of {plan.batch_size} images; "
         f"{plan.test_images} held-out images; {len({row['seed'] for row in rows})} seed(s)"
     )
-    peers = {group: [p for p in points if p["group"] != group] for group in (ONE, DEDICATED)}
+    peers = {group: [p for p in points if p["group"] != group] for group in LOOPS}
     gains = [comparison(rows, others, group) for group, others in peers.items()]
     text = "\n\n".join([head, table(points), *gains])
     (folder / "report.md").write_text(text + "\n")
