@@ -27,6 +27,7 @@ SOURCES = sorted(
     for path in [
         *ROOT.glob("taming/**/*.py"),
         *ROOT.glob("taming/pretrained/*/*"),
+        ROOT / "taming/demo/example.jpg",
         ROOT / "taming/py.typed",
     ]
 )

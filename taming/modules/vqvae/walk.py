@@ -165,7 +165,7 @@ class Walker:
         weight = (rate * self.unit).repeat_interleave(self.sites)  # (N,)
         # Without a price, the search is the usual one to the last bit.
         price = Price(self.tables.code_bits(), weight) if bool((rate > 0).any()) else None
-        path = self._search(torch.zeros_like(weight), price)
+        path = self._search(torch.full_like(weight, -1.0), price)  # no distance ends it, J does
         cost = path.distances.square() + weight[:, None] * self._bits_of_ends(path)
         return Walk(path, cost.argmin(dim=1) + 1, torch.full_like(weight, torch.inf), weight)
 
