@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taming.run.check import check_experiment
-from taming.run.cli import one_line_errors
+from taming.run.cli import one_line, one_line_errors
 from taming.run.config import load_config
 from taming.run.folder import without_starts
 from taming.run.options import Options, parse_arguments
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train and test as the command line (by default that of the process) asks."""
     with one_line_errors():
         options = parse_arguments(sys.argv[1:] if argv is None else argv)
-        from taming.run.trainer import MISTAKES, fit, one_line, quiet_lightning, test
+        from taming.run.trainer import MISTAKES, fit, quiet_lightning, test
 
     log_to_console()
     quiet_lightning()
