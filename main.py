@@ -21,7 +21,7 @@ from taming.run.folder import without_starts
 from taming.run.options import Options, parse_arguments
 from taming.run.parts import loading
 from taming.run.rundir import Experiment, RunDir, is_first_process, run_name
-from taming.run.signals import watch
+from taming.run.signals import Interrupted, watch
 from taming.util import MAIN_NAMES, get_obj_from_str, instantiate_from_config
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.path.append(os.getcwd())
     # Errors that end in one line: any wrong value before training begins, fewer kinds after.
     mistakes: tuple[type[Exception], ...] = (ValueError, OSError)
+    experiment = None
     try:
         experiment = load(options)
         with experiment.run.kept_if_used(), loading(options.resume, options.trust_config):
@@ -125,6 +126,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 logger.info("not training; -t trains")
             if not options.no_test:
                 test(trainer, model, data, None if options.train else experiment.checkpoint)
+    except Interrupted:
+        if experiment and experiment.run.last_checkpoint.exists():
+            run = experiment.run.path
+            logger.info("the run is saved in %s; go on with: python main.py -r %s -t", run, run)
+        raise
     except Exception as error:
         if options.debug:
             traceback.print_exc()
