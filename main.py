@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taming.run.check import check_experiment
-from taming.run.cli import one_line_errors
+from taming.run.cli import one_line, one_line_errors
 from taming.run.config import load_config
 from taming.run.folder import without_starts
 from taming.run.options import Options, parse_arguments
 from taming.run.parts import loading
 from taming.run.rundir import Experiment, RunDir, is_first_process, run_name
-from taming.run.signals import watch
+from taming.run.signals import Interrupted, watch
 from taming.util import MAIN_NAMES, get_obj_from_str, instantiate_from_config
 
 if TYPE_CHECKING:
@@ -106,13 +106,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train and test as the command line (by default that of the process) asks."""
     with one_line_errors():
         options = parse_arguments(sys.argv[1:] if argv is None else argv)
-        from taming.run.trainer import MISTAKES, fit, one_line, quiet_lightning, test
+        from taming.run.trainer import MISTAKES, fit, quiet_lightning, test
 
     log_to_console()
     quiet_lightning()
     sys.path.append(os.getcwd())
     # Errors that end in one line: any wrong value before training begins, fewer kinds after.
     mistakes: tuple[type[Exception], ...] = (ValueError, OSError)
+    experiment = None
     try:
         experiment = load(options)
         with experiment.run.kept_if_used(), loading(options.resume, options.trust_config):
@@ -125,6 +126,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 logger.info("not training; -t trains")
             if not options.no_test:
                 test(trainer, model, data, None if options.train else experiment.checkpoint)
+    except Interrupted:
+        if experiment and experiment.run.last_checkpoint.exists():
+            run = experiment.run.path
+            logger.info("the run is saved in %s; go on with: python main.py -r %s -t", run, run)
+        raise
     except Exception as error:
         if options.debug:
             traceback.print_exc()

@@ -103,8 +103,9 @@ def log_report(report: Any, folder: Path) -> None:
     if report.unreadable:
         key, reason = report.unreadable[0]
         logger.warning(
-            "%d pictures could not be encoded (%s/report.json); the first, %s: %s",
+            "%d of %d pictures could not be encoded (%s/report.json); the first, %s: %s",
             len(report.unreadable),
+            len(report.unreadable) + report.pictures,
             folder,
             key,
             reason,

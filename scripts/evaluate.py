@@ -48,6 +48,8 @@ def parse_options() -> argparse.Namespace:
     generated_help = "pictures that a prior generates, to be compared with the data"
     add("--generated", type=int, default=0, help=generated_help)
     add("--batch_size", type=int, default=16)
+    error_help = "skip pictures that cannot be read, or raise an error; default: skip"
+    add("--on_error", choices=("skip", "raise"), default="skip", help=error_help)
     shown = "best, median and worst reconstructions on the page, of each (default: 3)"
     add("--examples", type=int, default=3, help=shown)
     add("-t", "--temperature", type=float, help="of generated pictures")
@@ -90,8 +92,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def sections(result: Evaluation) -> Iterator[Section]:
     """Yield the sections of the page: what is missing, pictures, lengths, protocol."""
     numbers = result.numbers
-    if missing := numbers["missing"]:
-        yield "Not measured", "", table(missing.items(), kind="text")
+    for key, title in (("missing", "Not measured"), ("left_out", "Left out")):
+        if numbers[key]:
+            yield title, "", table(numbers[key].items(), kind="text")
+    if unreadable := numbers["unreadable"]:
+        yield "Not read", "", table(enumerate(unreadable, 1), kind="text")
     for group in dict.fromkeys(example.group for example in result.examples):
         shown = [example for example in result.examples if example.group == group]
         elements = (captioned(png_of(example), example.caption) for example in shown)
@@ -110,7 +115,17 @@ def main() -> None:
     cli.check_folder(options.output.parent)
     names = ("temperature", "top_k", "top_p", "guidance")
     params = {name: getattr(options, name) for name in names}
-    names = ("data", "codes", "generated", "size", "split", "batch_size", "examples", "seed")
+    names = (
+        "data",
+        "codes",
+        "generated",
+        "size",
+        "split",
+        "batch_size",
+        "examples",
+        "seed",
+        "on_error",
+    )
     result = taming.evaluate(
         options.resume,
         device=cli.choose_device(options.device),

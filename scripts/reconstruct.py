@@ -70,7 +70,7 @@ def reconstruct(
 
     Args:
         model: The tokenizer, in eval mode.
-        x: (1, 3, H, W) in [-1, 1].
+        x: (1, 3, H, W) in [-1, 1], of any size: it is extended to whole sites and cut back.
         rate: At most one argument of `VQModel.encode` that sets a rate.
 
     Returns:
@@ -78,12 +78,15 @@ def reconstruct(
     """
     import torch
 
-    from taming.pictures import psnr_of
+    from taming.pictures import pad, psnr_of
 
-    quantized = model.encode(x, **rate)
-    x_rec = model.decode(quantized.z_q).clamp(-1, 1)  # (1, 3, H, W)
+    height, width = x.shape[2:]
+    padded = pad(x[0], model.factor)[None]
+    quantized = model.encode(padded, **rate)
+    x_rec = model.decode(quantized.z_q).clamp(-1, 1)[..., :height, :width]  # (1, 3, H, W)
     pictures = {"input": x, "reconstruction": x_rec}
-    pictures |= model.code_pictures(quantized, (x.shape[2], x.shape[3]))
+    extra = model.code_pictures(quantized, (padded.shape[2], padded.shape[3]))
+    pictures |= {name: picture[..., :height, :width] for name, picture in extra.items()}
     counts: dict[str, Any] = dict.fromkeys(("sites", "codes", "tokens", "bits"), 0)
     codes = model.codes_by_level(quantized)
     for level, grid in codes.items():  # (1, h, w, T)
@@ -93,7 +96,7 @@ def reconstruct(
         counts["codes"] += int((grid >= 0).sum())
         counts["tokens"] += tokens
         counts["bits"] += tokens * math.log2(sequence.vocab_size)
-    numbers = {"size": [x.shape[3], x.shape[2]], **counts}
+    numbers = {"size": [width, height], **counts}
     numbers["psnr"] = psnr_of(x, x_rec)
     numbers["table_bits"] = float(model.bits_of([*codes.values()] if len(codes) > 1 else codes[""]))
     if trace := model.quantize.traces(quantized).get(""):
@@ -172,7 +175,7 @@ def main() -> None:
     target = rate.get("target_psnr", -math.inf)
 
     def work(path: Path, name: str) -> dict[str, Any]:
-        x = load_image(path, options.size, model.factor)[None].to(model.device)
+        x = load_image(path, options.size)[None].to(model.device)
         pictures, numbers = reconstruct(model, x, rate)
         save_pictures(pictures, options.outdir, name)
         if (psnr := numbers["psnr"]) < target:

@@ -204,7 +204,7 @@ def _log_unexpected(path: str | os.PathLike[str], name: str, keys: Sequence[str]
     if unknown := [key for key in keys if not _is_of_loss(key)]:
         logger.warning("%s holds weights that %s does not have: %s", path, name, unknown)
     if of_loss := len(keys) - len(unknown):
-        logger.info("%s needs no loss: left out its %d weights in %s", name, of_loss, path)
+        logger.debug("%s needs no loss: left out its %d weights in %s", name, of_loss, path)
 
 
 def _is_of_loss(key: str) -> bool:

@@ -118,30 +118,24 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
-def load_image(path: Path, size: int | None = None, site: int = 1) -> Tensor:
-    """Load an image file, scale its short side, and cut its middle to whole sites.
+def load_image(path: Path, size: int | None = None) -> Tensor:
+    """Load an image file, and scale its short side.
 
     Args:
         path: The file.
         size: Length of the short side in pixels; None keeps it.
-        site: Side of a site in pixels.
 
     Returns:
         (3, H, W) float32 in [-1, 1].
 
     Raises:
-        ValueError: The file is not an image, or smaller than a site.
+        ValueError: The file is not an image.
     """
     pixels = decode_image(path)  # (3, H, W) uint8
     if size is not None:
         scale = size / min(pixels.shape[1:])
         pixels = resize(pixels, *(round(side * scale) for side in pixels.shape[1:]))
-    height, width = pixels.shape[1:]
-    rows, columns = height // site * site, width // site * site
-    if rows == 0 or columns == 0:
-        raise ValueError(f"{path}: {width}x{height} is smaller than a site of {site} pixels")
-    top, left = (height - rows) // 2, (width - columns) // 2
-    return to_tensor(pixels[:, top : top + rows, left : left + columns])
+    return to_tensor(pixels)
 
 
 def pad(image: Tensor, site: int) -> Tensor:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from taming.codec.files import Codec
     from taming.modules.context import ContextNetwork
 
+RATES = ("max_codes", "target_psnr", "threshold", "rate", "target_bits")  # of `Tokenizer.encode`
+
 
 class Tokenizer(Shared):
     """Turns pictures into codes and codes into pictures, with a trained `VQModel`.
@@ -251,8 +253,12 @@ class Tokenizer(Shared):
             **rate: Another rate of `encode`, such as ``max_codes`` or ``threshold``.
 
         Raises:
-            ValueError: As for `encode`; or no file is that small; names the smallest.
+            ValueError: As for `encode`; there is no such rate; or no file is that small; names the
+                smallest.
         """
+        known = ("bits", "bpp", "psnr", *RATES)
+        if unknown := [name for name in rate if name not in (*known, "max_tokens")]:
+            raise ValueError(f"there is no rate {unknown[0]!r}; the rates are {', '.join(known)}")
         image = self.to_tensor(picture)
         size = image.shape[1], image.shape[2]
         x = pad(image, self.model.factor)[None].to(next(self.model.parameters()))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.models import tokenizer_of
 from support.runs import TinyRuns
 
 import taming
@@ -319,3 +320,10 @@ def test_a_device_that_there_is_not_is_refused_first(device: str, tokenizer: Tok
 def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         taming.load(tmp_path / "nothing")
+
+
+def test_compress_names_the_rates_that_there_are_before_it_encodes():
+    tokenizer = Tokenizer(tokenizer_of("residual"))
+    picture = np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="no rate 'bbp'; the rates are bits, bpp, psnr, max_codes"):
+        tokenizer.compress(picture, bbp=0.1)

@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -14,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from reliability import configurations
+from support.models import ToyModel
 
 import main as program
 from taming.run.options import parse_arguments
@@ -265,7 +267,7 @@ def test_two_processes_share_one_run(folder):
     ("argv", "message"),
     [
         (["-b", "none.yaml"], "no .*file none.yaml"),
-        (["-r", "."], "is not a run"),
+        (["-r", "."], r"^\. is not a run"),
         (["-r", "logs/none"], "logs/none does not exist"),
         (["-b", "toy.yaml", "--devices", "9999"], r"9999 devices .* CPU cores; pass --devices"),
         (["-b", "toy.yaml", "--gpus", "97,98"], r"\[97, 98\] .* GPUs are visible .*--gpus 0"),
@@ -322,6 +324,21 @@ def test_an_error_in_training_is_raised(folder):
     with pytest.raises(OSError, match="toy"):
         program.main(["-b", "toy.yaml", "-t", *CPU, "model.params.fail_at=2"])
     assert last(only_run())["global_step"] == 2
+
+
+def test_an_interrupted_run_says_where_it_is_and_how_it_goes_on(folder, capsys, monkeypatch):
+    step = ToyModel.training_step
+
+    def interrupted(self, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(ToyModel, "training_step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        program.main(["-b", "toy.yaml", "-t", *CPU])
+    run, shown = only_run(), capsys.readouterr().err
+    assert stop.value.code == 130 and last(run)["global_step"] == 1
+    assert f"the run is saved in {run}; go on with: python main.py -r {run} -t" in shown
 
 
 def test_debug_opens_a_debugger_and_keeps_the_run_apart(folder, monkeypatch):

@@ -101,14 +101,15 @@ def test_evaluation_of_a_prior(evaluations: dict[str, dict[str, Any]]) -> None:
     assert numbers["bits_per_token"] == pytest.approx(math.log2(17), rel=0.2)  # untrained
 
 
-@pytest.mark.parametrize(("options", "size"), [((), (48, 40)), (("--size", 21), (24, 20))])
+@pytest.mark.parametrize(("options", "size"), [((), (51, 43)), (("--size", 21), (25, 21))])
 def test_reconstructions(
     options: tuple[str, ...], size: tuple[int, int], tokenizer: Path, photo: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "folder").mkdir()
     with Image.open(photo) as picture:
-        picture.crop((0, 0, 48, 40)).save(tmp_path / "whole.jpg")
-        (picture.resize((51, 43)) if not options else picture).save(tmp_path / "folder/odd.png")
+        shown = picture if options else picture.resize(size)
+        shown.save(tmp_path / "whole.jpg")
+        shown.save(tmp_path / "folder/odd.png")
     inputs, out = (tmp_path / "whole.jpg", tmp_path / "folder"), tmp_path / "out"
     call("reconstruct", "-r", tokenizer, *inputs, "-o", out, *options)
     numbers = json.loads((out / "reconstructions.json").read_text())
@@ -124,7 +125,7 @@ def test_reconstructions(
         assert (reconstruction == read_pixels(out / f"{stem}.png")).all()
         turns = values["turns"]
         assert values["size"] == [width, height]
-        assert values["sites"] == sum(turns) == width * height // 16
+        assert values["sites"] == sum(turns) == -(-width // 4) * -(-height // 4)
         assert values["codes"] == sum(n * c for n, c in enumerate(turns, 1))
         written = sum(min(n + 1, TURNS) * c for n, c in enumerate(turns, 1))  # with every end
         assert values["tokens"] == written
@@ -175,9 +176,8 @@ def test_reconstructions_of_a_tokenizer_without_a_loop(
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"0.png", "0_compare.png", "reconstructions.json"}
     (values,) = json.loads((tmp_path / "reconstructions.json").read_text()).values()
-    assert (
-        values["sites"] == values["codes"] == values["tokens"] == 3 * 2 and values["bits"] == 6 * 4
-    )
+    assert values["size"] == [48, 40] and values["sites"] == 3 * 3  # 16 pixels a side
+    assert values["sites"] == values["codes"] == values["tokens"] and values["bits"] == 9 * 4
 
 
 def test_samples_follow_from_the_seed(prior: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,38 @@ from torch.utils.data import default_collate
 
 from taming.data.helper_types import Annotation
 from taming.util import DataError
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for an item that cannot be read.
+
+    Attributes:
+        reason: Message of the `DataError`, which names the file.
+    """
+
+    reason: str
+
+
+class Readable:
+    """Data set with indices that gives `Unreadable` in place of raising a `DataError`.
+
+    Args:
+        dataset: The data set.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.data = dataset
+        self.buckets = getattr(dataset, "buckets", None)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.data[index]
+        except DataError as error:
+            return Unreadable(str(error))
 
 
 def custom_collate(batch: Sequence[Any]) -> Any:
@@ -23,11 +56,15 @@ def custom_collate(batch: Sequence[Any]) -> Any:
         batch: Items: dictionaries, or anything that torch's ``default_collate`` takes.
 
     Returns:
-        One item with a batch axis; values that are lists of annotations or None form a list.
+        One item with a batch axis; values that are lists of annotations or None form a list. Items
+        that are `Unreadable` are left out, and ``unreadable`` lists their reasons.
 
     Raises:
         DataError: Arrays or tensors differ in shape.
     """
+    if reasons := [item.reason for item in batch if isinstance(item, Unreadable)]:
+        readable = [item for item in batch if not isinstance(item, Unreadable)]
+        return {**(custom_collate(readable) if readable else {}), "unreadable": reasons}
     first = batch[0]
     if isinstance(first, Mapping):
         return {key: custom_collate([item[key] for item in batch]) for key in first}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from taming.evaluation.examples import Example, grid_of, reconstructions
-from taming.evaluation.images import ImageSet, of_files, of_pictures, of_run
+from taming.evaluation.images import ImageSet, OnError, of_files, of_pictures, of_run
 from taming.evaluation.measures import Measure, versions
 from taming.evaluation.networks import about_file, all_measures
 from taming.evaluation.prior import evaluate_prior
@@ -55,7 +55,7 @@ class Evaluation:
         return head, rows
 
     def table(self) -> str:
-        """Return the table of `rows` as text, and a line for each measure that is missing."""
+        """Return the table of `rows` as text, and a line for each measure that lacks pictures."""
         head, rows = self.rows()
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         lines = [
@@ -65,7 +65,10 @@ class Evaluation:
             )
             for line in [head, *rows]
         ]
-        lines += [f"not measured: {name}: {why}" for name, why in self.numbers["missing"].items()]
+        for key, title in (("missing", "not measured"), ("left_out", "left out")):
+            lines += [f"{title}: {name}: {why}" for name, why in self.numbers[key].items()]
+        if unreadable := self.numbers["unreadable"]:
+            lines.append(f"not read: {len(unreadable)} pictures; the first: {unreadable[0]}")
         return "\n".join(lines) + "\n"
 
 
@@ -93,6 +96,7 @@ def evaluate(
     seed: int = 0,
     tokenizer: str | Path | None = None,
     trust_config: bool = False,
+    on_error: OnError = "skip",
     **params: Any,
 ) -> Evaluation:
     """Measure a tokenizer or a prior on images.
@@ -114,6 +118,8 @@ def evaluate(
         seed: Seed of generated pictures.
         tokenizer: Run of a prior's tokenizer, if it is not where it was.
         trust_config: Build whatever the run's configuration names, which may run any code.
+        on_error: "skip" pictures that cannot be read and list them, or "raise" an error that names
+            the first.
         **params: Fields of `SamplingParams` for generated pictures, such as ``top_p``.
 
     Returns:
@@ -142,7 +148,9 @@ def evaluate(
         device = usable_device(device)
         saved = SavedRun.load(model, tokenizer=tokenizer, trust_config=trust_config)
         loaded = saved.model().to(device)
-    source = _Source(saved, data, size, batch_size, split)
+    if on_error not in ("skip", "raise"):
+        raise ValueError(f"on_error must be 'skip' or 'raise', got {on_error!r}")
+    source = _Source(saved, data, size, batch_size, split, on_error)
     if priors := _priors_of(loaded):
         if codes:
             raise ValueError("codes are the rate of a tokenizer, but this is a prior: omit codes")
@@ -168,6 +176,7 @@ class _Source:
     size: int | None
     batch_size: int
     split: str
+    on_error: OnError
 
     def open(self, key: str, channels: int, side: int | None, classes: int | None) -> ImageSet:
         """Open the images; ``side`` is that of the crops if no size was given."""
@@ -175,12 +184,13 @@ class _Source:
             raise ValueError("size crops the files of a folder, list or Parquet file: give data")
         if isinstance(self.data, str | Path):
             crop = self.size or side
-            return of_files(self.data, key, channels, crop, self.batch_size, classes, self.split)
+            options = (crop, self.batch_size, classes, self.split, self.on_error)
+            return of_files(self.data, key, channels, *options)
         if self.data is not None:
-            return of_pictures(self.data, key, channels)
+            return of_pictures(self.data, key, channels, self.on_error)
         if self.saved is None:
             raise ValueError("a model that is loaded has no validation set: give data")
-        return of_run(self.saved)
+        return of_run(self.saved, self.on_error)
 
 
 def _priors_of(model: Any) -> list[Prior]:
@@ -205,7 +215,8 @@ def _of_prior(
         priors, images, measures, missing, generated, source.batch_size, seed, **params
     )
     numbers["protocol"] |= _protocol(measures, missing, prior)
-    return {**numbers, "missing": missing}, grid_of(shown)
+    numbers |= {"missing": missing, "unreadable": images.unreadable}
+    return numbers, grid_of(shown)
 
 
 def _of_tokenizer(
@@ -221,7 +232,7 @@ def _of_tokenizer(
     numbers["protocol"]["crop"] += crop
     numbers["protocol"] |= _protocol(measures, missing, model)
     pictures = reconstructions(face, images, numbers, examples)
-    return {**numbers, "missing": missing}, pictures
+    return {**numbers, "missing": missing, "unreadable": images.unreadable}, pictures
 
 
 def _protocol(measures: Sequence[Measure], missing: dict[str, str], model: Any) -> dict[str, Any]:

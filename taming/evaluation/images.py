@@ -6,12 +6,14 @@ Axis letters: B images, C channels, H W image.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,11 +21,17 @@ import torch
 from torch import Tensor
 
 from taming.data.datamodule import DataModuleFromConfig
-from taming.data.loader import length_of
+from taming.data.loader import is_stream, length_of
+from taming.data.preprocessing import error_context
+from taming.data.utils import Readable
 from taming.pictures import Picture, to_tensor
 from taming.run.folder import SavedRun
+from taming.util import DataError
+
+logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
+OnError = Literal["skip", "raise"]
 # Groups of pictures of one size wait for each other; more than so many batches of them do not.
 _WAITING = 8
 # Feature networks take some hundred times the memory of the pixels that they see together.
@@ -35,14 +43,44 @@ class ImageSet:
     """Images in batches, which can be read again in the same order.
 
     Attributes:
-        batches: Returns the batches from the first on.
+        load: Returns the batches from the first on; ``unreadable`` in one lists the reasons why
+            images that belong there cannot be read.
         length: Number of images, None if it is not known before.
         about: What stands in the protocol: source, resize and crop.
+        on_error: "skip" images that cannot be read, or "raise" an error that names the first.
+        unreadable: Why images were skipped so far.
     """
 
-    batches: Callable[[], Iterable[Batch]]
+    load: Callable[[], Iterable[Batch]]
     length: int | None
     about: Mapping[str, Any]
+    on_error: OnError = "raise"
+    unreadable: list[str] = field(default_factory=list)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the batches from the first on, of what can be read.
+
+        Raises:
+            DataError: An image cannot be read and ``on_error`` is "raise", or none can.
+        """
+        is_empty = True
+        for batch in self.load():
+            images = dict(batch)
+            for reason in images.pop("unreadable", ()):
+                self._skip(reason)
+            if images:
+                is_empty = False
+                yield images
+        if is_empty and self.unreadable:
+            number, first = len(self.unreadable), self.unreadable[0]
+            raise DataError(f"none of the {number} pictures can be read; the first: {first}")
+
+    def _skip(self, reason: str) -> None:
+        if self.on_error == "raise":
+            raise DataError(reason)
+        if reason not in self.unreadable:  # the images may be read again
+            logger.warning("skipped: %s", reason)
+            self.unreadable.append(reason)
 
     def images(self, key: str) -> Iterator[tuple[str, Tensor]]:
         """Yield name and image (C, H, W) float32 in [-1, 1] of each item, in order."""
@@ -122,18 +160,28 @@ class Digest:
         }
 
 
-def of_pictures(pictures: Sequence[Picture], key: str, channels: int) -> ImageSet:
-    """Return the set of pictures of any kind and size, whole."""
+def of_pictures(
+    pictures: Sequence[Picture], key: str, channels: int, on_error: OnError = "raise"
+) -> ImageSet:
+    """Return the set of pictures of any kind and size, whole; files alone can be unreadable."""
+
+    def image_of(picture: Picture) -> Tensor:
+        is_file = isinstance(picture, str | os.PathLike)
+        with error_context(f"image {picture}") if is_file else nullcontext():
+            return to_tensor(picture, channels).permute(1, 2, 0)[None]
 
     def batches() -> Iterator[Batch]:
         for picture in pictures:
-            yield {key: to_tensor(picture, channels).permute(1, 2, 0)[None]}
+            try:
+                yield {key: image_of(picture)}
+            except DataError as error:
+                yield {"unreadable": [str(error)]}
 
     about = {"source": "pictures in memory", "resize": "none", "crop": "none"}
-    return ImageSet(batches, len(pictures), about)
+    return ImageSet(batches, len(pictures), about, on_error)
 
 
-def of_run(saved: SavedRun) -> ImageSet:
+def of_run(saved: SavedRun, on_error: OnError = "raise") -> ImageSet:
     """Return the validation set of a run.
 
     Raises:
@@ -147,10 +195,12 @@ def of_run(saved: SavedRun) -> ImageSet:
     about = {"source": f"validation set of {saved.folder}", "resize": "as configured"}
     about |= {"crop": "as configured", "configuration": own}
     datasets = getattr(data, "datasets", {})
-    with_length = hasattr(datasets.get("validation"), "__len__")
-    return ImageSet(
-        data.val_dataloader, len(datasets["validation"]) if with_length else None, about
-    )
+    dataset = datasets.get("validation")
+    if dataset is None or is_stream(dataset):
+        about["unreadable"] = "as configured"
+    else:
+        datasets["validation"] = Readable(dataset)
+    return ImageSet(data.val_dataloader, length_of(dataset), about, on_error)
 
 
 def of_files(
@@ -161,6 +211,7 @@ def of_files(
     batch_size: int,
     classes: int | None = None,
     split: str = "test",
+    on_error: OnError = "raise",
 ) -> ImageSet:
     """Return the images of a folder, a text file that lists them, a Parquet file, or of the hub.
 
@@ -173,6 +224,7 @@ def of_files(
         batch_size: Largest number of images of a batch.
         classes: Number of classes that the items must name; None for no classes.
         split: Split of a data set of the hub.
+        on_error: "skip" images that cannot be read, or "raise" an error that names the first.
 
     Raises:
         FileNotFoundError: There is no such folder or file.
@@ -187,7 +239,10 @@ def of_files(
         _check_classes(path, dataset, classes)
     about: dict[str, Any] = {"source": str(path), "resize": "none", "crop": "none"}
     if block["target"] == _STREAM:
-        about["source"] = f"{path} of the hub, split {split}"
+        dataset.on_error = on_error
+        about |= {"source": f"{path} of the hub, split {split}", "unreadable": "named in the log"}
+    else:
+        data.datasets["validation"] = Readable(dataset)
     if size:
         smoothed = "with" if block["target"] != _PARQUET else "without"
         about["resize"] = f"short side to {size} pixels, bilinear {smoothed} antialiasing"
@@ -195,9 +250,9 @@ def of_files(
 
     def batches() -> Iterator[Batch]:
         for batch in data.val_dataloader():
-            yield {**batch, key: batch["image"]}
+            yield {**batch, key: batch["image"]} if "image" in batch else batch
 
-    return ImageSet(batches, length_of(dataset), about)
+    return ImageSet(batches, length_of(dataset), about, on_error)
 
 
 _PARQUET = "taming.data.hub.ParquetImages"
@@ -234,7 +289,10 @@ def _columns_of(path: Path) -> dict[str, str | None]:
 def _check_classes(path: Path, dataset: Any, classes: int) -> None:
     """Refuse data without the classes that a class-conditional prior needs."""
     found = getattr(dataset, "classes", None) or getattr(dataset, "class_names", None)
-    first = next(iter(dataset)) if length_of(dataset) is None else dataset[0]
+    items = (
+        iter(dataset) if is_stream(dataset) else (Readable(dataset)[i] for i in range(len(dataset)))
+    )
+    first = next((item for item in items if isinstance(item, Mapping)), {"class_label": 0})
     if "class_label" not in first or (found and len(found) != classes):
         number = f"has {len(found)}" if found else "has none"
         raise ValueError(

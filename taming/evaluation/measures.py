@@ -212,13 +212,14 @@ class Comparison:
     Attributes:
         measures: The measures.
         missing: Name -> why a measure is not there; shared by all comparisons.
-        values: Name -> value of each picture, in the order of ``positions``.
+        values: Name -> value of each picture in the order of ``positions``, None where the measure
+            cannot see it.
         positions: Number of each picture in the data.
     """
 
     measures: Sequence[Measure]
     missing: dict[str, str]
-    values: dict[str, list[float]] = field(default_factory=dict)
+    values: dict[str, list[float | None]] = field(default_factory=dict)
     positions: list[int] = field(default_factory=list)
     distances: dict[str, FrechetDistance] = field(default_factory=dict)
 
@@ -227,6 +228,7 @@ class Comparison:
         self.positions += positions
         for measure in self.measures:
             if measure.name not in seen:
+                self.values.setdefault(measure.name, []).extend([None] * len(levels))
                 continue
             found = measure.see(levels)
             if measure.compare:
@@ -237,17 +239,20 @@ class Comparison:
                 distance.update(measure.vectors(seen[measure.name]), real=True)
                 distance.update(measure.vectors(found), real=False)
 
-    def per_image(self) -> dict[str, list[float]]:
+    def per_image(self) -> dict[str, list[float | None]]:
         """Return the values of each picture in the order of the data, by measure."""
         order = sorted(range(len(self.positions)), key=self.positions.__getitem__)
-        whole = {name: v for name, v in self.values.items() if name not in self.missing}
-        return {name: [values[i] for i in order] for name, values in whole.items()}
+        some = {name: v for name, v in self.values.items() if any(x is not None for x in v)}
+        return {name: [values[i] for i in order] for name, values in some.items()}
 
     def compute(self) -> dict[str, float]:
-        """Return means over pictures, and Frechet distances of sets."""
-        means = {n: torch.tensor(v).double().mean().item() for n, v in self.per_image().items()}
+        """Return means over the pictures that a measure sees, and Frechet distances of sets."""
+        means: dict[str, float] = {}
+        for name, values in self.per_image().items():
+            seen = [value for value in values if value is not None]
+            means[name] = torch.tensor(seen).double().mean().item()
         for measure in self.measures:
-            if measure.name in self.missing or measure.distance not in self.distances:
+            if measure.distance not in self.distances:
                 continue
             if (value := self.distances[measure.distance].compute()) is None:
                 self.missing[measure.distance] = TOO_FEW
@@ -256,12 +261,39 @@ class Comparison:
         return means
 
 
-def look(measures: Sequence[Measure], levels: Tensor, missing: dict[str, str]) -> dict[str, Any]:
-    """See the originals (B, C, H, W) uint8 once, for all comparisons with them.
+class Look:
+    """Sees the originals once for all comparisons, and counts what measures cannot see.
 
-    A measure that cannot see them is left out from then on, and ``missing`` has the reason.
+    Args:
+        measures: The measures.
     """
-    for measure in measures:
-        if measure.name not in missing and (why := measure.refusal(levels.shape)):
-            missing[measure.name] = why
-    return {m.name: m.see(levels) for m in measures if m.name not in missing}
+
+    def __init__(self, measures: Sequence[Measure]) -> None:
+        self.measures = measures
+        self._pictures = 0
+        self._refused: dict[str, list[str]] = {}  # name -> the reason for each picture left out
+
+    def __call__(self, levels: Tensor) -> dict[str, Any]:
+        """Return what each measure that can sees of originals (B, C, H, W) uint8, by name."""
+        self._pictures += len(levels)
+        seen: dict[str, Any] = {}
+        for measure in self.measures:
+            if why := measure.refusal(levels.shape):
+                self._refused.setdefault(measure.name, []).extend([why] * len(levels))
+            else:
+                seen[measure.name] = measure.see(levels)
+        return seen
+
+    def left_out(self, missing: dict[str, str]) -> dict[str, str]:
+        """Return how many pictures a measure could not see, and why not the first, by name.
+
+        Args:
+            missing: Name -> why a measure is not there; those that saw no picture are added.
+        """
+        parts: dict[str, str] = {}
+        for name, reasons in self._refused.items():
+            if len(reasons) == self._pictures:
+                missing[name] = reasons[0]
+            else:
+                parts[name] = f"{len(reasons)} of {self._pictures} pictures; it {reasons[0]}"
+        return parts

@@ -18,8 +18,8 @@ from taming.evaluation.images import Digest, ImageSet, to_levels
 from taming.evaluation.measures import (
     TOO_FEW,
     FrechetDistance,
+    Look,
     Measure,
-    look,
     precision_and_recall,
 )
 from taming.generator import Generator
@@ -37,23 +37,22 @@ class Features:
     """Features of a set of pictures in each network, in the order of arrival."""
 
     def __init__(self, measures: Sequence[Measure], missing: dict[str, str]) -> None:
-        self.measures, self.missing = measures, missing
+        self.measures, self.missing, self.look = measures, missing, Look(measures)
         self.found: dict[str, list[Tensor]] = {}
 
     @torch.no_grad()
     def update(self, levels: Tensor) -> None:
         """Add pictures (B, C, H, W) uint8."""
-        seen = look(self.measures, levels, self.missing)
+        seen = self.look(levels)
         for measure in self.measures:
             if measure.vectors and measure.name in seen:
                 vectors = measure.vectors(seen[measure.name]).cpu()
                 self.found.setdefault(measure.name, []).append(vectors)
 
     def of(self, measure: Measure) -> Tensor | None:
-        """Return the features (N, d) in a measure's network; None if there are not all."""
-        if measure.name in self.missing or measure.name not in self.found:
-            return None
-        return torch.cat(self.found[measure.name])
+        """Return the features (N, d) in a measure's network; None if there are none."""
+        found = self.found.get(measure.name)
+        return torch.cat(found) if found else None
 
 
 def compare_sets(generated: Features, real: Features) -> dict[str, float]:
@@ -145,8 +144,8 @@ def evaluate_prior(
         **params: Fields of `SamplingParams`.
 
     Returns:
-        ``protocol`` of the images, ``codes``, ``quality`` and ``per_image``; and the first
-        generated pictures, PIL images.
+        ``protocol`` of the images, ``codes``, ``quality``, ``left_out`` as of `Look`, and
+        ``per_image``; and the first generated pictures, PIL images.
 
     Raises:
         ValueError: The images lack what the prior needs, or nothing can be generated from it.
@@ -171,10 +170,12 @@ def evaluate_prior(
     if not found:
         raise ValueError("there are no images to evaluate on")
     protocol = {
+        "unreadable": len(images.unreadable),
         **images.about,
         **(digest.about() if len(digest) else {"images": len(found["bits"])}),
     }
     numbers: dict[str, Any] = {"protocol": protocol, "codes": cost_of(found), "quality": {}}
+    numbers["left_out"] = real.look.left_out(missing)
     numbers["per_image"] = {name: found[name] for name in ("tokens", "bits")}
     shown: list[Any] = []
     if generator is not None:
@@ -182,6 +183,7 @@ def evaluate_prior(
         for pictures in sampled(generator, generated, seed, params):
             made.update(torch.stack([pil_to_tensor(p) for p in pictures]).to(device))
             shown += pictures[: max(SHOWN - len(shown), 0)]
+        numbers["left_out"] |= made.look.left_out(missing)
         numbers["quality"] = compare_sets(made, real)
         protocol["generated"] = {"pictures": generated, "seed": seed, **params}
     return numbers, shown

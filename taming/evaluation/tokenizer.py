@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from taming.evaluation.images import Digest, ImageSet, by_shape, from_levels, to_levels
-from taming.evaluation.measures import Comparison, Measure, look
+from taming.evaluation.measures import Comparison, Look, Measure
 from taming.models.vqgan import VQModel
 from taming.pictures import pad
 from taming.tokenizer import Tokenizer
@@ -139,10 +139,10 @@ def evaluate_tokenizer(
         codes: Mean numbers of codes of a site.
 
     Returns:
-        ``protocol`` of the images, ``images`` (their names) and ``rates``: name -> ``quality``,
-        ``codes``, ``histograms`` and ``per_image``.
+        ``protocol`` of the images, ``images`` (their names), ``left_out`` as of `Look`, and
+        ``rates``: name -> ``quality``, ``codes``, ``histograms`` and ``per_image``.
     """
-    model, digest = tokenizer.model, Digest()
+    model, digest, look = tokenizer.model, Digest(), Look(measures)
     costs: dict[str, Cost] = {}
     comparisons: dict[str, Comparison] = {}
     named: dict[int, str] = {}
@@ -152,7 +152,7 @@ def evaluate_tokenizer(
         levels = to_levels(image)
         digest.update(levels)
         named |= dict(zip(positions, names, strict=True))
-        seen = look(measures, levels.to(model.device), missing)
+        seen = look(levels.to(model.device))
         for rate, z, quantized, x_rec in reconstruct(model, from_levels(levels), codes):
             cost = costs.setdefault(rate, Cost(model))
             cost.update(z, quantized, levels[0, 0].numel())
@@ -162,12 +162,14 @@ def evaluate_tokenizer(
     bar.close()
     if not named:
         raise ValueError("there are no images to evaluate on")
+    left_out = look.left_out(missing)
     rates = {rate: _numbers(costs[rate], comparisons[rate]) for rate in costs}
     own = model.quantize.tracked_scalars()
     rates[OWN]["codes"] |= {name: float(value) for name, value in own.items()}
     return {
-        "protocol": {**images.about, **digest.about()},
+        "protocol": {"unreadable": len(images.unreadable), **images.about, **digest.about()},
         "rates": rates,
+        "left_out": left_out,
         "images": [named[position] for position in sorted(named)],
     }
 

@@ -211,6 +211,14 @@ def labels_of(prior: Any, classes: str | None) -> list[int] | None:
     return labels
 
 
+def one_line(error: Exception) -> str:
+    """Return the message of an error in one line."""
+    text = str(error).strip() or type(error).__name__
+    # A loader process puts its traceback into the message, before the message itself.
+    text = text.rpartition(f"{type(error).__name__}: ")[2]
+    return " ".join(line.strip() for line in text.splitlines())
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the program with one line on stderr and exit code 2 for a user's mistake.
@@ -221,7 +229,7 @@ def one_line_errors() -> Iterator[None]:
         with naming_extras():
             yield
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         sys.exit(2)
 
 

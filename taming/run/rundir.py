@@ -187,8 +187,9 @@ class RunDir:
             raise missing(path)
         run = cls(folder_of(path))
         if not run.saved_configs:
+            named = "" if path == run.path else f"{path}: "
             raise ValueError(
-                f"{path}: {run.path} is not a run, since it has no configs/*.yaml; "
+                f"{named}{run.path} is not a run, since it has no configs/*.yaml; "
                 "expected logs/<run> or logs/<run>/checkpoints/<file>.ckpt"
             )
         checkpoint = run.last_checkpoint if path.is_dir() else path

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from taming.run.advice import MonitorCheck
 from taming.run.checkpoints import SafeCheckpointIO
+from taming.run.cli import one_line
 from taming.run.defaults import DEFAULT_CHECKPOINT, callback_blocks, merge_block
 from taming.run.devices import choose_strategy
 from taming.run.loggers import build_loggers, quiet_threads
@@ -266,14 +267,6 @@ def fit(
         if line.startswith("Error(s) in loading state_dict"):
             line = f"{checkpoint} does not fit the model:{line.partition(':')[2]}"
         raise PreparationError(line) from error
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of an error in one line."""
-    text = str(error).strip() or type(error).__name__
-    # A loader process puts its traceback into the message, before the message itself.
-    text = text.rpartition(f"{type(error).__name__}: ")[2]
-    return " ".join(line.strip() for line in text.splitlines())
 
 
 def test(

@@ -5,6 +5,7 @@ import io
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +13,10 @@ import pytest
 from PIL import Image
 from support.runs import TinyRuns, call, fails
 
+from taming.data.base import ImagePaths
+from taming.data.loader import Loader
 from taming.evaluation.images import of_files
+from taming.run.cli import one_line_errors
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +108,7 @@ def test_a_data_set_of_the_hub_is_streamed(
         found.append(json.loads(Path("results/evaluation.json").read_text()))
     own, folder = (numbers["protocol"] for numbers in found)
     assert own.pop("source") == "owner/name of the hub, split validation"
+    assert (own.pop("unreadable"), folder.pop("unreadable")) == ("named in the log", 0)
     assert folder.pop("source").endswith("images") and own == folder
     assert found[0]["rates"]["own"]["quality"] == pytest.approx(found[1]["rates"]["own"]["quality"])
     labelled = of_files("owner/name", "image", 3, None, 4, classes=3, split="validation")
@@ -117,6 +122,49 @@ def test_the_runs_own_validation_set(tokenizer: Path) -> None:
     about = json.loads(Path("results/evaluation.json").read_text())["protocol"]
     assert about["source"] == f"validation set of {tokenizer}" and about["images"] == 4
     assert about["configuration"]["params"]["size"] == 16 and about["resolution"] == "16x16"
+
+
+@pytest.mark.parametrize("size", [(), ("--size", 32)])
+def test_a_picture_that_cannot_be_read_is_named_and_left_out(
+    size: tuple[Any, ...],
+    tokenizer: Path,
+    tiny_runs: TinyRuns,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    images = sorted((tiny_runs.folder / "data/images").rglob("*.png"))[:4]
+    for name, kept in (("whole", images[:2] + images[3:]), ("few", images)):
+        (tmp_path / name).mkdir()
+        for number, image in enumerate(kept):
+            (tmp_path / name / image.name).write_bytes(
+                image.read_bytes()[: 300 if (name, number) == ("few", 2) else None]
+            )
+        call("evaluate", "-r", tokenizer, "--data", name, *size, "-o", f"{name}.json")
+    broken = f"few/{images[2].name}"
+    warnings = [r.getMessage() for r in caplog.records if r.getMessage().startswith("skipped: ")]
+    assert len(warnings) == 1 and broken in warnings[0] and "\n" not in warnings[0]
+    whole, few = (json.loads(Path(f"{n}.json").read_text()) for n in ("whole", "few"))
+    assert few["protocol"]["unreadable"] == 1 and broken in few["unreadable"][0]
+    assert few["protocol"]["sha256"] == whole["protocol"]["sha256"]
+    assert few["rates"]["own"]["quality"] == pytest.approx(whole["rates"]["own"]["quality"])
+    assert f"not read: 1 pictures; the first: image {broken}" in capfd.readouterr().out
+    error = fails(capfd, "evaluate", "-r", tokenizer, "--data", "few", "--on_error", "raise")
+    assert error.startswith(f"image {broken}: ") and error.count("\n") == 1
+    for image in (tmp_path / "few").iterdir():
+        image.write_bytes(b"nothing")
+    error = fails(capfd, "evaluate", "-r", tokenizer, "--data", "few")
+    assert error.startswith("none of the 4 pictures can be read") and error.count("\n") == 1
+
+
+def test_a_loader_processes_error_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("broken.png").write_bytes(b"nothing")
+    loader = Loader(ImagePaths(["broken.png"]), 1, num_workers=1)
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        next(iter(loader))
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: image broken.png: cannot be decoded")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

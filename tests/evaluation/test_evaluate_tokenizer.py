@@ -111,6 +111,22 @@ def test_batches_and_order_change_no_number(quantizer):
         assert moved == pytest.approx([values[i] for i in order], abs=1e-3), name
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_picture_too_small_for_a_measure_is_left_out_of_it_alone(batch_size):
+    small, tiny = photos((24, 20), (5, 7))
+    found = measured("residual", [*PHOTOS, tiny, small], batch_size=batch_size)
+    wanted = measured("residual", [*PHOTOS, small], batch_size=batch_size)
+    values, others = (n["rates"]["own"]["per_image"]["SSIM"] for n in (found, wanted))
+    place = len(PHOTOS)
+    assert values[place] is None
+    assert values[:place] + values[place + 1 :] == pytest.approx(others, abs=1e-3)
+    means = [n["rates"]["own"]["quality"]["SSIM"] for n in (found, wanted)]
+    assert means[0] == pytest.approx(means[1], abs=1e-3)
+    assert found["left_out"].keys() == {"SSIM"} and not wanted["left_out"]
+    assert found["left_out"]["SSIM"].startswith(f"1 of {place + 2} pictures; it takes pictures of")
+    assert found["missing"].keys() == wanted["missing"].keys() == {"MS-SSIM"}
+
+
 @pytest.mark.parametrize("quantizer", FLAT)
 def test_use_of_the_codebook_is_counted_over_the_whole_set(quantizer):
     tokenizer = Tokenizer(tokenizer_of(quantizer))
@@ -204,14 +220,14 @@ def test_frechet_distance_is_the_formula_in_any_batches():
         assert distance.compute() == pytest.approx(wanted)
 
 
-def test_pictures_that_are_too_small_take_out_what_needs_larger_ones():
+def test_a_measure_that_sees_no_picture_is_missing():
     ms_ssim = pixel_measures()[2]
     assert not ms_ssim.refusal((1, 3, 176, 180)) and ms_ssim.refusal((1, 3, 176, 175))
-    mixed = measured("plain", photos((24, 20), (12, 10)))
-    assert set(mixed["rates"]["own"]["quality"]) == {"PSNR"}
-    assert set(mixed["rates"]["own"]["per_image"]) == {"PSNR", "tokens", "bits"}
-    assert "at least 11 pixels a side; one has 12x10" in mixed["missing"]["SSIM"]
-    assert "176" in mixed["missing"]["MS-SSIM"]
+    small = measured("plain", photos((8, 9), (12, 10)))
+    assert set(small["rates"]["own"]["quality"]) == {"PSNR"}
+    assert set(small["rates"]["own"]["per_image"]) == {"PSNR", "tokens", "bits"}
+    assert "at least 11 pixels a side; one has 8x9" in small["missing"]["SSIM"]
+    assert "176" in small["missing"]["MS-SSIM"] and not small["left_out"]
 
 
 def test_examples_are_best_median_and_worst():
