@@ -135,7 +135,7 @@ def test_a_published_tokenizer_reconstructs(tmp_path: Path, shared: Path) -> Non
     next((run / "configs").iterdir()).rename(run / "configs/model.yaml")
     Image.fromarray(np.zeros((50, 70, 3), np.uint8)).save("photo.png")
     call("reconstruct", "-r", run, "photo.png", "-o", "out")
-    assert read_pixels(tmp_path / "out/photo.png").shape == (48, 64, 3)
+    assert read_pixels(tmp_path / "out/photo.png").shape == (50, 70, 3)
 
 
 def test_an_unconditional_prior_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
