@@ -387,7 +387,7 @@ def test_the_loss_of_a_model_inside_is_not_listed_either(path, caplog):
     whole = nn.ModuleDict({"first_stage_model": Model()})
     state = whole.state_dict()
     torch.save({**state, "first_stage_model.loss.lpips": torch.ones(1)}, path)
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, "taming.checkpoint"):
         load_weights(whole, path)
     assert "left out its 1 weights" in caplog.text and "lpips" not in caplog.text
 

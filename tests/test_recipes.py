@@ -121,12 +121,12 @@ def test_every_level_is_counted_in_a_reconstruction(
     assert {path.name for path in out.iterdir()} == {
         *("image.png", "image_compare.png", "reconstructions.json")
     }
-    assert read_pixels(out / "image.png").shape == (16, 16, 3)  # whole sites of the top level
+    assert read_pixels(out / "image.png").shape == (18, 21, 3)
     shown = read_pixels(out / "image_compare.png")  # the top level's picture too
-    assert shown.shape == (20, 3 * 18 + 2, 3)
+    assert shown.shape == (22, 3 * 23 + 2, 3)
     (values,) = json.loads((out / "reconstructions.json").read_text()).values()
-    assert values["sites"] == values["codes"] == values["tokens"] == 4 + 16
-    assert values["bits"] == pytest.approx(20 * math.log2(8))
+    assert values["sites"] == values["codes"] == values["tokens"] == 9 + 36
+    assert values["bits"] == pytest.approx(45 * math.log2(8))
     error = fails(capsys, "reconstruct", "-r", model, image, "-o", out, "--max-codes", 9)
     assert re.search("Hierarchy has a fixed rate.*max_codes", error)
 
