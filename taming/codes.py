@@ -69,8 +69,6 @@ class Codes:
         same = (self.size, len(self.levels)) == (other.size, len(other.levels))
         return same and all(map(torch.equal, self.levels, other.levels))
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         grids = ", ".join(f"{level.shape[0]}x{level.shape[1]}" for level in self.levels)
         return f"Codes(size={self.size}, sites {grids}, {len(self)} codes)"

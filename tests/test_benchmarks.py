@@ -12,7 +12,7 @@ import pytest
 import torch
 from adaptivity import rank_correlation, site_statistics
 from race.contenders import contenders
-from race.measure import code_bits, cut_by, fixed_length, shuffled_lengths, usage
+from race.measure import code_bits, cut_by, fixed_length, set_rate_for_mean, shuffled_lengths, usage
 from race.peers import ResidualVQ
 from race.plans import PLANS, images_of
 from race.report import average, cell, codes_at, margins, quality_at, savings, write_report
@@ -224,3 +224,14 @@ def test_margins_compare_at_the_peers_own_rate_and_never_beyond_what_was_measure
 def test_a_seed_without_comparison_is_named() -> None:
     assert cell([0.5, None, 1.5], 2) == "+1.00 ± 0.71 (2 of 3 seeds)"
     assert cell([None], 2) == ""
+
+
+@pytest.mark.parametrize("length", [1.5, 2.5])
+def test_a_lambda_gives_the_mean_length_that_is_wanted(plan, length) -> None:
+    model = build_tokenizer(plan, contenders(16, 8)["rate-one"])
+    images = [torch.rand(8, 3, 32, 32) * 2 - 1 for _ in range(2)]
+    for x in images:
+        model.train().quantize(model.encode_to_prequant(x))
+    set_rate_for_mean(model.eval(), images, length)
+    codes = torch.cat([model.encode_to_codes(x) for x in images])
+    assert float((codes >= 0).sum(dim=-1).float().mean()) == pytest.approx(length, rel=0.15)

@@ -74,19 +74,11 @@ def _loopy(
 
 def _rated(name: str, codes: int, channels: int, turns: int) -> Contender:
     """Return a quantizer of fixed depth whose codes are chosen and learned by rate."""
-    block = _block(
-        "race.peers.FixedRate",
-        n_e=codes,
-        e_dim=channels,
-        max_loops=turns,
-        **LEARNING,
-        rate=RATES[turns],
-        rate_weight=RATE_WEIGHT,
-        transform_config=_transform("LinearResidual", turns, channels),
-    )
-    return Contender(
-        name, "one code, by rate" if turns == 1 else "fixed depth, by rate", block, beam=BEAM
-    )
+    rated = {"rate": RATES[turns], "rate_weight": RATE_WEIGHT}
+    loop = _loopy("LinearResidual", codes, channels, turns, **rated)
+    block = {**loop, "target": "race.peers.FixedRate"}
+    group = "one code, by rate" if turns == 1 else "fixed depth, by rate"
+    return Contender(name, group, block, beam=BEAM)
 
 
 def _residual(turns: int, codes: int, channels: int, **params: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The peers in the race: quantizers with a fixed number of turns, and a rate to be set afterwards.
 
-Axis letters: N latents, D channels, K codes, T turns.
+Axis letters: D channels, K codes, T turns.
 """
 
 from __future__ import annotations
