@@ -198,19 +198,16 @@ class Loader:
 
 
 def _start_worker(number: int) -> None:
-    outlive_signals()
-    gc.freeze()  # the collector would otherwise copy pages of modules that processes share
-
-
-def outlive_signals() -> None:
     """Let a loader process serve on after a signal to a whole group of processes.
 
-    Its parent ends after the batch, and then ends it, or goes on.
+    Its parent ends after the batch, and then ends it, or goes on. Threads that began before, such
+    as those of imports in a process that was not forked, do not block the signals.
     """
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
         signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         threading.Thread(target=_obey_parent, daemon=True).start()
+    gc.freeze()  # the collector would otherwise copy pages of modules that processes share
 
 
 def _obey_parent() -> None:

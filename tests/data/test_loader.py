@@ -1,17 +1,18 @@
 """Batches follow from the seed: any can be read again, by any number of loader processes."""
 
 import multiprocessing
+import os
 import random
 import signal
 import subprocess
-import sys
+import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from taming.data.loader import Loader, is_stream
 from taming.data.stream_loader import StreamLoader, make_loader
@@ -259,21 +260,27 @@ def test_pairs_become_mappings():
         list(Loader([(Image.new("RGB", (4, 4)), 1)], 1))
 
 
+class Slow(Dataset):
+    """Numbers, each with its process, slow enough to be sent a signal before they are read."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        time.sleep(0.1)
+        return {"number": np.int64(index), "process": np.int64(os.getpid())}
+
+
 @pytest.mark.skipif(
     not hasattr(signal, "sigwaitinfo"), reason="this system cannot wait for signals"
 )
 def test_only_its_parent_ends_a_loader_process():
-    serve = "import time; from taming.data.loader import outlive_signals; outlive_signals(); "
-    serve += "print('ready', flush=True); time.sleep(60)"
-    loader = subprocess.Popen(
-        [sys.executable, "-c", serve],
-        stdout=subprocess.PIPE,
-    )
-    assert loader.stdout is not None and loader.stdout.readline() == b"ready\n"
+    batches = Loader(Slow(), 1, num_workers=1)._read(Slow(), multiprocessing_context="fork")
+    process = int(next(batches)["process"])
     for name in ("INT", "USR1", "TERM"):
-        subprocess.run(["kill", f"-{name}", str(loader.pid)], check=True)  # another process
-    with pytest.raises(subprocess.TimeoutExpired):
-        loader.communicate(timeout=0.3)
-    loader.terminate()
-    loader.communicate(timeout=10)
-    assert loader.returncode == 0
+        subprocess.run(["kill", f"-{name}", str(process)], check=True)  # another process
+    assert [int(next(batches)["process"]) for _ in range(3)] == [process] * 3
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(timeout=10)
+    assert worker.exitcode == 0
