@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from taming.tokenizer import Tokenizer
 
 SUFFIX = ".loop"
-RATES = ("bpp", "bits", "psnr", "rate", "max_codes")
+RATES = ("bpp", "bits", "target_psnr", "rate", "max_codes")
 
 
 def parse_options() -> argparse.Namespace:
@@ -43,7 +43,7 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_mutually_exclusive_group().add_argument
     add("--bpp", type=float, help="most bits of the file per pixel")
     add("--bits", type=float, help="most bits of the file")
-    add("--psnr", type=float, help="PSNR in dB to reach with fewest codes")
+    add("--target_psnr", type=float, help="PSNR in dB to reach with fewest codes")
     add("--rate", type=float, help="lambda, what a bit is worth in squared distance")
     add("--max_codes", type=int, help="largest number of codes of a picture")
     options = parser.parse_args()

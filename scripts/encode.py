@@ -1,7 +1,7 @@
 """Compute the tokens of pictures once, so that priors need neither images nor tokenizer time.
 
 python scripts/encode.py -r logs/<run> -o cache/photos --data photos/
-python scripts/encode.py -r logs/<run> -o cache/set --data shards/ --max-codes 600
+python scripts/encode.py -r logs/<run> -o cache/set --data shards/ --max_codes 600
 python scripts/encode.py -r logs/<run> -o cache
 python scripts/encode.py -r logs/<run> -o cache --splits train --passes 4
 
@@ -25,6 +25,7 @@ from typing import Any
 
 from taming.run import cli
 from taming.run.folder import SavedRun
+from taming.run.parser import Parser
 
 logger = logging.getLogger("taming.encode")
 
@@ -33,7 +34,7 @@ _ENGINE = ("engine", "max_codes", "target_psnr", "threshold", "batch_size")
 _PICTURES = ("size", "labels", "split", "image_column", "columns", "shard_size")
 
 
-def parser_of() -> argparse.ArgumentParser:
+def parser_of() -> Parser:
     """Return the parser."""
     parser = cli.run_parser(__doc__)
     add = parser.add_argument
@@ -41,8 +42,8 @@ def parser_of() -> argparse.ArgumentParser:
     add("--engine", default="local", help="local, torchrun, slurm or ray (docs/scaling.md)")
     add("--devices", type=int, help="number of processes; default: all GPUs or cores")
     add("--batch_size", type=int, default=16, help="pictures of one size that are encoded together")
-    add("--max-codes", type=int, help="largest number of codes of a picture")
-    add("--target-psnr", type=float, help="PSNR in dB to reach with fewest codes")
+    add("--max_codes", type=int, help="largest number of codes of a picture")
+    add("--target_psnr", type=float, help="PSNR in dB to reach with fewest codes")
     add("--threshold", type=float, help="distance at which a loop ends, in the space of latents")
     error_help = "skip what cannot be encoded, or raise an error; default: skip with --data"
     add("--on_error", choices=("skip", "raise"), help=error_help)

@@ -1,7 +1,7 @@
 """Encode and decode images with a trained tokenizer.
 
 python scripts/reconstruct.py -r logs/<run> picture.jpg folder/ -o results
-python scripts/reconstruct.py -r logs/<run> picture.jpg -s 256 --max-codes 4000
+python scripts/reconstruct.py -r logs/<run> picture.jpg -s 256 --max_codes 4000
 
 The rate of a loopy tokenizer can be set by the distance at which loops end, by the number of codes,
 by the quality wanted, by the worth of a bit, or by the number of bits. reconstructions.json reports
@@ -138,11 +138,11 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_mutually_exclusive_group().add_argument
     threshold_help = "distance at which a loop ends, as a share of the latents' standard deviation"
     add("--threshold", type=float, help=threshold_help)
-    add("--max-codes", "--max-tokens", type=int, help="largest number of codes of an image")
-    add("--target-psnr", type=float, help="PSNR in dB to reach with fewest codes")
+    add("--max_codes", type=int, help="largest number of codes of an image")
+    add("--target_psnr", type=float, help="PSNR in dB to reach with fewest codes")
     rate_help = "lambda: codes and ends of least squared distance + lambda x bits of the tables"
     add("--rate", type=float, help=rate_help)
-    add("--target-bits", "--target_bits", type=float, help="largest number of those bits")
+    add("--target_bits", type=float, help="largest number of those bits")
     options = parser.parse_args()
     cli.check_folder(options.outdir)
     if options.size is not None and options.size < 1:

@@ -237,7 +237,6 @@ class Tokenizer(Shared):
         *,
         bits: float | None = None,
         bpp: float | None = None,
-        psnr: float | None = None,
         entropy: str | None = None,
         **rate: Any,
     ) -> bytes:
@@ -247,7 +246,6 @@ class Tokenizer(Shared):
             picture: One picture.
             bits: Bits of the whole file, not exceeded.
             bpp: The same in bits per pixel.
-            psnr: PSNR in dB to reach with as few codes as possible.
             entropy: ``"raw"`` bits, ``"static"`` tables of the quantizer, or the ``"context"``
                 model; by default the last of them that has been learned.
             **rate: Another rate of `encode`, such as ``max_codes`` or ``threshold``.
@@ -256,14 +254,14 @@ class Tokenizer(Shared):
             ValueError: As for `encode`; there is no such rate; or no file is that small; names the
                 smallest.
         """
-        known = ("bits", "bpp", "psnr", *RATES)
+        known = ("bits", "bpp", *RATES)
         if unknown := [name for name in rate if name not in (*known, "max_tokens")]:
             raise ValueError(f"there is no rate {unknown[0]!r}; the rates are {', '.join(known)}")
         image = self.to_tensor(picture)
         size = image.shape[1], image.shape[2]
         x = pad(image, self.model.factor)[None].to(next(self.model.parameters()))
         del image  # a large one would stay beside x
-        rates = {"bits": bits, "bpp": bpp, "target_psnr": psnr, **rate}
+        rates = {"bits": bits, "bpp": bpp, **rate}
         return self._codec().compress(x, size, entropy, rates)
 
     def decompress(

@@ -127,7 +127,7 @@ def test_every_level_is_counted_in_a_reconstruction(
     (values,) = json.loads((out / "reconstructions.json").read_text()).values()
     assert values["sites"] == values["codes"] == values["tokens"] == 9 + 36
     assert values["bits"] == pytest.approx(45 * math.log2(8))
-    error = fails(capsys, "reconstruct", "-r", model, image, "-o", out, "--max-codes", 9)
+    error = fails(capsys, "reconstruct", "-r", model, image, "-o", out, "--max_codes", 9)
     assert re.search("Hierarchy has a fixed rate.*max_codes", error)
 
 

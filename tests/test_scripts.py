@@ -144,7 +144,7 @@ def test_images_that_fail_do_not_stop_the_others(
         for name, side in (("a", 32), ("b", 64), ("c", 32), ("d", 32)):
             picture.resize((side, side)).save(images / f"{name}.png")
     (images / "c.png").write_bytes((images / "c.png").read_bytes()[:300])
-    limit = ("--max-tokens", 64)  # one for each site, but not for those of the second
+    limit = ("--max_codes", 64)  # one for each site, but not for those of the second
     error = fails(capsys, "reconstruct", "-r", tokenizer, images, "-o", out, *limit)
     assert "2 of 4 images failed" in error and "b.png" in error
     done = [str(images / name) for name in ("a.png", "d.png")]
@@ -582,9 +582,9 @@ def test_images_that_cannot_be_used_are_named(
     call("reconstruct", "-r", tokenizer, "small.png", "-o", "out")  # smaller than a site
     assert read_pixels(Path("out/small.png")).shape == (3, 30, 3)
     assert "cut.jpg" in fails(capsys, "reconstruct", "-r", tokenizer, "cut.jpg")
-    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--max-codes", 1)
+    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--max_codes", 1)
     assert f"{photo}: an image of " in error and "sites needs at least" in error
-    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--target-bits", 1)
+    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--target_bits", 1)
     assert f"{photo}: target_bits 1.0 is less than the " in error
     assert "cut.jpg" in fails(capsys, "sample", "-r", prior, "--complete", "cut.jpg")
     assert "in or below empty" in fails(capsys, "reconstruct", "-r", tokenizer, "empty")

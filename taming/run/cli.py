@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from taming.extras import naming_extras
 from taming.run.folder import SavedRun
+from taming.run.parser import Parser, split_overrides
 from taming.util import home, usable_device
 
 if TYPE_CHECKING:
@@ -23,35 +23,10 @@ T = TypeVar("T")
 
 TRUST_HELP = "build whatever the configuration of a saved run names: it may run any code"
 
-_OVERRIDE = re.compile(r"[A-Za-z_][\w.\[\]]*=")
 
-
-def split_overrides(
-    parser: argparse.ArgumentParser, argv: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """Split a command line into ``key=value`` items, wherever they stand, and the rest.
-
-    Args:
-        parser: Parser of the rest; an argument after a flag that needs a value is that value.
-        argv: Arguments without the program's name.
-
-    Returns:
-        The items, and the arguments for the parser.
-    """
-    actions = [action for action in parser._actions if action.nargs is None]
-    flags = {flag for action in actions for flag in action.option_strings}
-    overrides, rest = [], []
-    for before, argument in zip(["", *argv], argv, strict=False):
-        is_override = _OVERRIDE.match(argument) and before not in flags
-        (overrides if is_override else rest).append(argument)
-    return overrides, rest
-
-
-def script_parser(description: str | None, device: bool = True) -> argparse.ArgumentParser:
+def script_parser(description: str | None, device: bool = True) -> Parser:
     """Return a parser for a script, with ``--device`` if it computes on one."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     if device:
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser
@@ -81,7 +56,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> 
     parser.set_defaults(**defaults)
 
 
-def run_parser(description: str | None) -> argparse.ArgumentParser:
+def run_parser(description: str | None) -> Parser:
     """Return a parser for scripts that use a saved run and take the original's options for it."""
     parser = script_parser(description)
     add = parser.add_argument
@@ -96,7 +71,7 @@ def run_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def samples_parser(description: str | None, seed: int) -> argparse.ArgumentParser:
+def samples_parser(description: str | None, seed: int) -> Parser:
     """Return a `run_parser` for scripts that sample for the items of a data set."""
     parser = run_parser(description)
     add = parser.add_argument
@@ -107,7 +82,7 @@ def samples_parser(description: str | None, seed: int) -> argparse.ArgumentParse
     return parser
 
 
-def parse_run(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, SavedRun]:
+def parse_run(parser: Parser) -> tuple[argparse.Namespace, SavedRun]:
     """Parse the command line of a script, and load the run that it names.
 
     Args:
