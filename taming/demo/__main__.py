@@ -17,6 +17,7 @@ from taming.run import cli
 if TYPE_CHECKING:
     import argparse
 
+PROGRAM = "taming demo"  # of which this is the command, also as ``python -m taming.demo``
 SHIPPED = "photos"  # name of the tokenizer that comes with the package
 
 

@@ -19,8 +19,8 @@ from taming.signatures import parameters_of
 from taming.util import get_obj_from_str
 
 _USAGE = """\
-main.py -b CONFIG [CONFIG ...] -t [options] [key=value ...]
-       main.py -r logs/RUN -t [options] [key=value ...]"""
+%(prog)s -b CONFIG [CONFIG ...] -t [options] [key=value ...]
+       %(prog)s -r logs/RUN -t [options] [key=value ...]"""
 
 _DESCRIPTION = """\
 Train the model that one or more YAML files describe. Several files are merged from left to right,

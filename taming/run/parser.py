@@ -19,11 +19,23 @@ def spelt(argument: str) -> str:
     return f"--{name[2:].replace('-', '_')}{sign}{value}" if name.startswith("--") else argument
 
 
+def program(own: str | None = None) -> str | None:
+    """Return what started this program: a command of ``taming``, which says so, or its own name."""
+    return getattr(sys.modules["__main__"], "PROGRAM", own)
+
+
 class Parser(argparse.ArgumentParser):
     """Takes long options with ``-`` and ``_`` alike, and ends a mistake with one line.
 
     Options are added by their spelling with ``_``.
+
+    Args:
+        prog: Name of the program where it is no command of ``taming``; None for that of its file.
+        **options: Options of `argparse.ArgumentParser`.
     """
+
+    def __init__(self, *, prog: str | None = None, **options: Any) -> None:
+        super().__init__(prog=program(prog), **options)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Parse a command line.
