@@ -97,6 +97,7 @@ def main() -> None:
     loaded = taming.load(options.resume, device, trust_config=options.trust_config)
     tokenizer = cli.check_kind(loaded, Tokenizer, options.resume, "a tokenizer")
     rate = {name: value for name in RATES if (value := getattr(options, name)) is not None}
+    tokenizer.model.check_rate(rate.keys() - {"bpp", "bits"})
     work = partial(compress, tokenizer, not options.no_quality, entropy=options.entropy, **rate)
     each_file(work, paths, outputs, options.outdir / "compressed.json")
 

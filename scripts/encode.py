@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,15 @@ def main() -> None:
         pictures = {name: getattr(options, name) for name in _PICTURES}
         data = options.data[0] if len(options.data) == 1 else options.data
         common["on_error"] = options.on_error or "skip"
-        log_report(encode_shards(saved, data, options.outdir, **common, **pictures), options.outdir)
+        report = encode_shards(saved, data, options.outdir, **common, **pictures)
+        log_reports({options.outdir: report})
         return
     common |= {"on_error": options.on_error or "raise", "tile": None}
+    reports = {}
     for split, source in own_sources(options, saved).items():
         folder = options.outdir / split
-        log_report(encode_shards(saved, source, folder, **common), folder)
+        reports[folder] = encode_shards(saved, source, folder, **common)
+    log_reports(reports)
 
 
 def own_sources(options: argparse.Namespace, saved: SavedRun) -> dict[str, Any]:
@@ -98,19 +102,21 @@ def own_sources(options: argparse.Namespace, saved: SavedRun) -> dict[str, Any]:
     return {name: own_source(saved, name, passes.get(name, 1), options.seed) for name in names}
 
 
-def log_report(report: Any, folder: Path) -> None:
-    """Log what a complete cache holds."""
-    logger.info("%d pictures, %d tokens in %s", report.pictures, report.tokens, folder)
-    if report.unreadable:
-        key, reason = report.unreadable[0]
-        logger.warning(
-            "%d of %d pictures could not be encoded (%s/report.json); the first, %s: %s",
-            len(report.unreadable),
-            len(report.unreadable) + report.pictures,
-            folder,
-            key,
-            reason,
-        )
+def log_reports(reports: Mapping[Path, Any]) -> None:
+    """Log what complete caches hold.
+
+    Raises:
+        IncompleteError: Pictures could not be encoded; counts them, and names the first.
+    """
+    from taming.data.preprocessing import refuse_failed
+
+    failed = []
+    for folder, report in reports.items():
+        logger.info("%d pictures, %d tokens in %s", report.pictures, report.tokens, folder)
+        if report.unreadable:
+            logger.warning("%s names those that failed", folder / "report.json")
+        failed += [f"{key}: {reason.removeprefix(f'{key}: ')}" for key, reason in report.unreadable]
+    refuse_failed(failed, len(failed) + sum(report.pictures for report in reports.values()))
 
 
 if __name__ == "__main__":

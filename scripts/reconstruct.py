@@ -172,6 +172,7 @@ def main() -> None:
         raise ValueError(f"{options.resume} holds a tokenizer of {channels} channels, not 3")
     model = tokenizer.model
     rate = chosen_rate(options, model)
+    model.check_rate(rate)
     target = rate.get("target_psnr", -math.inf)
 
     def work(path: Path, name: str) -> dict[str, Any]:

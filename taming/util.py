@@ -286,6 +286,10 @@ class DataError(ValueError):
     """A file of a data set cannot be used; the message names it."""
 
 
+class IncompleteError(DataError):
+    """Some inputs cannot be used; what the others give is done."""
+
+
 class WriteError(OSError):
     """A file of a run cannot be saved; the message names it."""
 

@@ -25,6 +25,7 @@ from taming.run.folder import SavedRun
 from taming.scale import encode_shards, open_source
 from taming.scale.job import Job
 from taming.scale.sources import Items, shard_size_of
+from taming.util import IncompleteError
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [(16, 24), (20, 16), (17, 31), (16, 16)]
@@ -273,7 +274,8 @@ def test_the_command(
 ) -> None:
     output = tmp_path / "cache"
     arguments = ("-r", run, "-o", output, "--device", "cpu", "--devices", 1)
-    call("encode", *arguments, "--data", pictures, "--shard_size", 3)
+    with pytest.raises(IncompleteError, match="1 of 9 files failed; the first: b/broken.png: "):
+        call("encode", *arguments, "--data", pictures, "--shard_size", 3)
     assert contents(output) == contents(whole)
     shown = capsys.readouterr().err
     assert "9/9" in shown and "picture/s" in shown

@@ -145,12 +145,13 @@ def test_images_that_fail_do_not_stop_the_others(
             picture.resize((side, side)).save(images / f"{name}.png")
     (images / "c.png").write_bytes((images / "c.png").read_bytes()[:300])
     limit = ("--max_codes", 64)  # one for each site, but not for those of the second
-    error = fails(capsys, "reconstruct", "-r", tokenizer, images, "-o", out, *limit)
-    assert "2 of 4 images failed" in error and "b.png" in error
+    error = fails(capsys, "reconstruct", "-r", tokenizer, images, "-o", out, *limit, status=1)
+    assert "2 of 4 files failed" in error and "b.png" in error
     done = [str(images / name) for name in ("a.png", "d.png")]
     assert list(json.loads((out / "reconstructions.json").read_text())) == done
-    error = fails(capsys, "sample", "-r", prior, "--complete", images, "-o", out, "--top_k", 4)
-    assert "1 of 4 images failed" in error and "c.png" in error
+    completed = ("--complete", images, "-o", out, "--top_k", 4)
+    error = fails(capsys, "sample", "-r", prior, *completed, status=1)
+    assert "1 of 4 files failed" in error and "c.png" in error
     assert len(list(out.glob("*_completed.png"))) == 3
 
 
@@ -581,11 +582,11 @@ def test_images_that_cannot_be_used_are_named(
     (tmp_path / "empty").mkdir()
     call("reconstruct", "-r", tokenizer, "small.png", "-o", "out")  # smaller than a site
     assert read_pixels(Path("out/small.png")).shape == (3, 30, 3)
-    assert "cut.jpg" in fails(capsys, "reconstruct", "-r", tokenizer, "cut.jpg")
-    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--max_codes", 1)
+    assert "cut.jpg" in fails(capsys, "reconstruct", "-r", tokenizer, "cut.jpg", status=1)
+    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--max_codes", 1, status=1)
     assert f"{photo}: an image of " in error and "sites needs at least" in error
-    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--target_bits", 1)
+    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--target_bits", 1, status=1)
     assert f"{photo}: target_bits 1.0 is less than the " in error
-    assert "cut.jpg" in fails(capsys, "sample", "-r", prior, "--complete", "cut.jpg")
+    assert "cut.jpg" in fails(capsys, "sample", "-r", prior, "--complete", "cut.jpg", status=1)
     assert "in or below empty" in fails(capsys, "reconstruct", "-r", tokenizer, "empty")
     assert "nowhere" in fails(capsys, "reconstruct", "-r", tokenizer, "nowhere")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from taming.extras import naming_extras
 from taming.run.folder import SavedRun
 from taming.run.parser import Parser, split_overrides
-from taming.util import home, usable_device
+from taming.util import IncompleteError, home, usable_device
 
 if TYPE_CHECKING:
     import torch
@@ -196,22 +196,22 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the program with one line on stderr and exit code 2 for a user's mistake.
+    """End the program with one line on stderr: status 1 for inputs that cannot be used, 2 else.
 
-    That is a ValueError or an OSError, or a package that an extra brings and that is missing.
+    Mistakes are ValueErrors and OSErrors, or a package that an extra brings and that is missing.
     """
     try:
         with naming_extras():
             yield
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, IncompleteError) else 2)
 
 
 def run(program: Callable[[], None]) -> None:
     """Run a script with its log on the console.
 
-    A user's mistake ends it with one line on stderr and exit code 2, Ctrl-C with exit code 130.
+    Its exit status is that of `one_line_errors`, or 130 after Ctrl-C; docs/quickstart.md has all.
 
     Args:
         program: Function without arguments; may raise ValueError or OSError for mistakes.

@@ -40,7 +40,7 @@ from taming.models.vqgan import VQModel
 from taming.run.lock import held
 from taming.scale.sources import Sample, Source, groups_of
 from taming.tokenizer import encode_images
-from taming.util import DataError, WriteError, replacing
+from taming.util import DataError, IncompleteError, WriteError, replacing
 
 REPORT = "report.json"
 POLL = 0.5  # seconds between two looks at shards that others hold
@@ -265,7 +265,7 @@ class Job:
             unreadable += json.loads(table.schema.metadata[UNREADABLE])
         if not pictures:
             first = f"; the first, {unreadable[0][0]}: {unreadable[0][1]}" if unreadable else ""
-            raise ValueError(f"none of the {len(unreadable)} pictures could be encoded{first}")
+            raise IncompleteError(f"none of the {len(unreadable)} pictures could be encoded{first}")
         with replacing(self.output / REPORT) as part:
             about = Report(pictures, tokens, unreadable)._asdict()
             part.write_text(json.dumps(about, indent=1))

@@ -149,7 +149,7 @@ def test_one_damaged_file_of_several_does_not_stop_the_others(caplog):
                 raise ValueError(f"{name}: broken")
     assert failed == ["image a: broken", "image c: broken"]
     assert [str(error) for record in caplog.records for error in record.args] == failed
-    with pytest.raises(ValueError, match="2 of 3 images failed; the first: image a: broken"):
+    with pytest.raises(ValueError, match="2 of 3 files failed; the first: image a: broken"):
         refuse_failed(failed, 3)
     refuse_failed([], 3)
     with pytest.raises(ValueError, match="^other$"), skipping(failed):
