@@ -30,7 +30,7 @@ def main() -> None:
     prefix = f"{options.submodel}."
     part = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     if not part:
-        names = sorted({key.partition(".")[0] for key in weights})
+        names = ", ".join(sorted({key.partition(".")[0] for key in weights}))
         raise ValueError(f"{options.inpath} has no part {options.submodel!r}; its parts: {names}")
     with replacing(options.outpath) as file:
         torch.save({"state_dict": part}, file)

@@ -284,7 +284,7 @@ class Tokenizer(Shared):
     def _codec(self) -> Codec:
         from taming.codec.files import Codec  # whose range coder is imported where it is used
 
-        return Codec(self.model, self.context)
+        return Codec(self.model, self.context, self.name)
 
 
 @torch.no_grad()

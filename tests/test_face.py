@@ -75,7 +75,7 @@ def test_any_layout_of_an_array_is_the_same_image() -> None:
 @pytest.mark.parametrize(
     ("picture", "names"),
     [
-        ("nowhere.png", r"nowhere\.png.*No such file"),
+        ("nowhere.png", r"nowhere\.png: cannot be decoded as an image: it does not exist"),
         (np.zeros((4, 4, 3), np.int64), "uint8 or uint16.*int64"),
         (np.full((4, 4, 3), 3.0), r"\[-1, 1\].* 3"),
         (np.full((4, 4, 3), np.nan), r"\[-1, 1\].* nan"),
@@ -325,5 +325,5 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
 def test_compress_names_the_rates_that_there_are_before_it_encodes():
     tokenizer = Tokenizer(tokenizer_of("residual"))
     picture = np.zeros((8, 8, 3), np.uint8)
-    with pytest.raises(ValueError, match="no rate 'bbp'; the rates are bits, bpp, psnr, max_codes"):
+    with pytest.raises(ValueError, match="no rate 'bbp'; the rates are bits, bpp, max_codes"):
         tokenizer.compress(picture, bbp=0.1)

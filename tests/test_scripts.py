@@ -544,7 +544,7 @@ def test_models_are_not_mixed_up(
         (["--grid", "0,4"], "--grid expects rows,columns such as 16,16, got '0,4'"),
         (["--temperature", "-1"], "temperature"),
         (["--top_p", "2"], "top_p"),
-        (["--complete", "nowhere.png"], "there is no image or folder nowhere.png"),
+        (["--complete", "nowhere.png"], "there is no file or folder nowhere.png"),
     ],
 )
 def test_mistakes_about_samples(

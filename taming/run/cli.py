@@ -189,6 +189,8 @@ def labels_of(prior: Any, classes: str | None) -> list[int] | None:
 def one_line(error: Exception) -> str:
     """Return the message of an error in one line."""
     text = str(error).strip() or type(error).__name__
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
     # A loader process puts its traceback into the message, before the message itself.
     text = text.rpartition(f"{type(error).__name__}: ")[2]
     return " ".join(line.strip() for line in text.splitlines())

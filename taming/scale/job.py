@@ -108,7 +108,7 @@ class Job:
                 part.write_text(json.dumps(self._plan(), indent=1))
         begun, plan = json.loads(path.read_text()), self._plan()
         for name in [name for name in plan if begun.get(name) != plan[name]][:1]:
-            what = f"another {name}, {begun.get(name)}, not {plan[name]}"
+            what = f"another {name}, {_in_words(begun.get(name))}, not {_in_words(plan[name])}"
             raise ValueError(
                 f"{self.output} was begun with {'other data' if name == 'data' else what}: repeat "
                 "the command that began it, or name another folder"
@@ -236,7 +236,7 @@ class Job:
         sites = -(-height // model.factor) * -(-width // model.factor)
         if sites <= self.rate.get("max_codes", sites):
             return ""
-        return f"{sample.key}: {sites} sites need more than max_codes={self.rate['max_codes']}"
+        return f"{sample.key}: {sites} sites need more than max_codes {self.rate['max_codes']}"
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -272,6 +272,13 @@ class Job:
         for lock in self.output.glob(".[0-9]*.lock"):  # of processes that died at the end
             lock.unlink(missing_ok=True)
         seal(self.output)
+
+
+def _in_words(value: Any) -> str:
+    """Return an entry of a plan as a user would write it, such as ``max_codes 400``."""
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{name} {own}" for name, own in value.items())
+    return str(value or "none")
 
 
 def _image_of(sample: Sample, model: VQModel, key: str) -> Tensor:

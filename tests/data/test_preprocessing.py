@@ -184,7 +184,7 @@ def test_a_map_has_the_shape_of_its_image(tmp_path, size, fits):
 def test_errors_name_which_of_two_files_is_wrong(tmp_path):
     image, mask = str(tmp_path / "a.png"), str(tmp_path / "b.png")
     Image.new("RGB", (2, 2)).save(image)
-    with pytest.raises(ValueError, match="map .*b.png: cannot be decoded.*No such file"):
+    with pytest.raises(ValueError, match="map .*b.png: cannot be decoded.*does not exist"):
         read_pair(image, mask, decode_mask)
     with pytest.raises(ValueError, match="image .*b.png: cannot be decoded"):
         read_pair(mask, image, decode_mask)
