@@ -44,8 +44,8 @@ def parser_of() -> Parser:
     add("--devices", type=int, help="number of processes; default: all GPUs or cores")
     add("--batch_size", type=int, default=16, help="pictures of one size that are encoded together")
     add("--max_codes", type=int, help="largest number of codes of a picture")
-    add("--target_psnr", type=float, help="PSNR in dB to reach with fewest codes")
-    add("--threshold", type=float, help="distance at which a loop ends, in the space of latents")
+    add("--target_psnr", type=cli.rate, help="PSNR in dB to reach with fewest codes")
+    add("--threshold", type=cli.rate, help="distance at which a loop ends, in the space of latents")
     error_help = "skip what cannot be encoded, or raise an error; default: skip with --data"
     add("--on_error", choices=("skip", "raise"), help=error_help)
     group = parser.add_argument_group("any pictures").add_argument
@@ -73,9 +73,9 @@ def devices_of(options: argparse.Namespace) -> Any:
 def main() -> None:
     """Encode the pictures that are named, or the splits of the run's own data."""
     options, saved = cli.parse_run(parser_of())
+    cli.check_folder(options.outdir)
     from taming.scale import encode_shards
 
-    cli.check_folder(options.outdir)
     common = {name: getattr(options, name) for name in _ENGINE}
     common |= {"devices": devices_of(options), "progress": True}
     if options.data:

@@ -16,7 +16,7 @@ logger = logging.getLogger("taming.extract_submodel")
 def main() -> None:
     """Save a checkpoint that contains only the weights of the part."""
     parser = cli.script_parser(__doc__, device=False)
-    parser.add_argument("inpath", help="checkpoint to load")
+    parser.add_argument("inpath", type=cli.existing, help="checkpoint to load")
     parser.add_argument("outpath", help="checkpoint to save")
     parser.add_argument("submodel", nargs="?", default="cond_stage_model", help="name of the part")
     options = parser.parse_args()

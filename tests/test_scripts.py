@@ -164,7 +164,7 @@ def test_results_overwrite_neither_each_other_nor_an_image(
     assert len(files) == len(set(files)) and names[0] == "a" and names[3:] == ["b", "b_2"]
     for name in ("cat.png", "cat_compare.png"):
         (tmp_path / name).write_bytes(photo.read_bytes())
-    error = fails(capsys, "reconstruct", "-r", "nothing", tmp_path / "cat.png", "-o", tmp_path)
+    error = fails(capsys, "reconstruct", "-r", "photos", tmp_path / "cat.png", "-o", tmp_path)
     assert "cat.png is one of the images: choose another folder with -o" in error
     error = fails(capsys, "extract_segmentation", tmp_path, "--images", tmp_path)
     assert "would be overwritten by its map" in error
@@ -538,8 +538,8 @@ def test_models_are_not_mixed_up(
         (["--classes", "3"], "--classes 3: this prior is unconditional"),
         (["-n", "0"], "--num_samples and --batch_size must be at least 1"),
         (["--known", "1.5"], "--known must be in [0, 1], got 1.5"),
-        (["--mask", "mask.png"], "say what is known of images: give them by --complete"),
-        (["--mask", "mask.png", "--known", "0.3"], "give --known or --mask, not both"),
+        (["--mask", __file__], "say what is known of images: give them by --complete"),
+        (["--mask", __file__, "--known", "0.3"], "give --known or --mask, not both"),
         (["--grid", "4x4"], "--grid expects rows,columns such as 16,16, got '4x4'"),
         (["--grid", "0,4"], "--grid expects rows,columns such as 16,16, got '0,4'"),
         (["--temperature", "-1"], "temperature"),
@@ -557,7 +557,7 @@ def test_mistakes_about_samples(
     ("options", "message"),
     [
         ([], "class-conditional: give --classes, such as 3,7"),
-        (["--complete", "x.png"], "class-conditional: give --classes, such as 3,7"),
+        (["--complete", __file__], "class-conditional: give --classes, such as 3,7"),
         (["--classes", "3", "--guidance", "2"], "guidance 2.0 needs a prior that was trained with"),
         (["--classes", "cat"], "expected class labels such as 3,7, got 'cat'"),
         (["--classes", "3,10"], "there is no class 10: the labels of this prior are 0 to 9"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from taming.extras import naming_extras
 from taming.run.folder import SavedRun
 from taming.run.parser import Parser, split_overrides
+from taming.run.parts import place_of
+from taming.run.rundir import RunDir
 from taming.util import IncompleteError, home, usable_device
 
 if TYPE_CHECKING:
@@ -22,6 +25,39 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TRUST_HELP = "build whatever the configuration of a saved run names: it may run any code"
+
+
+def existing(text: str) -> str:
+    """Return an option's path of a file or folder.
+
+    Raises:
+        FileNotFoundError: It is not there, which is told before torch is imported.
+    """
+    if not Path(text).expanduser().exists():
+        raise FileNotFoundError(f"there is no file or folder {text}")
+    return text
+
+
+def existing_run(text: str) -> str:
+    """Return an option's run, checkpoint or shared model.
+
+    Raises:
+        FileNotFoundError: It is not there, and no model of this name ships.
+    """
+    if not (place := place_of(text)).exists():
+        RunDir.resume(place)  # which says what is missing
+    return text
+
+
+def rate(text: str) -> float:
+    """Return an option's rate.
+
+    Raises:
+        ValueError: It is no finite number, or below 0.
+    """
+    if not 0 <= (value := float(text)) < math.inf:
+        raise ValueError
+    return value
 
 
 def script_parser(description: str | None, device: bool = True) -> Parser:
@@ -35,7 +71,7 @@ def script_parser(description: str | None, device: bool = True) -> Parser:
 def add_run_arguments(parser: argparse.ArgumentParser, help: str, **options: Any) -> None:
     """Add ``--resume`` with the options given, and those for what the run's files may name."""
     add = parser.add_argument
-    add("-r", "--resume", required=True, help=help, **options)
+    add("-r", "--resume", required=True, type=existing_run, help=help, **options)
     add("--trust_config", action="store_true", help=TRUST_HELP)
     tokenizer_help = (
         "run of a prior's tokenizer; default: as when the prior was trained, or as near"
@@ -141,13 +177,16 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def check_folder(path: Path) -> None:
-    """Refuse an output folder that is a file, before any work is done.
+    """Refuse an output folder that cannot be written to, before any work is done.
 
     Raises:
-        ValueError: The path is a file.
+        ValueError: It, or the folder to create it in, is a file or not writable.
     """
-    if path.is_file():
-        raise ValueError(f"{path} is a file, but results go into a folder")
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file, but results go into a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"the folder {there} cannot be written to: choose another with -o")
 
 
 def refuse_existing(files: Iterable[Path]) -> None:

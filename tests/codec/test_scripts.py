@@ -91,7 +91,7 @@ def test_mistakes_are_named_before_any_work(
     picture = photos / "c.png"
     assert "is a file" in fails(capsys, "compress", picture, "-r", run, "-o", picture)
     (tmp_path / "c.loop").write_bytes(b"mine")
-    error = fails(capsys, "compress", picture, "-r", "nothing", "-o", tmp_path)
+    error = fails(capsys, "compress", picture, "-r", run, "-o", tmp_path)
     assert "c.loop exists already: choose another folder with -o" in error
     error = fails(capsys, "decompress", tmp_path / "c.loop", "-r", run, "-o", photos)
     assert "c.png exists already" in error

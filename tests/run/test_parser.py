@@ -41,7 +41,7 @@ def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
             PROGRAMS[request.param]()
     parser: Parser = built.value.args[0]
     for action in parser._actions:
-        action.required = False
+        action.required, action.type = False, None
     yield parser
 
 
