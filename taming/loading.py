@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 
 from taming.generator import Generator
+from taming.signatures import naming_nearest
 from taming.tokenizer import Tokenizer
 from taming.util import usable_device
 
 
+@naming_nearest()
 def load(
     run: str | Path | Sequence[str | Path],
     device: torch.device | str = "cpu",

@@ -22,6 +22,7 @@ from taming.modules.transformer.generate import SamplingParams
 from taming.modules.transformer.logits import filter_logits
 from taming.pictures import Picture
 from taming.run.folder import SavedRun
+from taming.signatures import naming_nearest
 from taming.tokenizer import Tokenizer
 from taming.util import usable_device
 
@@ -82,6 +83,7 @@ def _title(rate: str) -> str:
     return rate if rate in (OWN, "value") else f"{rate} codes"
 
 
+@naming_nearest(SamplingParams)
 def evaluate(
     model: str | Path | Tokenizer | Generator | Prior,
     data: Data = None,

@@ -13,11 +13,13 @@ from taming.scale.engines import ENGINES, Devices, cores, devices_of
 from taming.scale.job import Job, Report
 from taming.scale.sources import Source
 from taming.scale.tables import open_source
+from taming.signatures import naming_nearest
 from taming.util import nearest
 
 __all__ = ["Report", "Source", "encode_shards", "open_source"]
 
 
+@naming_nearest(open_source)
 def encode_shards(
     run: str | Path | SavedRun,
     input: str | Sequence[str] | Source,
