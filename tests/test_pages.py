@@ -27,6 +27,7 @@ from support.runs import TinyRuns, call, picture
 
 import main as program
 from taming.__main__ import programs
+from taming.run import cli
 from taming.run.options import parse_arguments
 from taming.run.parser import Parser
 from taming.signatures import parameters_of
@@ -114,6 +115,8 @@ def parse_alone(path: Path, arguments: Sequence[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(path.parent), *sys.path])
         patch.setattr(sys, "argv", [str(path), *arguments])
+        for name in ("existing", "existing_run"):  # files that a page leaves to its reader
+            patch.setattr(cli, name, str)
         for kind in (argparse.ArgumentParser, Parser):
             patch.setattr(kind, "parse_args", stops(kind.parse_args))
         with pytest.raises(Parsed):
