@@ -353,7 +353,7 @@ def test_without_guidance_classes_do_not_matter(
     pictures = {}
     for scale, label in product((0, 1, 3), (3, 7)):
         options = ("--guidance", scale, "--classes", label, "-o", tmp_path / f"{scale}")
-        call("sample", "-r", "run", "-n", 1, *options)
+        call("sample", "-r", ".", "-n", 1, *options)
         name = f"{scale}/000000_class{label}.png"
         pictures[scale, label] = (tmp_path / name).read_bytes()
     assert pictures[0, 3] == pictures[0, 7]
@@ -365,10 +365,10 @@ def test_samples_of_a_grey_tokenizer_are_written(
 ) -> None:
     grey = Net2NetTransformer(GPT, vqmodel_config(1), "__is_unconditional__").eval()
     monkeypatch.setattr("taming.run.folder.model_from_run", lambda run, **_: grey)
-    call("sample", "-r", "run", "-n", 1, "-o", tmp_path)
+    call("sample", "-r", ".", "-n", 1, "-o", tmp_path)
     picture = read_pixels(tmp_path / "000000.png")
     assert picture.shape == (16, 16, 3) and (picture == picture[..., :1]).all()
-    error = fails(capsys, "sample", "-r", "run", "--complete", photo)
+    error = fails(capsys, "sample", "-r", ".", "--complete", photo)
     assert "--complete takes photographs, but the tokenizer's images have no colours" in error
 
 
