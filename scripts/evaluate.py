@@ -110,7 +110,11 @@ def sections(result: Evaluation) -> Iterator[Section]:
 
 
 def main() -> None:
-    """Write the numbers and the page, and print the table."""
+    """Write the numbers and the page, and print the table.
+
+    Raises:
+        IncompleteError: Pictures could not be read; the numbers are of the others.
+    """
     options = parse_options()
     cli.check_folder(options.output.parent)
     names = ("temperature", "top_k", "top_p", "guidance")
@@ -143,6 +147,10 @@ def main() -> None:
         part.write_text(page(title, table(rows, head), sections(result)), encoding="utf-8")
     sys.stdout.write(result.table())
     logger.info("written to %s and %s", options.output, html_file)
+    from taming.data.preprocessing import refuse_failed
+
+    unreadable, protocol = result.numbers["unreadable"], result.numbers["protocol"]
+    refuse_failed(unreadable, len(unreadable) + protocol["images"])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from taming.models.prior import Prior
 from taming.models.sampling import Grid, SamplingParams, generators_of, paste, sample_images
 from taming.pictures import Picture, is_single, resize, to_picture, to_tensor
 from taming.sharing import Shared, count_parameters
+from taming.signatures import naming_nearest
 from taming.tokenizer import Tokenizer
 
 Labels = int | Sequence[int] | None
@@ -109,6 +110,7 @@ class Generator(Shared):
         """The prior's `Tokenizer`."""
         return Tokenizer(self.model.first_stage_model, self.batch_size)
 
+    @naming_nearest(SamplingParams)
     def sample(
         self,
         n: int = 1,
@@ -138,6 +140,7 @@ class Generator(Shared):
         batches = self._sample(n, label, seed, first, params, grid=grid)
         return [to_picture(image) for images in batches for image in self.model.show(images)]
 
+    @naming_nearest(SamplingParams)
     def complete(
         self,
         picture: Picture,

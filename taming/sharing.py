@@ -38,7 +38,13 @@ import taming
 
 
 class Shared(ABC):
-    """Saves its modules as ``config.yaml`` and ``model.safetensors``, and loads them again."""
+    """Saves its modules as ``config.yaml`` and ``model.safetensors``, and loads them again.
+
+    Attributes:
+        name: What it was loaded by, for messages.
+    """
+
+    name: str = "this one"
 
     @abstractmethod
     def shared_modules(self) -> dict[str, Any]:
@@ -97,7 +103,9 @@ class Shared(ABC):
             if not _HUB_NAME.fullmatch(str(name)):
                 raise missing(name)
             folder = download(str(name), revision)
-        return cls.of_modules(load_modules(folder, trust_config=trust_config)).to(device)
+        loaded = cls.of_modules(load_modules(folder, trust_config=trust_config)).to(device)
+        loaded.name = str(name)
+        return loaded
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
         """Save the model with all that its use needs, and nothing of its training.

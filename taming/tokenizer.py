@@ -17,12 +17,11 @@ from taming.decoding import Colour, rgb_of
 from taming.models.vqgan import VQModel
 from taming.pictures import Picture, is_single, pad, to_picture, to_tensor
 from taming.sharing import Shared, count_parameters
+from taming.signatures import naming_nearest
 
 if TYPE_CHECKING:
     from taming.codec.files import Codec
     from taming.modules.context import ContextNetwork
-
-RATES = ("max_codes", "target_psnr", "threshold", "rate", "target_bits")  # of `Tokenizer.encode`
 
 
 class Tokenizer(Shared):
@@ -157,6 +156,7 @@ class Tokenizer(Shared):
         target_bits: float | None = None,
     ) -> list[Codes]: ...
 
+    @naming_nearest()
     @torch.no_grad()
     def encode(
         self,
@@ -230,6 +230,7 @@ class Tokenizer(Shared):
                 pictures[number] = to_picture(image).crop((0, 0, width, height))
         return pictures
 
+    @naming_nearest(encode)
     @torch.no_grad()
     def compress(
         self,
@@ -237,7 +238,6 @@ class Tokenizer(Shared):
         *,
         bits: float | None = None,
         bpp: float | None = None,
-        psnr: float | None = None,
         entropy: str | None = None,
         **rate: Any,
     ) -> bytes:
@@ -247,23 +247,19 @@ class Tokenizer(Shared):
             picture: One picture.
             bits: Bits of the whole file, not exceeded.
             bpp: The same in bits per pixel.
-            psnr: PSNR in dB to reach with as few codes as possible.
             entropy: ``"raw"`` bits, ``"static"`` tables of the quantizer, or the ``"context"``
                 model; by default the last of them that has been learned.
             **rate: Another rate of `encode`, such as ``max_codes`` or ``threshold``.
 
         Raises:
-            ValueError: As for `encode`; there is no such rate; or no file is that small; names the
-                smallest.
+            TypeError: There is no such rate; names the nearest.
+            ValueError: As for `encode`; or no file is that small; names the smallest.
         """
-        known = ("bits", "bpp", "psnr", *RATES)
-        if unknown := [name for name in rate if name not in (*known, "max_tokens")]:
-            raise ValueError(f"there is no rate {unknown[0]!r}; the rates are {', '.join(known)}")
         image = self.to_tensor(picture)
         size = image.shape[1], image.shape[2]
         x = pad(image, self.model.factor)[None].to(next(self.model.parameters()))
         del image  # a large one would stay beside x
-        rates = {"bits": bits, "bpp": bpp, "target_psnr": psnr, **rate}
+        rates = {"bits": bits, "bpp": bpp, **rate}
         return self._codec().compress(x, size, entropy, rates)
 
     def decompress(
@@ -286,7 +282,7 @@ class Tokenizer(Shared):
     def _codec(self) -> Codec:
         from taming.codec.files import Codec  # whose range coder is imported where it is used
 
-        return Codec(self.model, self.context)
+        return Codec(self.model, self.context, self.name)
 
 
 @torch.no_grad()

@@ -97,5 +97,5 @@ def test_a_missing_package_is_named_before_anything_is_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    error = fails(capsys, "export", "-r", tmp_path / "none", "-o", tmp_path / "out")
+    error = fails(capsys, "export", "-r", tmp_path, "-o", tmp_path / "out")
     assert "pip install 'loopy-taming[export]', or give --formats pt2" in error

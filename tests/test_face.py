@@ -1,12 +1,12 @@
 """The face: pictures of any kind to codes and back; samples, completions and bits."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.models import tokenizer_of
 from support.runs import TinyRuns
 
 import taming
@@ -75,7 +75,7 @@ def test_any_layout_of_an_array_is_the_same_image() -> None:
 @pytest.mark.parametrize(
     ("picture", "names"),
     [
-        ("nowhere.png", r"nowhere\.png.*No such file"),
+        ("nowhere.png", r"nowhere\.png: cannot be decoded as an image: it does not exist"),
         (np.zeros((4, 4, 3), np.int64), "uint8 or uint16.*int64"),
         (np.full((4, 4, 3), 3.0), r"\[-1, 1\].* 3"),
         (np.full((4, 4, 3), np.nan), r"\[-1, 1\].* nan"),
@@ -322,8 +322,23 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
         taming.load(tmp_path / "nothing")
 
 
-def test_compress_names_the_rates_that_there_are_before_it_encodes():
-    tokenizer = Tokenizer(tokenizer_of("residual"))
-    picture = np.zeros((8, 8, 3), np.uint8)
-    with pytest.raises(ValueError, match="no rate 'bbp'; the rates are bits, bpp, psnr, max_codes"):
-        tokenizer.compress(picture, bbp=0.1)
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        ("encode", "max_code", "max_codes"),
+        ("compress", "bbp", "bpp"),
+        ("compress", "target_pnsr", "target_psnr"),
+        ("sample", "top_kk", "top_k"),
+        ("complete", "temprature", "temperature"),
+    ],
+)
+def test_a_misspelt_keyword_is_told_the_nearest(
+    name: str, wrong: str, right: str, tokenizer: Tokenizer, generator: Generator
+) -> None:
+    call = getattr(tokenizer if hasattr(tokenizer, name) else generator, name)
+    with pytest.raises(TypeError, match=rf"{name}\(\) takes no '{wrong}'; .* '{right}'\?"):
+        call(None, **{wrong: 1})
+    for function, keyword in ((taming.load, "tokeniser"), (taming.evaluate, "top_pp")):
+        with pytest.raises(TypeError, match=rf"takes no '{keyword}'; did you mean"):
+            wrong_keyword: Any = {keyword: 1}
+            function("no/such/run", **wrong_keyword)

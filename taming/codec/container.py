@@ -12,6 +12,12 @@ from typing import NamedTuple
 
 MAGIC = b"LOOP"
 VERSION = 1
+_KINDS = {  # first bytes of what is taken for a file by mistake
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"\x89PNG": "a PNG picture",
+    b"RIFF": "a WebP picture",
+    b"PK": "a zip file, as checkpoints are",
+}
 _FIXED = len(MAGIC) + 2 + 4 + 4  # bytes before the first number of variable length
 _MOST_BYTES = 5  # of a number, which is then below 2**35
 
@@ -111,7 +117,8 @@ def read(data: bytes, partial: bool = False) -> tuple[Header, list[bytes]]:
 def _read_header(view: memoryview) -> tuple[Header, int, int]:
     """Read a header; return the place after it and its checksum too."""
     if view[: len(MAGIC)] != MAGIC:
-        raise ValueError(f"not a compressed picture: it begins with {bytes(view[:4])!r}")
+        kinds = (kind for begin, kind in _KINDS.items() if bytes(view[:4]).startswith(begin))
+        raise ValueError(f"not a compressed picture, but {next(kinds, 'a file of another kind')}")
     if len(view) > len(MAGIC) and view[len(MAGIC)] != VERSION:
         version = view[len(MAGIC)]
         raise ValueError(f"the file is of version {version}; this release reads {VERSION}")

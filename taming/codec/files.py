@@ -60,15 +60,18 @@ class Codec:
     Args:
         model: The tokenizer, in eval mode.
         context: Network that predicts the model's codes, if it has one.
+        name: The tokenizer's, in messages.
 
     Raises:
         ValueError: It has one, and several levels.
     """
 
-    def __init__(self, model: VQModel, context: ContextNetwork | None = None) -> None:
+    def __init__(
+        self, model: VQModel, context: ContextNetwork | None = None, name: str = "this one"
+    ) -> None:
         if context is not None and len(model.levels) > 1:
             raise ValueError(f"a context model is of one grid, not of {', '.join(model.levels)}")
-        self.model, self.context = model, context
+        self.model, self.context, self.name = model, context, name
 
     @cached_property
     def tokenizer(self) -> bytes:
@@ -215,12 +218,12 @@ class Codec:
         """Return the entropy model of a file, if it and the tokenizer are those that wrote it."""
         if header.tokenizer != self.tokenizer:
             theirs, own = header.tokenizer.hex(), self.tokenizer.hex()
-            raise ValueError(f"the file is of the tokenizer {theirs}, and this one is {own}")
+            raise ValueError(f"the file is of the tokenizer {theirs}, and {self.name} is {own}")
         names = [name for name, mode in MODES.items() if mode == header.mode]
         if not names:
             raise ValueError(f"the file has the unknown mode {header.mode}")
         model = self.entropy_model(names[0])
         if header.entropy != (own := model.fingerprint()):
             theirs = f"the {names[0]} model {header.entropy.hex()}"
-            raise ValueError(f"the file is of {theirs}, and this tokenizer's is {own.hex()}")
+            raise ValueError(f"the file is of {theirs}, and that of {self.name} is {own.hex()}")
         return model

@@ -22,6 +22,7 @@ from taming.modules.transformer.generate import SamplingParams
 from taming.modules.transformer.logits import filter_logits
 from taming.pictures import Picture
 from taming.run.folder import SavedRun
+from taming.signatures import naming_nearest
 from taming.tokenizer import Tokenizer
 from taming.util import usable_device
 
@@ -66,7 +67,8 @@ class Evaluation:
             for line in [head, *rows]
         ]
         for key, title in (("missing", "not measured"), ("left_out", "left out")):
-            lines += [f"{title}: {name}: {why}" for name, why in self.numbers[key].items()]
+            for name, why in self.numbers[key].items():  # in short; the numbers hold the whole
+                lines.append(f"{title}: {name}: {why.partition(' (')[0]}")
         if unreadable := self.numbers["unreadable"]:
             lines.append(f"not read: {len(unreadable)} pictures; the first: {unreadable[0]}")
         return "\n".join(lines) + "\n"
@@ -82,6 +84,7 @@ def _title(rate: str) -> str:
     return rate if rate in (OWN, "value") else f"{rate} codes"
 
 
+@naming_nearest(SamplingParams)
 def evaluate(
     model: str | Path | Tokenizer | Generator | Prior,
     data: Data = None,

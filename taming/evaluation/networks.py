@@ -179,5 +179,7 @@ def all_measures(device: torch.device, kind: str) -> tuple[list[Measure], dict[s
         try:
             measures.append(build())
         except (ValueError, OSError) as error:
-            missing[name] = " ".join(str(error).split())
+            why = " ".join(str(error).split())
+            is_offline = isinstance(error, ConnectionError)
+            missing[name] = f"its weights are missing ({why})" if is_offline else why
     return measures, missing

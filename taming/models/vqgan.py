@@ -7,7 +7,7 @@ Axis letters: B images, C channels, H W image, D latent channels, h w grid, K co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -190,14 +190,23 @@ class VQModel(ManualOptimization, FirstStage):
         if max_tokens is not None:
             rates["max_codes" if max_codes is None else "max_tokens"] = max_tokens
         rates = {name: value for name, value in rates.items() if value is not None}
-        if len(rates) > 1:
-            names = "threshold, max_codes, target_psnr, rate and target_bits"
-            raise ValueError(f"give one of {names}, got {[*rates]}")
-        if rates and not self.quantize.variable_rate:
-            raise ValueError(f"{type(self.quantize).__name__} has a fixed rate: omit {[*rates][0]}")
+        self.check_rate(rates)
         if target_psnr is not None:
             return self._reach(torch.as_tensor(target_psnr), x, z)
         return self.quantize(z, **rates)
+
+    def check_rate(self, rates: Iterable[str]) -> None:
+        """Refuse names of rates, keywords of `encode`, that cannot be given together or at all.
+
+        Raises:
+            ValueError: More than one rate is given, or the quantizer's rate is fixed.
+        """
+        names = [*rates]
+        if len(names) > 1:
+            valid = "threshold, max_codes, target_psnr, rate and target_bits"
+            raise ValueError(f"give one of {valid}, got {' and '.join(names)}")
+        if names and not self.quantize.variable_rate:
+            raise ValueError(f"{type(self.quantize).__name__} has a fixed rate: omit {names[0]}")
 
     def _reach(self, target_psnr: Tensor, x: Tensor, z: Tensor) -> QuantizerOutput:
         """Quantize with the fewest codes with which images reach a PSNR, () or (B,), in dB."""

@@ -13,11 +13,13 @@ from taming.scale.engines import ENGINES, Devices, cores, devices_of
 from taming.scale.job import Job, Report
 from taming.scale.sources import Source
 from taming.scale.tables import open_source
+from taming.signatures import naming_nearest
 from taming.util import nearest
 
 __all__ = ["Report", "Source", "encode_shards", "open_source"]
 
 
+@naming_nearest(open_source)
 def encode_shards(
     run: str | Path | SavedRun,
     input: str | Sequence[str] | Source,
@@ -115,11 +117,7 @@ def _check(model: Any, saved: SavedRun, rate: dict[str, float]) -> None:
         raise ValueError(
             f"{saved.folder} holds a {type(model).__name__}, not a VQModel of one level"
         )
-    if len(rate) > 1:
-        raise ValueError(f"give one of threshold, max_codes and target_psnr, got {[*rate]}")
-    if rate and not model.quantize.variable_rate:
-        raise ValueError(
-            f"{type(model.quantize).__name__} has a fixed rate: omit {next(iter(rate))}"
-        )
-    if any(value <= 0 for value in rate.values()):
-        raise ValueError(f"a rate must be above 0, got {rate}")
+    model.check_rate(rate)
+    for name, value in rate.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")

@@ -103,7 +103,8 @@ def with_checksum(head: bytes) -> bytes:
     ("data", "message"),
     [
         (b"", "not a compressed picture"),
-        (b"\x89PNG\r\n\x1a\n", "not a compressed picture: it begins with b'\\\\x89PNG'"),
+        (b"\x89PNG\r\n\x1a\n", "not a compressed picture, but a PNG picture"),
+        (b"text", "not a compressed picture, but a file of another kind"),
         (FILE[:4] + b"\x02" + FILE[5:], "version 2; this release reads 1"),
         (FILE[:18], "header is damaged or cut off: it needs 4 bytes more"),
         (with_checksum(FILE[:14] + b"\x00\x11\x03"), "a header of 0 x 17 pixels in 3 segments"),
