@@ -100,6 +100,7 @@ def evaluate(
     tokenizer: str | Path | None = None,
     trust_config: bool = False,
     on_error: OnError = "skip",
+    pretrained: bool = True,
     **params: Any,
 ) -> Evaluation:
     """Measure a tokenizer or a prior on images.
@@ -123,6 +124,8 @@ def evaluate(
         trust_config: Build whatever the run's configuration names, which may run any code.
         on_error: "skip" pictures that cannot be read and list them, or "raise" an error that names
             the first.
+        pretrained: Also measure by pretrained networks (LPIPS, FID and others), whose weights are
+            downloaded if they are missing.
         **params: Fields of `SamplingParams` for generated pictures, such as ``top_p``.
 
     Returns:
@@ -153,7 +156,7 @@ def evaluate(
         loaded = saved.model().to(device)
     if on_error not in ("skip", "raise"):
         raise ValueError(f"on_error must be 'skip' or 'raise', got {on_error!r}")
-    source = _Source(saved, data, size, batch_size, split, on_error)
+    source = _Source(saved, data, size, batch_size, split, on_error, pretrained)
     if priors := _priors_of(loaded):
         if codes:
             raise ValueError("codes are the rate of a tokenizer, but this is a prior: omit codes")
@@ -172,7 +175,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Source:
-    """What was given of the images."""
+    """The images that were given, and whether pretrained networks compare them."""
 
     saved: SavedRun | None
     data: Data
@@ -180,6 +183,7 @@ class _Source:
     batch_size: int
     split: str
     on_error: OnError
+    pretrained: bool
 
     def open(self, key: str, channels: int, side: int | None, classes: int | None) -> ImageSet:
         """Open the images; ``side`` is that of the crops if no size was given."""
@@ -213,7 +217,9 @@ def _of_prior(
     stage = prior.first_stage_model
     side = prior.grid[0] * stage.factor
     images = source.open(prior.first_stage_key, stage.channels, side, prior.n_classes)
-    measures, missing = all_measures(prior.device, "g") if generated else ([], {})
+    measures, missing = [], {}
+    if generated:
+        measures, missing = all_measures(prior.device, "g", source.pretrained)
     numbers, shown = evaluate_prior(
         priors, images, measures, missing, generated, source.batch_size, seed, **params
     )
@@ -229,7 +235,7 @@ def _of_tokenizer(
     model = face.model
     rates = check_rates(model, codes)
     images = source.open(model.image_key, model.channels, None, None)
-    measures, missing = all_measures(model.device, "r")
+    measures, missing = all_measures(model.device, "r", source.pretrained)
     numbers = evaluate_tokenizer(face, images, measures, missing, rates)
     crop = f"; extended by reflection to whole sites of {model.factor} pixels, and cut back"
     numbers["protocol"]["crop"] += crop

@@ -72,6 +72,10 @@ def test_numbers_table_and_page(
         assert numbers["images"][order[place]] in caption
         assert f"{own[order[place]]:.2f} dB" in caption
     assert numbers["protocol"]["sha256"] in text and "Not measured" in text
+    call("evaluate", "-r", tokenizer, *where, "--no_pretrained")
+    alone = json.loads(out.read_text())
+    pixels = {"PSNR", "SSIM", "MS-SSIM"}
+    assert {*alone["missing"], *alone["rates"]["own"]["quality"]} == pixels
 
 
 def test_the_same_pictures_by_folder_list_and_parquet(tokenizer: Path, tiny_runs: TinyRuns) -> None:
