@@ -198,15 +198,16 @@ class Net2NetTransformer(Prior):
         """Replace tokens by random ones, each with probability 1 - pkeep, while training."""
         if not self.training or self.pkeep >= 1:
             return tokens
-        keep = torch.rand(tokens.shape, device=tokens.device) < self.pkeep
+        keep = torch.rand_like(tokens, dtype=torch.float32) < self.pkeep
         return torch.where(keep, tokens, torch.randint_like(tokens, self.sequence.vocab_size))
 
     def _hide(self, condition: Tensor) -> Tensor:
         """Hide the conditions of some images while training, each with condition_dropout."""
         if not self.training or self.condition_dropout == 0:
             return condition
-        hidden = torch.rand(len(condition), 1, device=condition.device) < self.condition_dropout
-        return torch.where(hidden, self.hidden_condition(condition), condition)
+        chance = torch.rand_like(condition[:, :1], dtype=torch.float32)
+        hidden = self.hidden_condition(condition)
+        return torch.where(chance < self.condition_dropout, hidden, condition)
 
     def hidden_condition(self, condition: Tensor) -> Tensor:
         """Return tokens (B, L) that stand for no condition, of the shape of conditions (B, L).

@@ -120,7 +120,7 @@ class ContextPrior(Prior):
         if not model.quantize.variable_rate:
             return super().encode_codes(x)
         images, sites = len(x), x.shape[2] * x.shape[3] // model.factor**2
-        share = (torch.arange(images, device=x.device) + 0.5) / images
+        share = (torch.arange(images, dtype=torch.float32, device=x.device) + 0.5) / images
         if self.training:
             share = torch.rand_like(share)
         rates = rates_between(share, sites, **self.rates)

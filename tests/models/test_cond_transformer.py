@@ -347,6 +347,19 @@ def test_some_codes_are_replaced_in_training_only(monkeypatch: pytest.MonkeyPatc
         assert tokens[changed].unique().tolist() == list(range(16))
 
 
+def test_small_chances_are_those_stated_in_any_default_precision() -> None:
+    given = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}}
+    given = {"cond_stage_config": given, "cond_stage_key": "class_label"}
+    model = prior(gpt={"vocab_size": 18}, condition_dropout=0.001, pkeep=0.999, **given).train()
+    zeros = torch.zeros(50000, 1, dtype=torch.int64)
+    torch.set_default_dtype(torch.bfloat16)  # as a training in bf16-true does
+    try:
+        changed = [int((new != zeros).sum()) for new in (model._corrupt(zeros), model._hide(zeros))]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(20 < count < 90 for count in changed)
+
+
 def test_only_pictures_of_conditions_are_scaled() -> None:
     labels = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}}
     scaled = {"downsample_cond_size": 8}

@@ -58,7 +58,7 @@ def sample_token(logits: Tensor, params: SamplingParams, rows: Tensor) -> Tensor
     if params.greedy:
         return logits.argmax(dim=-1)
     if params.generators is None:
-        point = torch.rand(len(rows))
+        point = torch.rand(len(rows), dtype=torch.float32)
     else:
         numbers = [params.generators[row].random(dtype=np.float32) for row in rows.tolist()]
         point = torch.tensor(numbers)

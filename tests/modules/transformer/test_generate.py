@@ -269,14 +269,21 @@ def test_half_precision_samples_without_a_warning(levels: int, sequence) -> None
     assert sequence.decode(tokens, GRID).shape[0] == 3
 
 
-def test_draws_follow_the_probabilities() -> None:
-    logits = torch.tensor([0.1, 0.0, 0.6, 0.3]).log()
-    rows = torch.arange(4000)
-    drawn = sample_token(
-        logits.expand(4000, -1), SamplingParams(generators=generators_of(0, range(4000))), rows
-    )
-    torch.testing.assert_close(drawn.bincount(minlength=4) / 4000, logits.exp(), rtol=0, atol=0.03)
-    assert (drawn != 1).all()
+@pytest.mark.parametrize("seeded", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_draws_follow_the_probabilities_whatever_the_default_precision(
+    seeded: bool, dtype: torch.dtype
+) -> None:
+    logits = torch.tensor([0.1, 0.0, 0.6, 0.298, 0.002]).log()
+    rows, generators = torch.arange(20000), generators_of(0, range(20000)) if seeded else None
+    torch.set_default_dtype(dtype)  # as a training in bf16-true does
+    try:
+        drawn = sample_token(logits.expand(20000, -1), SamplingParams(generators=generators), rows)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    shares = drawn.bincount(minlength=5) / 20000
+    torch.testing.assert_close(shares, logits.exp(), rtol=0, atol=0.02)
+    assert (drawn != 1).all() and 0.001 < shares[4] < 0.003
 
 
 def test_steps_and_callback_count_drawn_tokens() -> None:
