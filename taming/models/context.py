@@ -32,8 +32,8 @@ class ContextPrior(Prior):
 
     Args:
         first_stage_config: ``{target, params}`` of the tokenizer, a `VQModel`.
-        context_config: ``{target, params}`` of the `ContextNetwork`; K and T follow from the
-            tokenizer.
+        context_config: ``{target, params}`` of the `ContextNetwork`; K, T and whether all
+            sites take T turns follow from the tokenizer.
         length_range: Mean lengths of images, two bounds in [1, T].
         rate_range: Instead: lambdas of images, two bounds. With neither, the rates that the
             tokenizer was trained with, or mean lengths in [1, T]; none matter at a fixed rate.
@@ -99,6 +99,7 @@ class ContextPrior(Prior):
         if not any(self.rates.values()):
             self.rates["length_range"] = (1.0, float(turns))
         sizes = {"n_codes": self.sequence.n_e, "max_loops": turns}
+        sizes["fixed_length"] = self.sequence.fixed_length
         self.context: ContextNetwork = instantiate_with_sizes(context_config, sizes)
         tables = quantizer.entropy
         if tables is not None and tables.learned:  # what a context only has to refine
