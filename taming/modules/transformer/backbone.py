@@ -121,7 +121,7 @@ class Backbone(PriorNetwork):
         Args:
             x: (B, L, C), which follow the cached ones.
             sites: (B, S, 3) int64, place of the token that follows each of the last S inputs; or
-                (1, S, 3), the same for all sequences.
+                (1, S, 3), the same for all sequences; may be None if not ``uses_sites``.
             cache: Keys and values of the inputs before; extended by these.
             last: Only return the last; takes a cache.
 
@@ -129,8 +129,10 @@ class Backbone(PriorNetwork):
             (B, L, C); (B, 1, C) with ``last``.
 
         Raises:
-            ValueError: The sequence is longer than ``block_size``.
+            ValueError: The sequence is longer than ``block_size``, or places are needed.
         """
+        if self.uses_sites and sites is None:
+            raise ValueError("a transformer with site_shape or rotary needs sites, tokens' places")
         past = 0 if cache is None else cache.length
         end = past + x.shape[1]
         if end > self.block_size:

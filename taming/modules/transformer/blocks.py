@@ -111,13 +111,11 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("frequency", base**-share, persistent=False)
         self.register_buffer("axis", pair % 3, persistent=False)
 
-    def forward(self, sites: Tensor | None, length: int) -> Tensor | None:
+    def forward(self, sites: Tensor, length: int) -> Tensor:
         """Compute cosines and signed sines (2, B, 1, L, E) float32 for L inputs.
 
         The places (B, S, 3) int64 are those of the last S inputs; others are not rotated.
         """
-        if sites is None:
-            return None
         angles = sites[..., self.axis] * self.frequency  # (B, S, E / 2)
         angles = F.pad(angles, (0, 0, length - sites.shape[1], 0))[:, None]  # (B, 1, L, E / 2)
         cos, sin = angles.cos(), angles.sin()

@@ -152,7 +152,7 @@ def test_sites_belong_to_the_last_inputs() -> None:
     idx, sites = torch.randint(11, (2, 6)), torch.randint(3, (2, 4, 3))
     embedded = model.tok_emb(idx)
     embedded = torch.cat([embedded[:, :2], embedded[:, 2:] + model.site_emb(sites)], dim=1)
-    expected, _ = model(idx[:, :0], embeddings=embedded)
+    expected, _ = model(idx[:, :0], embeddings=embedded, sites=sites[:, :0])
     torch.testing.assert_close(model(idx, sites=sites)[0], expected)
 
 
@@ -231,6 +231,8 @@ def test_tokens_without_places_are_refused_by_a_model_that_looks_at_them(option:
             draw(model=model, x=idx, steps=5)
     with pytest.raises(ValueError, match="cannot serve .* site_shape or rotary"):
         model.forward_with_past(idx)
+    with pytest.raises(ValueError, match="site_shape or rotary needs sites"):
+        model(idx)
 
 
 def test_vectors_take_the_place_of_tokens() -> None:
