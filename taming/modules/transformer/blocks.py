@@ -96,8 +96,8 @@ class RotaryEmbedding(nn.Module):
         ValueError: The number of channels is odd or too small.
     """
 
-    frequency: Tensor
     axis: Tensor
+    step: Tensor
 
     def __init__(self, channels: int, base: float = 100.0) -> None:
         super().__init__()
@@ -106,17 +106,19 @@ class RotaryEmbedding(nn.Module):
                 "rotary embedding rotates pairs of channels, at least one each for row, column "
                 f"and depth: n_embd / n_head must be even and at least 6, got {channels}"
             )
+        self.base, self.steps = base, (channels // 2 + 2) // 3
         pair = torch.arange(channels // 2)
-        share = (pair // 3).float() / ((channels // 2 + 2) // 3)
-        self.register_buffer("frequency", base**-share, persistent=False)
+        # Integers: frequencies would be rounded where a model is cast to half precision.
         self.register_buffer("axis", pair % 3, persistent=False)
+        self.register_buffer("step", pair // 3, persistent=False)
 
     def forward(self, sites: Tensor, length: int) -> Tensor:
         """Compute cosines and signed sines (2, B, 1, L, E) float32 for L inputs.
 
         The places (B, S, 3) int64 are those of the last S inputs; others are not rotated.
         """
-        angles = sites[..., self.axis] * self.frequency  # (B, S, E / 2)
+        frequency = self.base ** (self.step.float() / -self.steps)  # (E / 2,)
+        angles = sites[..., self.axis] * frequency  # (B, S, E / 2)
         angles = F.pad(angles, (0, 0, length - sites.shape[1], 0))[:, None]  # (B, 1, L, E / 2)
         cos, sin = angles.cos(), angles.sin()
         return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])

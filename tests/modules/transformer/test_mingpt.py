@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.original import load_golden
 
+from taming.modules.transformer.blocks import RotaryEmbedding
 from taming.modules.transformer.mingpt import (
     GPT,
     CodeGPT,
@@ -112,6 +113,13 @@ def test_rotary_attention_sees_distances_only() -> None:
         assert not torch.allclose(model(idx, sites=moved)[0], here, atol=1e-3)
     with pytest.raises(ValueError, match="n_head must be even and at least 6, got 4"):
         gpt(rotary=True, n_embd=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rotations_are_the_same_in_a_model_of_half_precision(dtype: torch.dtype) -> None:
+    sites = torch.randint(64, (2, 6, 3))
+    expected = RotaryEmbedding(16)(sites, 6)
+    assert torch.equal(RotaryEmbedding(16).to(dtype)(sites, 6), expected)
 
 
 def test_adaptive_blocks_start_as_the_identity() -> None:
