@@ -400,8 +400,6 @@ class Prior(Model, ABC):
 
     def show(self, images: Tensor) -> Tensor:
         """Colour images (B, C, H, W), given or decoded: (B, 3, H, W), about in [-1, 1]."""
-        if images.shape[1] == 3:
-            return images
         return self.first_stage_model.to_rgb(self.first_stage_model.as_input(images))
 
     @torch.no_grad()
