@@ -10,6 +10,7 @@ Axis letters: B images, C channels, H W image, h w grid, S = h w sites, T turns,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -198,7 +199,7 @@ def pictures_of(model: Any, batch: Mapping[str, Any], params: SamplingParams) ->
     first = torch.arange(sites, device=model.device) < sites // 2  # in the prior's order
     half = model.permuter(first[None], reverse=True).view(seen.grid)
     start = {"codes": seen.codes, "window": seen.grid}
-    greedy = params._replace(greedy=True)
+    greedy = replace(params, greedy=True)
     codes = {
         "reconstructions": seen.codes,
         "samples_half": model.sample_codes(seen.condition, params, known=half, **start),
