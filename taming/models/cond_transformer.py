@@ -174,6 +174,8 @@ class Net2NetTransformer(Prior):
             (N, V) logits of the tokens present, -inf for tokens that the grammar does not allow.
         """
         check_inputs(self.transformer, self.sequence, condition.shape[1], grid)
+        if len(tokens) == 0:
+            return tokens.new_empty(0, self.transformer.vocab_size, dtype=torch.float32)
         states, present = self.sequence.states(tokens), tokens >= 0
         inputs = torch.where(present, self._corrupt(tokens), tokens)
         logits = self.transformer.predict(self._hide(condition), inputs, states, grid)

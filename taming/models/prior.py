@@ -290,7 +290,7 @@ class Prior(Model, ABC):
             c = F.interpolate(c, size=(self.downsample_cond_size, self.downsample_cond_size))
         with torch.autocast(c.device.type, enabled=False):
             quant_c, _, (_, _, indices) = self.cond_stage_model.encode(c)
-        return quant_c, indices.reshape(len(c), -1)  # (B, L)
+        return quant_c, indices.reshape(len(c), -1 if len(c) else 1)  # (B, L)
 
     # --- images <-> codes <-> tokens -------------------------------------------------------------
 

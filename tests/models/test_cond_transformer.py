@@ -417,6 +417,18 @@ def test_every_sample_and_completion_decodes(kind: str, levels: int) -> None:
     assert all(picture.shape == (3, 3, 16, 16) for picture in pictures.values())
 
 
+@pytest.mark.parametrize("levels", [1, 2])
+@torch.no_grad()
+def test_no_images_give_no_codes_tokens_and_nats(levels: int) -> None:
+    model, none = prior(levels=levels).eval(), torch.zeros(0, 1, dtype=torch.int64)
+    assert model.sample_codes(none).shape == (0, 8, 8, 3)
+    assert model.sample(none[:, :0], none, grid=(8, 8)).shape == (0, 0)
+    logits, tokens = model(*[torch.zeros(0, 3, 16, 16)] * 2)
+    assert logits.shape == (0, 0, 17) and tokens.shape == (0, 0)
+    seen = model.tokenize_batch({"image": torch.zeros(0, 16, 16, 3)})
+    assert [part.shape for part in model.measure_nats(seen)] == [(0,), (0,)]
+
+
 def test_completion_keeps_the_known_half() -> None:
     model, x = prior().eval(), torch.rand(2, 3, 16, 16)
     quant, tokens = model.encode_to_z(x)

@@ -215,7 +215,7 @@ class GenerationState:
 
     def result(self) -> Tensor:
         """Return the sequences (B, L) int64, -1 after each one's end."""
-        return self.tokens[:, : int(self.count.max())]
+        return self.tokens[:, : max(self.count.tolist(), default=0)]
 
     def finished_sites(self) -> int:
         """Return the number of sites that are finished in all sequences."""
