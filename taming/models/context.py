@@ -149,5 +149,5 @@ class ContextPrior(Prior):
         for turn, sent in enumerate(self.context.walk(symbols, send)):
             sampled[..., turn] = torch.where(sent < self.context.n_codes, sent, -1)
             finished = known.numel() if turn + 1 == self.context.max_loops else 0
-            report(lambda finished=finished: finished, sampled.clone)
+            report(lambda finished=finished: finished, sampled.clone, tokens=int((~known).sum()))
         return sampled

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +25,8 @@ from taming.models.sampling import (
     Completion,
     Condition,
     Grid,
-    Progress,
     ProgressCallback,
+    Report,
     Window,
     condition_in,
     known_sites,
@@ -367,7 +366,7 @@ class Prior(Model, ABC):
             grid: (h, w) to sample without ``codes``; None for the one trained on.
             window: (h, w) of the window through which a larger grid is sampled; None for the grid
                 trained on. Networks that need no window ignore it.
-            callback: Called after each sampled token.
+            callback: Called after each step, which samples a token of each image or a turn.
 
         Returns:
             (B, h, w, T) int64.
@@ -379,12 +378,7 @@ class Prior(Model, ABC):
         empty = self.empty_codes(len(condition_in(condition, Window(0, 0, *size))), size)
         kept = known_sites(0 if codes is None else known, size, empty.device)  # (h, w)
         start = empty if codes is None else torch.where(kept[..., None], codes, empty)
-        most, counter = int((~kept).sum()) * self.sequence.site_tokens, count(1)
-
-        def report(sites: Callable[[], int], codes: Callable[[], Tensor]) -> None:
-            if callback is not None:
-                callback(Progress(next(counter), most, sites, codes))
-
+        report = Report(int((~kept).sum()) * self.sequence.site_tokens, callback)
         return self._complete(Completion(start, kept, condition, params, window, report))
 
     @abstractmethod

@@ -10,7 +10,7 @@ Axis letters: B images, C channels, H W image, h w grid, S = h w sites, T turns,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -48,9 +48,10 @@ def condition_in(condition: Condition, window: Window) -> Tensor:
 
 
 class Progress(NamedTuple):
-    """The state of sampling after a token."""
+    """The state of sampling after a step."""
 
-    tokens: int  # sampled so far, of the image with the most
+    # Sampled so far, of the image with the most in each window; a turn is a token of each site.
+    tokens: int
     most: int  # tokens that may have to be sampled in all
     sites: Callable[[], int]  # computes the number finished in all images
     codes: Callable[[], Tensor]  # computes (B, h, w, T) int64; code 0 in sites that are unfinished
@@ -58,8 +59,28 @@ class Progress(NamedTuple):
 
 ProgressCallback = Callable[[Progress], None]
 
-# Takes the functions ``sites`` and ``codes`` of a `Progress`.
-Report = Callable[[Callable[[], int], Callable[[], Tensor]], None]
+
+@dataclass
+class Report:
+    """Counts the steps of sampling, and passes them on.
+
+    Attributes:
+        most: Tokens that may have to be sampled in all.
+        callback: Called after each step, or None.
+        tokens: Number sampled so far.
+    """
+
+    most: int
+    callback: ProgressCallback | None
+    tokens: int = 0
+
+    def __call__(
+        self, sites: Callable[[], int], codes: Callable[[], Tensor], tokens: int = 1
+    ) -> None:
+        """Report a step of so many tokens, by the functions of a `Progress`."""
+        self.tokens += tokens
+        if self.callback is not None:
+            self.callback(Progress(self.tokens, self.most, sites, codes))
 
 
 class Completion(NamedTuple):
@@ -70,7 +91,7 @@ class Completion(NamedTuple):
     condition: Condition
     params: SamplingParams
     window: Grid | None  # None for the grid trained on
-    report: Report  # called after each sampled token
+    report: Report  # called after each step
 
 
 def window_around(row: int, column: int, grid: Grid, size: Grid) -> Window:
