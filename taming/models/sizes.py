@@ -44,6 +44,8 @@ def _with_sizes(config: Mapping[str, Any], prior: Any) -> dict[str, Any]:
     taken, sequence, stage = parameters_of(target)[0], prior.sequence, prior.cond_stage_model
     grid: Grid = prior.first_stage_model.grid
     needs_shape = "site_shape" in taken and taken["site_shape"].default is Parameter.empty
+    if params.get("site_shape", True) in (None, False):
+        del params["site_shape"]  # off, which some targets do not have
     if params.get("site_shape", needs_shape) is True:
         params["site_shape"] = (*grid, sequence.site_tokens)
     h, w = (params.get("site_shape") or grid)[:2]
