@@ -279,8 +279,8 @@ class Prior(Model, ABC):
     def get_xc(self, batch: Mapping[str, Any], N: int | None = None) -> tuple[Tensor, Tensor]:
         """Take the first N (all, if None) images and conditions out of a batch."""
         x = self.get_input(self.first_stage_key, batch)
-        c = self.get_input(self.cond_stage_key, batch)
-        return x[:N], c[:N]
+        same = self.cond_stage_key == self.first_stage_key
+        return x[:N], x[:N] if same else self.get_input(self.cond_stage_key, batch)[:N]
 
     @torch.no_grad()
     def encode_to_c(self, c: Tensor) -> tuple[Tensor, Tensor]:

@@ -156,6 +156,11 @@ def test_a_prior_over_segmentations_shows_them_in_colours(count: int) -> None:
     assert torch.equal(pictures["conditioning"], model.get_xc(batch)[1])
 
 
+def test_images_that_are_their_own_condition_are_read_once() -> None:
+    x, c = prior("image").get_xc(next(iter(Data().train_dataloader())))
+    assert x.data_ptr() == c.data_ptr()
+
+
 def test_samples_of_a_grey_tokenizer_are_shown_in_three_channels() -> None:
     grey = vqmodel_config(1)
     model = Net2NetTransformer(GPT, grey, "__is_unconditional__", first_stage_key="depth")
