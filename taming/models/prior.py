@@ -29,7 +29,7 @@ from taming.models.sampling import (
     Report,
     Window,
     condition_in,
-    known_sites,
+    known_mask,
     pictures_of,
 )
 from taming.modules.batches import images_of, tensor_of
@@ -376,7 +376,7 @@ class Prior(Model, ABC):
         """
         size = (grid or self.grid) if codes is None else (codes.shape[1], codes.shape[2])
         empty = self.empty_codes(len(condition_in(condition, Window(0, 0, *size))), size)
-        kept = known_sites(0 if codes is None else known, size, empty.device)  # (h, w)
+        kept = known_mask(0 if codes is None else known, size, empty.device)  # (h, w)
         start = empty if codes is None else torch.where(kept[..., None], codes, empty)
         report = Report(int((~kept).sum()) * self.sequence.site_tokens, callback)
         return self._complete(Completion(start, kept, condition, params, window, report))

@@ -125,7 +125,7 @@ def upper_part(share: float, grid: Grid) -> Tensor:
     return rows[:, None].expand(grid)  # (h, w)
 
 
-def known_sites(known: int | Tensor, grid: Grid, device: torch.device) -> Tensor:
+def known_mask(known: int | Tensor, grid: Grid, device: torch.device) -> Tensor:
     """Return a mask (h, w) bool of the known sites, given their number or a mask.
 
     Raises:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from taming.modules.sequence.grammar import GrammarState, place
 from taming.modules.transformer.blocks import (
     Block,
-    Context,
+    BlockInputs,
     GPTConfig,
     KVCache,
     RotaryEmbedding,
@@ -140,7 +140,7 @@ class Backbone(PriorNetwork):
                 f"{end} tokens do not fit the transformer's block_size {self.block_size}"
             )
         rotation = None if self.rotary is None else self.rotary(sites, x.shape[1])
-        context = Context(cache, rotation, self._modulation(x, cache))
+        inputs = BlockInputs(cache, rotation, self._modulation(x, cache))
         x = x + self.pos_emb[:, past:end]
         if self.site_emb is not None and sites is not None:
             x = x + F.pad(self.site_emb(sites), (0, 0, x.shape[1] - sites.shape[1], 0))  # (B, L, C)
@@ -148,7 +148,7 @@ class Backbone(PriorNetwork):
         for layer, block in enumerate(self.blocks, start=1):
             # A cache grows with each token: compiled blocks would be compiled anew for each.
             run = block.forward if self.is_compiled and cache is not None else block
-            x = run(x, context._replace(last=last) if layer == len(self.blocks) else context)
+            x = run(x, inputs._replace(last=last) if layer == len(self.blocks) else inputs)
         if cache is not None:
             cache.length = end
         return self.ln_f(x)
