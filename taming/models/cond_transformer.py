@@ -258,9 +258,6 @@ class Net2NetTransformer(Prior):
         """Report a token; finished sites and codes are only computed if asked for."""
         start, before = stretch.sites.start, stretch.before
 
-        def count_sites() -> int:
-            return start + max(state.finished_sites() - before, 0)
-
         def decode() -> Tensor:
             codes = ordered.clone()
             if (done := state.finished_sites()) > before:
@@ -268,7 +265,7 @@ class Net2NetTransformer(Prior):
                 codes[:, start : start + done - before] = finished[:, 0, before:]
             return self.permuter(codes, reverse=True).unflatten(1, grid)
 
-        report(count_sites, decode)
+        report(lambda: start + max(state.finished_sites() - before, 0), decode)
 
     def _generate(
         self, condition: Tensor, params: SamplingParams, size: Grid, **progress: Any

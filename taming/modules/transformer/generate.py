@@ -272,23 +272,23 @@ def generate(
     conditions = [condition] if without is None or params.guidance == 1 else [condition, without]
     with torch.inference_mode():  # small operations take a tenth less time than without gradients
         state = GenerationState(sequence, grid, given, known, steps, sites)
-        if len(state.begin()):
-            _sample(
-                state, conditions, [network.decoder(grid) for _ in conditions], params, callback
-            )
+        rows = state.begin()
+        if len(rows):
+            decoders = [network.decoder(grid) for _ in conditions]
+            _finish(state, rows, conditions, decoders, params, callback)
         tokens = state.result()
     return tokens.clone()  # an ordinary tensor again
 
 
-def _sample(
+def _finish(
     state: GenerationState,
+    rows: Tensor,
     conditions: list[Tensor],
     decoders: list[IncrementalDecoder],
     params: SamplingParams,
     callback: Callable[[GenerationState], None] | None,
 ) -> None:
-    """Sample all sequences of a state to their ends; further decoders are those of guidance."""
-    rows = state.begin()
+    """Sample sequences ``rows`` (R,) to their ends; further decoders are those of guidance."""
     read = [d.prefill(state.prompt(rows, c)) for d, c in zip(decoders, conditions, strict=True)]
     state.rewind(rows, read[0])
     while True:
