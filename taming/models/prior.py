@@ -401,4 +401,5 @@ class Prior(Model, ABC):
         self, batch: Mapping[str, Any], temperature: float = 1.0, top_k: int = 100, **unused: Any
     ) -> dict[str, Tensor]:
         """Return pictures (B, 3, H, W) of at most 4 images of a batch (see `pictures_of`)."""
-        return pictures_of(self, batch, SamplingParams(temperature, top_k))
+        datasets = getattr(getattr(self._trainer, "datamodule", None), "datasets", {})
+        return pictures_of(self, batch, SamplingParams(temperature, top_k), datasets)

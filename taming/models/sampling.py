@@ -4,6 +4,8 @@ A prior samples a grid larger than the one it was trained on through a window. T
 that the site to be sampled lies in its middle, or as near to it as the border allows
 (arXiv:2012.09841, section 3.2, figure 3). A grid that fits into the window is sampled in one pass.
 
+A ``model`` here is a `Prior`, whose module imports this one.
+
 Axis letters: B images, C channels, H W image, h w grid, S = h w sites, T turns, L tokens.
 """
 
@@ -19,6 +21,7 @@ from einops import repeat
 from torch import Tensor
 from tqdm import tqdm
 
+from taming.modules.transformer.generate import DEFAULT_SAMPLING
 from taming.modules.transformer.generate import SamplingParams as SamplingParams
 from taming.modules.transformer.generate import generators_of as generators_of
 
@@ -188,28 +191,40 @@ def numbers_of(item: int, samples: Iterable[int]) -> list[int]:
     return [(item << 32) + sample for sample in samples]
 
 
-def sample_images(model: Any, condition: Condition, *params: Any, **start: Any) -> Tensor:
+def sample_images(
+    model: Any,
+    condition: Condition,
+    params: SamplingParams = DEFAULT_SAMPLING,
+    *,
+    codes: Tensor | None = None,
+    known: int | Tensor = 0,
+    grid: Grid | None = None,
+    window: Grid | None = None,
+) -> Tensor:
     """Sample codes with a progress bar, and decode them: (B, C, H, W), about in [-1, 1].
 
     The arguments are those of `Prior.sample_codes`, of the prior ``model``.
     """
+    start = {"codes": codes, "known": known, "grid": grid, "window": window}
     with tqdm(desc="tokens", leave=False) as bar:
 
         def update(progress: Progress) -> None:
             bar.total = progress.most
             bar.update(progress.tokens - bar.n)
 
-        codes = model.sample_codes(condition, *params, **start, callback=update)
-    return model.decode_codes(codes)
+        return model.decode_codes(model.sample_codes(condition, params, **start, callback=update))
 
 
-def pictures_of(model: Any, batch: Mapping[str, Any], params: SamplingParams) -> dict[str, Tensor]:
+def pictures_of(
+    model: Any, batch: Mapping[str, Any], params: SamplingParams, datasets: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """Return pictures of a batch: inputs, conditions, reconstructions, completed halves, samples.
 
     Args:
         model: A `Prior`, in eval mode.
         batch: Images, or cached tokens.
         params: How tokens are sampled.
+        datasets: Data sets of the run by split, some of which can draw conditions.
 
     Returns:
         Name -> (B, 3, H, W) in [-1, 1], for at most 4 images.
@@ -232,7 +247,5 @@ def pictures_of(model: Any, batch: Mapping[str, Any], params: SamplingParams) ->
         pictures = {"inputs": model.get_input(model.first_stage_key, batch)} | pictures
     shown = {name: model.show(picture) for name, picture in pictures.items()}
     height, width = shown["reconstructions"].shape[2:]
-    data = None if model._trainer is None else model._trainer.datamodule
-    return shown | model.cond_stage_model.condition_pictures(
-        seen.c, seen.quant_c, (width, height), getattr(data, "datasets", {})
-    )
+    stage, size = model.cond_stage_model, (width, height)
+    return shown | stage.condition_pictures(seen.c, seen.quant_c, size, datasets)
