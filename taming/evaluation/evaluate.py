@@ -19,7 +19,6 @@ from taming.evaluation.tokenizer import OWN, check_rates, evaluate_tokenizer
 from taming.generator import Generator
 from taming.models.prior import Prior
 from taming.modules.transformer.generate import SamplingParams
-from taming.modules.transformer.logits import filter_logits
 from taming.pictures import Picture
 from taming.run.folder import SavedRun
 from taming.signatures import naming_nearest
@@ -211,8 +210,7 @@ def _of_prior(
     """Evaluate priors of one model."""
     if params and not generated:
         raise ValueError(f"{', '.join(params)}: of generated pictures, so give generated as well")
-    own = SamplingParams(**params)  # refused before anything is measured if it is wrong
-    filter_logits(torch.zeros(1), own.temperature, own.top_k, own.top_p, own.min_p)
+    SamplingParams(**params)  # refused before anything is measured if it is wrong
     prior = priors[0]
     stage = prior.first_stage_model
     side = prior.grid[0] * stage.factor

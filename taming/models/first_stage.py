@@ -206,5 +206,5 @@ class FirstStage:
                 alpha = (x[:, -1:].clamp(-1, 1) + 1) / 2
                 x = x[:, :-1] * alpha + (1 - alpha)
             return x[:, :3].expand(-1, 3, -1, -1)
-        x = F.conv2d(x, self.colorize)
+        x = F.conv2d(x, self.colorize.to(x.dtype))
         return 2 * (x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) - 1
