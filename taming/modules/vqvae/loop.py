@@ -192,7 +192,7 @@ class Cascade(Transform):
         """Find the path of each latent; a turn searches only those still in the loop."""
         ends = 1 if self.beam == 1 else max_loops
         codes = torch.full((z.shape[0], ends, max_loops), ABSENT, device=z.device)
-        distances = torch.full((z.shape[0], max_loops), math.inf, device=z.device)
+        distances = z.new_full((z.shape[0], max_loops), math.inf)
         sites, residual = torch.arange(z.shape[0], device=z.device), z[:, None]  # (N,), (N, 1, D)
         written = torch.empty(z.shape[0], 1, 0, dtype=torch.int64, device=z.device)
         for turn in range(max_loops):

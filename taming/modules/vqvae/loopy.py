@@ -300,7 +300,7 @@ class LoopyVectorQuantizer(Quantizer):
         rates = {name: value for name, value in (given or {}).items() if value is not None}
         check_rates([*rates], self.transform)
         if not rates and self.training and (self.length_range or self.rate_range):
-            share = torch.rand(images, device=rows.device)
+            share = torch.rand(images, device=rows.device, dtype=torch.float32)
             rates = rates_between(share, walker.sites, self.length_range, self.rate_range)
         own = ("threshold", self.threshold) if self.rate is None else ("rate", self.rate)
         name, value = next(iter(rates.items()), own)

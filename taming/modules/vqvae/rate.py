@@ -113,7 +113,7 @@ def fewest_codes(
     most = sites * max_loops
     failed = torch.full(target.shape, sites - 1, device=target.device)
     enough = torch.full_like(failed, most)
-    for probe in torch.linspace(sites, most, 5).long()[1:-1].tolist():
+    for probe in torch.linspace(sites, most, 5, dtype=torch.float64).long()[1:-1].tolist():
         reached = (enough == most) & (quality(torch.full_like(failed, probe)) >= target)
         enough = torch.where(reached, probe, enough)
         failed = torch.where(enough == most, probe, failed)

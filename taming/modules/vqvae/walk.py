@@ -124,7 +124,8 @@ class Walker:
         Raises:
             ValueError: The value is out of range.
         """
-        numbers = expand_per_image(name, torch.as_tensor(value), self.images)
+        dtype = torch.float32 if isinstance(value, float) else None  # whatever torch's default is
+        numbers = expand_per_image(name, torch.as_tensor(value, dtype=dtype), self.images)
         if name == "max_codes":
             return self.within_codes(self.whole_path(), numbers)
         if checks_values(numbers) and not (numbers >= 0).all():

@@ -1,5 +1,6 @@
 """Laws of the loopy quantizer and its codebook."""
 
+import copy
 import math
 
 import pytest
@@ -143,6 +144,30 @@ def test_a_lower_threshold_gives_no_fewer_codes(transform: str) -> None:
     thresholds = torch.tensor([0.0, 0.5, 1.0, math.inf])
     codes = (quantizer(image.expand(4, -1, -1, -1), thresholds).info.indices >= 0).sum((1, 2, 3))
     assert (codes.diff() <= 0).all() and codes[0] > codes[3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@every_transform
+def test_torch_s_default_dtype_changes_nothing(transform: str, dtype: torch.dtype) -> None:
+    quantizer, z = loopy(transform, None, target_length=2.3), torch.randn(2, D, 4, 4)
+    rates = [{}, {"threshold": 0.7}, {"max_codes": 33}]
+    if not quantizer.transform.dummies:
+        rates += [{"rate": 0.03}, {"target_bits": 150.3}]
+
+    def results() -> list[torch.Tensor]:
+        own = copy.deepcopy(quantizer)
+        codes = [own(z, **rate).info.indices for rate in rates]
+        own.length_range = (1.0, 3.0)
+        torch.manual_seed(1)
+        return [*codes, own.train()(z).info.indices, *own.state_dict().values()]
+
+    wanted = results()
+    torch.set_default_dtype(dtype)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, wanted))
 
 
 def test_sites_that_ran_into_the_last_turn_are_told() -> None:
