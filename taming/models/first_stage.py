@@ -21,6 +21,7 @@ from taming.modules.vqvae.base import Quantizer
 _AFTER = ("loss.", "decoder.", "post_quant_conv.", "colorize", "shortcut.latent_to_pixels.")
 # Part of its quantizers that affects them only at a rate by bits, which is in no fingerprint too.
 _TABLES = "entropy"
+_GROUPS = 32  # of a norm, which no weight shows; other numbers are in the fingerprint by name
 
 
 # Eleven colours of matplotlib's map "inferno", from dark to bright, at equal distances.
@@ -55,15 +56,18 @@ class FirstStage:
     Attributes:
         value_range: Smallest and largest value of an input.
         colorize: (3, C, 1, 1) projection to colours, or None.
+        above: Number of levels above this one.
     """
 
     value_range = (-1.0, 1.0)
     encoder: Encoder
     quantize: Quantizer
     colorize: Tensor | None
+    above: int = 0
     encode: Any
     decode: Any
     state_dict: Any
+    named_modules: Any
 
     # --- codes -----------------------------------------------------------------------------------
 
@@ -112,6 +116,12 @@ class FirstStage:
         sequences = [quantizer.sequence for quantizer in self.levels.values()]
         about = [part for own in sequences for part in (type(own).__name__, vars(own))]
         about.append(self.quantize.identity())
+        groups = {
+            name: part.num_groups
+            for name, part in self.named_modules()
+            if getattr(part, "num_groups", _GROUPS) != _GROUPS and not name.startswith(_AFTER)
+        }
+        about += [unseen for unseen in (groups, self.above) if unseen]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode())
         for name, value in sorted(self.state_dict().items()):
             if not name.startswith(_AFTER) and _TABLES not in name.split("."):
