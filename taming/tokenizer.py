@@ -308,7 +308,8 @@ def encode_images(
     codes: list[Codes | None] = [None] * len(images)
     for numbers in _by_shape(padded, batch_size):
         x = torch.stack([padded[number] for number in numbers])
-        found = model.encode_to_codes(x.to(next(model.parameters())), **rate)
+        size = torch.tensor([images[number].shape[1:] for number in numbers])  # (B, 2)
+        found = model.encode_to_codes(x.to(next(model.parameters())), **rate, size=size)
         bits = model.bits_of(found).tolist()
         levels = [level.cpu() for level in (found if isinstance(found, tuple) else [found])]
         for number, cost, *own in zip(numbers, bits, *levels, strict=True):

@@ -129,7 +129,7 @@ class Codec:
             raise ValueError(f"give one rate, got {', '.join(rates)}")
         bits = rates.get("bits", rates.get("bpp", 0) * size[0] * size[1])
         if not {"bits", "bpp"} & rates.keys():
-            return self.pack(self._codes_of(self.model.encode(x, **rates)), size, model)
+            return self.pack(self._codes_of(self.model.encode(x, **rates, size=size)), size, model)
         if not 0 < bits < math.inf:
             ((name, value),) = rates.items()
             raise ValueError(f"{name} must be a positive number, got {value}")

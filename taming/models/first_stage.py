@@ -87,7 +87,7 @@ class FirstStage:
 
         Args:
             x: (B, C, H, W) in `value_range`.
-            **rate: At most one argument of ``encode`` that sets a rate.
+            **rate: Of ``encode``: at most one argument that sets a rate, and the ``size``.
 
         Returns:
             (B, h, w, T) int64, or a tuple of the codes of all levels, the top first.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from taming.checkpoint import freeze_parts, load_weights
 from taming.models.first_stage import FirstStage
 from taming.models.gan import ManualOptimization
-from taming.modules.batches import images_of
+from taming.modules.batches import images_of, pixels_inside
 from taming.modules.diffusionmodules.model import Decoder, Encoder, check_ddconfig
 from taming.modules.diffusionmodules.shortcut import LinearShortcut
 from taming.modules.losses.base import DISCRIMINATOR, GENERATOR, AutoencoderLoss, check_finite
@@ -167,6 +167,7 @@ class VQModel(ManualOptimization, FirstStage):
         max_tokens: int | Tensor | None = None,
         rate: float | Tensor | None = None,
         target_bits: float | Tensor | None = None,
+        size: Sequence[int] | Tensor | None = None,
     ) -> QuantizerOutput:
         """Encode images: ``quant, loss, (perplexity, encodings, indices)``.
 
@@ -180,6 +181,8 @@ class VQModel(ManualOptimization, FirstStage):
             rate: lambda >= 0: codes and ends of least ``|z - z_q|^2 / latent_std^2 + lambda bits``,
                 by the quantizer's `EntropyTables`.
             target_bits: Largest number of those bits of an image, at the smallest lambda.
+            size: (H, W) of the picture at the top left of x, whose PSNR counts; one for all or one
+                per image (B, 2). None for all of x.
 
         Raises:
             ValueError: More than one rate is given, or the quantizer's rate is fixed.
@@ -196,18 +199,22 @@ class VQModel(ManualOptimization, FirstStage):
         if rates and not self.quantize.variable_rate:
             raise ValueError(f"{type(self.quantize).__name__} has a fixed rate: omit {[*rates][0]}")
         if target_psnr is not None:
-            return self._reach(torch.as_tensor(target_psnr), x, z)
+            return self._reach(torch.as_tensor(target_psnr), x, z, pixels_inside(x, size))
         return self.quantize(z, **rates)
 
-    def _reach(self, target_psnr: Tensor, x: Tensor, z: Tensor) -> QuantizerOutput:
-        """Quantize with the fewest codes with which images reach a PSNR, () or (B,), in dB."""
+    def _reach(self, target_psnr: Tensor, x: Tensor, z: Tensor, inside: Tensor) -> QuantizerOutput:
+        """Quantize with the fewest codes with which images reach a PSNR, () or (B,), in dB.
+
+        It is that of the pixels (B, H, W) inside.
+        """
         if self.training:
             raise ValueError("target_psnr needs the model in eval mode: a search must not train it")
         low, high = self.value_range
 
         def psnr(codes: Tensor) -> Tensor:
             x_rec = self.as_input(self.decode_code(codes)).float().clamp(low, high)
-            error = (x_rec - x.float()).square().mean(dim=(1, 2, 3))  # (B,)
+            error = (x_rec - x.float()).square().mean(dim=1)  # (B, H, W)
+            error = (error * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2))  # (B,)
             return 10 * ((high - low) ** 2 / error).log10()
 
         return self.quantize.reach(z, psnr, target_psnr.to(x.device, torch.float32))

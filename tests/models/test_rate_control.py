@@ -8,8 +8,12 @@ import torch.nn.functional as F
 from support.models import DDCONFIG, GAN, LOOPY, PLAIN, images, trainer
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from taming.codec.files import Codec
 from taming.models.vqgan import VQModel
+from taming.modules.batches import pixels_inside
 from taming.modules.vqvae.rate import fewest_codes
+from taming.pictures import pad, psnr_of
+from taming.tokenizer import Tokenizer
 
 SITES = 64
 
@@ -88,6 +92,36 @@ def test_a_psnr_is_reached_with_the_fewest_codes(model, x) -> None:
     whole = codes(quantized) == SITES * model.quantize.max_loops
     assert ((psnr(model, quantized, x) >= target) | whole).all()
     assert (codes(quantized) <= budgets[4]).any()
+
+
+@torch.no_grad()
+def test_a_psnr_is_of_the_picture_and_not_of_what_extends_it(model, x) -> None:
+    sizes = torch.tensor([[15, 16], [16, 11], [9, 15], [7, 8], [12, 12]])
+    inside = pixels_inside(x, sizes)[:, None]
+    x = x.where(inside, torch.rand_like(x) * 2 - 1)  # which no code brings near
+
+    def own(codes: torch.Tensor) -> torch.Tensor:
+        shown = zip(model.decode_code(codes).clamp(-1, 1), x, sizes, strict=True)
+        return torch.tensor([psnr_of(a[:, :h, :w], b[:, :h, :w]) for a, b, (h, w) in shown])
+
+    target = own(model.encode_to_codes(x, max_codes=120)) - 1e-3
+    found = model.encode_to_codes(x, target_psnr=target, size=sizes)
+    whole = (found >= 0).flatten(1).all(dim=1)  # out of reach
+    assert ((own(found) >= target) | whole).all() and not whole.all()
+
+
+@torch.no_grad()
+def test_a_tokenizer_reaches_the_psnr_of_a_picture_of_any_size(model, x) -> None:
+    cut = x[:, :, :15, :15].clone()
+    cut[:, :, 13] = torch.rand(5, 3, 15) * 2 - 1  # the row that is repeated to fill a site
+    tokenizer = Tokenizer(model)
+    for picture, codes in zip(cut, tokenizer.encode([*cut], target_psnr=17.5), strict=True):
+        found, size = Codec(model).unpack(tokenizer.compress(picture, psnr=17.5))
+        padded = pad(picture, model.factor)[None]
+        alone = model.encode_to_codes(padded, target_psnr=17.5, size=size)[0]
+        assert torch.equal(codes.indices, alone) and torch.equal(codes.indices, found)
+        whole = model.encode_to_codes(padded, target_psnr=17.5)
+    assert (whole >= 0).sum() > len(codes)
 
 
 @torch.no_grad()
