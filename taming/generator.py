@@ -63,7 +63,7 @@ class Generator(Shared):
         if several:
             check_priors(self.priors)
         for prior in self.priors:
-            prior.eval().requires_grad_(False)
+            prior.eval()
         self.model: Prior = self.priors[0]
         self.batch_size = batch_size
         stage = self.model.cond_stage_model

@@ -53,14 +53,16 @@ def load(
             raise ValueError(f"{run} has its tokenizer with it and takes no other")
         modules = load_modules(place, trust_config=trust_config)
         kind = Tokenizer if hasattr(modules.get("model"), "quantize") else Generator
-        return kind.of_modules(modules).to(device)
+        return kind.of_modules(modules).frozen().to(device)
     options = {"tokenizer": tokenizer, "trust_config": trust_config}
     models = [model_from_run(name, **options) for name in names]
     for name, model in zip(names, models, strict=True):
         if several and not hasattr(model, "sample_codes"):
             raise ValueError(f"{name} holds a {type(model).__name__}, not a prior of one level")
     if several:
-        return Generator(models).to(device)
+        return Generator(models).frozen().to(device)
     if hasattr(models[0], "context"):
-        return Tokenizer(models[0].first_stage_model, context=models[0].context).to(device)
-    return (Generator if hasattr(models[0], "sample_codes") else Tokenizer)(models[0]).to(device)
+        context = models[0].context
+        return Tokenizer(models[0].first_stage_model, context=context).frozen().to(device)
+    kind = Generator if hasattr(models[0], "sample_codes") else Tokenizer
+    return kind(models[0]).frozen().to(device)

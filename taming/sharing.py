@@ -63,6 +63,12 @@ class Shared(ABC):
             module.to(usable_device(device))
         return self
 
+    def frozen(self: S) -> S:
+        """Make no parameter of the modules trainable; return the object."""
+        for module in self.shared_modules().values():
+            module.requires_grad_(False)
+        return self
+
     @classmethod
     def from_pretrained(
         cls: type[S],
@@ -97,7 +103,7 @@ class Shared(ABC):
             if not _HUB_NAME.fullmatch(str(name)):
                 raise missing(name)
             folder = download(str(name), revision)
-        return cls.of_modules(load_modules(folder, trust_config=trust_config)).to(device)
+        return cls.of_modules(load_modules(folder, trust_config=trust_config)).frozen().to(device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
         """Save the model with all that its use needs, and nothing of its training.

@@ -76,11 +76,11 @@ class Tokenizer(Shared):
                 "a Tokenizer takes a tokenizer of pictures with values in [-1, 1], got a "
                 f"{type(model).__name__}"
             )
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval()
         self.batch_size = batch_size
         self.background, self.max_pixels = rgb_of(background), max_pixels
         self.tile = tile
-        self.context = None if context is None else context.eval().requires_grad_(False)
+        self.context = None if context is None else context.eval()
 
     @property
     def tile(self) -> int | None:

@@ -16,6 +16,7 @@ from taming.pictures import to_tensor
 from taming.run.folder import model_from_run
 from taming.tokenizer import Codes, Tokenizer
 
+RUNS = ("vqgan", "transformer")
 SIDE = 16  # pixels of an image of the tiny runs
 RNG = np.random.default_rng(5)
 
@@ -195,6 +196,26 @@ def test_codes_of_several_levels(tiny_runs: TinyRuns) -> None:
     codes = tokenizer.encode([colours(17, 40), colours()])
     assert all(isinstance(own, Codes) and len(own.levels) == 2 for own in codes)
     assert [p.size for p in tokenizer.decode(codes)] == [(40, 17), (16, 16)]
+
+
+def test_a_callers_model_stays_trainable_and_no_graph_is_built(tiny_runs: TinyRuns) -> None:
+    models = [model_from_run(tiny_runs.of(f"loopy_{kind}.yaml")) for kind in RUNS]
+    wanted = [[p.requires_grad for p in model.parameters()] for model in models]
+    tokenizer, generator = Tokenizer(models[0]), Generator(models[1])
+
+    def refuse_graphs(module: torch.nn.Module, given: object) -> None:
+        assert not torch.is_grad_enabled()
+
+    picture, none = colours(), np.zeros(generator.model.grid, bool)
+    with torch.nn.modules.module.register_module_forward_pre_hook(refuse_graphs):
+        tokenizer.decode(tokenizer.encode(picture, target_psnr=10.0))
+        tokenizer.decompress(tokenizer.compress(picture, bpp=20))
+        generator.sample(), generator.complete(picture, none), generator.bits(picture)
+    assert [[p.requires_grad for p in model.parameters()] for model in models] == wanted
+    assert any(wanted[0]) and any(wanted[1])
+    for kind in RUNS:
+        loaded = taming.load(tiny_runs.of(f"loopy_{kind}.yaml")).model
+        assert not any(p.requires_grad for p in loaded.parameters())
 
 
 def test_samples_are_of_a_seed(generator: Generator) -> None:
