@@ -106,8 +106,8 @@ class Generator(Shared):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The prior's `Tokenizer`."""
-        return Tokenizer(self.model.first_stage_model, self.batch_size)
+        """The `Tokenizer` of the prior's codes, with all levels of a VQ-VAE-2."""
+        return Tokenizer(self.model.first_stage_model.whole, self.batch_size)
 
     def sample(
         self,
@@ -242,7 +242,7 @@ class Generator(Shared):
             own = SamplingParams(**params, generators=generators_of(seed, numbers[part]))
             if len(self.priors) > 1:
                 codes = sample_levels(self.priors, condition, own)
-                yield self.priors[-1].first_stage_model.model.decode_code(codes)
+                yield self.priors[-1].first_stage_model.whole.decode_code(codes)
             else:
                 if "codes" in start:  # the same ones in all completions
                     start["codes"] = start["codes"][:1].expand(len(condition), -1, -1, -1)

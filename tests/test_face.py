@@ -292,6 +292,11 @@ def test_levels_are_sampled_and_measured_together(tiny_runs: TinyRuns) -> None:
     assert isinstance(top, Generator) and top.bits(colours())[0] > 0
     picture = colours()
     assert generator.bits(picture)[0] > top.bits(picture)[0]
+    for tokenizer in (generator.tokenizer, top.tokenizer):
+        codes = tokenizer.encode(picture)
+        assert len(codes.levels) == 2 and tokenizer.tile == 768
+        decoded = tokenizer.decompress(tokenizer.compress(picture))
+        assert np.array_equal(np.asarray(decoded), np.asarray(tokenizer.decode(codes)))
     with pytest.raises(ValueError, match="only sample"):
         generator.complete(picture, picture)
     with pytest.raises(ValueError, match="only sample"):

@@ -76,6 +76,11 @@ class FirstStage:
         """Quantizers by the name of their level, the top first; "" names the only one."""
         return {"": self.quantize}
 
+    @property
+    def whole(self) -> Any:
+        """The tokenizer with all its levels."""
+        return self
+
     def codes_by_level(self, quantized: Any) -> dict[str, Tensor]:
         """Return the codes (B, h, w, T) int64 in what ``encode`` returned, by level name."""
         batch, _, h, w = quantized.z_q.shape
