@@ -196,6 +196,11 @@ def test_codes_of_several_levels(tiny_runs: TinyRuns) -> None:
     codes = tokenizer.encode([colours(17, 40), colours()])
     assert all(isinstance(own, Codes) and len(own.levels) == 2 for own in codes)
     assert [p.size for p in tokenizer.decode(codes)] == [(40, 17), (16, 16)]
+    wide = codes[0].levels[0].repeat_interleave(2, 0).repeat_interleave(2, 1)  # the top alone
+    mixed = [codes[0], Codes((wide,), (17, 40))]
+    alone = [tokenizer.decode(own) for own in mixed]
+    for a, b in zip(tokenizer.decode(mixed), alone, strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
 def test_a_callers_model_stays_trainable_and_no_graph_is_built(tiny_runs: TinyRuns) -> None:
