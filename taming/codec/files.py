@@ -16,6 +16,7 @@ from taming.codec.container import Header, read, write
 from taming.codec.context import Context
 from taming.codec.levels import Levels
 from taming.codec.models import EntropyModel, Raw, Static
+from taming.codec.ranges import TOTAL
 from taming.decoding import check_size
 from taming.models.vqgan import MOST_SITES, VQModel
 from taming.modules.context import ContextNetwork
@@ -84,7 +85,8 @@ class Codec:
         quantizers = self.model.levels
         if name is None and self.context is None:
             tables = [quantizer.entropy for quantizer in quantizers.values()]
-            name = "static" if all(own is not None and own.learned for own in tables) else "raw"
+            right = (own is not None and own.learned and own.n_e <= TOTAL for own in tables)
+            name = "static" if all(right) else "raw"
         models = {level: self._of_level(own, name) for level, own in quantizers.items()}
         if len(models) > 1:
             return Levels(models, self.model.quantize.factors)

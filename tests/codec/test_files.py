@@ -17,6 +17,7 @@ from taming.codec.container import read, write
 from taming.codec.files import Codec, fit
 from taming.codec.levels import Levels
 from taming.codec.models import Raw
+from taming.codec.ranges import TOTAL
 from taming.modules.context import ContextNetwork
 from taming.tokenizer import Codes, Tokenizer
 from taming.util import instantiate_from_config
@@ -239,6 +240,11 @@ def test_the_best_entropy_model_that_there_is_is_the_default() -> None:
     assert same(context.decompress(data), learned.decompress(learned.compress(picture)))
     with pytest.raises(ValueError, match="no context model"):
         learned.decompress(data)
+    config = copy.deepcopy(QUANTIZED["residual"])
+    config["params"]["n_embed"] = TOTAL + 1  # more codes than tables can be of
+    large = instantiate_from_config(config)
+    large.quantize.entropy.count(torch.tensor([[3, -1, -1]]))
+    assert Tokenizer(large).compress(picture)[5] == 0
     for quantizer in ("plain", "levels"):
         with pytest.raises(ValueError, match="keeps no entropy tables: use raw"):
             Tokenizer(tokenizer_of(quantizer)).compress(picture, entropy="static")
