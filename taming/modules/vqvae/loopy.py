@@ -164,7 +164,7 @@ class LoopyVectorQuantizer(Quantizer):
         """Quantize latents, each with as many turns as it needs.
 
         Args:
-            z: (B, D, h, w) or (N, D); not changed.
+            z: (B, D, h, w), or (N, D) of one image; not changed.
             threshold: tau; None takes the quantizer's own, or its own ``rate``, or, while training
                 with a ``length_range`` or ``rate_range``, samples a rate per image.
             max_codes: Instead: most codes of an image, at least one per site; each image gets the
@@ -188,10 +188,10 @@ class LoopyVectorQuantizer(Quantizer):
         if self.training:
             self._measure_spread(rows)
             if self.embedding.steps < self.start_batches:
-                self._start_from_data(rows, len(z))
+                self._start_from_data(rows, _images(z))
         given = {"threshold": threshold, "max_codes": max_codes}
         given |= {"rate": rate, "target_bits": target_bits}
-        walk = self._walk(rows, z.shape[0], given)
+        walk = self._walk(rows, _images(z), given)
         if self.training and threshold is None:
             self._steer_threshold(walk.path.distances)
         return self._quantize(z, walk)
@@ -254,7 +254,7 @@ class LoopyVectorQuantizer(Quantizer):
     def whole_path(self, z: Tensor) -> Path:
         """Find the path of latents (B, D, h, w) or (N, D) through all turns."""
         self._check(z)
-        return self._walker(as_rows(z).detach(), z.shape[0]).whole_path()
+        return self._walker(as_rows(z).detach(), _images(z)).whole_path()
 
     @torch.no_grad()
     def walk(self, z: Tensor, **rate: Rate) -> Walk:
@@ -268,7 +268,7 @@ class LoopyVectorQuantizer(Quantizer):
             ValueError: As for `forward`.
         """
         self._check(z)
-        return self._walk(as_rows(z), z.shape[0] if z.ndim == 4 else 1, rate)
+        return self._walk(as_rows(z), _images(z), rate)
 
     def bits(self, codes: Tensor) -> Tensor:
         """Add up the bits of codes (B, h, w, T) by the `EntropyTables`: (B,) float64."""
@@ -428,3 +428,8 @@ class LoopyVectorQuantizer(Quantizer):
     def _grid(rows: Tensor, z: Tensor) -> Tensor:
         """Give rows (N, ...) the grid of z: (B, h, w, ...), or leave them for z (N, D)."""
         return rows if z.ndim == 2 else rows.reshape(z.shape[0], *z.shape[2:], *rows.shape[1:])
+
+
+def _images(z: Tensor) -> int:
+    """Return the number of images of latents (B, D, h, w), or (N, D) of one."""
+    return len(z) if z.ndim == 4 else 1

@@ -328,6 +328,12 @@ def test_codes_are_never_more_than_wanted_and_as_many_as_can_be(transform: str) 
     assert (codes[1:4] >= wanted[1:4] - T + 1).all()
     one_by_one = [quantizer(z[i : i + 1], max_codes=int(wanted[i])) for i in range(6)]
     assert torch.equal(trace.lengths, torch.cat([o.info.encodings.lengths for o in one_by_one]))
+    rows = z[2].flatten(1).T  # (N, D), which are one image
+    for found in (
+        quantizer(rows, max_codes=30).info.indices,
+        quantizer.walk(rows, max_codes=30).codes,
+    ):
+        assert torch.equal(found, one_by_one[2].info.indices.flatten(0, 2))
 
 
 @every_transform

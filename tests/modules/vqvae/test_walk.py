@@ -66,7 +66,7 @@ def test_a_rate_equals_the_literal_walk(transform: str, rate: float) -> None:
     quantizer, z = rated(transform), torch.randn(25, D)
     codes = quantizer(z, rate=rate).info.indices
     assert codes.tolist() == literal_walk(quantizer, z, rate)
-    nearest = quantizer(z, max_codes=T).info.indices  # each row is an image of one site
+    nearest = quantizer(z, max_codes=25 * T).info.indices
     assert not torch.equal(codes, nearest)
 
 
