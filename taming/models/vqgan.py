@@ -209,6 +209,8 @@ class VQModel(ManualOptimization, FirstStage):
         """
         if self.training:
             raise ValueError("target_psnr needs the model in eval mode: a search must not train it")
+        if target_psnr.isnan().any():
+            raise ValueError(f"target_psnr must be a number of dB, got {target_psnr.tolist()}")
         low, high = self.value_range
 
         def psnr(codes: Tensor) -> Tensor:

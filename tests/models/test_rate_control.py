@@ -206,6 +206,8 @@ def test_rates_that_make_no_sense_are_refused(model, x) -> None:
         model.encode(x, max_codes=100, max_tokens=200)
     with pytest.raises(ValueError, match="target quality must be .* each of 5 images"):
         model.encode(x, target_psnr=torch.tensor([20.0, 30.0]))
+    with pytest.raises(ValueError, match="target_psnr must be a number of dB, got nan"):
+        model.encode(x, target_psnr=float("nan"))
     with pytest.raises(ValueError, match="64 sites.* 64 .*3"):
         model.encode(x, max_codes=3)
     plain = VQModel(DDCONFIG, PLAIN, 16, 4)

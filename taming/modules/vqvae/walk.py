@@ -128,8 +128,10 @@ class Walker:
         numbers = expand_per_image(name, torch.as_tensor(value, dtype=dtype), self.images)
         if name == "max_codes":
             return self.within_codes(self.whole_path(), numbers)
-        if checks_values(numbers) and not (numbers >= 0).all():
-            what = "a distance of at least 0" if name == "threshold" else "at least 0"
+        right, what = (numbers >= 0) & numbers.isfinite(), "at least 0 and finite"
+        if name == "threshold":
+            right, what = numbers >= 0, "a distance of at least 0"
+        if checks_values(numbers) and not right.all():
             raise ValueError(f"{name} must be {what}, got {value}")
         if name == "target_bits":
             return self.within_bits(numbers.cpu().double())

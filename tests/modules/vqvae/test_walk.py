@@ -186,8 +186,8 @@ def test_target_bits_walk_once_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["rate", "target_bits"])
 def test_rates_that_make_no_sense_are_refused(name: str) -> None:
     z = torch.randn(2, D, 3, 3)
-    for value in (-1.0, math.nan):
-        with pytest.raises(ValueError, match=f"{name} must be at least 0, got"):
+    for value in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0 and finite, got {value}"):
             loopy()(z, **{name: value})
     with pytest.raises(ValueError, match=f"{name} must be one number or one for each of 2 images"):
         loopy()(z, **{name: torch.ones(3)})
