@@ -73,8 +73,8 @@ def threshold_for(distances: Tensor, max_codes: Tensor) -> Tensor:
     Raises:
         ValueError: A budget is smaller than the number of sites, or not a whole number.
     """
-    distances = distances.unflatten(0, (len(max_codes), -1))  # (B, S, T)
-    sites = distances.shape[1]
+    sites = len(distances) // max(len(max_codes), 1)
+    distances = distances.unflatten(0, (len(max_codes), sites))  # (B, S, T)
     if max_codes.is_floating_point():
         raise ValueError(f"max_codes must be a whole number, got {max_codes.tolist()}")
     if checks_values(max_codes) and (max_codes < sites).any():
