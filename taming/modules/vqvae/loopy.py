@@ -335,7 +335,8 @@ class LoopyVectorQuantizer(Quantizer):
                 bits = priced.of_sites(at).expected_bits(residual[at], seen, turn)
                 total = total + (weight[at] * bits).sum()
         share = share_of_rank(len(z), z) if self.training else 1.0
-        return total / (self.latent_std.square() * len(z)) * share
+        unit = self.latent_std.float().square().clamp(min=1e-20)  # 0 if all latents are the same
+        return total / (unit * len(z)) * share
 
     def _loss_without_gradient(self, path: Path, lengths: Tensor) -> Tensor | None:
         """Compute the loss from a path that ends at lengths (N,); None where it takes searches."""

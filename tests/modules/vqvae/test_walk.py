@@ -301,6 +301,15 @@ def test_the_rate_loss_is_the_literal_one_and_its_gradient_makes_codes_cheaper(t
     assert cheaper == pytest.approx(expected, rel=1e-5)
 
 
+@every_rated
+def test_latents_that_are_all_the_same_have_a_finite_loss(transform: str) -> None:
+    kwargs = {"rate": 0.1, "rate_weight": 1.0, "threshold": None}
+    quantizer, z = loopy(transform, **kwargs).train(), torch.zeros(9, D, requires_grad=True)
+    loss = quantizer(z).loss
+    loss.backward()
+    assert quantizer.latent_std == 0 and loss.isfinite() and z.grad.isfinite().all()
+
+
 def test_latents_learn_to_be_cheap() -> None:
     bits = []
     for weight in (0.0, 1.0):
