@@ -119,6 +119,12 @@ class Transform(Part, ABC):
         z_q = self.compose(codes, codebook)
         return z_q if self.depth is None else z_q + self.depth[(codes >= 0).sum(dim=1) - 1]
 
+    def project(self, codebook: Tensor, turn: int) -> Tensor:
+        """Map codes (K, D) as a turn sees them, or raise a ValueError if it sees no such codes."""
+        raise ValueError(
+            f"{type(self).__name__} has no codes of a turn: rate_weight has no meaning"
+        )
+
     def loop_tables(self, codebook: Tensor) -> dict[str, Tensor]:
         """Return what its turns need outside of torch (`taming.modules.vqvae.numpy_loop`).
 

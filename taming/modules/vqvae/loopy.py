@@ -33,7 +33,7 @@ from taming.modules.vqvae.base import (
 from taming.modules.vqvae.checks import mark_impossible, rows_of_codes
 from taming.modules.vqvae.codebook import Codebook
 from taming.modules.vqvae.entropy import EntropyTables, Price
-from taming.modules.vqvae.loop import Cascade, build_transform
+from taming.modules.vqvae.loop import build_transform
 from taming.modules.vqvae.nearest import distance_to, nearest_codes
 from taming.modules.vqvae.paths import Path, Searches
 from taming.modules.vqvae.rate import check_ranges, expand_per_image, lengths_within, rates_between
@@ -144,6 +144,8 @@ class LoopyVectorQuantizer(Quantizer):
         for name, value in {"rate": rate, "rate_range": rate_range}.items():
             if value is not None:
                 check_rates([name], self.transform)
+        if rate_weight > 0:
+            self.transform.project(self.embedding.weight.detach(), 0)  # or it refuses
         self.sequence = UnarySequence(n_e, max_loops, dummies=self.transform.dummies)
         self.entropy = EntropyTables(n_e, max_loops, self.transform.dummies)
         self.threshold: Tensor
@@ -327,7 +329,6 @@ class LoopyVectorQuantizer(Quantizer):
         before = (z.detach()[searches.sites] - searches.queries).detach()
         residual = F.embedding(searches.sites, z) - before  # (M, D): a query, with its gradient
         priced, total = Price(self.entropy.code_bits(), weight), z.new_zeros(())
-        assert isinstance(self.transform, Cascade)  # others have no rate
         for turn in range(self.max_loops):
             at = (searches.turns == turn).nonzero().squeeze(1)
             if len(at) > 0:

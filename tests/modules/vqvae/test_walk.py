@@ -10,6 +10,7 @@ from torch import Tensor
 from taming.modules.vqvae.loop import Cascade
 from taming.modules.vqvae.loopy import LoopyVectorQuantizer
 from taming.modules.vqvae.nearest import cheapest_codes, nearest_codes
+from taming.modules.vqvae.transforms import Attract
 
 RATED = [name for name in TRANSFORMS if not name.startswith("attract")]
 every_rated = pytest.mark.parametrize("transform", RATED)
@@ -223,6 +224,18 @@ def test_a_range_of_rates_needs_a_transform_with_rates() -> None:
         loopy("attract", rate_range=(0.1, 1.0))
     with pytest.raises(ValueError, match="Attract decodes .*rate has no meaning"):
         loopy("attract", rate=0.1, threshold=None)
+
+
+class Stranger(Attract):
+    """A transform that writes a code every turn, but not those of a mapped codebook."""
+
+    dummies = False
+
+
+def test_a_weight_of_bits_needs_a_transform_with_codes_of_a_turn() -> None:
+    config = {"target": f"{__name__}.Stranger"}
+    with pytest.raises(ValueError, match="Stranger has no codes of a turn: rate_weight"):
+        LoopyVectorQuantizer(K, D, rate=0.1, rate_weight=1.0, transform_config=config)
 
 
 @every_rated
