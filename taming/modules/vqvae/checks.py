@@ -14,12 +14,10 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from taming.modules.util import checks_values
+from taming.modules.util import INTEGERS, checks_values
 from taming.util import NonFiniteError
 
 ABSENT = -1
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)  # all that fit into int64
-INTEGERS += (torch.uint8, torch.uint16, torch.uint32)
 
 
 def check_finite_latents(z: Tensor) -> None:
