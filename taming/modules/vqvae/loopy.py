@@ -231,9 +231,6 @@ class LoopyVectorQuantizer(Quantizer):
                 accelerator and in a graph, a site of impossible codes becomes NaN instead.
         """
         codes, grid = rows_of_codes(indices, self.max_loops, shape, self.e_dim)  # (N, T)
-        if len(grid) not in (1, 3):
-            got = tuple(indices.shape)
-            raise ValueError(f"codes must be (B, h, w, T) or (N, T), got the shape {got}")
         wrong = mark_impossible(codes, self.n_e, self.transform.dummies)
         turn = torch.arange(self.max_loops, device=codes.device)
         codes = torch.where(wrong[:, None], -(turn > 0).long(), codes)  # code 0 alone

@@ -530,6 +530,8 @@ def test_metrics_count_sites_that_never_came_within_the_threshold() -> None:
 def test_codes_of_another_number_of_turns_are_refused() -> None:
     with pytest.raises(ValueError, match=rf"expected {T} codes for each site, got .*\(2, 4, 4\)"):
         loopy().get_codebook_entry(torch.zeros(2, 4, 4, dtype=torch.int64), (2, 4, 4, D))
+    with pytest.raises(ValueError, match=rf"\(B, h, w, T\) or \(N, T\), got .*\(2, 4, {T}\)"):
+        loopy().get_codebook_entry(torch.zeros(2, 4, T, dtype=torch.int64))
 
 
 def test_latents_of_the_wrong_shape_or_value_are_refused() -> None:
