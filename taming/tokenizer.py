@@ -15,14 +15,13 @@ from torch import Tensor
 from taming.codes import Codes as Codes
 from taming.decoding import Colour, rgb_of
 from taming.models.vqgan import VQModel
+from taming.modules.vqvae.rate import RATES
 from taming.pictures import Picture, is_single, pad, to_picture, to_tensor
 from taming.sharing import Shared, count_parameters
 
 if TYPE_CHECKING:
     from taming.codec.files import Codec
     from taming.modules.context import ContextNetwork
-
-RATES = ("max_codes", "target_psnr", "threshold", "rate", "target_bits")  # of `Tokenizer.encode`
 
 
 class Tokenizer(Shared):

@@ -303,7 +303,7 @@ def test_what_is_wrong_is_named_before_anything_is_written(
     refused("b.parquet is not a Parquet file", tmp_path / "b.parquet")
     refused("labels of subfolders need a folder", tmp_path / "a.parquet", labels=True)
     refused("on_error must be", on_error="ignore")
-    refused("give one of threshold, max_codes", max_codes=9, threshold=1.0)
+    refused("give one rate, got max_codes and threshold", max_codes=9, threshold=1.0)
     refused("must be above 0", max_codes=0)
     refused("devices must be 1 to", devices=0)
     refused("device 'tpu'", devices=["tpu"])

@@ -21,6 +21,7 @@ from taming.decoding import check_size
 from taming.models.vqgan import MOST_SITES, VQModel
 from taming.modules.context import ContextNetwork
 from taming.modules.vqvae.base import Quantizer
+from taming.modules.vqvae.rate import one_rate
 
 MODES = {"raw": 0, "static": 1, "context": 2}
 
@@ -126,9 +127,7 @@ class Codec:
             ValueError: The rate cannot be met, or there are several; or the name is unknown.
         """
         model = self.entropy_model(entropy)
-        rates = {name: value for name, value in rates.items() if value is not None}
-        if len(rates) > 1:
-            raise ValueError(f"give one rate, got {', '.join(rates)}")
+        rates = one_rate(rates)
         bits = rates.get("bits", rates.get("bpp", 0) * size[0] * size[1])
         if not {"bits", "bpp"} & rates.keys():
             return self.pack(self._codes_of(self.model.encode(x, **rates, size=size)), size, model)

@@ -24,6 +24,7 @@ from taming.modules.util import start_at_zero, start_orthogonal
 from taming.modules.vqvae.base import GridShape, QuantizerOutput
 from taming.modules.vqvae.build import build_quantizer
 from taming.modules.vqvae.quantize import GumbelQuantize
+from taming.modules.vqvae.rate import one_rate
 from taming.util import instantiate_from_config
 
 if TYPE_CHECKING:
@@ -192,10 +193,7 @@ class VQModel(ManualOptimization, FirstStage):
         rates |= {"rate": rate, "target_bits": target_bits}
         if max_tokens is not None:
             rates["max_codes" if max_codes is None else "max_tokens"] = max_tokens
-        rates = {name: value for name, value in rates.items() if value is not None}
-        if len(rates) > 1:
-            names = "threshold, max_codes, target_psnr, rate and target_bits"
-            raise ValueError(f"give one of {names}, got {[*rates]}")
+        rates = one_rate(rates)
         if rates and not self.quantize.variable_rate:
             raise ValueError(f"{type(self.quantize).__name__} has a fixed rate: omit {[*rates][0]}")
         if target_psnr is not None:

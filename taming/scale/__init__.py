@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from taming.models.vqgan import VQModel
+from taming.modules.vqvae.rate import one_rate
 from taming.run.folder import SavedRun
 from taming.scale.engines import ENGINES, Devices, cores, devices_of
 from taming.scale.job import Job, Report
@@ -78,7 +79,7 @@ def encode_shards(
         raise ValueError(f"on_error must be 'skip' or 'raise', got {on_error!r}")
     saved = run if isinstance(run, SavedRun) else SavedRun.load(run, trust_config=trust_config)
     rates = {"max_codes": max_codes, "target_psnr": target_psnr, "threshold": threshold}
-    rate = {name: value for name, value in rates.items() if value is not None}
+    rate = one_rate(rates)
     model = saved.model()
     _check(model, saved, rate)
     is_named = isinstance(input, (str, Path)) or not hasattr(input, "read")
@@ -115,8 +116,6 @@ def _check(model: Any, saved: SavedRun, rate: dict[str, float]) -> None:
         raise ValueError(
             f"{saved.folder} holds a {type(model).__name__}, not a VQModel of one level"
         )
-    if len(rate) > 1:
-        raise ValueError(f"give one of threshold, max_codes and target_psnr, got {[*rate]}")
     if rate and not model.quantize.variable_rate:
         raise ValueError(
             f"{type(model.quantize).__name__} has a fixed rate: omit {next(iter(rate))}"

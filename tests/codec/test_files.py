@@ -199,8 +199,8 @@ def test_the_rates_of_encode_are_those_of_files(rate: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        ({"bits": 9, "bpp": 2}, "give one rate, got bits, bpp"),
-        ({"bpp": 2, "max_codes": 70}, "give one rate, got bpp, max_codes"),
+        ({"bits": 9, "bpp": 2}, "give one rate, got bits and bpp"),
+        ({"bpp": 2, "max_codes": 70}, "give one rate, got bpp and max_codes"),
         ({"bits": 0}, "bits must be a positive number, got 0"),
         ({"bpp": float("nan")}, "bpp must be a positive number, got nan"),
         ({"entropy": "zip"}, "entropy must be one of raw, static, context, got 'zip'"),

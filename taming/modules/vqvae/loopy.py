@@ -36,8 +36,14 @@ from taming.modules.vqvae.entropy import EntropyTables, Price
 from taming.modules.vqvae.loop import build_transform
 from taming.modules.vqvae.nearest import distance_to, nearest_codes
 from taming.modules.vqvae.paths import Path, Searches
-from taming.modules.vqvae.rate import check_ranges, expand_per_image, lengths_within, rates_between
-from taming.modules.vqvae.walk import Rate, Walk, Walker, check_rates
+from taming.modules.vqvae.rate import (
+    check_ranges,
+    expand_per_image,
+    lengths_within,
+    one_rate,
+    rates_between,
+)
+from taming.modules.vqvae.walk import Rate, Walk, Walker, check_rate
 
 if TYPE_CHECKING:
     from taming.modules.vqvae.metrics import LoopMetrics
@@ -143,7 +149,7 @@ class LoopyVectorQuantizer(Quantizer):
         self.transform = build_transform(transform_config, max_loops, e_dim)
         for name, value in {"rate": rate, "rate_range": rate_range}.items():
             if value is not None:
-                check_rates([name], self.transform)
+                check_rate(name, self.transform)
         if rate_weight > 0:
             self.transform.project(self.embedding.weight.detach(), 0)  # or it refuses
         self.sequence = UnarySequence(n_e, max_loops, dummies=self.transform.dummies)
@@ -296,13 +302,13 @@ class LoopyVectorQuantizer(Quantizer):
     def _walk(self, rows: Tensor, images: int, given: Mapping[str, Rate] | None = None) -> Walk:
         """Walk latents (N, D) at the rate given, at one sampled for training, or at its own."""
         walker = self._walker(rows, images)
-        rates = {name: value for name, value in (given or {}).items() if value is not None}
-        check_rates([*rates], self.transform)
+        rates = one_rate(given or {})
         if not rates and self.training and (self.length_range or self.rate_range):
             share = torch.rand(images, device=rows.device, dtype=torch.float32)
             rates = rates_between(share, walker.sites, self.length_range, self.rate_range)
         own = ("threshold", self.threshold) if self.rate is None else ("rate", self.rate)
         name, value = next(iter(rates.items()), own)
+        check_rate(name, self.transform)
         return walker.walk(name, value)
 
     def _decode(self, codes: Tensor, codebook: Tensor) -> Tensor:

@@ -9,13 +9,24 @@ Axis letters: N latents, B images, S sites of an image, T turns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from taming.modules.util import checks_values
+
+RATES = ("max_codes", "target_psnr", "threshold", "rate", "target_bits")  # of a tokenizer
+
+
+def one_rate(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the rate that is not None, if there is one; raise a ValueError for several."""
+    rates = {name: value for name, value in given.items() if value is not None}
+    if len(rates) > 1:
+        raise ValueError(f"give one rate, got {' and '.join(rates)}")
+    return rates
 
 
 def check_ranges(

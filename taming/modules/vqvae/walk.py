@@ -13,7 +13,7 @@ Axis letters: B images, S sites of an image, N = B S latents, T turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,17 +36,12 @@ CHEAPEST = 2.0**40  # a lambda by which distances no longer count
 Rate = float | Tensor | None  # one number for all images, or one for each (B,)
 
 
-def check_rates(names: Sequence[str], transform: Transform) -> None:
-    """Refuse several rates at once, and those by bits where a length changes no distance."""
-    if len(names) > 1:
-        raise ValueError(
-            "give a threshold or max_codes or rate or target_bits, not several: "
-            f"{' and '.join(names)}"
-        )
-    if transform.dummies and {*names} & {"rate", "target_bits", "rate_range"}:
+def check_rate(name: str, transform: Transform) -> None:
+    """Refuse a rate by bits where a length changes no distance."""
+    if transform.dummies and name in ("rate", "target_bits", "rate_range"):
         raise ValueError(
             f"{type(transform).__name__} decodes a site to its last code alone, so more turns do "
-            f"not bring it nearer: {names[0]} has no meaning"
+            f"not bring it nearer: {name} has no meaning"
         )
 
 

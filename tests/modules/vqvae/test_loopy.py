@@ -349,7 +349,7 @@ def test_a_budget_is_met_by_a_threshold(transform: str) -> None:
 def test_fewer_codes_than_sites_are_refused() -> None:
     with pytest.raises(ValueError, match="16 sites.* at least 16 codes, got 15"):
         loopy()(torch.randn(2, D, 4, 4), max_codes=15)
-    with pytest.raises(ValueError, match="threshold or max_codes"):
+    with pytest.raises(ValueError, match="give one rate, got threshold and max_codes"):
         loopy()(torch.randn(2, D, 4, 4), threshold=1.0, max_codes=20)
     with pytest.raises(ValueError, match="max_codes must be a whole number"):
         loopy()(torch.randn(2, D, 4, 4), max_codes=20.5)

@@ -192,7 +192,7 @@ def test_rates_that_make_no_sense_are_refused(name: str) -> None:
             loopy()(z, **{name: value})
     with pytest.raises(ValueError, match=f"{name} must be one number or one for each of 2 images"):
         loopy()(z, **{name: torch.ones(3)})
-    with pytest.raises(ValueError, match=f"not several: threshold and {name}"):
+    with pytest.raises(ValueError, match=f"give one rate, got threshold and {name}"):
         loopy()(z, threshold=1.0, **{name: 1.0})
     for transform in ("attract", "attract-depth"):
         with pytest.raises(ValueError, match=f"Attract decodes .* nearer: {name} has no meaning"):
