@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taming.modules.vqvae.base import Part
-from taming.modules.vqvae.checks import ABSENT as ABSENT
+from taming.modules.vqvae.checks import ABSENT
 from taming.modules.vqvae.entropy import Price
 from taming.modules.vqvae.nearest import cheapest_codes, nearest_codes
 from taming.modules.vqvae.paths import Path, Searches

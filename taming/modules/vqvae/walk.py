@@ -208,9 +208,8 @@ class Walker:
 
     def _search(self, tau: Tensor, price: Price | None = None) -> Path:
         """Find the paths until they are within tau (N,)."""
-        priced = {} if price is None else {"price": price}  # a transform may have no such argument
         turns = self.tables.max_loops
-        return self.transform.search(self.rows, self.codebook, tau, turns, **priced)
+        return self.transform.search(self.rows, self.codebook, tau, turns, price)
 
     def _bits_of_ends(self, path: Path) -> Tensor:
         """Bits (N, T) of each site, if it ended at each turn."""
