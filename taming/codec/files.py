@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -27,19 +26,20 @@ MODES = {"raw": 0, "static": 1, "context": 2}
 
 
 def fit(
-    pack: Callable[[Any], bytes], settings: tuple[Callable[[int], Any], range], bits: float
+    pack: Callable[[Any], bytes], codes_at: Callable[[int], Any], settings: range, bits: float
 ) -> bytes:
     """Find the largest file within a size, by bisection over what makes files larger.
 
     Args:
         pack: Codes -> file.
-        settings: Setting -> codes, and all settings; a larger one gives a larger file, or nearly.
+        codes_at: Setting -> codes.
+        settings: All settings; a larger one gives a larger file, or nearly.
         bits: Size that is never exceeded.
 
     Raises:
         ValueError: The file of the smallest setting is larger; names its size.
     """
-    codes_at, lowest, highest = settings[0], settings[1][0], settings[1][-1]
+    lowest, highest = settings[0], settings[-1]
     best = pack(codes_at(lowest))
     if 8 * len(best) > bits:
         smallest = 8 * len(best)
@@ -63,6 +63,9 @@ class Codec:
         model: The tokenizer, in eval mode.
         context: Network that predicts the model's codes, if it has one.
 
+    Attributes:
+        tokenizer: 4 bytes of the fingerprint that the model has now; a `Codec` is for one call.
+
     Raises:
         ValueError: It has one, and several levels.
     """
@@ -71,11 +74,7 @@ class Codec:
         if context is not None and len(model.levels) > 1:
             raise ValueError(f"a context model is of one grid, not of {', '.join(model.levels)}")
         self.model, self.context = model, context
-
-    @cached_property
-    def tokenizer(self) -> bytes:
-        """4 bytes of the tokenizer's fingerprint."""
-        return bytes.fromhex(self.model.fingerprint())[:4]
+        self.tokenizer = bytes.fromhex(model.fingerprint())[:4]
 
     def entropy_model(self, name: str | None = None) -> EntropyModel:
         """Return an entropy model by name; None takes the best that the tokenizer has.
@@ -134,7 +133,7 @@ class Codec:
         if not 0 < bits < math.inf:
             ((name, value),) = rates.items()
             raise ValueError(f"{name} must be a positive number, got {value}")
-        return fit(lambda codes: self.pack(codes, size, model), self._settings(x), bits)
+        return fit(lambda codes: self.pack(codes, size, model), *self._settings(x), bits)
 
     def _codes_of(self, quantized: Any) -> Any:
         """Return the codes in what the model's ``encode`` or its quantizer gave for one image."""

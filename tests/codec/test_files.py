@@ -222,8 +222,7 @@ def test_fit_finds_the_largest_file_by_few_probes(bits: int, step: int) -> None:
         probes.append(setting)
         return bytes(setting // step)
 
-    settings = (lambda setting: torch.tensor(setting), range(1001))
-    data = fit(lambda setting: file_of(int(setting)), settings, bits)
+    data = fit(lambda codes: file_of(int(codes)), torch.tensor, range(1001), bits)
     assert len(data) == min(bits // 8, 1000 // step) and len(probes) <= 12
 
 
