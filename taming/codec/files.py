@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from taming.codec.container import Header, read, write
+from taming.codec.container import Header, decode_file, encode_file
 from taming.codec.context import Context
 from taming.codec.levels import Levels
 from taming.codec.models import EntropyModel, Raw, Static
@@ -163,7 +163,7 @@ class Codec:
         """Write the codes of a picture of (H, W) pixels as a file."""
         segments = list(model.encode(codes))
         header = Header(model.mode, self.tokenizer, model.fingerprint(), size, len(segments))
-        return write(header, segments)
+        return encode_file(header, segments)
 
     # --- file -> codes ---------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ class Codec:
         Raises:
             ValueError: It is not a whole file of this tokenizer.
         """
-        header, segments = read(data, partial)
+        header, segments = decode_file(data, partial)
         model = self._model_of(header)
         height, width = header.size
         check_size(width, height, max_pixels)
