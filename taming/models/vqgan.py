@@ -2,7 +2,8 @@
 
 `compute_loss` computes an image's loss; a loopy site ends at its first turn within the threshold.
 
-Axis letters: B images, C channels, H W image, D latent channels, h w grid, K codes, T turns.
+Axis letters: B images, C channels, H W image, D latent channels, h w grid, K codes, M codebooks,
+T turns.
 """
 
 from __future__ import annotations
@@ -360,7 +361,7 @@ class VQModel(ManualOptimization, FirstStage):
         self.log_dict(self.codebook.pop("val", self.quantize.tracked_scalars()), sync_dist=True)
 
     def codebook_histograms(self) -> dict[str, Tensor]:
-        """Return counts of codes (K,) and lengths (T + 1,) so far by ``{split}/{name}``."""
+        """Return counts of codes (M K,) and lengths (T + 1,) so far by ``{split}/{name}``."""
         return self.codebook.histograms()
 
     @torch.no_grad()
