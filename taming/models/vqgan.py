@@ -198,7 +198,8 @@ class VQModel(ManualOptimization, FirstStage):
         if rates and not self.quantize.variable_rate:
             raise ValueError(f"{type(self.quantize).__name__} has a fixed rate: omit {[*rates][0]}")
         if target_psnr is not None:
-            return self._reach(torch.as_tensor(target_psnr), x, z, pixels_inside(x, size))
+            target = torch.as_tensor(target_psnr, dtype=torch.float32, device=x.device)
+            return self._reach(target, x, z, pixels_inside(x, size))
         return self.quantize(z, **rates)
 
     def _reach(self, target_psnr: Tensor, x: Tensor, z: Tensor, inside: Tensor) -> QuantizerOutput:
@@ -218,7 +219,7 @@ class VQModel(ManualOptimization, FirstStage):
             error = (error * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2))  # (B,)
             return 10 * ((high - low) ** 2 / error).log10()
 
-        return self.quantize.reach(z, psnr, target_psnr.to(x.device, torch.float32))
+        return self.quantize.reach(z, psnr, target_psnr)
 
     def decode(self, quant: Tensor) -> Tensor:
         """Decode z_q (B, D, h, w) to images (B, C, H, W), roughly in [-1, 1].
