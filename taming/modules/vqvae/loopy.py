@@ -437,4 +437,4 @@ class LoopyVectorQuantizer(Quantizer):
 
 def _images(z: Tensor) -> int:
     """Return the number of images of latents (B, D, h, w), or (N, D) of one."""
-    return len(z) if z.ndim == 4 else 1
+    return z.shape[0] if z.ndim == 4 else 1  # len would be a constant in a graph
