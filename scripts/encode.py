@@ -31,7 +31,7 @@ from taming.run.parser import Parser
 logger = logging.getLogger("taming.encode")
 
 # Options of `encode_shards`, and of the pictures that --data names.
-_ENGINE = ("engine", "max_codes", "target_psnr", "threshold", "batch_size")
+_ENGINE = ("engine", "max_codes", "target_psnr", "threshold", "rate", "batch_size")
 _PICTURES = ("size", "labels", "split", "image_column", "columns", "shard_size")
 
 
@@ -46,6 +46,7 @@ def parser_of() -> Parser:
     add("--max_codes", type=int, help="largest number of codes of a picture")
     add("--target_psnr", type=cli.rate, help="PSNR in dB to reach with fewest codes")
     add("--threshold", type=cli.rate, help="distance at which a loop ends, in the space of latents")
+    add("--rate", type=cli.rate, help="lambda, the worth of a bit, by which codes are chosen")
     error_help = "skip what cannot be encoded, or raise an error; default: skip with --data"
     add("--on_error", choices=("skip", "raise"), help=error_help)
     group = parser.add_argument_group("any pictures").add_argument

@@ -82,7 +82,7 @@ def reconstruct(
 
     height, width = x.shape[2:]
     padded = pad(x[0], model.factor)[None]
-    quantized = model.encode(padded, **rate)
+    quantized = model.encode(padded, **rate, size=(height, width))
     x_rec = model.decode(quantized.z_q).clamp(-1, 1)[..., :height, :width]  # (1, 3, H, W)
     pictures = {"input": x, "reconstruction": x_rec}
     extra = model.code_pictures(quantized, (padded.shape[2], padded.shape[3]))

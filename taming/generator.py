@@ -64,7 +64,7 @@ class Generator(Shared):
         if several:
             check_priors(self.priors)
         for prior in self.priors:
-            prior.eval().requires_grad_(False)
+            prior.eval()
         self.model: Prior = self.priors[0]
         self.batch_size = batch_size
         stage = self.model.cond_stage_model
@@ -107,8 +107,8 @@ class Generator(Shared):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The prior's `Tokenizer`."""
-        return Tokenizer(self.model.first_stage_model, self.batch_size)
+        """The `Tokenizer` of the prior's codes, with all levels of a VQ-VAE-2."""
+        return Tokenizer(self.model.first_stage_model.whole, self.batch_size)
 
     @naming_nearest(SamplingParams)
     def sample(
@@ -245,7 +245,7 @@ class Generator(Shared):
             own = SamplingParams(**params, generators=generators_of(seed, numbers[part]))
             if len(self.priors) > 1:
                 codes = sample_levels(self.priors, condition, own)
-                yield self.priors[-1].first_stage_model.model.decode_code(codes)
+                yield self.priors[-1].first_stage_model.whole.decode_code(codes)
             else:
                 if "codes" in start:  # the same ones in all completions
                     start["codes"] = start["codes"][:1].expand(len(condition), -1, -1, -1)

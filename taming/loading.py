@@ -46,7 +46,7 @@ def load(
     device = usable_device(device)  # before the run is loaded
     loaded = _load(run, tokenizer, trust_config)
     loaded.name = str(run)
-    return loaded.to(device)
+    return loaded.frozen().to(device)
 
 
 def _load(

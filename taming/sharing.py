@@ -69,6 +69,12 @@ class Shared(ABC):
             module.to(usable_device(device))
         return self
 
+    def frozen(self: S) -> S:
+        """Make no parameter of the modules trainable; return the object."""
+        for module in self.shared_modules().values():
+            module.requires_grad_(False)
+        return self
+
     @classmethod
     def from_pretrained(
         cls: type[S],
@@ -103,7 +109,8 @@ class Shared(ABC):
             if not _HUB_NAME.fullmatch(str(name)):
                 raise missing(name)
             folder = download(str(name), revision)
-        loaded = cls.of_modules(load_modules(folder, trust_config=trust_config)).to(device)
+        modules = load_modules(folder, trust_config=trust_config)
+        loaded = cls.of_modules(modules).frozen().to(device)
         loaded.name = str(name)
         return loaded
 

@@ -75,11 +75,11 @@ class Tokenizer(Shared):
                 "a Tokenizer takes a tokenizer of pictures with values in [-1, 1], got a "
                 f"{type(model).__name__}"
             )
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval()
         self.batch_size = batch_size
         self.background, self.max_pixels = rgb_of(background), max_pixels
         self.tile = tile
-        self.context = None if context is None else context.eval().requires_grad_(False)
+        self.context = None if context is None else context.eval()
 
     @property
     def tile(self) -> int | None:
@@ -214,7 +214,8 @@ class Tokenizer(Shared):
         if isinstance(codes, Codes):
             return self.decode([codes])[0]
         pictures: list[Image.Image | None] = [None] * len(codes)
-        for numbers in _by_shape([own.levels[-1] for own in codes], self.batch_size):
+        shapes = [tuple(level.shape for level in own.levels) for own in codes]
+        for numbers in _of_one_shape(shapes, self.batch_size):
             device = next(self.model.parameters()).device
             levels: Any = [
                 torch.stack(level).to(device)
@@ -302,9 +303,10 @@ def encode_images(
     """
     padded = [pad(image, model.factor) for image in images]
     codes: list[Codes | None] = [None] * len(images)
-    for numbers in _by_shape(padded, batch_size):
+    for numbers in _of_one_shape([image.shape for image in padded], batch_size):
         x = torch.stack([padded[number] for number in numbers])
-        found = model.encode_to_codes(x.to(next(model.parameters())), **rate)
+        size = torch.tensor([images[number].shape[1:] for number in numbers])  # (B, 2)
+        found = model.encode_to_codes(x.to(next(model.parameters())), **rate, size=size)
         bits = model.bits_of(found).tolist()
         levels = [level.cpu() for level in (found if isinstance(found, tuple) else [found])]
         for number, cost, *own in zip(numbers, bits, *levels, strict=True):
@@ -313,9 +315,9 @@ def encode_images(
     return codes  # type: ignore[return-value]
 
 
-def _by_shape(tensors: Sequence[Tensor], most: int) -> list[list[int]]:
-    """Group the numbers of tensors of one shape, at most so many in a group."""
-    groups: dict[torch.Size, list[int]] = {}
-    for number, tensor in enumerate(tensors):
-        groups.setdefault(tensor.shape, []).append(number)
+def _of_one_shape(shapes: Sequence[tuple[Any, ...]], most: int) -> list[list[int]]:
+    """Group the numbers of equal shapes, at most so many in a group."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(number)
     return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]

@@ -72,13 +72,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_codes_are_those_of_the_face(run: Path, pictures: Path, whole: Path) -> None:
+@pytest.mark.parametrize("rate", [{}, {"rate": 0.5}])
+def test_codes_are_those_of_the_face(
+    run: Path, pictures: Path, whole: Path, rate: dict[str, float], tmp_path: Path
+) -> None:
+    if rate:
+        encode(run, pictures, whole := tmp_path, **rate)
     tokenizer, cache = taming.load(run), TokenCache(str(whole))
     assert [item["key"] for item in cache] == [*(f"a/{n}.png" for n in (0, 2, 4, 6))] + [
         f"b/{n}.png" for n in (1, 3, 5, 7)
     ]
     for item in cache:
-        codes = tokenizer.encode(str(pictures / item["key"]))
+        codes = tokenizer.encode(str(pictures / item["key"]), **rate)
         assert (item["height"], item["width"]) == codes.size
         tokens = torch.from_numpy(item["tokens"])
         sequence = tokenizer.model.quantize.sequence
@@ -305,7 +310,7 @@ def test_what_is_wrong_is_named_before_anything_is_written(
     refused("b.parquet is not a Parquet file", tmp_path / "b.parquet")
     refused("labels of subfolders need a folder", tmp_path / "a.parquet", labels=True)
     refused("on_error must be", on_error="ignore")
-    refused("give one of threshold, max_codes", max_codes=9, threshold=1.0)
+    refused("give one rate, got max_codes and threshold", max_codes=9, threshold=1.0)
     refused("must be above 0", max_codes=0)
     refused("devices must be 1 to", devices=0)
     refused("device 'tpu'", devices=["tpu"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from taming.models.vqgan import VQModel
+from taming.modules.vqvae.rate import one_rate
 from taming.run.folder import SavedRun
 from taming.scale.engines import ENGINES, Devices, cores, devices_of
 from taming.scale.job import Job, Report
@@ -30,6 +31,7 @@ def encode_shards(
     max_codes: int | None = None,
     target_psnr: float | None = None,
     threshold: float | None = None,
+    rate: float | None = None,
     on_error: Literal["skip", "raise"] = "skip",
     batch_size: int = 16,
     tile: int | None = 768,
@@ -54,6 +56,7 @@ def encode_shards(
         max_codes: Largest number of codes of a picture.
         target_psnr: PSNR in dB to reach with as few codes as possible.
         threshold: Distance at which a loop ends, in the space of the latents.
+        rate: lambda >= 0, the worth of a bit (see `Tokenizer.encode`).
         on_error: "skip" pictures that cannot be encoded and report them, or "raise" an error that
             names the first.
         batch_size: Largest number of pictures of one size that go through the model together.
@@ -80,9 +83,9 @@ def encode_shards(
         raise ValueError(f"on_error must be 'skip' or 'raise', got {on_error!r}")
     saved = run if isinstance(run, SavedRun) else SavedRun.load(run, trust_config=trust_config)
     rates = {"max_codes": max_codes, "target_psnr": target_psnr, "threshold": threshold}
-    rate = {name: value for name, value in rates.items() if value is not None}
+    chosen = one_rate(rates | {"rate": rate})
     model = saved.model()
-    _check(model, saved, rate)
+    _check(model, saved, chosen)
     is_named = isinstance(input, (str, Path)) or not hasattr(input, "read")
     source: Any = input
     if is_named:
@@ -94,7 +97,7 @@ def encode_shards(
         source,
         Path(output),
         model.fingerprint(),
-        rate,
+        chosen,
         on_error,
         batch_size,
         tile,
@@ -119,5 +122,5 @@ def _check(model: Any, saved: SavedRun, rate: dict[str, float]) -> None:
         )
     model.check_rate(rate)
     for name, value in rate.items():
-        if not value > 0:
+        if not value > 0 and (name, value) != ("rate", 0):
             raise ValueError(f"{name} must be above 0, got {value}")
