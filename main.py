@@ -19,6 +19,7 @@ from taming.run.cli import one_line, one_line_errors
 from taming.run.config import load_config
 from taming.run.folder import without_starts
 from taming.run.options import Options, parse_arguments
+from taming.run.parser import program
 from taming.run.parts import loading
 from taming.run.rundir import Experiment, RunDir, is_first_process, run_name
 from taming.run.signals import Interrupted, watch
@@ -128,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 test(trainer, model, data, None if options.train else experiment.checkpoint)
     except Interrupted:
         if experiment and experiment.run.last_checkpoint.exists():
-            run = experiment.run.path
-            logger.info("the run is saved in %s; go on with: python main.py -r %s -t", run, run)
+            run, command = experiment.run.path, program("python main.py")
+            logger.info("the run is saved in %s; go on with: %s -r %s -t", run, command, run)
         raise
     except Exception as error:
         if options.debug:

@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from benchmarks.timing import in_turn, save, table
-from taming.codec.container import Header, read, write
+from taming.codec.container import Header, decode_file, encode_file
 from taming.codec.models import EntropyModel, Raw, Static
 from taming.run.cli import run, script_parser
 
@@ -69,12 +69,12 @@ def to_file(model: EntropyModel, codes: Tensor, size: tuple[int, int]) -> bytes:
     """Write codes (h, w, T) of a picture of (H, W) pixels as a file."""
     segments = list(model.encode(codes))
     header = Header(model.mode, bytes(4), model.fingerprint(), size, len(segments))
-    return write(header, segments)
+    return encode_file(header, segments)
 
 
 def from_file(model: EntropyModel, data: bytes, grid: tuple[int, int]) -> Tensor:
     """Read the codes of a grid (h, w) from a file."""
-    return model.decode(read(data)[1], grid)
+    return model.decode(decode_file(data)[1], grid)
 
 
 def time_side(side: int, options: argparse.Namespace) -> list[dict[str, Any]]:

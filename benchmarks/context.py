@@ -18,8 +18,11 @@ from __future__ import annotations
 
 import logging
 import math
+from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -157,60 +160,65 @@ def contenders(
     }
 
 
-def main() -> None:
-    """Train, measure, log the table and save it."""
+def parse() -> Namespace:
+    """Parse the command line."""
     parser = script_parser(__doc__, device=False)
-    parser.add_argument("-r", "--run", required=True, help="run of a tokenizer")
-    parser.add_argument("--train", required=True, help="folder of pictures")
-    parser.add_argument("--val", required=True, help="folder of other pictures")
-    parser.add_argument("--size", type=int, default=256, help="side of a crop (default: 256)")
-    parser.add_argument("--images", type=int, default=1200, help="crops to train on")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of each network")
-    parser.add_argument(
-        "--beside", nargs="*", default=["float", "transformer"], help="other networks to train"
-    )
-    parser.add_argument("-o", "--outdir", type=Path, default=Path("results/context"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    options.outdir.mkdir(parents=True, exist_ok=True)
-    tokenizer: Any = model_from_run(options.run)
+    add = parser.add_argument
+    add("-r", "--run", required=True, help="run of a tokenizer")
+    add("--train", required=True, help="folder of pictures")
+    add("--val", required=True, help="folder of other pictures")
+    add("--size", type=int, default=256, help="side of a crop (default: 256)")
+    add("--images", type=int, default=1200, help="crops to train on")
+    add("--steps", type=int, default=1000, help="training steps of each network")
+    beside = ["float", "transformer"]
+    add("--beside", nargs="*", default=beside, help="other networks to train")
+    add("-o", "--outdir", type=Path, default=Path("results/context"))
+    return parser.parse_args()
+
+
+def measure(options: Namespace, tokenizer: Any) -> tuple[list[dict[str, Any]], Tensor]:
+    """Train what is missing: a row of bits per image for each model, and held-out codes."""
     first = {"target": "benchmarks.context.keep", "params": {"model": tokenizer}}
     prior = ContextPrior(first, {"target": NETWORK})
-    file, size = options.outdir / "codes.pt", options.size
-    training, held_out = kept(
-        file,
-        lambda: [
-            codes_of(prior.train(), options.train, size, options.images).short(),
-            codes_of(prior.eval(), options.val, size).short(),
-        ],
-    )
-    training, held_out = training.long(), held_out.long()
-    static = static_bits(training, held_out, tokenizer.quantize.n_e)
-    rows: list[dict[str, Any]] = [{"model": "static", "parameters": 0, "bits": static}]
+
+    def encode() -> list[Tensor]:
+        training = codes_of(prior.train(), options.train, options.size, options.images)
+        return [training.short(), codes_of(prior.eval(), options.val, options.size).short()]
+
+    training, held_out = (codes.long() for codes in kept(options.outdir / "codes.pt", encode))
+    bits = static_bits(training, held_out, tokenizer.quantize.n_e)
+    rows: list[dict[str, Any]] = [{"model": "static", "parameters": 0, "bits": bits}]
     grid = training.shape[1], training.shape[2]
     for name, (network, nats) in contenders(prior, tokenizer, grid).items():
         if name not in ("integer", *options.beside):
             continue
-        weights = kept(
-            options.outdir / f"{name}.pt",
-            lambda n=network, m=nats: train(n.train(), m, training, options.steps),
-        )
-        network.load_state_dict(weights)
+        steps = partial(train, network.train(), nats, training, options.steps)
+        network.load_state_dict(kept(options.outdir / f"{name}.pt", steps))
         network.eval()
         bits = mean_bits(nats, held_out)
         rows.append({"model": name, "parameters": count_params(network), "bits": bits})
-    context = Context(prior.context)
-    written = [sum(map(len, context.encode(codes))) for codes in held_out]
-    coded = 8 * sum(written) / len(held_out)
-    rows.append({"model": "segments", "parameters": rows[1]["parameters"], "bits": coded})
+    context, parameters = Context(prior.context), rows[1]["parameters"]
+    bits = 8 * mean(sum(map(len, context.encode(codes))) for codes in held_out)
     times = megapixel_times(context, held_out, tokenizer.factor)
+    seconds = "{encode:.2f} / {decode:.2f}".format(**times)
+    rows.append({"model": "segments", "parameters": parameters, "bits": bits, "time": seconds})
+    return rows, held_out
+
+
+def main() -> None:
+    """Train, measure, log the table and save it."""
+    options = parse()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    options.outdir.mkdir(parents=True, exist_ok=True)
+    rows, held_out = measure(options, model_from_run(options.run))
     for row in rows:
-        row["saved"] = f"{1 - row['bits'] / static:.1%}"
+        row["saved"] = f"{1 - row['bits'] / rows[0]['bits']:.1%}"
+    for row in rows:
         row["bits"] = round(row["bits"])
-        row["seconds per megapixel"] = ""
-    rows[-1]["seconds per megapixel"] = "{encode:.2f} / {decode:.2f}".format(**times)
+        row["seconds per megapixel"] = row.pop("time", "")
     sites = int((held_out >= 0).sum()) / held_out[..., 0].numel()
+    size = options.size
     logger.info("Bits per image of %d pixels, %.2f codes a site:\n%s", size, sites, table(rows))
     logger.info("saved %s", save("context", rows))
 

@@ -6,13 +6,12 @@ python benchmarks/curves.py val/psnr logs/<run> logs/<run> -o curves.png
 from __future__ import annotations
 
 import csv
-from argparse import ArgumentParser, RawTextHelpFormatter
 from pathlib import Path
 
 import matplotlib
 from matplotlib import pyplot as plt
 
-from taming.run.cli import run
+from taming.run.cli import run, script_parser
 
 
 def read(folder: Path, key: str) -> tuple[list[int], list[float]]:
@@ -35,7 +34,7 @@ def _rows(file: Path, key: str) -> list[tuple[int, float]]:
 
 def main() -> None:
     """Save the figure."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser = script_parser(__doc__, device=False)
     parser.add_argument("key", help="name of the value, such as val/psnr")
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("-o", "--output", default="results/curves.png", type=Path)

@@ -9,8 +9,6 @@ scaled by a number (`Residual`) or mapped by a matrix (`LinearResidual`), around
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, RawTextHelpFormatter
-
 import matplotlib
 import torch
 from matplotlib import pyplot as plt
@@ -21,6 +19,7 @@ from taming.modules.vqvae.codebook import k_means
 from taming.modules.vqvae.loop import Cascade
 from taming.modules.vqvae.rate import lengths_within
 from taming.modules.vqvae.transforms import LinearResidual, Residual
+from taming.run.cli import script_parser
 
 STEP, MAX_LOOPS, TAU, SIDE = 0.5, 4, 0.1, 2.4
 
@@ -79,7 +78,7 @@ def draw_cascade(
 
 def main() -> None:
     """Save the figure."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser = script_parser(__doc__, device=False)
     parser.add_argument("file", help="picture to save")
     options = parser.parse_args()
     matplotlib.use("agg")

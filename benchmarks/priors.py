@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,7 +43,7 @@ from torch import Tensor
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.vqgan import VQModel
 from taming.modules.util import count_params
-from taming.run.cli import run
+from taming.run.cli import run, script_parser
 
 logger = logging.getLogger("taming.benchmark")
 Row = dict[str, Any]
@@ -228,7 +228,7 @@ def compare(sizes: Sizes, names: list[str], options: Namespace) -> list[Row]:
 
 def main() -> None:
     """Parse the command line, run the comparison, and log the table."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser = script_parser(__doc__, device=False)
     which = parser.add_mutually_exclusive_group(required=True)
     for name in SIZES:
         which.add_argument(f"--{name}", dest="sizes", action="store_const", const=name)

@@ -19,7 +19,7 @@ import csv
 import logging
 import multiprocessing
 import os
-from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -55,7 +55,7 @@ from tqdm import tqdm
 from taming.models.vqgan import VQModel
 from taming.modules.sequence.notations import RasterSequence
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
-from taming.run.cli import run
+from taming.run.cli import run, script_parser
 
 logger = logging.getLogger("taming.benchmark")
 
@@ -129,7 +129,7 @@ def race(plan: Plan, name: str, seed: int, options: Namespace) -> list[dict[str,
 
 def parse() -> Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser = script_parser(__doc__, device=False)
     which = parser.add_mutually_exclusive_group(required=True)
     for name in PLANS:
         which.add_argument(f"--{name}", dest="plan", action="store_const", const=name)
@@ -146,7 +146,7 @@ def parse() -> Namespace:
         type=int,
         help="simultaneous trainings; default: one per CPU core; 1 with a GPU",
     )
-    parser.add_argument("--no-prior", action="store_true", help="skip the priors")
+    parser.add_argument("--no_prior", action="store_true", help="skip the priors")
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
 """Measure how fast pictures become tokens, and compute what a billion of them take.
 
-python -m benchmarks.scale -r logs/<run of a tokenizer> --size 256 --max-codes 512
+python -m benchmarks.scale -r logs/<run of a tokenizer> --size 256 --max_codes 512
 python -m benchmarks.scale -r logs/<run> --pictures 4000 --device cuda --price 2
 
 Crops of the photographs inside scikit-image, as JPEG files, are encoded by one process with
@@ -74,7 +74,7 @@ def main() -> None:
     add("-r", "--resume", required=True, help="run of a tokenizer")
     add("--pictures", type=int, default=400)
     add("--size", type=int, default=256, help="side of the pictures in pixels")
-    add("--max-codes", type=int, help="largest number of codes of a picture")
+    add("--max_codes", type=int, help="largest number of codes of a picture")
     add("--price", type=float, default=0, help="of an hour of a core or a GPU")
     options = parser.parse_args()
     device = str(choose_device(options.device))

@@ -28,7 +28,7 @@ logger = logging.getLogger("taming.benchmark")
 
 LIMIT = "import torch"
 TRAIN = (
-    *(ROOT / "main.py", "-b", ROOT / "configs/demo/loopy_vqgan.yaml", "-t", "--no-test"),
+    *(ROOT / "main.py", "-b", ROOT / "configs/demo/loopy_vqgan.yaml", "-t", "--no_test"),
     *("--max_steps", 1, "--limit_val_batches", 0, "--num_sanity_val_steps", 0),
     "model.params.quantize_start=0",
 )

@@ -26,25 +26,25 @@ if TYPE_CHECKING:
     from taming.tokenizer import Tokenizer
 
 SUFFIX = ".loop"
-RATES = ("bpp", "bits", "psnr", "rate", "max_codes")
+RATES = ("bpp", "bits", "target_psnr", "rate", "max_codes")
 
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = cli.script_parser(__doc__)
     add = parser.add_argument
-    add("pictures", nargs="+", help="image files or folders of them")
+    add("pictures", nargs="+", type=cli.existing, help="image files or folders of them")
     run = "tokenizer: a run, a checkpoint, or the name of one that ships (default: %(default)s)"
-    add("-r", "--resume", default="photos", help=run)
+    add("-r", "--resume", default="photos", type=cli.existing_run, help=run)
     add("--trust_config", action="store_true", help=cli.TRUST_HELP)
     add("-o", "--outdir", required=True, type=Path)
     add("--entropy", choices=("raw", "static", "context"), help="default: the best there is")
     add("--no_quality", action="store_true", help="do not decode again to measure the quality")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--bpp", type=float, help="most bits of the file per pixel")
-    add("--bits", type=float, help="most bits of the file")
-    add("--psnr", type=float, help="PSNR in dB to reach with fewest codes")
-    add("--rate", type=float, help="lambda, what a bit is worth in squared distance")
+    add("--bpp", type=cli.rate, help="most bits of the file per pixel")
+    add("--bits", type=cli.rate, help="most bits of the file")
+    add("--target_psnr", type=cli.rate, help="PSNR in dB to reach with fewest codes")
+    add("--rate", type=cli.rate, help="lambda, what a bit is worth in squared distance")
     add("--max_codes", type=int, help="largest number of codes of a picture")
     options = parser.parse_args()
     cli.check_folder(options.outdir)
@@ -97,6 +97,7 @@ def main() -> None:
     loaded = taming.load(options.resume, device, trust_config=options.trust_config)
     tokenizer = cli.check_kind(loaded, Tokenizer, options.resume, "a tokenizer")
     rate = {name: value for name in RATES if (value := getattr(options, name)) is not None}
+    tokenizer.model.check_rate(rate.keys() - {"bpp", "bits"})
     work = partial(compress, tokenizer, not options.no_quality, entropy=options.entropy, **rate)
     each_file(work, paths, outputs, options.outdir / "compressed.json")
 

@@ -221,6 +221,7 @@ def parse_options() -> argparse.Namespace:
     add("--trust_checkpoint", action="store_true", help="unpickle any class, which may run code")
     options = parser.parse_args()
     cli.check_folder(options.outdir)
+    (cli.existing_run if options.to else cli.existing)(options.checkpoint)
     if options.resolution is not None and options.resolution < 1:
         raise ValueError(f"--resolution must be at least 1, got {options.resolution}")
     return options

@@ -28,9 +28,9 @@ def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = cli.script_parser(__doc__)
     add = parser.add_argument
-    add("files", nargs="+", help=f"{SUFFIX} files or folders of them")
+    add("files", nargs="+", type=cli.existing, help=f"{SUFFIX} files or folders of them")
     run = "tokenizer: a run, a checkpoint, or the name of one that ships (default: %(default)s)"
-    add("-r", "--resume", default="photos", help=run)
+    add("-r", "--resume", default="photos", type=cli.existing_run, help=run)
     add("--trust_config", action="store_true", help=cli.TRUST_HELP)
     add("-o", "--outdir", required=True, type=Path)
     add("--turns", type=int, help="most turns to decode, as for a preview")

@@ -1,7 +1,7 @@
 """Compute the tokens of pictures once, so that priors need neither images nor tokenizer time.
 
 python scripts/encode.py -r logs/<run> -o cache/photos --data photos/
-python scripts/encode.py -r logs/<run> -o cache/set --data shards/ --max-codes 600
+python scripts/encode.py -r logs/<run> -o cache/set --data shards/ --max_codes 600
 python scripts/encode.py -r logs/<run> -o cache
 python scripts/encode.py -r logs/<run> -o cache --splits train --passes 4
 
@@ -20,20 +20,22 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from taming.run import cli
 from taming.run.folder import SavedRun
+from taming.run.parser import Parser
 
 logger = logging.getLogger("taming.encode")
 
 # Options of `encode_shards`, and of the pictures that --data names.
-_ENGINE = ("engine", "max_codes", "target_psnr", "threshold", "batch_size")
+_ENGINE = ("engine", "max_codes", "target_psnr", "threshold", "rate", "batch_size")
 _PICTURES = ("size", "labels", "split", "image_column", "columns", "shard_size")
 
 
-def parser_of() -> argparse.ArgumentParser:
+def parser_of() -> Parser:
     """Return the parser."""
     parser = cli.run_parser(__doc__)
     add = parser.add_argument
@@ -41,9 +43,10 @@ def parser_of() -> argparse.ArgumentParser:
     add("--engine", default="local", help="local, torchrun, slurm or ray (docs/scaling.md)")
     add("--devices", type=int, help="number of processes; default: all GPUs or cores")
     add("--batch_size", type=int, default=16, help="pictures of one size that are encoded together")
-    add("--max-codes", type=int, help="largest number of codes of a picture")
-    add("--target-psnr", type=float, help="PSNR in dB to reach with fewest codes")
-    add("--threshold", type=float, help="distance at which a loop ends, in the space of latents")
+    add("--max_codes", type=int, help="largest number of codes of a picture")
+    add("--target_psnr", type=cli.rate, help="PSNR in dB to reach with fewest codes")
+    add("--threshold", type=cli.rate, help="distance at which a loop ends, in the space of latents")
+    add("--rate", type=cli.rate, help="lambda, the worth of a bit, by which codes are chosen")
     error_help = "skip what cannot be encoded, or raise an error; default: skip with --data"
     add("--on_error", choices=("skip", "raise"), help=error_help)
     group = parser.add_argument_group("any pictures").add_argument
@@ -71,21 +74,24 @@ def devices_of(options: argparse.Namespace) -> Any:
 def main() -> None:
     """Encode the pictures that are named, or the splits of the run's own data."""
     options, saved = cli.parse_run(parser_of())
+    cli.check_folder(options.outdir)
     from taming.scale import encode_shards
 
-    cli.check_folder(options.outdir)
     common = {name: getattr(options, name) for name in _ENGINE}
     common |= {"devices": devices_of(options), "progress": True}
     if options.data:
         pictures = {name: getattr(options, name) for name in _PICTURES}
         data = options.data[0] if len(options.data) == 1 else options.data
         common["on_error"] = options.on_error or "skip"
-        log_report(encode_shards(saved, data, options.outdir, **common, **pictures), options.outdir)
+        report = encode_shards(saved, data, options.outdir, **common, **pictures)
+        log_reports({options.outdir: report})
         return
     common |= {"on_error": options.on_error or "raise", "tile": None}
+    reports = {}
     for split, source in own_sources(options, saved).items():
         folder = options.outdir / split
-        log_report(encode_shards(saved, source, folder, **common), folder)
+        reports[folder] = encode_shards(saved, source, folder, **common)
+    log_reports(reports)
 
 
 def own_sources(options: argparse.Namespace, saved: SavedRun) -> dict[str, Any]:
@@ -97,19 +103,21 @@ def own_sources(options: argparse.Namespace, saved: SavedRun) -> dict[str, Any]:
     return {name: own_source(saved, name, passes.get(name, 1), options.seed) for name in names}
 
 
-def log_report(report: Any, folder: Path) -> None:
-    """Log what a complete cache holds."""
-    logger.info("%d pictures, %d tokens in %s", report.pictures, report.tokens, folder)
-    if report.unreadable:
-        key, reason = report.unreadable[0]
-        logger.warning(
-            "%d of %d pictures could not be encoded (%s/report.json); the first, %s: %s",
-            len(report.unreadable),
-            len(report.unreadable) + report.pictures,
-            folder,
-            key,
-            reason,
-        )
+def log_reports(reports: Mapping[Path, Any]) -> None:
+    """Log what complete caches hold.
+
+    Raises:
+        IncompleteError: Pictures could not be encoded; counts them, and names the first.
+    """
+    from taming.data.preprocessing import refuse_failed
+
+    failed = []
+    for folder, report in reports.items():
+        logger.info("%d pictures, %d tokens in %s", report.pictures, report.tokens, folder)
+        if report.unreadable:
+            logger.warning("%s names those that failed", folder / "report.json")
+        failed += [f"{key}: {reason.removeprefix(f'{key}: ')}" for key, reason in report.unreadable]
+    refuse_failed(failed, len(failed) + sum(report.pictures for report in reports.values()))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ def parse_options() -> argparse.Namespace:
     add("--batch_size", type=int, default=16)
     error_help = "skip pictures that cannot be read, or raise an error; default: skip"
     add("--on_error", choices=("skip", "raise"), default="skip", help=error_help)
+    without = "leave out measures by pretrained networks, whose weights are downloaded if missing"
+    add("--no_pretrained", action="store_true", help=without)
     shown = "best, median and worst reconstructions on the page, of each (default: 3)"
     add("--examples", type=int, default=3, help=shown)
     add("-t", "--temperature", type=float, help="of generated pictures")
@@ -110,7 +112,11 @@ def sections(result: Evaluation) -> Iterator[Section]:
 
 
 def main() -> None:
-    """Write the numbers and the page, and print the table."""
+    """Write the numbers and the page, and print the table.
+
+    Raises:
+        IncompleteError: Pictures could not be read; the numbers are of the others.
+    """
     options = parse_options()
     cli.check_folder(options.output.parent)
     names = ("temperature", "top_k", "top_p", "guidance")
@@ -131,6 +137,7 @@ def main() -> None:
         device=cli.choose_device(options.device),
         tokenizer=options.tokenizer,
         trust_config=options.trust_config,
+        pretrained=not options.no_pretrained,
         **{name: getattr(options, name) for name in names},
         **{name: value for name, value in params.items() if value is not None},
     )
@@ -143,6 +150,10 @@ def main() -> None:
         part.write_text(page(title, table(rows, head), sections(result)), encoding="utf-8")
     sys.stdout.write(result.table())
     logger.info("written to %s and %s", options.output, html_file)
+    from taming.data.preprocessing import refuse_failed
+
+    unreadable, protocol = result.numbers["unreadable"], result.numbers["protocol"]
+    refuse_failed(unreadable, len(unreadable) + protocol["images"])
 
 
 if __name__ == "__main__":

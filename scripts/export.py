@@ -98,7 +98,8 @@ def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = cli.script_parser(__doc__, device=False)
     add = parser.add_argument
-    add("-r", "--resume", required=True, help="run of the tokenizer, a folder or a shipped name")
+    run_help = "run of the tokenizer, a folder or a shipped name"
+    add("-r", "--resume", required=True, type=cli.existing_run, help=run_help)
     add("--trust_config", action="store_true", help=cli.TRUST_HELP)
     add("-o", "--outdir", type=Path, required=True)
     add("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="default: both")

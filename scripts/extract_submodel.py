@@ -16,7 +16,7 @@ logger = logging.getLogger("taming.extract_submodel")
 def main() -> None:
     """Save a checkpoint that contains only the weights of the part."""
     parser = cli.script_parser(__doc__, device=False)
-    parser.add_argument("inpath", help="checkpoint to load")
+    parser.add_argument("inpath", type=cli.existing, help="checkpoint to load")
     parser.add_argument("outpath", help="checkpoint to save")
     parser.add_argument("submodel", nargs="?", default="cond_stage_model", help="name of the part")
     options = parser.parse_args()
@@ -30,7 +30,7 @@ def main() -> None:
     prefix = f"{options.submodel}."
     part = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     if not part:
-        names = sorted({key.partition(".")[0] for key in weights})
+        names = ", ".join(sorted({key.partition(".")[0] for key in weights}))
         raise ValueError(f"{options.inpath} has no part {options.submodel!r}; its parts: {names}")
     with replacing(options.outpath) as file:
         torch.save({"state_dict": part}, file)

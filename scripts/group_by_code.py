@@ -74,7 +74,7 @@ def main() -> None:
     """Save the picture and log how pure the codes' classes are."""
     parser = cli.script_parser(__doc__)
     add, n_help = parser.add_argument, "number of validation images to encode"
-    add("-r", "--resume", required=True, help="run of the tokenizer")
+    add("-r", "--resume", required=True, type=cli.existing_run, help="run of the tokenizer")
     add("--trust_config", action="store_true", help=cli.TRUST_HELP)
     add("-o", "--output", default="results/groups.png", type=Path)
     add("-n", "--num_images", type=int, default=2000, help=n_help)

@@ -64,7 +64,7 @@ def main() -> None:
     """Save the image beside its quantized versions; log the rate and PSNR of each."""
     parser = cli.script_parser(__doc__, device=False)
     default = files("skimage") / "data" / "coffee.png"
-    parser.add_argument("image", nargs="?", default=Path(str(default)), type=Path)
+    parser.add_argument("image", nargs="?", default=str(default), type=cli.existing)
     parser.add_argument("-k", "--colours", nargs="+", type=int, default=[4, 16, 64], metavar="K")
     parser.add_argument("-o", "--output", default="results/colours.png", type=Path)
     parser.add_argument("--size", type=int, help="short side in pixels; default: unchanged")
@@ -76,7 +76,7 @@ def main() -> None:
     from taming.pictures import load_image, save_picture, side_by_side
 
     torch.manual_seed(options.seed)
-    image, shown = load_image(options.image, options.size), []
+    image, shown = load_image(Path(options.image), options.size), []
     for colours in options.colours:
         shown.append(quantize(image, colours).decode())
         psnr = float(-10 * ((shown[-1] - image).square().mean() / 4).log10())

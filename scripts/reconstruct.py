@@ -1,7 +1,7 @@
 """Encode and decode images with a trained tokenizer.
 
 python scripts/reconstruct.py -r logs/<run> picture.jpg folder/ -o results
-python scripts/reconstruct.py -r logs/<run> picture.jpg -s 256 --max-codes 4000
+python scripts/reconstruct.py -r logs/<run> picture.jpg -s 256 --max_codes 4000
 
 The rate of a loopy tokenizer can be set by the distance at which loops end, by the number of codes,
 by the quality wanted, by the worth of a bit, or by the number of bits. reconstructions.json reports
@@ -82,7 +82,7 @@ def reconstruct(
 
     height, width = x.shape[2:]
     padded = pad(x[0], model.factor)[None]
-    quantized = model.encode(padded, **rate)
+    quantized = model.encode(padded, **rate, size=(height, width))
     x_rec = model.decode(quantized.z_q).clamp(-1, 1)[..., :height, :width]  # (1, 3, H, W)
     pictures = {"input": x, "reconstruction": x_rec}
     extra = model.code_pictures(quantized, (padded.shape[2], padded.shape[3]))
@@ -130,19 +130,20 @@ def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = cli.script_parser(__doc__)
     add = parser.add_argument
-    add("images", nargs="+", help="image files or folders of them")
-    add("-r", "--resume", required=True, help="run of the tokenizer, or a checkpoint")
+    add("images", nargs="+", type=cli.existing, help="image files or folders of them")
+    run_help = "run of the tokenizer, or a checkpoint"
+    add("-r", "--resume", required=True, type=cli.existing_run, help=run_help)
     add("--trust_config", action="store_true", help=cli.TRUST_HELP)
     add("-o", "--outdir", default="results/reconstructions", type=Path)
     add("-s", "--size", type=int, help="length of the short side in pixels")
     add = parser.add_mutually_exclusive_group().add_argument
     threshold_help = "distance at which a loop ends, as a share of the latents' standard deviation"
-    add("--threshold", type=float, help=threshold_help)
-    add("--max-codes", "--max-tokens", type=int, help="largest number of codes of an image")
-    add("--target-psnr", type=float, help="PSNR in dB to reach with fewest codes")
+    add("--threshold", type=cli.rate, help=threshold_help)
+    add("--max_codes", type=int, help="largest number of codes of an image")
+    add("--target_psnr", type=cli.rate, help="PSNR in dB to reach with fewest codes")
     rate_help = "lambda: codes and ends of least squared distance + lambda x bits of the tables"
-    add("--rate", type=float, help=rate_help)
-    add("--target-bits", "--target_bits", type=float, help="largest number of those bits")
+    add("--rate", type=cli.rate, help=rate_help)
+    add("--target_bits", type=cli.rate, help="largest number of those bits")
     options = parser.parse_args()
     cli.check_folder(options.outdir)
     if options.size is not None and options.size < 1:
@@ -172,6 +173,7 @@ def main() -> None:
         raise ValueError(f"{options.resume} holds a tokenizer of {channels} channels, not 3")
     model = tokenizer.model
     rate = chosen_rate(options, model)
+    model.check_rate(rate)
     target = rate.get("target_psnr", -math.inf)
 
     def work(path: Path, name: str) -> dict[str, Any]:

@@ -49,10 +49,10 @@ def parse_options() -> argparse.Namespace:
     guidance_help = "scale of classifier-free guidance; 1 for none"
     add("--guidance", type=float, default=1.0, help=guidance_help)
     complete_help = "images or folders to complete; their known part is shown as reconstructed"
-    add("--complete", nargs="+", help=complete_help)
+    add("--complete", nargs="+", type=cli.existing, help=complete_help)
     add("--known", type=float, help="known upper share of each; default: 0.5")
     mask_help = "picture that is bright where images are known instead, scaled and cropped alike;\n"
-    add("--mask", help=mask_help + "a site is known if all its pixels are")
+    add("--mask", type=cli.existing, help=mask_help + "a site is known if all its pixels are")
     add("--grid", help="rows,columns of sites; default: as trained")
     options = parser.parse_args()
     if min(options.num_samples, options.batch_size) < 1:
@@ -137,9 +137,9 @@ def complete(generator: Generator, options: argparse.Namespace, asked: dict[str,
 def main(all_levels: bool = False) -> None:
     """Sample or complete; ``all_levels``: even a single run must be of all levels of a VQ-VAE-2."""
     options = parse_options()
+    cli.check_folder(options.outdir)
     from taming.generator import Generator
 
-    cli.check_folder(options.outdir)
     runs = options.resume if all_levels or len(options.resume) > 1 else options.resume[0]
     about = {"tokenizer": options.tokenizer, "trust_config": options.trust_config}
     loaded = taming.load(runs, cli.choose_device(options.device), **about)

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     path = str(programs()[name])
     sys.argv = [path, *rest]  # which Lightning starts again for each further process
-    runpy.run_path(path, run_name="__main__")
+    runpy.run_path(path, {"PROGRAM": f"taming {name}"}, run_name="__main__")
 
 
 if __name__ == "__main__":

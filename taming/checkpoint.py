@@ -245,8 +245,10 @@ def freeze_parts(parts: Mapping[str, nn.Module], names: Sequence[str]) -> None:
     if isinstance(names, str):
         raise ValueError(f"freeze must be a list of parts, got the text {names!r}: use [{names}]")
     if unknown := [name for name in names if name not in parts]:
-        raise ValueError(f"freeze: there is no part {unknown[0]!r}; the parts are {[*parts]}")
+        raise ValueError(
+            f"freeze: there is no part {unknown[0]!r}; the parts are {', '.join(parts)}"
+        )
     for name in names:
         freeze(parts[name])
     if not any(p.requires_grad for part in parts.values() for p in part.parameters()):
-        raise ValueError(f"freeze: {[*names]} leaves nothing to train")
+        raise ValueError(f"freeze: {', '.join(names)} leaves nothing to train")

@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from taming.util import load_array
@@ -86,8 +86,8 @@ def decode(file: File, convert: Callable[[Image.Image], T], max_pixels: int | No
     """
     with _naming(file, "cannot be decoded as an image"):
         source = os.path.expanduser(file) if isinstance(file, (str, os.PathLike)) else file
-        if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):
-            raise ValueError("it is not a file")  # a pipe would wait for ever
+        if isinstance(source, str) and not os.path.isfile(source):  # a pipe would wait for ever
+            raise ValueError("it is not a file" if os.path.exists(source) else "it does not exist")
         with _identify(source) as image:
             _check_format(image)
             check_size(image.width, image.height, max_pixels)
@@ -102,6 +102,8 @@ def decode(file: File, convert: Callable[[Image.Image], T], max_pixels: int | No
 def _identify(file: str | IO[bytes]) -> Image.Image:
     try:
         return Image.open(file)
+    except UnidentifiedImageError as error:  # whose message repeats the path
+        raise ValueError("it is no picture of a known kind, or damaged") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         with _LOCK:  # the limit is global; max_pixels replaces it
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None

@@ -21,6 +21,7 @@ from taming.models.prior import Prior
 from taming.models.sampling import Grid, SamplingParams, generators_of, paste, sample_images
 from taming.pictures import Picture, is_single, resize, to_picture, to_tensor
 from taming.sharing import Shared, count_parameters
+from taming.signatures import naming_nearest
 from taming.tokenizer import Tokenizer
 
 Labels = int | Sequence[int] | None
@@ -63,7 +64,7 @@ class Generator(Shared):
         if several:
             check_priors(self.priors)
         for prior in self.priors:
-            prior.eval().requires_grad_(False)
+            prior.eval()
         self.model: Prior = self.priors[0]
         self.batch_size = batch_size
         stage = self.model.cond_stage_model
@@ -106,9 +107,10 @@ class Generator(Shared):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The prior's `Tokenizer`."""
-        return Tokenizer(self.model.first_stage_model, self.batch_size)
+        """The `Tokenizer` of the prior's codes, with all levels of a VQ-VAE-2."""
+        return Tokenizer(self.model.first_stage_model.whole, self.batch_size)
 
+    @naming_nearest(SamplingParams)
     def sample(
         self,
         n: int = 1,
@@ -138,6 +140,7 @@ class Generator(Shared):
         batches = self._sample(n, label, seed, first, params, grid=grid)
         return [to_picture(image) for images in batches for image in self.model.show(images)]
 
+    @naming_nearest(SamplingParams)
     def complete(
         self,
         picture: Picture,
@@ -242,7 +245,7 @@ class Generator(Shared):
             own = SamplingParams(**params, generators=generators_of(seed, numbers[part]))
             if len(self.priors) > 1:
                 codes = sample_levels(self.priors, condition, own)
-                yield self.priors[-1].first_stage_model.model.decode_code(codes)
+                yield self.priors[-1].first_stage_model.whole.decode_code(codes)
             else:
                 if "codes" in start:  # the same ones in all completions
                     start["codes"] = start["codes"][:1].expand(len(condition), -1, -1, -1)

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 
 from taming.generator import Generator
+from taming.signatures import naming_nearest
 from taming.tokenizer import Tokenizer
 from taming.util import usable_device
 
 
+@naming_nearest()
 def load(
     run: str | Path | Sequence[str | Path],
     device: torch.device | str = "cpu",
@@ -41,11 +43,19 @@ def load(
         ValueError: It is not a run, its model is neither, there is no such device, or its
             configuration asks for what it may not.
     """
+    device = usable_device(device)  # before the run is loaded
+    loaded = _load(run, tokenizer, trust_config)
+    loaded.name = str(run)
+    return loaded.frozen().to(device)
+
+
+def _load(
+    run: str | Path | Sequence[str | Path], tokenizer: str | Path | None, trust_config: bool
+) -> Tokenizer | Generator:
     from taming.run.folder import model_from_run
     from taming.run.parts import is_shared, place_of
     from taming.run.pretrained import load_modules
 
-    device = usable_device(device)  # before the run is loaded
     several = not isinstance(run, (str, os.PathLike))
     names: Sequence[str | Path] = run if several else [run]  # type: ignore[assignment]
     if not several and is_shared(place := place_of(names[0])):
@@ -53,14 +63,14 @@ def load(
             raise ValueError(f"{run} has its tokenizer with it and takes no other")
         modules = load_modules(place, trust_config=trust_config)
         kind = Tokenizer if hasattr(modules.get("model"), "quantize") else Generator
-        return kind.of_modules(modules).to(device)
+        return kind.of_modules(modules)
     options = {"tokenizer": tokenizer, "trust_config": trust_config}
     models = [model_from_run(name, **options) for name in names]
     for name, model in zip(names, models, strict=True):
         if several and not hasattr(model, "sample_codes"):
             raise ValueError(f"{name} holds a {type(model).__name__}, not a prior of one level")
     if several:
-        return Generator(models).to(device)
+        return Generator(models)
     if hasattr(models[0], "context"):
-        return Tokenizer(models[0].first_stage_model, context=models[0].context).to(device)
-    return (Generator if hasattr(models[0], "sample_codes") else Tokenizer)(models[0]).to(device)
+        return Tokenizer(models[0].first_stage_model, context=models[0].context)
+    return (Generator if hasattr(models[0], "sample_codes") else Tokenizer)(models[0])

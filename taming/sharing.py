@@ -38,7 +38,13 @@ import taming
 
 
 class Shared(ABC):
-    """Saves its modules as ``config.yaml`` and ``model.safetensors``, and loads them again."""
+    """Saves its modules as ``config.yaml`` and ``model.safetensors``, and loads them again.
+
+    Attributes:
+        name: What it was loaded by, for messages.
+    """
+
+    name: str = "this one"
 
     @abstractmethod
     def shared_modules(self) -> dict[str, Any]:
@@ -61,6 +67,12 @@ class Shared(ABC):
         """Move the modules to a device; return the object."""
         for module in self.shared_modules().values():
             module.to(usable_device(device))
+        return self
+
+    def frozen(self: S) -> S:
+        """Make no parameter of the modules trainable; return the object."""
+        for module in self.shared_modules().values():
+            module.requires_grad_(False)
         return self
 
     @classmethod
@@ -97,7 +109,10 @@ class Shared(ABC):
             if not _HUB_NAME.fullmatch(str(name)):
                 raise missing(name)
             folder = download(str(name), revision)
-        return cls.of_modules(load_modules(folder, trust_config=trust_config)).to(device)
+        modules = load_modules(folder, trust_config=trust_config)
+        loaded = cls.of_modules(modules).frozen().to(device)
+        loaded.name = str(name)
+        return loaded
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
         """Save the model with all that its use needs, and nothing of its training.

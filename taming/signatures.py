@@ -1,12 +1,71 @@
-"""Signatures: the keyword parameters that a class or function takes, through its bases."""
+"""Signatures: the keyword parameters that a class or function takes, and the nearest to others."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return the end of an error message that names the valid name nearest to a wrong one.
+
+    Args:
+        name: The wrong name.
+        valid: The valid names.
+
+    Returns:
+        ``"; did you mean 'x'?"``; where no name is close, a list of them if there are few.
+
+    Example:
+        >>> nearest("widht", ["width", "height"])
+        "; did you mean 'width'?"
+    """
+    names = sorted(set(valid))
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; valid: {', '.join(names)}" if 0 < len(names) <= 12 else ""
+
+
+def naming_nearest(*others: Callable[..., Any]) -> Callable[[F], F]:
+    """Make an unknown keyword of a function a TypeError that names the nearest to it.
+
+    Args:
+        *others: Classes or functions whose parameters the function's ``**kwargs`` may be.
+
+    Returns:
+        A decorator.
+
+    Example:
+        >>> @naming_nearest()
+        ... def encode(picture, max_codes=None): ...
+        >>> encode("photo.jpg", max_code=3)
+        Traceback (most recent call last):
+        TypeError: encode() takes no 'max_code'; did you mean 'max_codes'?
+    """
+
+    def decorate(function: F) -> F:
+        known = [inspect.signature(target).parameters.values() for target in (function, *others)]
+        names = {p.name for own in known for p in own if p.kind is not p.VAR_KEYWORD}
+
+        @wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for name in kwargs:
+                if name not in names:
+                    end = nearest(name, names - {"self"})
+                    raise TypeError(f"{function.__name__}() takes no {name!r}{end}")
+            return function(*args, **kwargs)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
 
 
 def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:

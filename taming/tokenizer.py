@@ -17,12 +17,11 @@ from taming.decoding import Colour, rgb_of
 from taming.models.vqgan import VQModel
 from taming.pictures import Picture, is_single, pad, to_picture, to_tensor
 from taming.sharing import Shared, count_parameters
+from taming.signatures import naming_nearest
 
 if TYPE_CHECKING:
     from taming.codec.files import Codec
     from taming.modules.context import ContextNetwork
-
-RATES = ("max_codes", "target_psnr", "threshold", "rate", "target_bits")  # of `Tokenizer.encode`
 
 
 class Tokenizer(Shared):
@@ -76,11 +75,11 @@ class Tokenizer(Shared):
                 "a Tokenizer takes a tokenizer of pictures with values in [-1, 1], got a "
                 f"{type(model).__name__}"
             )
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval()
         self.batch_size = batch_size
         self.background, self.max_pixels = rgb_of(background), max_pixels
         self.tile = tile
-        self.context = None if context is None else context.eval().requires_grad_(False)
+        self.context = None if context is None else context.eval()
 
     @property
     def tile(self) -> int | None:
@@ -157,6 +156,7 @@ class Tokenizer(Shared):
         target_bits: float | None = None,
     ) -> list[Codes]: ...
 
+    @naming_nearest()
     @torch.no_grad()
     def encode(
         self,
@@ -214,7 +214,8 @@ class Tokenizer(Shared):
         if isinstance(codes, Codes):
             return self.decode([codes])[0]
         pictures: list[Image.Image | None] = [None] * len(codes)
-        for numbers in _by_shape([own.levels[-1] for own in codes], self.batch_size):
+        shapes = [tuple(level.shape for level in own.levels) for own in codes]
+        for numbers in _of_one_shape(shapes, self.batch_size):
             device = next(self.model.parameters()).device
             levels: Any = [
                 torch.stack(level).to(device)
@@ -230,6 +231,7 @@ class Tokenizer(Shared):
                 pictures[number] = to_picture(image).crop((0, 0, width, height))
         return pictures
 
+    @naming_nearest(encode)
     @torch.no_grad()
     def compress(
         self,
@@ -237,7 +239,6 @@ class Tokenizer(Shared):
         *,
         bits: float | None = None,
         bpp: float | None = None,
-        psnr: float | None = None,
         entropy: str | None = None,
         **rate: Any,
     ) -> bytes:
@@ -247,23 +248,19 @@ class Tokenizer(Shared):
             picture: One picture.
             bits: Bits of the whole file, not exceeded.
             bpp: The same in bits per pixel.
-            psnr: PSNR in dB to reach with as few codes as possible.
             entropy: ``"raw"`` bits, ``"static"`` tables of the quantizer, or the ``"context"``
                 model; by default the last of them that has been learned.
             **rate: Another rate of `encode`, such as ``max_codes`` or ``threshold``.
 
         Raises:
-            ValueError: As for `encode`; there is no such rate; or no file is that small; names the
-                smallest.
+            TypeError: There is no such rate; names the nearest.
+            ValueError: As for `encode`; or no file is that small; names the smallest.
         """
-        known = ("bits", "bpp", "psnr", *RATES)
-        if unknown := [name for name in rate if name not in (*known, "max_tokens")]:
-            raise ValueError(f"there is no rate {unknown[0]!r}; the rates are {', '.join(known)}")
         image = self.to_tensor(picture)
         size = image.shape[1], image.shape[2]
         x = pad(image, self.model.factor)[None].to(next(self.model.parameters()))
         del image  # a large one would stay beside x
-        rates = {"bits": bits, "bpp": bpp, "target_psnr": psnr, **rate}
+        rates = {"bits": bits, "bpp": bpp, **rate}
         return self._codec().compress(x, size, entropy, rates)
 
     def decompress(
@@ -286,7 +283,7 @@ class Tokenizer(Shared):
     def _codec(self) -> Codec:
         from taming.codec.files import Codec  # whose range coder is imported where it is used
 
-        return Codec(self.model, self.context)
+        return Codec(self.model, self.context, self.name)
 
 
 @torch.no_grad()
@@ -306,9 +303,10 @@ def encode_images(
     """
     padded = [pad(image, model.factor) for image in images]
     codes: list[Codes | None] = [None] * len(images)
-    for numbers in _by_shape(padded, batch_size):
+    for numbers in _of_one_shape([image.shape for image in padded], batch_size):
         x = torch.stack([padded[number] for number in numbers])
-        found = model.encode_to_codes(x.to(next(model.parameters())), **rate)
+        size = torch.tensor([images[number].shape[1:] for number in numbers])  # (B, 2)
+        found = model.encode_to_codes(x.to(next(model.parameters())), **rate, size=size)
         bits = model.bits_of(found).tolist()
         levels = [level.cpu() for level in (found if isinstance(found, tuple) else [found])]
         for number, cost, *own in zip(numbers, bits, *levels, strict=True):
@@ -317,9 +315,9 @@ def encode_images(
     return codes  # type: ignore[return-value]
 
 
-def _by_shape(tensors: Sequence[Tensor], most: int) -> list[list[int]]:
-    """Group the numbers of tensors of one shape, at most so many in a group."""
-    groups: dict[torch.Size, list[int]] = {}
-    for number, tensor in enumerate(tensors):
-        groups.setdefault(tensor.shape, []).append(number)
+def _of_one_shape(shapes: Sequence[tuple[Any, ...]], most: int) -> list[list[int]]:
+    """Group the numbers of equal shapes, at most so many in a group."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(number)
     return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]

@@ -7,9 +7,8 @@ import os
 import pkgutil
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,28 +18,8 @@ from taming.downloads import download as download
 from taming.downloads import get_ckpt_path as get_ckpt_path
 from taming.downloads import md5_hash as md5_hash
 from taming.extras import naming_extras
+from taming.signatures import nearest as nearest
 from taming.signatures import parameters_of
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return the end of an error message that names the valid name nearest to a wrong one.
-
-    Args:
-        name: The wrong name.
-        valid: The valid names.
-
-    Returns:
-        ``"; did you mean 'x'?"``; where no name is close, a list of them if there are few.
-
-    Example:
-        >>> nearest("widht", ["width", "height"])
-        "; did you mean 'width'?"
-    """
-    names = sorted(set(valid))
-    close = get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; valid: {', '.join(names)}" if 0 < len(names) <= 12 else ""
 
 
 def home() -> Path:
@@ -284,6 +263,10 @@ def retrieve(container: Any, key: str, splitval: str = "/", default: Any = None)
 
 class DataError(ValueError):
     """A file of a data set cannot be used; the message names it."""
+
+
+class IncompleteError(DataError):
+    """Some inputs cannot be used; what the others give is done."""
 
 
 class WriteError(OSError):

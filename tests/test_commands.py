@@ -1,6 +1,7 @@
 """The command ``taming``: it runs the programs beside the package, and finds recipes by name."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -65,9 +66,23 @@ def test_the_module_is_the_command_and_imports_nothing_slow(tmp_path: Path) -> N
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and done.stdout.startswith("usage: main.py -b")
+    assert done.returncode == 0 and done.stdout.startswith("usage: taming train -b")
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "taming.util" in imported and not imported & {"torch", "numpy", "lightning", "PIL"}
+
+
+@pytest.mark.parametrize("name", command.programs())
+def test_a_usage_is_that_of_the_command_or_of_the_file(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = command.programs()[name]
+    own = "taming demo" if name == "demo" else path.name
+    for argv, start in ((["taming", name], command.main), ([str(path)], None)):
+        monkeypatch.setattr(sys, "argv", [*argv, "--help"])
+        with pytest.raises(SystemExit) as stop:
+            start() if start else runpy.run_path(str(path), run_name="__main__")
+        shown = f"taming {name}" if start else own
+        assert not stop.value.code and capsys.readouterr().out.startswith(f"usage: {shown} ")
 
 
 def test_a_recipe_is_found_by_name_and_a_file_goes_first(elsewhere: Path) -> None:

@@ -1,12 +1,12 @@
 """The face: pictures of any kind to codes and back; samples, completions and bits."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.models import tokenizer_of
 from support.runs import TinyRuns
 
 import taming
@@ -16,6 +16,7 @@ from taming.pictures import to_tensor
 from taming.run.folder import model_from_run
 from taming.tokenizer import Codes, Tokenizer
 
+RUNS = ("vqgan", "transformer")
 SIDE = 16  # pixels of an image of the tiny runs
 RNG = np.random.default_rng(5)
 
@@ -75,7 +76,7 @@ def test_any_layout_of_an_array_is_the_same_image() -> None:
 @pytest.mark.parametrize(
     ("picture", "names"),
     [
-        ("nowhere.png", r"nowhere\.png.*No such file"),
+        ("nowhere.png", r"nowhere\.png: cannot be decoded as an image: it does not exist"),
         (np.zeros((4, 4, 3), np.int64), "uint8 or uint16.*int64"),
         (np.full((4, 4, 3), 3.0), r"\[-1, 1\].* 3"),
         (np.full((4, 4, 3), np.nan), r"\[-1, 1\].* nan"),
@@ -195,6 +196,31 @@ def test_codes_of_several_levels(tiny_runs: TinyRuns) -> None:
     codes = tokenizer.encode([colours(17, 40), colours()])
     assert all(isinstance(own, Codes) and len(own.levels) == 2 for own in codes)
     assert [p.size for p in tokenizer.decode(codes)] == [(40, 17), (16, 16)]
+    wide = codes[0].levels[0].repeat_interleave(2, 0).repeat_interleave(2, 1)  # the top alone
+    mixed = [codes[0], Codes((wide,), (17, 40))]
+    alone = [tokenizer.decode(own) for own in mixed]
+    for a, b in zip(tokenizer.decode(mixed), alone, strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_a_callers_model_stays_trainable_and_no_graph_is_built(tiny_runs: TinyRuns) -> None:
+    models = [model_from_run(tiny_runs.of(f"loopy_{kind}.yaml")) for kind in RUNS]
+    wanted = [[p.requires_grad for p in model.parameters()] for model in models]
+    tokenizer, generator = Tokenizer(models[0]), Generator(models[1])
+
+    def refuse_graphs(module: torch.nn.Module, given: object) -> None:
+        assert not torch.is_grad_enabled()
+
+    picture, none = colours(), np.zeros(generator.model.grid, bool)
+    with torch.nn.modules.module.register_module_forward_pre_hook(refuse_graphs):
+        tokenizer.decode(tokenizer.encode(picture, target_psnr=10.0))
+        tokenizer.decompress(tokenizer.compress(picture, bpp=20))
+        generator.sample(), generator.complete(picture, none), generator.bits(picture)
+    assert [[p.requires_grad for p in model.parameters()] for model in models] == wanted
+    assert any(wanted[0]) and any(wanted[1])
+    for kind in RUNS:
+        loaded = taming.load(tiny_runs.of(f"loopy_{kind}.yaml")).model
+        assert not any(p.requires_grad for p in loaded.parameters())
 
 
 def test_samples_are_of_a_seed(generator: Generator) -> None:
@@ -271,6 +297,11 @@ def test_levels_are_sampled_and_measured_together(tiny_runs: TinyRuns) -> None:
     assert isinstance(top, Generator) and top.bits(colours())[0] > 0
     picture = colours()
     assert generator.bits(picture)[0] > top.bits(picture)[0]
+    for tokenizer in (generator.tokenizer, top.tokenizer):
+        codes = tokenizer.encode(picture)
+        assert len(codes.levels) == 2 and tokenizer.tile == 768
+        decoded = tokenizer.decompress(tokenizer.compress(picture))
+        assert np.array_equal(np.asarray(decoded), np.asarray(tokenizer.decode(codes)))
     with pytest.raises(ValueError, match="only sample"):
         generator.complete(picture, picture)
     with pytest.raises(ValueError, match="only sample"):
@@ -322,8 +353,23 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
         taming.load(tmp_path / "nothing")
 
 
-def test_compress_names_the_rates_that_there_are_before_it_encodes():
-    tokenizer = Tokenizer(tokenizer_of("residual"))
-    picture = np.zeros((8, 8, 3), np.uint8)
-    with pytest.raises(ValueError, match="no rate 'bbp'; the rates are bits, bpp, psnr, max_codes"):
-        tokenizer.compress(picture, bbp=0.1)
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        ("encode", "max_code", "max_codes"),
+        ("compress", "bbp", "bpp"),
+        ("compress", "target_pnsr", "target_psnr"),
+        ("sample", "top_kk", "top_k"),
+        ("complete", "temprature", "temperature"),
+    ],
+)
+def test_a_misspelt_keyword_is_told_the_nearest(
+    name: str, wrong: str, right: str, tokenizer: Tokenizer, generator: Generator
+) -> None:
+    call = getattr(tokenizer if hasattr(tokenizer, name) else generator, name)
+    with pytest.raises(TypeError, match=rf"{name}\(\) takes no '{wrong}'; .* '{right}'\?"):
+        call(None, **{wrong: 1})
+    for function, keyword in ((taming.load, "tokeniser"), (taming.evaluate, "top_pp")):
+        with pytest.raises(TypeError, match=rf"takes no '{keyword}'; did you mean"):
+            wrong_keyword: Any = {keyword: 1}
+            function("no/such/run", **wrong_keyword)

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "run": {"run", "models", "data", "checkpoint", "pictures", "util"},
     # A program in a folder: runs to load, pictures to read, the face's way from images to codes.
-    "scale": {"scale", "tokenizer", "models", "data", "run", "util"},
+    "scale": {"scale", "tokenizer", "models", "modules", "data", "run", "util"},
 }
 FACE = (
     "taming.codes",

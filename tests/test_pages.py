@@ -27,7 +27,9 @@ from support.runs import TinyRuns, call, picture
 
 import main as program
 from taming.__main__ import programs
+from taming.run import cli
 from taming.run.options import parse_arguments
+from taming.run.parser import Parser
 from taming.signatures import parameters_of
 from taming.util import get_obj_from_str
 
@@ -100,18 +102,23 @@ class Parsed(Exception):
 def parse_alone(path: Path, arguments: Sequence[str]) -> None:
     """Start a program, and stop it as soon as it has parsed its arguments."""
 
-    def parse(self: argparse.ArgumentParser, *given: Any, **options: Any) -> None:
-        original(self, *given, **options)
-        raise Parsed
+    def stops(parse: Callable[..., Any]) -> Callable[..., None]:
+        def parse_and_stop(*given: Any, **options: Any) -> None:
+            parse(*given, **options)
+            raise Parsed
+
+        return parse_and_stop
 
     assert "__main__" in path.read_text(encoding="utf-8")
     if not arguments:
         return
-    original = argparse.ArgumentParser.parse_args
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(path.parent), *sys.path])
         patch.setattr(sys, "argv", [str(path), *arguments])
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        for name in ("existing", "existing_run"):  # files that a page leaves to its reader
+            patch.setattr(cli, name, str)
+        for kind in (argparse.ArgumentParser, Parser):
+            patch.setattr(kind, "parse_args", stops(kind.parse_args))
         with pytest.raises(Parsed):
             runpy.run_path(str(path), run_name="__main__")
 

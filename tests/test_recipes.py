@@ -127,7 +127,7 @@ def test_every_level_is_counted_in_a_reconstruction(
     (values,) = json.loads((out / "reconstructions.json").read_text()).values()
     assert values["sites"] == values["codes"] == values["tokens"] == 9 + 36
     assert values["bits"] == pytest.approx(45 * math.log2(8))
-    error = fails(capsys, "reconstruct", "-r", model, image, "-o", out, "--max-codes", 9)
+    error = fails(capsys, "reconstruct", "-r", model, image, "-o", out, "--max_codes", 9)
     assert re.search("Hierarchy has a fixed rate.*max_codes", error)
 
 
@@ -155,6 +155,7 @@ def test_images_of_classes_are_drawn_level_by_level(
     top, bottom = (model_from_run(tiny_runs.of(f"vqvae2_{level}_prior.yaml")) for level in LEVELS)
     models: dict[str, Any] = {"top": top, "bottom": bottom}
     monkeypatch.setattr("taming.run.folder.model_from_run", lambda run, **_: models[run])
+    monkeypatch.setattr("taming.run.cli.existing_run", str)
     error = fails(capsys, "sample_hierarchy", "-r", "top", "bottom", "--classes", "1")
     assert "this prior is unconditional" in error
     top.be_unconditional, top.cond_stage_model = False, Labelator(5)

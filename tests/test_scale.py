@@ -25,6 +25,7 @@ from taming.run.folder import SavedRun
 from taming.scale import encode_shards, open_source
 from taming.scale.job import Job
 from taming.scale.sources import Items, shard_size_of
+from taming.util import IncompleteError
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [(16, 24), (20, 16), (17, 31), (16, 16)]
@@ -71,13 +72,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_codes_are_those_of_the_face(run: Path, pictures: Path, whole: Path) -> None:
+@pytest.mark.parametrize("rate", [{}, {"rate": 0.5}])
+def test_codes_are_those_of_the_face(
+    run: Path, pictures: Path, whole: Path, rate: dict[str, float], tmp_path: Path
+) -> None:
+    if rate:
+        encode(run, pictures, whole := tmp_path, **rate)
     tokenizer, cache = taming.load(run), TokenCache(str(whole))
     assert [item["key"] for item in cache] == [*(f"a/{n}.png" for n in (0, 2, 4, 6))] + [
         f"b/{n}.png" for n in (1, 3, 5, 7)
     ]
     for item in cache:
-        codes = tokenizer.encode(str(pictures / item["key"]))
+        codes = tokenizer.encode(str(pictures / item["key"]), **rate)
         assert (item["height"], item["width"]) == codes.size
         tokens = torch.from_numpy(item["tokens"])
         sequence = tokenizer.model.quantize.sequence
@@ -131,7 +137,7 @@ def test_another_plan_is_refused(run: Path, pictures: Path, whole: Path, tmp_pat
     for options in ({"size": 16}, {"shard_size": 4}, {"labels": True}):
         with pytest.raises(ValueError, match=f"{whole} was begun with other data: repeat"):
             encode(run, pictures, whole, **options)
-    with pytest.raises(ValueError, match="begun with another rate, {}, not {'max_codes': 400}"):
+    with pytest.raises(ValueError, match="begun with another rate, none, not max_codes 400"):
         encode(run, pictures, whole, max_codes=400)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/a.txt").touch()
@@ -273,7 +279,8 @@ def test_the_command(
 ) -> None:
     output = tmp_path / "cache"
     arguments = ("-r", run, "-o", output, "--device", "cpu", "--devices", 1)
-    call("encode", *arguments, "--data", pictures, "--shard_size", 3)
+    with pytest.raises(IncompleteError, match="1 of 9 files failed; the first: b/broken.png: "):
+        call("encode", *arguments, "--data", pictures, "--shard_size", 3)
     assert contents(output) == contents(whole)
     shown = capsys.readouterr().err
     assert "9/9" in shown and "picture/s" in shown
@@ -303,7 +310,7 @@ def test_what_is_wrong_is_named_before_anything_is_written(
     refused("b.parquet is not a Parquet file", tmp_path / "b.parquet")
     refused("labels of subfolders need a folder", tmp_path / "a.parquet", labels=True)
     refused("on_error must be", on_error="ignore")
-    refused("give one of threshold, max_codes", max_codes=9, threshold=1.0)
+    refused("give one rate, got max_codes and threshold", max_codes=9, threshold=1.0)
     refused("must be above 0", max_codes=0)
     refused("devices must be 1 to", devices=0)
     refused("device 'tpu'", devices=["tpu"])

@@ -144,13 +144,14 @@ def test_images_that_fail_do_not_stop_the_others(
         for name, side in (("a", 32), ("b", 64), ("c", 32), ("d", 32)):
             picture.resize((side, side)).save(images / f"{name}.png")
     (images / "c.png").write_bytes((images / "c.png").read_bytes()[:300])
-    limit = ("--max-tokens", 64)  # one for each site, but not for those of the second
-    error = fails(capsys, "reconstruct", "-r", tokenizer, images, "-o", out, *limit)
-    assert "2 of 4 images failed" in error and "b.png" in error
+    limit = ("--max_codes", 64)  # one for each site, but not for those of the second
+    error = fails(capsys, "reconstruct", "-r", tokenizer, images, "-o", out, *limit, status=1)
+    assert "2 of 4 files failed" in error and "b.png" in error
     done = [str(images / name) for name in ("a.png", "d.png")]
     assert list(json.loads((out / "reconstructions.json").read_text())) == done
-    error = fails(capsys, "sample", "-r", prior, "--complete", images, "-o", out, "--top_k", 4)
-    assert "1 of 4 images failed" in error and "c.png" in error
+    completed = ("--complete", images, "-o", out, "--top_k", 4)
+    error = fails(capsys, "sample", "-r", prior, *completed, status=1)
+    assert "1 of 4 files failed" in error and "c.png" in error
     assert len(list(out.glob("*_completed.png"))) == 3
 
 
@@ -163,7 +164,7 @@ def test_results_overwrite_neither_each_other_nor_an_image(
     assert len(files) == len(set(files)) and names[0] == "a" and names[3:] == ["b", "b_2"]
     for name in ("cat.png", "cat_compare.png"):
         (tmp_path / name).write_bytes(photo.read_bytes())
-    error = fails(capsys, "reconstruct", "-r", "nothing", tmp_path / "cat.png", "-o", tmp_path)
+    error = fails(capsys, "reconstruct", "-r", "photos", tmp_path / "cat.png", "-o", tmp_path)
     assert "cat.png is one of the images: choose another folder with -o" in error
     error = fails(capsys, "extract_segmentation", tmp_path, "--images", tmp_path)
     assert "would be overwritten by its map" in error
@@ -352,7 +353,7 @@ def test_without_guidance_classes_do_not_matter(
     pictures = {}
     for scale, label in product((0, 1, 3), (3, 7)):
         options = ("--guidance", scale, "--classes", label, "-o", tmp_path / f"{scale}")
-        call("sample", "-r", "run", "-n", 1, *options)
+        call("sample", "-r", ".", "-n", 1, *options)
         name = f"{scale}/000000_class{label}.png"
         pictures[scale, label] = (tmp_path / name).read_bytes()
     assert pictures[0, 3] == pictures[0, 7]
@@ -364,10 +365,10 @@ def test_samples_of_a_grey_tokenizer_are_written(
 ) -> None:
     grey = Net2NetTransformer(GPT, vqmodel_config(1), "__is_unconditional__").eval()
     monkeypatch.setattr("taming.run.folder.model_from_run", lambda run, **_: grey)
-    call("sample", "-r", "run", "-n", 1, "-o", tmp_path)
+    call("sample", "-r", ".", "-n", 1, "-o", tmp_path)
     picture = read_pixels(tmp_path / "000000.png")
     assert picture.shape == (16, 16, 3) and (picture == picture[..., :1]).all()
-    error = fails(capsys, "sample", "-r", "run", "--complete", photo)
+    error = fails(capsys, "sample", "-r", ".", "--complete", photo)
     assert "--complete takes photographs, but the tokenizer's images have no colours" in error
 
 
@@ -537,13 +538,13 @@ def test_models_are_not_mixed_up(
         (["--classes", "3"], "--classes 3: this prior is unconditional"),
         (["-n", "0"], "--num_samples and --batch_size must be at least 1"),
         (["--known", "1.5"], "--known must be in [0, 1], got 1.5"),
-        (["--mask", "mask.png"], "say what is known of images: give them by --complete"),
-        (["--mask", "mask.png", "--known", "0.3"], "give --known or --mask, not both"),
+        (["--mask", __file__], "say what is known of images: give them by --complete"),
+        (["--mask", __file__, "--known", "0.3"], "give --known or --mask, not both"),
         (["--grid", "4x4"], "--grid expects rows,columns such as 16,16, got '4x4'"),
         (["--grid", "0,4"], "--grid expects rows,columns such as 16,16, got '0,4'"),
         (["--temperature", "-1"], "temperature"),
         (["--top_p", "2"], "top_p"),
-        (["--complete", "nowhere.png"], "there is no image or folder nowhere.png"),
+        (["--complete", "nowhere.png"], "there is no file or folder nowhere.png"),
     ],
 )
 def test_mistakes_about_samples(
@@ -556,7 +557,7 @@ def test_mistakes_about_samples(
     ("options", "message"),
     [
         ([], "class-conditional: give --classes, such as 3,7"),
-        (["--complete", "x.png"], "class-conditional: give --classes, such as 3,7"),
+        (["--complete", __file__], "class-conditional: give --classes, such as 3,7"),
         (["--classes", "3", "--guidance", "2"], "guidance 2.0 needs a prior that was trained with"),
         (["--classes", "cat"], "expected class labels such as 3,7, got 'cat'"),
         (["--classes", "3,10"], "there is no class 10: the labels of this prior are 0 to 9"),
@@ -581,11 +582,11 @@ def test_images_that_cannot_be_used_are_named(
     (tmp_path / "empty").mkdir()
     call("reconstruct", "-r", tokenizer, "small.png", "-o", "out")  # smaller than a site
     assert read_pixels(Path("out/small.png")).shape == (3, 30, 3)
-    assert "cut.jpg" in fails(capsys, "reconstruct", "-r", tokenizer, "cut.jpg")
-    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--max-codes", 1)
+    assert "cut.jpg" in fails(capsys, "reconstruct", "-r", tokenizer, "cut.jpg", status=1)
+    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--max_codes", 1, status=1)
     assert f"{photo}: an image of " in error and "sites needs at least" in error
-    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--target-bits", 1)
+    error = fails(capsys, "reconstruct", "-r", tokenizer, photo, "--target_bits", 1, status=1)
     assert f"{photo}: target_bits 1.0 is less than the " in error
-    assert "cut.jpg" in fails(capsys, "sample", "-r", prior, "--complete", "cut.jpg")
+    assert "cut.jpg" in fails(capsys, "sample", "-r", prior, "--complete", "cut.jpg", status=1)
     assert "in or below empty" in fails(capsys, "reconstruct", "-r", tokenizer, "empty")
     assert "nowhere" in fails(capsys, "reconstruct", "-r", tokenizer, "nowhere")

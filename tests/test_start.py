@@ -12,12 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # A run of one program in a process of many.
 AS_PROGRAM = """
 import runpy, sys
-def program(path, *arguments):
+def program(path, *arguments, status=0):
     sys.argv = [path, *arguments]
     try:
         runpy.run_path(path, run_name="__main__")
     except SystemExit as stop:
-        assert not stop.code, path
+        assert (stop.code or 0) == status, path
 """
 
 
@@ -39,6 +39,37 @@ def test_help_and_the_package_import_nothing_slow() -> None:
     found, printed = imports(f"import taming\n{code}", *slow)
     assert not found
     assert printed.count("usage: ") == len(programs) and "--max_epochs" in printed
+
+
+def test_mistakes_that_a_look_finds_are_told_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    out = ("-o", str(tmp_path / "out"))
+    runs = ("compress", "convert", "decompress", "encode", "evaluate", "export", "group_by_code")
+    runs += ("reconstruct", "sample", "sample_fast", "make_samples", "make_scene_samples")
+    there = {name: (str(tmp_path),) for name in ("compress", "decompress", "reconstruct")}
+    there["convert"] = ("nowhere", "--to", "taming")
+    mistakes = [
+        *(
+            (name, *there.get(name, ()), *(() if name == "convert" else ("-r", "nowhere")), *out)
+            for name in runs
+        ),
+        *((name, "nowhere.png", "-r", "photos", *out) for name in [*there][:3]),
+        ("sample", "-r", "photos", "--complete", "nowhere.png", *out),
+        ("quantize_colours", "nowhere.png"),
+        ("extract_submodel", "nowhere.ckpt", "part.ckpt"),
+        ("compress", str(tmp_path), "-r", "photos", *out, "--bpp", "nan"),
+        ("reconstruct", str(tmp_path), "-r", "photos", *out, "--target_psnr", "-inf"),
+        *(
+            (name, str(tmp_path), "-r", "photos", "-o", str(tmp_path / "file/out"))
+            for name in [*there][:3]
+        ),
+    ]
+    code = "".join(
+        f"program({str(ROOT / 'scripts' / name)!r} + '.py', *{given}, status=2)\n"
+        for name, *given in mistakes
+    )
+    assert imports(code, "torch", "numpy") == (set(), "")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_face_loads_torch_when_it_is_used_and_the_workshop_when_a_run_is_loaded() -> None:

@@ -12,6 +12,12 @@ from typing import NamedTuple
 
 MAGIC = b"LOOP"
 VERSION = 1
+_KINDS = {  # first bytes of what is taken for a file by mistake
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"\x89PNG": "a PNG picture",
+    b"RIFF": "a WebP picture",
+    b"PK": "a zip file, as checkpoints are",
+}
 _FIXED = len(MAGIC) + 2 + 4 + 4  # bytes before the first number of variable length
 _MOST_BYTES = 5  # of a number, which is then below 2**35
 
@@ -34,8 +40,8 @@ class Header(NamedTuple):
     segments: int
 
 
-def write_number(value: int) -> bytes:
-    """Write a number as LEB128: seven bits a byte, the low ones first."""
+def encode_number(value: int) -> bytes:
+    """Encode a number as LEB128: seven bits a byte, the low ones first."""
     written = bytearray()
     while value > 0x7F:
         written.append(value & 0x7F | 0x80)
@@ -43,8 +49,8 @@ def write_number(value: int) -> bytes:
     return bytes([*written, value])
 
 
-def read_number(data: bytes | memoryview, start: int) -> tuple[int, int]:
-    """Read a number of `write_number`; return it and the place after it.
+def decode_number(data: bytes | memoryview, start: int) -> tuple[int, int]:
+    """Decode a number of `encode_number`; return it and the place after it.
 
     Raises:
         ValueError: The data ends within it, or it has needless or too many bytes.
@@ -59,21 +65,21 @@ def read_number(data: bytes | memoryview, start: int) -> tuple[int, int]:
     raise ValueError("a number is damaged or cut off")
 
 
-def write(header: Header, segments: Sequence[bytes]) -> bytes:
-    """Write a file of a header and its segments."""
-    numbers = b"".join(map(write_number, (*header.size, header.segments)))
+def encode_file(header: Header, segments: Sequence[bytes]) -> bytes:
+    """Encode a header and its segments as the bytes of a file."""
+    numbers = b"".join(map(encode_number, (*header.size, header.segments)))
     head = MAGIC + bytes([VERSION, header.mode]) + header.tokenizer + header.entropy + numbers
     checksum = zlib.crc32(head)
     parts = [head, checksum.to_bytes(4, "little")]
     for segment in segments:
-        body = write_number(len(segment)) + segment
+        body = encode_number(len(segment)) + segment
         checksum = zlib.crc32(body, checksum)
         parts += [body, checksum.to_bytes(4, "little")]
     return b"".join(parts)
 
 
-def read(data: bytes, partial: bool = False) -> tuple[Header, list[bytes]]:
-    """Read a file, and compare all its checksums.
+def decode_file(data: bytes, partial: bool = False) -> tuple[Header, list[bytes]]:
+    """Decode the bytes of a file, and compare all its checksums.
 
     Args:
         data: The file.
@@ -90,13 +96,13 @@ def read(data: bytes, partial: bool = False) -> tuple[Header, list[bytes]]:
     if not isinstance(data, bytes | bytearray | memoryview):
         raise ValueError(f"expected the bytes of a compressed picture, got {type(data).__name__}")
     view = memoryview(data)
-    header, place, checksum = _read_header(view)
+    header, place, checksum = _decode_header(view)
     segments: list[bytes] = []
     for number in range(1, header.segments + 1):
         if place == len(view) and segments:
             return header, segments
         try:
-            segment, place, checksum = _read_segment(view, place, checksum)
+            segment, place, checksum = _decode_segment(view, place, checksum)
         except ValueError as error:
             if partial and segments:
                 return header, segments
@@ -108,17 +114,18 @@ def read(data: bytes, partial: bool = False) -> tuple[Header, list[bytes]]:
     return header, segments
 
 
-def _read_header(view: memoryview) -> tuple[Header, int, int]:
-    """Read a header; return the place after it and its checksum too."""
+def _decode_header(view: memoryview) -> tuple[Header, int, int]:
+    """Decode a header; return the place after it and its checksum too."""
     if view[: len(MAGIC)] != MAGIC:
-        raise ValueError(f"not a compressed picture: it begins with {bytes(view[:4])!r}")
+        kinds = (kind for begin, kind in _KINDS.items() if bytes(view[:4]).startswith(begin))
+        raise ValueError(f"not a compressed picture, but {next(kinds, 'a file of another kind')}")
     if len(view) > len(MAGIC) and view[len(MAGIC)] != VERSION:
         version = view[len(MAGIC)]
         raise ValueError(f"the file is of version {version}; this release reads {VERSION}")
     numbers, place = [], _FIXED
     try:
         for _ in range(3):
-            number, place = read_number(view, place)
+            number, place = decode_number(view, place)
             numbers.append(number)
         checksum = _compare(view, 0, place, 0)
     except ValueError as error:
@@ -131,9 +138,9 @@ def _read_header(view: memoryview) -> tuple[Header, int, int]:
     return header, place + 4, checksum
 
 
-def _read_segment(view: memoryview, start: int, checksum: int) -> tuple[bytes, int, int]:
-    """Read the segment at a place; return it, the place after it, and its checksum."""
-    length, place = read_number(view, start)
+def _decode_segment(view: memoryview, start: int, checksum: int) -> tuple[bytes, int, int]:
+    """Decode the segment at a place; return it, the place after it, and its checksum."""
+    length, place = decode_number(view, start)
     checksum = _compare(view, start, place + length, checksum)
     return bytes(view[place : place + length]), place + length + 4, checksum
 

@@ -94,13 +94,21 @@ class Context(EntropyModel):
         for name, value in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)} {self.network.bits}".encode())
             digest.update(value.cpu().contiguous().numpy().astype("<f8").tobytes())
+        if self.network.fixed_length and self.network.max_loops > 1:  # fewer symbols are sent
+            digest.update(b"fixed_length")
         return digest.digest()[:4]
 
     def encode(self, codes: Tensor) -> Iterator[bytes]:
-        """Encode codes (h, w, T): yield a segment for each turn that a site takes."""
+        """Encode codes (h, w, T): yield a segment for each turn that a site takes.
+
+        Raises:
+            ValueError: They are none of the network's.
+        """
         mark_impossible(codes.flatten(0, 1), self.network.n_codes, False)
         turns = int((codes >= 0).sum(dim=-1).max())
         symbols = torch.where(codes < 0, self.network.n_codes, codes)[None, ..., :turns]
+        if self.network.fixed_length and (symbols == self.network.n_codes).any():
+            raise ValueError("the sites differ in length, which this network takes to be fixed")
         symbols = symbols.to(self.network.inside.device)
         coder = Encoder()
 

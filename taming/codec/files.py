@@ -7,37 +7,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from taming.codec.container import Header, read, write
+from taming.codec.container import Header, decode_file, encode_file
 from taming.codec.context import Context
 from taming.codec.levels import Levels
 from taming.codec.models import EntropyModel, Raw, Static
+from taming.codec.ranges import TOTAL
 from taming.decoding import check_size
 from taming.models.vqgan import MOST_SITES, VQModel
 from taming.modules.context import ContextNetwork
 from taming.modules.vqvae.base import Quantizer
+from taming.modules.vqvae.rate import one_rate
 
 MODES = {"raw": 0, "static": 1, "context": 2}
 
 
 def fit(
-    pack: Callable[[Any], bytes], settings: tuple[Callable[[int], Any], range], bits: float
+    pack: Callable[[Any], bytes], codes_at: Callable[[int], Any], settings: range, bits: float
 ) -> bytes:
     """Find the largest file within a size, by bisection over what makes files larger.
 
     Args:
         pack: Codes -> file.
-        settings: Setting -> codes, and all settings; a larger one gives a larger file, or nearly.
+        codes_at: Setting -> codes.
+        settings: All settings; a larger one gives a larger file, or nearly.
         bits: Size that is never exceeded.
 
     Raises:
         ValueError: The file of the smallest setting is larger; names its size.
     """
-    codes_at, lowest, highest = settings[0], settings[1][0], settings[1][-1]
+    lowest, highest = settings[0], settings[-1]
     best = pack(codes_at(lowest))
     if 8 * len(best) > bits:
         smallest = 8 * len(best)
@@ -60,20 +62,22 @@ class Codec:
     Args:
         model: The tokenizer, in eval mode.
         context: Network that predicts the model's codes, if it has one.
+        name: The tokenizer's, in messages.
+
+    Attributes:
+        tokenizer: 4 bytes of the fingerprint that the model has now; a `Codec` is for one call.
 
     Raises:
         ValueError: It has one, and several levels.
     """
 
-    def __init__(self, model: VQModel, context: ContextNetwork | None = None) -> None:
+    def __init__(
+        self, model: VQModel, context: ContextNetwork | None = None, name: str = "this one"
+    ) -> None:
         if context is not None and len(model.levels) > 1:
             raise ValueError(f"a context model is of one grid, not of {', '.join(model.levels)}")
-        self.model, self.context = model, context
-
-    @cached_property
-    def tokenizer(self) -> bytes:
-        """4 bytes of the tokenizer's fingerprint."""
-        return bytes.fromhex(self.model.fingerprint())[:4]
+        self.model, self.context, self.name = model, context, name
+        self.tokenizer = bytes.fromhex(model.fingerprint())[:4]
 
     def entropy_model(self, name: str | None = None) -> EntropyModel:
         """Return an entropy model by name; None takes the best that the tokenizer has.
@@ -84,7 +88,8 @@ class Codec:
         quantizers = self.model.levels
         if name is None and self.context is None:
             tables = [quantizer.entropy for quantizer in quantizers.values()]
-            name = "static" if all(own is not None and own.learned for own in tables) else "raw"
+            right = (own is not None and own.learned and own.n_e <= TOTAL for own in tables)
+            name = "static" if all(right) else "raw"
         models = {level: self._of_level(own, name) for level, own in quantizers.items()}
         if len(models) > 1:
             return Levels(models, self.model.quantize.factors)
@@ -124,16 +129,14 @@ class Codec:
             ValueError: The rate cannot be met, or there are several; or the name is unknown.
         """
         model = self.entropy_model(entropy)
-        rates = {name: value for name, value in rates.items() if value is not None}
-        if len(rates) > 1:
-            raise ValueError(f"give one rate, got {', '.join(rates)}")
+        rates = one_rate(rates)
         bits = rates.get("bits", rates.get("bpp", 0) * size[0] * size[1])
         if not {"bits", "bpp"} & rates.keys():
-            return self.pack(self._codes_of(self.model.encode(x, **rates)), size, model)
+            return self.pack(self._codes_of(self.model.encode(x, **rates, size=size)), size, model)
         if not 0 < bits < math.inf:
             ((name, value),) = rates.items()
             raise ValueError(f"{name} must be a positive number, got {value}")
-        return fit(lambda codes: self.pack(codes, size, model), self._settings(x), bits)
+        return fit(lambda codes: self.pack(codes, size, model), *self._settings(x), bits)
 
     def _codes_of(self, quantized: Any) -> Any:
         """Return the codes in what the model's ``encode`` or its quantizer gave for one image."""
@@ -163,7 +166,7 @@ class Codec:
         """Write the codes of a picture of (H, W) pixels as a file."""
         segments = list(model.encode(codes))
         header = Header(model.mode, self.tokenizer, model.fingerprint(), size, len(segments))
-        return write(header, segments)
+        return encode_file(header, segments)
 
     # --- file -> codes ---------------------------------------------------------------------------
 
@@ -188,7 +191,7 @@ class Codec:
         Raises:
             ValueError: It is not a whole file of this tokenizer.
         """
-        header, segments = read(data, partial)
+        header, segments = decode_file(data, partial)
         model = self._model_of(header)
         height, width = header.size
         check_size(width, height, max_pixels)
@@ -215,12 +218,12 @@ class Codec:
         """Return the entropy model of a file, if it and the tokenizer are those that wrote it."""
         if header.tokenizer != self.tokenizer:
             theirs, own = header.tokenizer.hex(), self.tokenizer.hex()
-            raise ValueError(f"the file is of the tokenizer {theirs}, and this one is {own}")
+            raise ValueError(f"the file is of the tokenizer {theirs}, and {self.name} is {own}")
         names = [name for name, mode in MODES.items() if mode == header.mode]
         if not names:
             raise ValueError(f"the file has the unknown mode {header.mode}")
         model = self.entropy_model(names[0])
         if header.entropy != (own := model.fingerprint()):
             theirs = f"the {names[0]} model {header.entropy.hex()}"
-            raise ValueError(f"the file is of {theirs}, and this tokenizer's is {own.hex()}")
+            raise ValueError(f"the file is of {theirs}, and that of {self.name} is {own.hex()}")
         return model

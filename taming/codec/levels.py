@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from taming.codec.container import read_number, write_number
+from taming.codec.container import decode_number, encode_number
 from taming.codec.models import EntropyModel
 
 
@@ -47,7 +47,7 @@ class Levels(EntropyModel):
         """Encode the codes (h, w, T) of each level: yield its segments, the top's first."""
         for model, own in zip(self.models.values(), codes, strict=True):
             first, *others = model.encode(own)
-            yield write_number(1 + len(others)) + first
+            yield encode_number(1 + len(others)) + first
             yield from others
 
     def decode(self, segments: Sequence[bytes], grid: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -65,7 +65,7 @@ class Levels(EntropyModel):
             if segments:
                 h, w = (side * self.factors[0] // factor for side in grid)
                 try:
-                    count, place = read_number(segments[0], 0)
+                    count, place = decode_number(segments[0], 0)
                     own = [segments[0][place:], *segments[1:]][:count]
                     codes.append(model.decode(own, (h, w)))
                 except ValueError as error:

@@ -79,14 +79,14 @@ class CustomTest(ImagePaths):
 
 
 def find_files(paths: Sequence[str], extensions: Sequence[str] | None = None) -> list[Path]:
-    """List the given image files, replacing each folder by the images below it.
+    """List the given files, replacing each folder by the images, or other files, below it.
 
     Args:
         paths: Files and folders.
         extensions: As for `find_images`, of the files below folders.
 
     Raises:
-        FileNotFoundError: A path does not exist, or a folder contains no image.
+        FileNotFoundError: A path does not exist, or a folder contains no such file.
         ValueError: A folder cannot be read, or ``paths`` is a text.
     """
     refuse_text("paths", paths)
@@ -97,7 +97,7 @@ def find_files(paths: Sequence[str], extensions: Sequence[str] | None = None) ->
         elif path.is_file():
             files.append(path)
         else:
-            raise FileNotFoundError(f"there is no image or folder {path}")
+            raise FileNotFoundError(f"there is no file or folder {path}")
     return files
 
 

@@ -88,7 +88,9 @@ class ParquetRows:
         self.columns = [name for name in (image_column, label_column) if name is not None]
         for name in self.columns:
             if name not in self.schema.names:
-                raise ValueError(f"{path} has no column {name!r}, only {self.schema.names}")
+                raise ValueError(
+                    f"{path} has no column {name!r}, only {', '.join(self.schema.names)}"
+                )
         kind = self.schema.field(image_column).type
         if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
             raise ValueError(

@@ -115,7 +115,8 @@ def find_images(
         where = "in or below" if recursive else "directly in"
         more = f" and {len(endings) - 8} more" if len(endings) > 8 else ""
         named = f"{', '.join(endings[:8])}{more}"
-        raise FileNotFoundError(f"no image ({named}) was found {where} {root}")
+        what = "image" if extensions is None else "file"
+        raise FileNotFoundError(f"no {what} ({named}) was found {where} {root}")
     paths = found.distinct(root)
     if extensions is not None:
         left_out.clear()

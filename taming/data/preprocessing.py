@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from taming.decoding import File, decode, decode_image, pil_to_tensor, raw_mode
-from taming.util import DataError
+from taming.util import DataError, IncompleteError
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +68,10 @@ def refuse_failed(failed: Sequence[str], total: int) -> None:
     """End a program that has gone through all files, if some failed in `skipping`.
 
     Raises:
-        ValueError: Counts the failures, and names the first.
+        IncompleteError: Counts the failures, and names the first.
     """
     if failed:
-        raise ValueError(f"{len(failed)} of {total} images failed; the first: {failed[0]}")
+        raise IncompleteError(f"{len(failed)} of {total} files failed; the first: {failed[0]}")
 
 
 def decode_mask(file: File) -> Tensor:

@@ -10,13 +10,14 @@ side.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from taming.run import cli
 
 if TYPE_CHECKING:
     import argparse
 
+PROGRAM = "taming demo"  # of which this is the command, also as ``python -m taming.demo``
 SHIPPED = "photos"  # name of the tokenizer that comes with the package
 
 
@@ -32,9 +33,15 @@ def parse_options() -> argparse.Namespace:
     parser = cli.script_parser(__doc__)
     add = parser.add_argument
     run_help = "run, or one of its checkpoints; default: the tokenizer that is shipped"
-    add("-r", "--resume", nargs="+", default=[SHIPPED], metavar="RUN", help=run_help)
+    given: dict[str, Any] = {"nargs": "+", "default": [SHIPPED], "type": cli.existing_run}
+    add("-r", "--resume", metavar="RUN", **given, help=run_help)
     add("--trust_config", action="store_true", help=cli.TRUST_HELP)
-    add("--tokenizer", metavar="RUN", help="run of a prior's tokenizer, if it was moved")
+    add(
+        "--tokenizer",
+        metavar="RUN",
+        type=cli.existing_run,
+        help="run of a prior's tokenizer, if it was moved",
+    )
     add_page_arguments(parser)
     return parser.parse_args()
 

@@ -19,9 +19,9 @@ from taming.evaluation.tokenizer import OWN, check_rates, evaluate_tokenizer
 from taming.generator import Generator
 from taming.models.prior import Prior
 from taming.modules.transformer.generate import SamplingParams
-from taming.modules.transformer.logits import filter_logits
 from taming.pictures import Picture
 from taming.run.folder import SavedRun
+from taming.signatures import naming_nearest
 from taming.tokenizer import Tokenizer
 from taming.util import usable_device
 
@@ -66,7 +66,8 @@ class Evaluation:
             for line in [head, *rows]
         ]
         for key, title in (("missing", "not measured"), ("left_out", "left out")):
-            lines += [f"{title}: {name}: {why}" for name, why in self.numbers[key].items()]
+            for name, why in self.numbers[key].items():  # in short; the numbers hold the whole
+                lines.append(f"{title}: {name}: {why.partition(' (')[0]}")
         if unreadable := self.numbers["unreadable"]:
             lines.append(f"not read: {len(unreadable)} pictures; the first: {unreadable[0]}")
         return "\n".join(lines) + "\n"
@@ -82,6 +83,7 @@ def _title(rate: str) -> str:
     return rate if rate in (OWN, "value") else f"{rate} codes"
 
 
+@naming_nearest(SamplingParams)
 def evaluate(
     model: str | Path | Tokenizer | Generator | Prior,
     data: Data = None,
@@ -97,6 +99,7 @@ def evaluate(
     tokenizer: str | Path | None = None,
     trust_config: bool = False,
     on_error: OnError = "skip",
+    pretrained: bool = True,
     **params: Any,
 ) -> Evaluation:
     """Measure a tokenizer or a prior on images.
@@ -120,6 +123,8 @@ def evaluate(
         trust_config: Build whatever the run's configuration names, which may run any code.
         on_error: "skip" pictures that cannot be read and list them, or "raise" an error that names
             the first.
+        pretrained: Also measure by pretrained networks (LPIPS, FID and others), whose weights are
+            downloaded if they are missing.
         **params: Fields of `SamplingParams` for generated pictures, such as ``top_p``.
 
     Returns:
@@ -150,7 +155,7 @@ def evaluate(
         loaded = saved.model().to(device)
     if on_error not in ("skip", "raise"):
         raise ValueError(f"on_error must be 'skip' or 'raise', got {on_error!r}")
-    source = _Source(saved, data, size, batch_size, split, on_error)
+    source = _Source(saved, data, size, batch_size, split, on_error, pretrained)
     if priors := _priors_of(loaded):
         if codes:
             raise ValueError("codes are the rate of a tokenizer, but this is a prior: omit codes")
@@ -169,7 +174,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Source:
-    """What was given of the images."""
+    """The images that were given, and whether pretrained networks compare them."""
 
     saved: SavedRun | None
     data: Data
@@ -177,6 +182,7 @@ class _Source:
     batch_size: int
     split: str
     on_error: OnError
+    pretrained: bool
 
     def open(self, key: str, channels: int, side: int | None, classes: int | None) -> ImageSet:
         """Open the images; ``side`` is that of the crops if no size was given."""
@@ -204,13 +210,14 @@ def _of_prior(
     """Evaluate priors of one model."""
     if params and not generated:
         raise ValueError(f"{', '.join(params)}: of generated pictures, so give generated as well")
-    own = SamplingParams(**params)  # refused before anything is measured if it is wrong
-    filter_logits(torch.zeros(1), own.temperature, own.top_k, own.top_p, own.min_p)
+    SamplingParams(**params)  # refused before anything is measured if it is wrong
     prior = priors[0]
     stage = prior.first_stage_model
     side = prior.grid[0] * stage.factor
     images = source.open(prior.first_stage_key, stage.channels, side, prior.n_classes)
-    measures, missing = all_measures(prior.device, "g") if generated else ([], {})
+    measures, missing = [], {}
+    if generated:
+        measures, missing = all_measures(prior.device, "g", source.pretrained)
     numbers, shown = evaluate_prior(
         priors, images, measures, missing, generated, source.batch_size, seed, **params
     )
@@ -226,7 +233,7 @@ def _of_tokenizer(
     model = face.model
     rates = check_rates(model, codes)
     images = source.open(model.image_key, model.channels, None, None)
-    measures, missing = all_measures(model.device, "r")
+    measures, missing = all_measures(model.device, "r", source.pretrained)
     numbers = evaluate_tokenizer(face, images, measures, missing, rates)
     crop = f"; extended by reflection to whole sites of {model.factor} pixels, and cut back"
     numbers["protocol"]["crop"] += crop

@@ -26,7 +26,7 @@ from taming.data.preprocessing import error_context
 from taming.data.utils import Readable
 from taming.pictures import Picture, to_tensor
 from taming.run.folder import SavedRun
-from taming.util import DataError
+from taming.util import DataError, IncompleteError
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class ImageSet:
         """Yield the batches from the first on, of what can be read.
 
         Raises:
-            DataError: An image cannot be read and ``on_error`` is "raise", or none can.
+            DataError: An image cannot be read and ``on_error`` is "raise".
+            IncompleteError: None can.
         """
         is_empty = True
         for batch in self.load():
@@ -73,7 +74,7 @@ class ImageSet:
                 yield images
         if is_empty and self.unreadable:
             number, first = len(self.unreadable), self.unreadable[0]
-            raise DataError(f"none of the {number} pictures can be read; the first: {first}")
+            raise IncompleteError(f"none of the {number} pictures can be read; the first: {first}")
 
     def _skip(self, reason: str) -> None:
         if self.on_error == "raise":

@@ -160,12 +160,15 @@ def inception(device: torch.device, kind: str) -> Measure:
     return Measure(name, about, see, vectors=lambda x: x, distance=name, channels=(1, 3))
 
 
-def all_measures(device: torch.device, kind: str) -> tuple[list[Measure], dict[str, str]]:
+def all_measures(
+    device: torch.device, kind: str, pretrained: bool = True
+) -> tuple[list[Measure], dict[str, str]]:
     """Return what can be measured here, and the reason for what cannot, by name.
 
     Args:
         device: Device of the networks.
         kind: "r" for reconstructions, which pixels are compared for too; "g" for generated ones.
+        pretrained: Also measure by pretrained networks, whose weights are downloaded if missing.
     """
     builders: dict[str, Callable[[], Measure]] = {
         "LPIPS": lambda: lpips(device),
@@ -175,9 +178,11 @@ def all_measures(device: torch.device, kind: str) -> tuple[list[Measure], dict[s
     if kind == "g":
         del builders["LPIPS"]  # compares pictures in pairs, which generated ones have not
     measures, missing = pixel_measures() if kind == "r" else [], {}
-    for name, build in builders.items():
+    for name, build in builders.items() if pretrained else ():
         try:
             measures.append(build())
         except (ValueError, OSError) as error:
-            missing[name] = " ".join(str(error).split())
+            why = " ".join(str(error).split())
+            is_offline = isinstance(error, ConnectionError)
+            missing[name] = f"its weights are missing ({why})" if is_offline else why
     return measures, missing

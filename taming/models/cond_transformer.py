@@ -174,6 +174,8 @@ class Net2NetTransformer(Prior):
             (N, V) logits of the tokens present, -inf for tokens that the grammar does not allow.
         """
         check_inputs(self.transformer, self.sequence, condition.shape[1], grid)
+        if len(tokens) == 0:
+            return tokens.new_empty(0, self.transformer.vocab_size, dtype=torch.float32)
         states, present = self.sequence.states(tokens), tokens >= 0
         inputs = torch.where(present, self._corrupt(tokens), tokens)
         logits = self.transformer.predict(self._hide(condition), inputs, states, grid)
@@ -198,15 +200,16 @@ class Net2NetTransformer(Prior):
         """Replace tokens by random ones, each with probability 1 - pkeep, while training."""
         if not self.training or self.pkeep >= 1:
             return tokens
-        keep = torch.rand(tokens.shape, device=tokens.device) < self.pkeep
+        keep = torch.rand_like(tokens, dtype=torch.float32) < self.pkeep
         return torch.where(keep, tokens, torch.randint_like(tokens, self.sequence.vocab_size))
 
     def _hide(self, condition: Tensor) -> Tensor:
         """Hide the conditions of some images while training, each with condition_dropout."""
         if not self.training or self.condition_dropout == 0:
             return condition
-        hidden = torch.rand(len(condition), 1, device=condition.device) < self.condition_dropout
-        return torch.where(hidden, self.hidden_condition(condition), condition)
+        chance = torch.rand_like(condition[:, :1], dtype=torch.float32)
+        hidden = self.hidden_condition(condition)
+        return torch.where(chance < self.condition_dropout, hidden, condition)
 
     def hidden_condition(self, condition: Tensor) -> Tensor:
         """Return tokens (B, L) that stand for no condition, of the shape of conditions (B, L).
@@ -255,9 +258,6 @@ class Net2NetTransformer(Prior):
         """Report a token; finished sites and codes are only computed if asked for."""
         start, before = stretch.sites.start, stretch.before
 
-        def count_sites() -> int:
-            return start + max(state.finished_sites() - before, 0)
-
         def decode() -> Tensor:
             codes = ordered.clone()
             if (done := state.finished_sites()) > before:
@@ -265,7 +265,7 @@ class Net2NetTransformer(Prior):
                 codes[:, start : start + done - before] = finished[:, 0, before:]
             return self.permuter(codes, reverse=True).unflatten(1, grid)
 
-        report(count_sites, decode)
+        report(lambda: start + max(state.finished_sites() - before, 0), decode)
 
     def _generate(
         self, condition: Tensor, params: SamplingParams, size: Grid, **progress: Any

@@ -32,8 +32,8 @@ class ContextPrior(Prior):
 
     Args:
         first_stage_config: ``{target, params}`` of the tokenizer, a `VQModel`.
-        context_config: ``{target, params}`` of the `ContextNetwork`; K and T follow from the
-            tokenizer.
+        context_config: ``{target, params}`` of the `ContextNetwork`; K, T and whether all
+            sites take T turns follow from the tokenizer.
         length_range: Mean lengths of images, two bounds in [1, T].
         rate_range: Instead: lambdas of images, two bounds. With neither, the rates that the
             tokenizer was trained with, or mean lengths in [1, T]; none matter at a fixed rate.
@@ -99,6 +99,7 @@ class ContextPrior(Prior):
         if not any(self.rates.values()):
             self.rates["length_range"] = (1.0, float(turns))
         sizes = {"n_codes": self.sequence.n_e, "max_loops": turns}
+        sizes["fixed_length"] = self.sequence.fixed_length
         self.context: ContextNetwork = instantiate_with_sizes(context_config, sizes)
         tables = quantizer.entropy
         if tables is not None and tables.learned:  # what a context only has to refine
@@ -120,7 +121,7 @@ class ContextPrior(Prior):
         if not model.quantize.variable_rate:
             return super().encode_codes(x)
         images, sites = len(x), x.shape[2] * x.shape[3] // model.factor**2
-        share = (torch.arange(images, device=x.device) + 0.5) / images
+        share = (torch.arange(images, dtype=torch.float32, device=x.device) + 0.5) / images
         if self.training:
             share = torch.rand_like(share)
         rates = rates_between(share, sites, **self.rates)
@@ -148,5 +149,5 @@ class ContextPrior(Prior):
         for turn, sent in enumerate(self.context.walk(symbols, send)):
             sampled[..., turn] = torch.where(sent < self.context.n_codes, sent, -1)
             finished = known.numel() if turn + 1 == self.context.max_loops else 0
-            report(lambda finished=finished: finished, sampled.clone)
+            report(lambda finished=finished: finished, sampled.clone, tokens=int((~known).sum()))
         return sampled

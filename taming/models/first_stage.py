@@ -21,6 +21,7 @@ from taming.modules.vqvae.base import Quantizer
 _AFTER = ("loss.", "decoder.", "post_quant_conv.", "colorize", "shortcut.latent_to_pixels.")
 # Part of its quantizers that affects them only at a rate by bits, which is in no fingerprint too.
 _TABLES = "entropy"
+_GROUPS = 32  # of a norm, which no weight shows; other numbers are in the fingerprint by name
 
 
 # Eleven colours of matplotlib's map "inferno", from dark to bright, at equal distances.
@@ -55,15 +56,18 @@ class FirstStage:
     Attributes:
         value_range: Smallest and largest value of an input.
         colorize: (3, C, 1, 1) projection to colours, or None.
+        above: Number of levels above this one.
     """
 
     value_range = (-1.0, 1.0)
     encoder: Encoder
     quantize: Quantizer
     colorize: Tensor | None
+    above: int = 0
     encode: Any
     decode: Any
     state_dict: Any
+    named_modules: Any
 
     # --- codes -----------------------------------------------------------------------------------
 
@@ -71,6 +75,11 @@ class FirstStage:
     def levels(self) -> dict[str, Quantizer]:
         """Quantizers by the name of their level, the top first; "" names the only one."""
         return {"": self.quantize}
+
+    @property
+    def whole(self) -> Any:
+        """The tokenizer with all its levels."""
+        return self
 
     def codes_by_level(self, quantized: Any) -> dict[str, Tensor]:
         """Return the codes (B, h, w, T) int64 in what ``encode`` returned, by level name."""
@@ -83,7 +92,7 @@ class FirstStage:
 
         Args:
             x: (B, C, H, W) in `value_range`.
-            **rate: At most one argument of ``encode`` that sets a rate.
+            **rate: Of ``encode``: at most one argument that sets a rate, and the ``size``.
 
         Returns:
             (B, h, w, T) int64, or a tuple of the codes of all levels, the top first.
@@ -112,6 +121,12 @@ class FirstStage:
         sequences = [quantizer.sequence for quantizer in self.levels.values()]
         about = [part for own in sequences for part in (type(own).__name__, vars(own))]
         about.append(self.quantize.identity())
+        groups = {
+            name: part.num_groups
+            for name, part in self.named_modules()
+            if getattr(part, "num_groups", _GROUPS) != _GROUPS and not name.startswith(_AFTER)
+        }
+        about += [unseen for unseen in (groups, self.above) if unseen]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode())
         for name, value in sorted(self.state_dict().items()):
             if not name.startswith(_AFTER) and _TABLES not in name.split("."):
@@ -187,7 +202,7 @@ class FirstStage:
         Args:
             c: (B, C, H, W) images that are conditions.
             quant_c: z_q that ``encode`` returned for them.
-            size: Not used: the pictures have the size of the conditions.
+            size: (W, H) in pixels. Not used: the pictures have the size of the conditions.
             datasets: Not used.
         """
         images = {"conditioning": c, "conditioning_rec": self.as_input(self.decode(quant_c))}
@@ -206,5 +221,5 @@ class FirstStage:
                 alpha = (x[:, -1:].clamp(-1, 1) + 1) / 2
                 x = x[:, :-1] * alpha + (1 - alpha)
             return x[:, :3].expand(-1, 3, -1, -1)
-        x = F.conv2d(x, self.colorize)
+        x = F.conv2d(x, self.colorize.to(x.dtype))
         return 2 * (x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) - 1

@@ -12,6 +12,7 @@ its stack is z_q of this level and of all above, enlarged to its grid.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ def sample_levels(
     for prior in priors:
         if sampled:
             condition = prior.first_stage_model.condition_tokens(sampled)
-        own = params if prior.condition_dropout > 0 else params._replace(guidance=1.0)
+        own = params if prior.condition_dropout > 0 else replace(params, guidance=1.0)
         sampled.append(prior.sample_codes(condition, own))
     return tuple(sampled)
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +25,11 @@ from taming.models.sampling import (
     Completion,
     Condition,
     Grid,
-    Progress,
     ProgressCallback,
+    Report,
     Window,
     condition_in,
-    known_sites,
+    known_mask,
     pictures_of,
 )
 from taming.modules.batches import images_of, tensor_of
@@ -280,8 +279,8 @@ class Prior(Model, ABC):
     def get_xc(self, batch: Mapping[str, Any], N: int | None = None) -> tuple[Tensor, Tensor]:
         """Take the first N (all, if None) images and conditions out of a batch."""
         x = self.get_input(self.first_stage_key, batch)
-        c = self.get_input(self.cond_stage_key, batch)
-        return x[:N], c[:N]
+        same = self.cond_stage_key == self.first_stage_key
+        return x[:N], x[:N] if same else self.get_input(self.cond_stage_key, batch)[:N]
 
     @torch.no_grad()
     def encode_to_c(self, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,7 +289,7 @@ class Prior(Model, ABC):
             c = F.interpolate(c, size=(self.downsample_cond_size, self.downsample_cond_size))
         with torch.autocast(c.device.type, enabled=False):
             quant_c, _, (_, _, indices) = self.cond_stage_model.encode(c)
-        return quant_c, indices.reshape(len(c), -1)  # (B, L)
+        return quant_c, indices.reshape(len(c), -1 if len(c) else 1)  # (B, L)
 
     # --- images <-> codes <-> tokens -------------------------------------------------------------
 
@@ -367,7 +366,7 @@ class Prior(Model, ABC):
             grid: (h, w) to sample without ``codes``; None for the one trained on.
             window: (h, w) of the window through which a larger grid is sampled; None for the grid
                 trained on. Networks that need no window ignore it.
-            callback: Called after each sampled token.
+            callback: Called after each step, which samples a token of each image or a turn.
 
         Returns:
             (B, h, w, T) int64.
@@ -377,14 +376,9 @@ class Prior(Model, ABC):
         """
         size = (grid or self.grid) if codes is None else (codes.shape[1], codes.shape[2])
         empty = self.empty_codes(len(condition_in(condition, Window(0, 0, *size))), size)
-        kept = known_sites(0 if codes is None else known, size, empty.device)  # (h, w)
+        kept = known_mask(0 if codes is None else known, size, empty.device)  # (h, w)
         start = empty if codes is None else torch.where(kept[..., None], codes, empty)
-        most, counter = int((~kept).sum()) * self.sequence.site_tokens, count(1)
-
-        def report(sites: Callable[[], int], codes: Callable[[], Tensor]) -> None:
-            if callback is not None:
-                callback(Progress(next(counter), most, sites, codes))
-
+        report = Report(int((~kept).sum()) * self.sequence.site_tokens, callback)
         return self._complete(Completion(start, kept, condition, params, window, report))
 
     @abstractmethod
@@ -400,8 +394,6 @@ class Prior(Model, ABC):
 
     def show(self, images: Tensor) -> Tensor:
         """Colour images (B, C, H, W), given or decoded: (B, 3, H, W), about in [-1, 1]."""
-        if images.shape[1] == 3:
-            return images
         return self.first_stage_model.to_rgb(self.first_stage_model.as_input(images))
 
     @torch.no_grad()
@@ -409,4 +401,5 @@ class Prior(Model, ABC):
         self, batch: Mapping[str, Any], temperature: float = 1.0, top_k: int = 100, **unused: Any
     ) -> dict[str, Tensor]:
         """Return pictures (B, 3, H, W) of at most 4 images of a batch (see `pictures_of`)."""
-        return pictures_of(self, batch, SamplingParams(temperature, top_k))
+        datasets = getattr(getattr(self._trainer, "datamodule", None), "datasets", {})
+        return pictures_of(self, batch, SamplingParams(temperature, top_k), datasets)

@@ -4,12 +4,15 @@ A prior samples a grid larger than the one it was trained on through a window. T
 that the site to be sampled lies in its middle, or as near to it as the border allows
 (arXiv:2012.09841, section 3.2, figure 3). A grid that fits into the window is sampled in one pass.
 
+A ``model`` here is a `Prior`, whose module imports this one.
+
 Axis letters: B images, C channels, H W image, h w grid, S = h w sites, T turns, L tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ from einops import repeat
 from torch import Tensor
 from tqdm import tqdm
 
+from taming.modules.transformer.generate import DEFAULT_SAMPLING
 from taming.modules.transformer.generate import SamplingParams as SamplingParams
 from taming.modules.transformer.generate import generators_of as generators_of
 
@@ -47,9 +51,10 @@ def condition_in(condition: Condition, window: Window) -> Tensor:
 
 
 class Progress(NamedTuple):
-    """The state of sampling after a token."""
+    """The state of sampling after a step."""
 
-    tokens: int  # sampled so far, of the image with the most
+    # Sampled so far, of the image with the most in each window; a turn is a token of each site.
+    tokens: int
     most: int  # tokens that may have to be sampled in all
     sites: Callable[[], int]  # computes the number finished in all images
     codes: Callable[[], Tensor]  # computes (B, h, w, T) int64; code 0 in sites that are unfinished
@@ -57,8 +62,28 @@ class Progress(NamedTuple):
 
 ProgressCallback = Callable[[Progress], None]
 
-# Takes the functions ``sites`` and ``codes`` of a `Progress`.
-Report = Callable[[Callable[[], int], Callable[[], Tensor]], None]
+
+@dataclass
+class Report:
+    """Counts the steps of sampling, and passes them on.
+
+    Attributes:
+        most: Tokens that may have to be sampled in all.
+        callback: Called after each step, or None.
+        tokens: Number sampled so far.
+    """
+
+    most: int
+    callback: ProgressCallback | None
+    tokens: int = 0
+
+    def __call__(
+        self, sites: Callable[[], int], codes: Callable[[], Tensor], tokens: int = 1
+    ) -> None:
+        """Report a step of so many tokens, by the functions of a `Progress`."""
+        self.tokens += tokens
+        if self.callback is not None:
+            self.callback(Progress(self.tokens, self.most, sites, codes))
 
 
 class Completion(NamedTuple):
@@ -69,7 +94,7 @@ class Completion(NamedTuple):
     condition: Condition
     params: SamplingParams
     window: Grid | None  # None for the grid trained on
-    report: Report  # called after each sampled token
+    report: Report  # called after each step
 
 
 def window_around(row: int, column: int, grid: Grid, size: Grid) -> Window:
@@ -103,7 +128,7 @@ def upper_part(share: float, grid: Grid) -> Tensor:
     return rows[:, None].expand(grid)  # (h, w)
 
 
-def known_sites(known: int | Tensor, grid: Grid, device: torch.device) -> Tensor:
+def known_mask(known: int | Tensor, grid: Grid, device: torch.device) -> Tensor:
     """Return a mask (h, w) bool of the known sites, given their number or a mask.
 
     Raises:
@@ -166,28 +191,40 @@ def numbers_of(item: int, samples: Iterable[int]) -> list[int]:
     return [(item << 32) + sample for sample in samples]
 
 
-def sample_images(model: Any, condition: Condition, *params: Any, **start: Any) -> Tensor:
+def sample_images(
+    model: Any,
+    condition: Condition,
+    params: SamplingParams = DEFAULT_SAMPLING,
+    *,
+    codes: Tensor | None = None,
+    known: int | Tensor = 0,
+    grid: Grid | None = None,
+    window: Grid | None = None,
+) -> Tensor:
     """Sample codes with a progress bar, and decode them: (B, C, H, W), about in [-1, 1].
 
     The arguments are those of `Prior.sample_codes`, of the prior ``model``.
     """
+    start = {"codes": codes, "known": known, "grid": grid, "window": window}
     with tqdm(desc="tokens", leave=False) as bar:
 
         def update(progress: Progress) -> None:
             bar.total = progress.most
             bar.update(progress.tokens - bar.n)
 
-        codes = model.sample_codes(condition, *params, **start, callback=update)
-    return model.decode_codes(codes)
+        return model.decode_codes(model.sample_codes(condition, params, **start, callback=update))
 
 
-def pictures_of(model: Any, batch: Mapping[str, Any], params: SamplingParams) -> dict[str, Tensor]:
+def pictures_of(
+    model: Any, batch: Mapping[str, Any], params: SamplingParams, datasets: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """Return pictures of a batch: inputs, conditions, reconstructions, completed halves, samples.
 
     Args:
         model: A `Prior`, in eval mode.
         batch: Images, or cached tokens.
         params: How tokens are sampled.
+        datasets: Data sets of the run by split, some of which can draw conditions.
 
     Returns:
         Name -> (B, 3, H, W) in [-1, 1], for at most 4 images.
@@ -198,7 +235,7 @@ def pictures_of(model: Any, batch: Mapping[str, Any], params: SamplingParams) ->
     first = torch.arange(sites, device=model.device) < sites // 2  # in the prior's order
     half = model.permuter(first[None], reverse=True).view(seen.grid)
     start = {"codes": seen.codes, "window": seen.grid}
-    greedy = params._replace(greedy=True)
+    greedy = replace(params, greedy=True)
     codes = {
         "reconstructions": seen.codes,
         "samples_half": model.sample_codes(seen.condition, params, known=half, **start),
@@ -210,7 +247,5 @@ def pictures_of(model: Any, batch: Mapping[str, Any], params: SamplingParams) ->
         pictures = {"inputs": model.get_input(model.first_stage_key, batch)} | pictures
     shown = {name: model.show(picture) for name, picture in pictures.items()}
     height, width = shown["reconstructions"].shape[2:]
-    data = None if model._trainer is None else model._trainer.datamodule
-    return shown | model.cond_stage_model.condition_pictures(
-        seen.c, seen.quant_c, (width, height), getattr(data, "datasets", {})
-    )
+    stage, size = model.cond_stage_model, (width, height)
+    return shown | stage.condition_pictures(seen.c, seen.quant_c, size, datasets)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from inspect import Parameter
 from typing import Any
 
+from taming.models.prior import Prior
 from taming.models.sampling import Grid
 from taming.modules.sequence.grammar import TokenSequence
 from taming.modules.transformer.network import PriorNetwork
@@ -13,7 +14,7 @@ from taming.signatures import parameters_of
 from taming.util import get_obj_from_str, instantiate_from_config
 
 
-def build_network(config: Mapping[str, Any], prior: Any) -> PriorNetwork:
+def build_network(config: Mapping[str, Any], prior: Prior) -> PriorNetwork:
     """Build the network of a `Net2NetTransformer`; derive sizes left out, check the others.
 
     Args:
@@ -38,12 +39,14 @@ def build_network(config: Mapping[str, Any], prior: Any) -> PriorNetwork:
     return network
 
 
-def _with_sizes(config: Mapping[str, Any], prior: Any) -> dict[str, Any]:
+def _with_sizes(config: Mapping[str, Any], prior: Prior) -> dict[str, Any]:
     """Return the params of a network's block, with sizes that the target takes filled in."""
     target, params = get_obj_from_str(config["target"]), dict(config.get("params") or {})
     taken, sequence, stage = parameters_of(target)[0], prior.sequence, prior.cond_stage_model
     grid: Grid = prior.first_stage_model.grid
     needs_shape = "site_shape" in taken and taken["site_shape"].default is Parameter.empty
+    if params.get("site_shape", True) in (None, False):
+        del params["site_shape"]  # off, which some targets do not have
     if params.get("site_shape", needs_shape) is True:
         params["site_shape"] = (*grid, sequence.site_tokens)
     h, w = (params.get("site_shape") or grid)[:2]
@@ -65,7 +68,7 @@ def _with_sizes(config: Mapping[str, Any], prior: Any) -> dict[str, Any]:
     return params
 
 
-def _check_tokens(network: PriorNetwork, prior: Any) -> None:
+def _check_tokens(network: PriorNetwork, prior: Prior) -> None:
     """Refuse a network with too few tokens, or too few depths in its tables of places."""
     sequence, stage, spare = prior.sequence, prior.cond_stage_model, prior.condition_dropout > 0
     image = f"{type(sequence).__name__} with n_e={sequence.n_e}, max_loops={sequence.max_loops}"

@@ -2,12 +2,13 @@
 
 `compute_loss` computes an image's loss; a loopy site ends at its first turn within the threshold.
 
-Axis letters: B images, C channels, H W image, D latent channels, h w grid, K codes, T turns.
+Axis letters: B images, C channels, H W image, D latent channels, h w grid, K codes, M codebooks,
+T turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from taming.checkpoint import freeze_parts, load_weights
 from taming.models.first_stage import FirstStage
 from taming.models.gan import ManualOptimization
-from taming.modules.batches import images_of
+from taming.modules.batches import images_of, pixels_inside
 from taming.modules.diffusionmodules.model import Decoder, Encoder, check_ddconfig
 from taming.modules.diffusionmodules.shortcut import LinearShortcut
 from taming.modules.losses.base import DISCRIMINATOR, GENERATOR, AutoencoderLoss, check_finite
@@ -24,6 +25,7 @@ from taming.modules.util import start_at_zero, start_orthogonal
 from taming.modules.vqvae.base import GridShape, QuantizerOutput
 from taming.modules.vqvae.build import build_quantizer
 from taming.modules.vqvae.quantize import GumbelQuantize
+from taming.modules.vqvae.rate import one_rate
 from taming.util import instantiate_from_config
 
 if TYPE_CHECKING:
@@ -169,6 +171,7 @@ class VQModel(ManualOptimization, FirstStage):
         max_tokens: int | Tensor | None = None,
         rate: float | Tensor | None = None,
         target_bits: float | Tensor | None = None,
+        size: Sequence[int] | Tensor | None = None,
     ) -> QuantizerOutput:
         """Encode images: ``quant, loss, (perplexity, encodings, indices)``.
 
@@ -182,6 +185,8 @@ class VQModel(ManualOptimization, FirstStage):
             rate: lambda >= 0: codes and ends of least ``|z - z_q|^2 / latent_std^2 + lambda bits``,
                 by the quantizer's `EntropyTables`.
             target_bits: Largest number of those bits of an image, at the smallest lambda.
+            size: (H, W) of the picture at the top left of x, whose PSNR counts; one for all or one
+                per image (B, 2). None for all of x.
 
         Raises:
             ValueError: More than one rate is given, or the quantizer's rate is fixed.
@@ -191,28 +196,41 @@ class VQModel(ManualOptimization, FirstStage):
         rates |= {"rate": rate, "target_bits": target_bits}
         if max_tokens is not None:
             rates["max_codes" if max_codes is None else "max_tokens"] = max_tokens
-        rates = {name: value for name, value in rates.items() if value is not None}
-        if len(rates) > 1:
-            names = "threshold, max_codes, target_psnr, rate and target_bits"
-            raise ValueError(f"give one of {names}, got {[*rates]}")
-        if rates and not self.quantize.variable_rate:
-            raise ValueError(f"{type(self.quantize).__name__} has a fixed rate: omit {[*rates][0]}")
+        rates = one_rate(rates)
+        self.check_rate(rates)
         if target_psnr is not None:
-            return self._reach(torch.as_tensor(target_psnr), x, z)
+            target = torch.as_tensor(target_psnr, dtype=torch.float32, device=x.device)
+            return self._reach(target, x, z, pixels_inside(x, size))
         return self.quantize(z, **rates)
 
-    def _reach(self, target_psnr: Tensor, x: Tensor, z: Tensor) -> QuantizerOutput:
-        """Quantize with the fewest codes with which images reach a PSNR, () or (B,), in dB."""
+    def check_rate(self, rates: Iterable[str]) -> None:
+        """Refuse names of rates, keywords of `encode`, that cannot be given together or at all.
+
+        Raises:
+            ValueError: More than one rate is given, or the quantizer's rate is fixed.
+        """
+        for name in one_rate(dict.fromkeys(rates, True)):
+            if not self.quantize.variable_rate:
+                raise ValueError(f"{type(self.quantize).__name__} has a fixed rate: omit {name}")
+
+    def _reach(self, target_psnr: Tensor, x: Tensor, z: Tensor, inside: Tensor) -> QuantizerOutput:
+        """Quantize with the fewest codes with which images reach a PSNR, () or (B,), in dB.
+
+        It is that of the pixels (B, H, W) inside.
+        """
         if self.training:
             raise ValueError("target_psnr needs the model in eval mode: a search must not train it")
+        if target_psnr.isnan().any():
+            raise ValueError(f"target_psnr must be a number of dB, got {target_psnr.tolist()}")
         low, high = self.value_range
 
         def psnr(codes: Tensor) -> Tensor:
             x_rec = self.as_input(self.decode_code(codes)).float().clamp(low, high)
-            error = (x_rec - x.float()).square().mean(dim=(1, 2, 3))  # (B,)
+            error = (x_rec - x.float()).square().mean(dim=1)  # (B, H, W)
+            error = (error * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2))  # (B,)
             return 10 * ((high - low) ** 2 / error).log10()
 
-        return self.quantize.reach(z, psnr, target_psnr.to(x.device, torch.float32))
+        return self.quantize.reach(z, psnr, target_psnr)
 
     def decode(self, quant: Tensor) -> Tensor:
         """Decode z_q (B, D, h, w) to images (B, C, H, W), roughly in [-1, 1].
@@ -355,7 +373,7 @@ class VQModel(ManualOptimization, FirstStage):
         self.log_dict(self.codebook.pop("val", self.quantize.tracked_scalars()), sync_dist=True)
 
     def codebook_histograms(self) -> dict[str, Tensor]:
-        """Return counts of codes (K,) and lengths (T + 1,) so far by ``{split}/{name}``."""
+        """Return counts of codes (M K,) and lengths (T + 1,) so far by ``{split}/{name}``."""
         return self.codebook.histograms()
 
     @torch.no_grad()

@@ -143,6 +143,11 @@ class Level(Recorded, nn.Module, FirstStage):
         self.value_range = model.value_range
 
     @property
+    def whole(self) -> VQVAE2:
+        """The model with all its levels."""
+        return self.model
+
+    @property
     def quantize(self) -> Quantizer:
         """This level's quantizer."""
         return self.model.quantize.levels[self.above]

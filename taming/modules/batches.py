@@ -1,10 +1,14 @@
-"""Batches: the tensors and images in them, checked against what a model was built for."""
+"""Batches: the tensors and images in them, checked against what a model was built for.
+
+Axis letters: B images, C channels, H W image.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from taming.modules.util import checks_values
@@ -74,3 +78,20 @@ def images_of(
                 f"{what} has values from {least:.4g} to {most:.4g}: expected {low:g} to {high:g}"
             )
     return x
+
+
+def pixels_inside(x: Tensor, size: Sequence[int] | Tensor | None) -> Tensor:
+    """Mark the pixels of pictures that do not fill their images.
+
+    Args:
+        x: (B, C, H, W) images.
+        size: (H, W) of the picture at the top left of an image; one for all or one per image
+            (B, 2). None for all of it.
+
+    Returns:
+        (B, H, W) bool.
+    """
+    size = torch.as_tensor(x.shape[2:] if size is None else size, device=x.device)
+    height, width = size.expand(len(x), 2)[..., None].unbind(1)  # (B, 1)
+    rows, columns = (torch.arange(side, device=x.device) for side in x.shape[2:])
+    return (rows < height)[:, :, None] & (columns < width)[:, None]

@@ -103,6 +103,7 @@ class ContextNetwork(Recorded, nn.Module):
         channels: C.
         hidden: H.
         bits: Inputs and activations are multiples of 2**-bits; weights are 4 times finer.
+        fixed_length: True if every site takes T turns, so that going on needs no symbols.
 
     Raises:
         ValueError: A size is out of range.
@@ -115,7 +116,13 @@ class ContextNetwork(Recorded, nn.Module):
     """
 
     def __init__(
-        self, n_codes: int, max_loops: int, channels: int = 32, hidden: int = 128, bits: int = 10
+        self,
+        n_codes: int,
+        max_loops: int,
+        channels: int = 32,
+        hidden: int = 128,
+        bits: int = 10,
+        fixed_length: bool = False,
     ) -> None:
         super().__init__()
         if min(n_codes, max_loops, channels, hidden) < 1:
@@ -124,6 +131,7 @@ class ContextNetwork(Recorded, nn.Module):
                 f"{n_codes}, {max_loops}, {channels} and {hidden}"
             )
         self.n_codes, self.max_loops, self.bits = n_codes, max_loops, bits
+        self.fixed_length = fixed_length
         # Of each turn: the codes, and K for a site that does not take it.
         self.symbols = nn.Parameter(0.3 * torch.randn(max_loops, n_codes + 1, channels))
         self.inside = nn.Parameter(0.3 * torch.randn(channels))  # places beside the grid are 0
@@ -229,7 +237,7 @@ class ContextNetwork(Recorded, nn.Module):
                 features = self._see(sent, layout, sites, turn, group)
                 wanted, image = symbols[sites, turn], layout.image[sites]
                 on = wanted < self.n_codes
-                if turn:
+                if turn and not self.fixed_length:
                     logits = self._going_logits(features, turn)
                     nats = nats.index_add(0, image, _nats_of(logits, on.long()))
                 logits = self._code_logits(features[on], turn)
@@ -241,7 +249,8 @@ class ContextNetwork(Recorded, nn.Module):
         """Go through codes as they are sent: turn by turn, group by group.
 
         Of each group, ``send`` is called for who takes the turn (values 1 and 0; all take the first
-        one), then, for some sites at once, for the codes of those that do, both in raster order.
+        one, and every one at a fixed length), then, for some sites at once, for the codes of those
+        that do, both in raster order.
 
         Args:
             symbols: (B, h, w, T) int64, or fewer turns: codes, K after a site's end, -1 for what is
@@ -265,7 +274,7 @@ class ContextNetwork(Recorded, nn.Module):
                 features = torch.cat([self._see(plane, layout, p, turn, group) for p in parts])
                 wanted, image = symbols[sites, turn], layout.image[sites]
                 on = torch.ones_like(sites, dtype=torch.bool)
-                if turn:
+                if turn and not self.fixed_length:
                     going = torch.where(wanted < 0, -1, (wanted < self.n_codes).long())
                     on = send(self._going_logits(features, turn), going, image) == 1
                 for some in on.nonzero()[:, 0].split(_AT_ONCE):

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from taming.modules.distributed import rows_of_all_ranks
 from taming.util import DataError
 
+# All that fit into int64: without uint64, whose largest value would turn into -1.
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
+INTEGERS += (torch.uint8, torch.uint16, torch.uint32)
+
 
 def count_params(module: nn.Module) -> int:
     """Return the number of parameters, trainable or not."""

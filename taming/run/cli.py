@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from taming.extras import naming_extras
 from taming.run.folder import SavedRun
-from taming.util import home, usable_device
+from taming.run.parser import Parser, split_overrides
+from taming.run.parts import place_of
+from taming.run.rundir import RunDir
+from taming.util import IncompleteError, home, usable_device
 
 if TYPE_CHECKING:
     import torch
@@ -23,35 +26,43 @@ T = TypeVar("T")
 
 TRUST_HELP = "build whatever the configuration of a saved run names: it may run any code"
 
-_OVERRIDE = re.compile(r"[A-Za-z_][\w.\[\]]*=")
 
+def existing(text: str) -> str:
+    """Return an option's path of a file or folder.
 
-def split_overrides(
-    parser: argparse.ArgumentParser, argv: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """Split a command line into ``key=value`` items, wherever they stand, and the rest.
-
-    Args:
-        parser: Parser of the rest; an argument after a flag that needs a value is that value.
-        argv: Arguments without the program's name.
-
-    Returns:
-        The items, and the arguments for the parser.
+    Raises:
+        FileNotFoundError: It is not there, which is told before torch is imported.
     """
-    actions = [action for action in parser._actions if action.nargs is None]
-    flags = {flag for action in actions for flag in action.option_strings}
-    overrides, rest = [], []
-    for before, argument in zip(["", *argv], argv, strict=False):
-        is_override = _OVERRIDE.match(argument) and before not in flags
-        (overrides if is_override else rest).append(argument)
-    return overrides, rest
+    if not Path(text).expanduser().exists():
+        raise FileNotFoundError(f"there is no file or folder {text}")
+    return text
 
 
-def script_parser(description: str | None, device: bool = True) -> argparse.ArgumentParser:
+def existing_run(text: str) -> str:
+    """Return an option's run, checkpoint or shared model.
+
+    Raises:
+        FileNotFoundError: It is not there, and no model of this name ships.
+    """
+    if not (place := place_of(text)).exists():
+        RunDir.resume(place)  # which says what is missing
+    return text
+
+
+def rate(text: str) -> float:
+    """Return an option's rate.
+
+    Raises:
+        ValueError: It is no finite number, or below 0.
+    """
+    if not 0 <= (value := float(text)) < math.inf:
+        raise ValueError
+    return value
+
+
+def script_parser(description: str | None, device: bool = True) -> Parser:
     """Return a parser for a script, with ``--device`` if it computes on one."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     if device:
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser
@@ -60,7 +71,7 @@ def script_parser(description: str | None, device: bool = True) -> argparse.Argu
 def add_run_arguments(parser: argparse.ArgumentParser, help: str, **options: Any) -> None:
     """Add ``--resume`` with the options given, and those for what the run's files may name."""
     add = parser.add_argument
-    add("-r", "--resume", required=True, help=help, **options)
+    add("-r", "--resume", required=True, type=existing_run, help=help, **options)
     add("--trust_config", action="store_true", help=TRUST_HELP)
     tokenizer_help = (
         "run of a prior's tokenizer; default: as when the prior was trained, or as near"
@@ -81,7 +92,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> 
     parser.set_defaults(**defaults)
 
 
-def run_parser(description: str | None) -> argparse.ArgumentParser:
+def run_parser(description: str | None) -> Parser:
     """Return a parser for scripts that use a saved run and take the original's options for it."""
     parser = script_parser(description)
     add = parser.add_argument
@@ -96,7 +107,7 @@ def run_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def samples_parser(description: str | None, seed: int) -> argparse.ArgumentParser:
+def samples_parser(description: str | None, seed: int) -> Parser:
     """Return a `run_parser` for scripts that sample for the items of a data set."""
     parser = run_parser(description)
     add = parser.add_argument
@@ -107,7 +118,7 @@ def samples_parser(description: str | None, seed: int) -> argparse.ArgumentParse
     return parser
 
 
-def parse_run(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, SavedRun]:
+def parse_run(parser: Parser) -> tuple[argparse.Namespace, SavedRun]:
     """Parse the command line of a script, and load the run that it names.
 
     Args:
@@ -166,13 +177,16 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def check_folder(path: Path) -> None:
-    """Refuse an output folder that is a file, before any work is done.
+    """Refuse an output folder that cannot be written to, before any work is done.
 
     Raises:
-        ValueError: The path is a file.
+        ValueError: It, or the folder to create it in, is a file or not writable.
     """
-    if path.is_file():
-        raise ValueError(f"{path} is a file, but results go into a folder")
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file, but results go into a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"the folder {there} cannot be written to: choose another with -o")
 
 
 def refuse_existing(files: Iterable[Path]) -> None:
@@ -214,6 +228,8 @@ def labels_of(prior: Any, classes: str | None) -> list[int] | None:
 def one_line(error: Exception) -> str:
     """Return the message of an error in one line."""
     text = str(error).strip() or type(error).__name__
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
     # A loader process puts its traceback into the message, before the message itself.
     text = text.rpartition(f"{type(error).__name__}: ")[2]
     return " ".join(line.strip() for line in text.splitlines())
@@ -221,22 +237,22 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the program with one line on stderr and exit code 2 for a user's mistake.
+    """End the program with one line on stderr: status 1 for inputs that cannot be used, 2 else.
 
-    That is a ValueError or an OSError, or a package that an extra brings and that is missing.
+    Mistakes are ValueErrors and OSErrors, or a package that an extra brings and that is missing.
     """
     try:
         with naming_extras():
             yield
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, IncompleteError) else 2)
 
 
 def run(program: Callable[[], None]) -> None:
     """Run a script with its log on the console.
 
-    A user's mistake ends it with one line on stderr and exit code 2, Ctrl-C with exit code 130.
+    Its exit status is that of `one_line_errors`, or 130 after Ctrl-C; docs/quickstart.md has all.
 
     Args:
         program: Function without arguments; may raise ValueError or OSError for mistakes.

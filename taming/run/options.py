@@ -5,21 +5,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 
 from taming.run.check import TRAINER
-from taming.run.cli import TRUST_HELP, split_overrides
+from taming.run.cli import TRUST_HELP
 from taming.run.legacy import OLD_TRAINER_ARGUMENTS
+from taming.run.parser import Parser, split_overrides
 from taming.run.values import members
 from taming.signatures import parameters_of
-from taming.util import get_obj_from_str, nearest
+from taming.util import get_obj_from_str
 
 _USAGE = """\
-main.py -b CONFIG [CONFIG ...] -t [options] [key=value ...]
-       main.py -r logs/RUN -t [options] [key=value ...]"""
+%(prog)s -b CONFIG [CONFIG ...] -t [options] [key=value ...]
+       %(prog)s -r logs/RUN -t [options] [key=value ...]"""
 
 _DESCRIPTION = """\
 Train the model that one or more YAML files describe. Several files are merged from left to right,
@@ -99,11 +100,6 @@ class Options:
     dotlist: list[str]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def parse_arguments(argv: Sequence[str]) -> Options:
     """Parse the command line of ``main.py``.
 
@@ -123,14 +119,7 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         trainer_types = {name: members(p.annotation) for name, p in parameters.items()}
     parser = _build_parser(trainer_types)
     dotlist, rest = split_overrides(parser, argv)
-    known, unknown = parser.parse_known_args(rest)
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        if not flag.startswith("-"):
-            parser.error(f"unexpected argument {flag!r}; an override looks like key=value")
-        valid = [option for action in parser._actions for option in action.option_strings]
-        parser.error(f"unknown flag {flag}{nearest(flag, valid)}")
-    values = vars(known)
+    values = vars(parser.parse_args(rest))
     if values["name"] and values["resume"]:
         parser.error("-n/--name names a new run and -r/--resume continues an old one: give one")
     names = (*trainer_types, *OLD_TRAINER_ARGUMENTS)
@@ -138,9 +127,9 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     return Options(**values, trainer=trainer, dotlist=dotlist)
 
 
-def _build_parser(trainer_types: Mapping[str, Sequence[Any]]) -> argparse.ArgumentParser:
+def _build_parser(trainer_types: Mapping[str, Sequence[Any]]) -> Parser:
     """Return the parser, with the given arguments of the Trainer: name -> types."""
-    parser = _Parser(
+    parser = Parser(
         prog="main.py",
         usage=_USAGE,
         description=_DESCRIPTION,
@@ -159,7 +148,7 @@ def _build_parser(trainer_types: Mapping[str, Sequence[Any]]) -> argparse.Argume
     add("--trust_checkpoint", **off, help="resume from a file that may run code when it is loaded")
     add("--trust_config", **off, help=TRUST_HELP)
     add("-t", "--train", **off, help="train; without it, only test")
-    add("--no-test", **off, help="skip the test after training")
+    add("--no_test", **off, help="skip the test after training")
     show = "print the configuration, with the file that each value comes from, and do nothing else"
     add("--show", **off, help=show)
     add("-d", "--debug", **off, help="open a debugger at an error")

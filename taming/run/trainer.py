@@ -39,7 +39,8 @@ logger = logging.getLogger(__name__)
 
 # Messages of Lightning about intended behaviour.
 _KNOWN_WARNINGS = (
-    r".*does not have many workers",
+    r".*does not have many workers",  # recipes for a CPU have none on purpose: cores train as well
+    r"This DataLoader will create .* worker processes",  # of a recipe for a larger machine
     r"Consider setting `persistent_workers=True`",  # a resumed run needs new ones each epoch
     r"Total length of `list` across ranks is zero",
     r"The dirpath has changed from",

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from taming.models.vqgan import VQModel
+from taming.modules.vqvae.rate import one_rate
 from taming.run.folder import SavedRun
 from taming.scale.engines import ENGINES, Devices, cores, devices_of
 from taming.scale.job import Job, Report
 from taming.scale.sources import Source
 from taming.scale.tables import open_source
+from taming.signatures import naming_nearest
 from taming.util import nearest
 
 __all__ = ["Report", "Source", "encode_shards", "open_source"]
 
 
+@naming_nearest(open_source)
 def encode_shards(
     run: str | Path | SavedRun,
     input: str | Sequence[str] | Source,
@@ -28,6 +31,7 @@ def encode_shards(
     max_codes: int | None = None,
     target_psnr: float | None = None,
     threshold: float | None = None,
+    rate: float | None = None,
     on_error: Literal["skip", "raise"] = "skip",
     batch_size: int = 16,
     tile: int | None = 768,
@@ -52,6 +56,7 @@ def encode_shards(
         max_codes: Largest number of codes of a picture.
         target_psnr: PSNR in dB to reach with as few codes as possible.
         threshold: Distance at which a loop ends, in the space of the latents.
+        rate: lambda >= 0, the worth of a bit (see `Tokenizer.encode`).
         on_error: "skip" pictures that cannot be encoded and report them, or "raise" an error that
             names the first.
         batch_size: Largest number of pictures of one size that go through the model together.
@@ -78,9 +83,9 @@ def encode_shards(
         raise ValueError(f"on_error must be 'skip' or 'raise', got {on_error!r}")
     saved = run if isinstance(run, SavedRun) else SavedRun.load(run, trust_config=trust_config)
     rates = {"max_codes": max_codes, "target_psnr": target_psnr, "threshold": threshold}
-    rate = {name: value for name, value in rates.items() if value is not None}
+    chosen = one_rate(rates | {"rate": rate})
     model = saved.model()
-    _check(model, saved, rate)
+    _check(model, saved, chosen)
     is_named = isinstance(input, (str, Path)) or not hasattr(input, "read")
     source: Any = input
     if is_named:
@@ -92,7 +97,7 @@ def encode_shards(
         source,
         Path(output),
         model.fingerprint(),
-        rate,
+        chosen,
         on_error,
         batch_size,
         tile,
@@ -115,11 +120,7 @@ def _check(model: Any, saved: SavedRun, rate: dict[str, float]) -> None:
         raise ValueError(
             f"{saved.folder} holds a {type(model).__name__}, not a VQModel of one level"
         )
-    if len(rate) > 1:
-        raise ValueError(f"give one of threshold, max_codes and target_psnr, got {[*rate]}")
-    if rate and not model.quantize.variable_rate:
-        raise ValueError(
-            f"{type(model.quantize).__name__} has a fixed rate: omit {next(iter(rate))}"
-        )
-    if any(value <= 0 for value in rate.values()):
-        raise ValueError(f"a rate must be above 0, got {rate}")
+    model.check_rate(rate)
+    for name, value in rate.items():
+        if not value > 0 and (name, value) != ("rate", 0):
+            raise ValueError(f"{name} must be above 0, got {value}")

@@ -40,7 +40,7 @@ from taming.models.vqgan import VQModel
 from taming.run.lock import held
 from taming.scale.sources import Sample, Source, groups_of
 from taming.tokenizer import encode_images
-from taming.util import DataError, WriteError, replacing
+from taming.util import DataError, IncompleteError, WriteError, replacing
 
 REPORT = "report.json"
 POLL = 0.5  # seconds between two looks at shards that others hold
@@ -108,7 +108,7 @@ class Job:
                 part.write_text(json.dumps(self._plan(), indent=1))
         begun, plan = json.loads(path.read_text()), self._plan()
         for name in [name for name in plan if begun.get(name) != plan[name]][:1]:
-            what = f"another {name}, {begun.get(name)}, not {plan[name]}"
+            what = f"another {name}, {_in_words(begun.get(name))}, not {_in_words(plan[name])}"
             raise ValueError(
                 f"{self.output} was begun with {'other data' if name == 'data' else what}: repeat "
                 "the command that began it, or name another folder"
@@ -236,7 +236,7 @@ class Job:
         sites = -(-height // model.factor) * -(-width // model.factor)
         if sites <= self.rate.get("max_codes", sites):
             return ""
-        return f"{sample.key}: {sites} sites need more than max_codes={self.rate['max_codes']}"
+        return f"{sample.key}: {sites} sites need more than max_codes {self.rate['max_codes']}"
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -265,13 +265,20 @@ class Job:
             unreadable += json.loads(table.schema.metadata[UNREADABLE])
         if not pictures:
             first = f"; the first, {unreadable[0][0]}: {unreadable[0][1]}" if unreadable else ""
-            raise ValueError(f"none of the {len(unreadable)} pictures could be encoded{first}")
+            raise IncompleteError(f"none of the {len(unreadable)} pictures could be encoded{first}")
         with replacing(self.output / REPORT) as part:
             about = Report(pictures, tokens, unreadable)._asdict()
             part.write_text(json.dumps(about, indent=1))
         for lock in self.output.glob(".[0-9]*.lock"):  # of processes that died at the end
             lock.unlink(missing_ok=True)
         seal(self.output)
+
+
+def _in_words(value: Any) -> str:
+    """Return an entry of a plan as a user would write it, such as ``max_codes 400``."""
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{name} {own}" for name, own in value.items())
+    return str(value or "none")
 
 
 def _image_of(sample: Sample, model: VQModel, key: str) -> Tensor:

@@ -4,11 +4,11 @@ import zlib
 
 import pytest
 
-from taming.codec.container import Header, read, write
+from taming.codec.container import Header, decode_file, encode_file
 
 HEADER = Header(1, b"\x01\x02\x03\x04", b"\xfa\xfb\xfc\xfd", (300, 17), 3)
 SEGMENTS = [bytes(range(7)), b"", bytes(200)]
-FILE = write(HEADER, SEGMENTS)
+FILE = encode_file(HEADER, SEGMENTS)
 STORED = "4c4f4f50010101020304fafbfcfdac021103"  # all of its header but the checksum
 ENDS = [22, 22 + 12, 22 + 12 + 5, len(FILE)]  # of the header and of each segment
 
@@ -20,12 +20,12 @@ def segment_of(place: int) -> int:
 
 def refusal(data: bytes) -> str:
     with pytest.raises(ValueError) as error:
-        read(data)
+        decode_file(data)
     return str(error.value)
 
 
 def test_a_file_is_read_as_it_was_written() -> None:
-    assert read(FILE) == (HEADER, SEGMENTS) == read(bytearray(FILE), partial=True)
+    assert decode_file(FILE) == (HEADER, SEGMENTS) == decode_file(bytearray(FILE), partial=True)
     assert FILE[:18].hex() == STORED and len(FILE) == ENDS[0] + sum(map(len, SEGMENTS)) + 3 * 5 + 1
 
 
@@ -33,12 +33,12 @@ def test_a_file_is_read_as_it_was_written() -> None:
 @pytest.mark.parametrize("length", [0, 127, 128, 16384])
 def test_numbers_of_any_size_come_back(size: tuple[int, int], length: int) -> None:
     header = Header(0, bytes(4), bytes(4), size, 1)
-    assert read(write(header, [bytes(length)])) == (header, [bytes(length)])
+    assert decode_file(encode_file(header, [bytes(length)])) == (header, [bytes(length)])
 
 
 def test_overhead() -> None:
     header = HEADER._replace(size=(768, 512))
-    assert len(write(header, [bytes(100)] * 3)) - 300 == 23 + 3 * 5
+    assert len(encode_file(header, [bytes(100)] * 3)) - 300 == 23 + 3 * 5
 
 
 def test_every_flipped_bit_is_refused_and_its_place_named() -> None:
@@ -65,7 +65,7 @@ def test_every_inserted_and_dropped_byte_is_refused(byte: int) -> None:
 def test_a_file_that_is_cut_is_refused_but_after_a_segment() -> None:
     for place in range(len(FILE)):
         if place in ENDS[1:]:
-            assert read(FILE[:place]) == (HEADER, SEGMENTS[: ENDS.index(place)])
+            assert decode_file(FILE[:place]) == (HEADER, SEGMENTS[: ENDS.index(place)])
             continue
         message = refusal(FILE[:place])
         if place >= ENDS[0]:
@@ -77,21 +77,21 @@ def test_partial_gives_the_segments_before_what_is_wrong() -> None:
         before = SEGMENTS[: segment_of(place) - 1]
         flipped = FILE[:place] + bytes([FILE[place] ^ 16]) + FILE[place + 1 :]
         for data in (flipped, FILE[:place]):
-            assert read(data, partial=True) == (HEADER, before)
+            assert decode_file(data, partial=True) == (HEADER, before)
     for place in range(ENDS[1]):  # before the first segment has ended, there is nothing to show
         with pytest.raises(ValueError):
-            read(FILE[:place], partial=True)
-    assert read(FILE + b"more", partial=True) == (HEADER, SEGMENTS)
+            decode_file(FILE[:place], partial=True)
+    assert decode_file(FILE + b"more", partial=True) == (HEADER, SEGMENTS)
 
 
 def test_segments_change_neither_places_nor_files() -> None:
     equal = [bytes([1] * 9), bytes([2] * 9), bytes([3] * 9)]
-    file, start, size = write(HEADER, equal), 22, 14
+    file, start, size = encode_file(HEADER, equal), 22, 14
     parts = [file[start + n * size : start + (n + 1) * size] for n in range(3)]
     assert file == file[:start] + b"".join(parts)
     assert "segment 1 of 3" in refusal(file[:start] + parts[1] + parts[0] + parts[2])
     assert "segment 2 of 3" in refusal(file[:start] + parts[0] + parts[2])
-    other = write(HEADER._replace(size=(300, 18)), equal)
+    other = encode_file(HEADER._replace(size=(300, 18)), equal)
     assert "segment 2 of 3" in refusal(file[: start + size] + other[start + size :])
 
 
@@ -103,7 +103,8 @@ def with_checksum(head: bytes) -> bytes:
     ("data", "message"),
     [
         (b"", "not a compressed picture"),
-        (b"\x89PNG\r\n\x1a\n", "not a compressed picture: it begins with b'\\\\x89PNG'"),
+        (b"\x89PNG\r\n\x1a\n", "not a compressed picture, but a PNG picture"),
+        (b"text", "not a compressed picture, but a file of another kind"),
         (FILE[:4] + b"\x02" + FILE[5:], "version 2; this release reads 1"),
         (FILE[:18], "header is damaged or cut off: it needs 4 bytes more"),
         (with_checksum(FILE[:14] + b"\x00\x11\x03"), "a header of 0 x 17 pixels in 3 segments"),
@@ -116,10 +117,10 @@ def with_checksum(head: bytes) -> bytes:
 )
 def test_what_is_wrong_is_named(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read(data)
+        decode_file(data)
 
 
 @pytest.mark.parametrize("data", ["photo.loop", None, 3, [1, 2]])
 def test_what_is_not_bytes_is_refused(data: object) -> None:
     with pytest.raises(ValueError, match="expected the bytes of a compressed picture, got"):
-        read(data)  # type: ignore[arg-type]
+        decode_file(data)  # type: ignore[arg-type]

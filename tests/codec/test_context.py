@@ -31,12 +31,13 @@ def test_the_bytes_of_a_fixed_seed_are_those_stored() -> None:
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 9), (13, 6)])
 @pytest.mark.parametrize(("turns", "n_codes"), [(1, 1), (1, 5), (4, 2), (3, 1000)])
+@pytest.mark.parametrize("fixed", [False, True])
 def test_decoding_is_the_inverse_of_encoding_cut_anywhere(
-    grid: tuple[int, int], turns: int, n_codes: int
+    grid: tuple[int, int], turns: int, n_codes: int, fixed: bool
 ) -> None:
     torch.manual_seed(sum(grid) + turns)
-    model = Context(ContextNetwork(n_codes, turns, 4, 8).eval())
-    codes = codes_of(grid, turns, n_codes, seed=turns)
+    model = Context(ContextNetwork(n_codes, turns, 4, 8, fixed_length=fixed).eval())
+    codes = codes_of(grid, turns, n_codes, seed=turns).clamp(min=0 if fixed else -1)
     segments = list(model.encode(codes))
     assert len(segments) == int((codes >= 0).sum(dim=-1).max())
     for count in range(1, len(segments) + 1):
@@ -137,6 +138,10 @@ def test_mistakes_are_named() -> None:
         Context(network.train())
     with pytest.raises(ValueError, match="at most 16384 codes"):
         Context(ContextNetwork(16385, 1, 2, 2).eval())
+    fixed = Context(network_of(16, 3, fixed_length=True))
+    assert fixed.fingerprint() != model.fingerprint()
+    with pytest.raises(ValueError, match="the sites differ in length"):
+        next(iter(fixed.encode(codes)))
     segments = list(model.encode(codes))
     for wrong in ([], segments * 2):
         with pytest.raises(ValueError, match="segments for 3 turns"):

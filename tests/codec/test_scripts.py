@@ -39,8 +39,8 @@ def test_pictures_become_files_and_pictures_again(
     run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files, decoded = tmp_path / "files", tmp_path / "decoded"
-    error = fails(capsys, "compress", photos, "-r", run, "-o", files, "--bpp", 3)
-    assert "1 of 4 images failed" in error and "b.png" in error
+    error = fails(capsys, "compress", photos, "-r", run, "-o", files, "--bpp", 3, status=1)
+    assert "1 of 4 files failed" in error and "b.png" in error
     report = json.loads((files / "compressed.json").read_text())
     assert {Path(name).relative_to(photos).as_posix() for name in report} == {
         *("a.png", "c.png", "more/a.png")
@@ -49,8 +49,8 @@ def test_pictures_become_files_and_pictures_again(
         *("a.loop", "c.loop", "a_2.loop", "compressed.json")
     }
     (files / "broken.loop").write_bytes((files / "a.loop").read_bytes()[:-1])
-    error = fails(capsys, "decompress", files, "-r", run, "-o", decoded)
-    assert "1 of 4 images failed" in error and "broken.loop: the file is damaged" in error
+    error = fails(capsys, "decompress", files, "-r", run, "-o", decoded, status=1)
+    assert "1 of 4 files failed" in error and "broken.loop: the file is damaged" in error
     tokenizer = taming.load(run)
     back = json.loads((decoded / "decompressed.json").read_text())
     for name, numbers in report.items():
@@ -78,7 +78,7 @@ def test_previews_and_the_whole_turns_of_damaged_files(
     tokenizer = taming.load(run)
     assert (read_pixels(tmp_path / "one/c.png") == tokenizer.decompress(data, turns=1)).all()
     (tmp_path / "c.loop").write_bytes(data[:-1])
-    fails(capsys, "decompress", tmp_path / "c.loop", "-r", run, "-o", tmp_path / "cut")
+    fails(capsys, "decompress", tmp_path / "c.loop", "-r", run, "-o", tmp_path / "cut", status=1)
     options = ("-r", run, "-o", tmp_path / "cut", "--partial")
     call("decompress", tmp_path / "c.loop", *options)
     expected = tokenizer.decompress(data[:-1], partial=True)
@@ -91,12 +91,12 @@ def test_mistakes_are_named_before_any_work(
     picture = photos / "c.png"
     assert "is a file" in fails(capsys, "compress", picture, "-r", run, "-o", picture)
     (tmp_path / "c.loop").write_bytes(b"mine")
-    error = fails(capsys, "compress", picture, "-r", "nothing", "-o", tmp_path)
+    error = fails(capsys, "compress", picture, "-r", run, "-o", tmp_path)
     assert "c.loop exists already: choose another folder with -o" in error
     error = fails(capsys, "decompress", tmp_path / "c.loop", "-r", run, "-o", photos)
     assert "c.png exists already" in error
     error = fails(capsys, "decompress", "c.loop", "-r", run, "-o", "out", "--turns", 0)
     assert "--turns must be at least 1, got 0" in error
     assert "(.loop)" in fails(capsys, "decompress", photos, "-r", run, "-o", "out")
-    error = fails(capsys, "compress", picture, "-r", run, "-o", "out", "--bits", 8)
+    error = fails(capsys, "compress", picture, "-r", run, "-o", "out", "--bits", 8, status=1)
     assert "the smallest file has" in error and "c.png" in error

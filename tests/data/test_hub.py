@@ -83,7 +83,7 @@ def test_a_damaged_row_is_named(tmp_path):
 def test_files_that_do_not_fit_are_refused(tmp_path, parquet):
     with pytest.raises(FileNotFoundError, match="gone.parquet does not exist"):
         ParquetImages(str(tmp_path / "gone.parquet"))
-    with pytest.raises(ValueError, match=r"column 'image', .*\['img', 'label'\]"):
+    with pytest.raises(ValueError, match=r"column 'image', .*img, label"):
         ParquetImages(parquet, image_column="image")
     with pytest.raises(ValueError, match="column 'label' .*structs"):
         ParquetImages(parquet, image_column="label")

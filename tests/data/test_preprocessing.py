@@ -149,7 +149,7 @@ def test_one_damaged_file_of_several_does_not_stop_the_others(caplog):
                 raise ValueError(f"{name}: broken")
     assert failed == ["image a: broken", "image c: broken"]
     assert [str(error) for record in caplog.records for error in record.args] == failed
-    with pytest.raises(ValueError, match="2 of 3 images failed; the first: image a: broken"):
+    with pytest.raises(ValueError, match="2 of 3 files failed; the first: image a: broken"):
         refuse_failed(failed, 3)
     refuse_failed([], 3)
     with pytest.raises(ValueError, match="^other$"), skipping(failed):
@@ -184,7 +184,7 @@ def test_a_map_has_the_shape_of_its_image(tmp_path, size, fits):
 def test_errors_name_which_of_two_files_is_wrong(tmp_path):
     image, mask = str(tmp_path / "a.png"), str(tmp_path / "b.png")
     Image.new("RGB", (2, 2)).save(image)
-    with pytest.raises(ValueError, match="map .*b.png: cannot be decoded.*No such file"):
+    with pytest.raises(ValueError, match="map .*b.png: cannot be decoded.*does not exist"):
         read_pair(image, mask, decode_mask)
     with pytest.raises(ValueError, match="image .*b.png: cannot be decoded"):
         read_pair(mask, image, decode_mask)

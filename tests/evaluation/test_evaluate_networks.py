@@ -14,6 +14,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from taming.downloads import file_hash
 from taming.evaluation import networks
+from taming.evaluation.evaluate import Evaluation
 from taming.evaluation.images import from_levels
 from taming.evaluation.measures import FrechetDistance, precision_and_recall
 from taming.modules.losses.lpips import LPIPS, VGG16
@@ -152,3 +153,16 @@ def test_precision_and_recall_tell_quality_from_variety():
     assert precision_and_recall(real + 100, real) == (0.0, 0.0)
     with pytest.raises(ValueError, match="more than 3 pictures"):
         precision_and_recall(real[:3], real)
+
+
+def test_without_a_network_the_table_has_no_address_but_the_numbers_do(monkeypatch):
+    def build(device):
+        raise ConnectionError("cannot download https://weights.example (<urlopen error>)")
+
+    monkeypatch.setattr(networks, "lpips", build)
+    monkeypatch.setattr(networks, "inception", lambda device, kind: build(device))
+    _, missing = networks.all_measures(CPU, "r")
+    assert "https://weights.example" in missing["LPIPS"]
+    numbers = {"quality": {}, "codes": {}, "missing": missing, "left_out": {}, "unreadable": []}
+    table = Evaluation(numbers, []).table()
+    assert "not measured: LPIPS: its weights are missing\n" in table and "http" not in table

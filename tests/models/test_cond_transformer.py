@@ -347,6 +347,19 @@ def test_some_codes_are_replaced_in_training_only(monkeypatch: pytest.MonkeyPatc
         assert tokens[changed].unique().tolist() == list(range(16))
 
 
+def test_small_chances_are_those_stated_in_any_default_precision() -> None:
+    given = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}}
+    given = {"cond_stage_config": given, "cond_stage_key": "class_label"}
+    model = prior(gpt={"vocab_size": 18}, condition_dropout=0.001, pkeep=0.999, **given).train()
+    zeros = torch.zeros(50000, 1, dtype=torch.int64)
+    torch.set_default_dtype(torch.bfloat16)  # as a training in bf16-true does
+    try:
+        changed = [int((new != zeros).sum()) for new in (model._corrupt(zeros), model._hide(zeros))]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(20 < count < 90 for count in changed)
+
+
 def test_only_pictures_of_conditions_are_scaled() -> None:
     labels = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}}
     scaled = {"downsample_cond_size": 8}
@@ -402,6 +415,18 @@ def test_every_sample_and_completion_decodes(kind: str, levels: int) -> None:
     names = {"inputs", "reconstructions", "samples_half", "samples_nopix", "samples_det"}
     assert set(pictures) == names
     assert all(picture.shape == (3, 3, 16, 16) for picture in pictures.values())
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@torch.no_grad()
+def test_no_images_give_no_codes_tokens_and_nats(levels: int) -> None:
+    model, none = prior(levels=levels).eval(), torch.zeros(0, 1, dtype=torch.int64)
+    assert model.sample_codes(none).shape == (0, 8, 8, 3)
+    assert model.sample(none[:, :0], none, grid=(8, 8)).shape == (0, 0)
+    logits, tokens = model(*[torch.zeros(0, 3, 16, 16)] * 2)
+    assert logits.shape == (0, 0, 17) and tokens.shape == (0, 0)
+    seen = model.tokenize_batch({"image": torch.zeros(0, 16, 16, 3)})
+    assert [part.shape for part in model.measure_nats(seen)] == [(0,), (0,)]
 
 
 def test_completion_keeps_the_known_half() -> None:

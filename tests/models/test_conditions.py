@@ -15,15 +15,21 @@ from taming.models.vqgan import VQSegmentationModel
 from taming.util import DataError
 
 BCE = {"target": "taming.modules.losses.segmentation.BCELossWithQuant"}
-SEGMENTATION = vqmodel_config(5, n_labels=5, lossconfig=BCE, image_key="segmentation")
-SEGMENTATION["target"] = "taming.models.vqgan.VQSegmentationModel"
+
+
+def segmentation_config(labels: int) -> dict[str, Any]:
+    """A tokenizer of maps of so many labels."""
+    config = vqmodel_config(labels, n_labels=labels, lossconfig=BCE, image_key="segmentation")
+    return config | {"target": "taming.models.vqgan.VQSegmentationModel"}
+
+
 IMAGES = {"conditioning", "conditioning_rec"}
 
 # Key of the condition -> its stage, the tokens it takes, and the pictures it has.
 CONDITIONS = {
     "image": ("__is_first_stage__", 64, IMAGES),
     "depth": (vqmodel_config(1), 64, IMAGES),
-    "segmentation": (SEGMENTATION, 64, IMAGES),
+    "segmentation": (segmentation_config(5), 64, IMAGES),
     "coord": (
         {
             "target": "taming.modules.misc.coord.CoordStage",
@@ -134,19 +140,25 @@ def test_segmentations_are_shown_with_their_likeliest_labels() -> None:
     torch.testing.assert_close(pictures["conditioning_rec"], shown)
 
 
-def test_a_prior_over_segmentations_shows_them_in_colours() -> None:
+@pytest.mark.parametrize("count", [5, 3])
+def test_a_prior_over_segmentations_shows_them_in_colours(count: int) -> None:
     """Its tokenizer's, whatever the condition's stage, and likeliest labels in place of logits."""
-    model = Net2NetTransformer(
-        GPT, SEGMENTATION, vqmodel_config(), first_stage_key="segmentation", cond_stage_key="image"
-    ).eval()
+    keys = {"first_stage_key": "segmentation", "cond_stage_key": "image"}
+    model = Net2NetTransformer(GPT, segmentation_config(count), vqmodel_config(), **keys).eval()
     batch = next(iter(Data().train_dataloader()))
+    batch["segmentation"] = F.one_hot(torch.randint(count, (2, 16, 16)), count).float()
     pictures, stage = model.log_images(batch), model.first_stage_model
     assert {picture.shape for picture in pictures.values()} == {(2, 3, 16, 16)}
     assert torch.equal(pictures["inputs"], stage.to_rgb(model.get_xc(batch)[0]))
     rec, _ = stage(model.get_xc(batch)[0])
-    labels = F.one_hot(rec.argmax(1), 5).permute(0, 3, 1, 2).float()
+    labels = F.one_hot(rec.argmax(1), count).permute(0, 3, 1, 2).float()
     torch.testing.assert_close(pictures["reconstructions"], stage.to_rgb(labels))
     assert torch.equal(pictures["conditioning"], model.get_xc(batch)[1])
+
+
+def test_images_that_are_their_own_condition_are_read_once() -> None:
+    x, c = prior("image").get_xc(next(iter(Data().train_dataloader())))
+    assert x.data_ptr() == c.data_ptr()
 
 
 def test_samples_of_a_grey_tokenizer_are_shown_in_three_channels() -> None:

@@ -62,8 +62,11 @@ def test_the_logits_start_at_the_tables_of_the_quantizer(monkeypatch: pytest.Mon
 def test_completions_keep_known_sites_and_samples_depend_on_their_generator_alone() -> None:
     model, x = prior().eval(), torch.rand(2, 3, 16, 16)
     codes, condition = model.encode_codes(x), torch.zeros(2, 1, dtype=torch.int64)
-    known = torch.rand(8, 8) < 0.5
-    found = model.sample_codes(condition, codes=codes, known=known)
+    known, seen = torch.rand(8, 8) < 0.5, []
+    found = model.sample_codes(condition, codes=codes, known=known, callback=seen.append)
+    unknown = int((~known).sum())
+    turns = [(turn * unknown, 3 * unknown) for turn in (1, 2, 3)]
+    assert [(progress.tokens, progress.most) for progress in seen] == turns
     assert torch.equal(found[:, known], codes[:, known])
     assert not torch.equal(found, codes)
     model.sequence.encode(found)  # raises unless they are codes

@@ -79,6 +79,19 @@ def test_half_precision_encodes_and_decodes(quantizer: str, dtype) -> None:
     assert all(value.float().isfinite().all() for value in metrics.compute().values())
 
 
+@every_quantizer
+def test_no_images_have_no_codes_at_any_rate(quantizer: str) -> None:
+    model, x = tokenizer_of(quantizer), pictures(0)
+    rates = [{}]
+    if model.quantize.variable_rate:
+        rates += [{"threshold": 0.2}, {"max_codes": 100}, {"target_psnr": 6.0}]
+        rates += [{"rate": 0.02}, {"target_bits": 400.0}] * (not model.quantize.sequence.dummies)
+    for rate in rates:
+        codes = model.encode_to_codes(x, **rate)
+        assert all(level.shape[0] == 0 and level.ndim == 4 for level in leaves(codes))
+        assert model.decode_code(codes).shape == x.shape and len(model.bits_of(codes)) == 0
+
+
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
 @every_quantizer
 def test_distances_are_float32_in_half_precision(quantizer: str, dtype) -> None:

@@ -8,8 +8,12 @@ import torch.nn.functional as F
 from support.models import DDCONFIG, GAN, LOOPY, PLAIN, images, trainer
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from taming.codec.files import Codec
 from taming.models.vqgan import VQModel
+from taming.modules.batches import pixels_inside
 from taming.modules.vqvae.rate import fewest_codes
+from taming.pictures import pad, psnr_of
+from taming.tokenizer import Tokenizer
 
 SITES = 64
 
@@ -91,6 +95,36 @@ def test_a_psnr_is_reached_with_the_fewest_codes(model, x) -> None:
 
 
 @torch.no_grad()
+def test_a_psnr_is_of_the_picture_and_not_of_what_extends_it(model, x) -> None:
+    sizes = torch.tensor([[15, 16], [16, 11], [9, 15], [7, 8], [12, 12]])
+    inside = pixels_inside(x, sizes)[:, None]
+    x = x.where(inside, torch.rand_like(x) * 2 - 1)  # which no code brings near
+
+    def own(codes: torch.Tensor) -> torch.Tensor:
+        shown = zip(model.decode_code(codes).clamp(-1, 1), x, sizes, strict=True)
+        return torch.tensor([psnr_of(a[:, :h, :w], b[:, :h, :w]) for a, b, (h, w) in shown])
+
+    target = own(model.encode_to_codes(x, max_codes=120)) - 1e-3
+    found = model.encode_to_codes(x, target_psnr=target, size=sizes)
+    whole = (found >= 0).flatten(1).all(dim=1)  # out of reach
+    assert ((own(found) >= target) | whole).all() and not whole.all()
+
+
+@torch.no_grad()
+def test_a_tokenizer_reaches_the_psnr_of_a_picture_of_any_size(model, x) -> None:
+    cut = x[:, :, :15, :15].clone()
+    cut[:, :, 13] = torch.rand(5, 3, 15) * 2 - 1  # the row that is repeated to fill a site
+    tokenizer = Tokenizer(model)
+    for picture, codes in zip(cut, tokenizer.encode([*cut], target_psnr=17.5), strict=True):
+        found, size = Codec(model).unpack(tokenizer.compress(picture, psnr=17.5))
+        padded = pad(picture, model.factor)[None]
+        alone = model.encode_to_codes(padded, target_psnr=17.5, size=size)[0]
+        assert torch.equal(codes.indices, alone) and torch.equal(codes.indices, found)
+        whole = model.encode_to_codes(padded, target_psnr=17.5)
+    assert (whole >= 0).sum() > len(codes)
+
+
+@torch.no_grad()
 def test_a_psnr_takes_one_walk_and_nine_decoded_batches(model, x, monkeypatch) -> None:
     target, calls = psnr(model, model.encode(x, max_codes=130), x), Counter()
 
@@ -164,14 +198,14 @@ def test_a_larger_rate_has_fewer_bits_and_a_lower_psnr(model, x) -> None:
 
 
 def test_rates_that_make_no_sense_are_refused(model, x) -> None:
-    with pytest.raises(
-        ValueError, match="one of threshold, max_codes, target_psnr, rate and target_bits"
-    ):
+    with pytest.raises(ValueError, match="give one rate, got threshold and max_codes"):
         model.encode(x, threshold=1.0, max_codes=100)
     with pytest.raises(ValueError, match="got .*max_codes.*max_tokens"):
         model.encode(x, max_codes=100, max_tokens=200)
     with pytest.raises(ValueError, match="target quality must be .* each of 5 images"):
         model.encode(x, target_psnr=torch.tensor([20.0, 30.0]))
+    with pytest.raises(ValueError, match="target_psnr must be a number of dB, got nan"):
+        model.encode(x, target_psnr=float("nan"))
     with pytest.raises(ValueError, match="64 sites.* 64 .*3"):
         model.encode(x, max_codes=3)
     plain = VQModel(DDCONFIG, PLAIN, 16, 4)

@@ -110,11 +110,13 @@ def network_of(target: str, stated: dict, **kwargs: Any) -> PriorNetwork:
     [
         ("mingpt.GPT", {}, {}, (17, 1 + 64 * 3, None)),
         ("mingpt.GPT", {"site_shape": True}, {}, (17, 1 + 64 * 3, (8, 8, 3))),
+        ("mingpt.GPT", {"site_shape": False}, {}, (17, 1 + 64 * 3, None)),
         ("mingpt.GPT", {"site_shape": [4, 4, 3]}, {}, (17, 1 + 16 * 3, (4, 4, 3))),
         ("mingpt.GPT", {}, {"kind": "plain", **ITSELF}, (16, 64 + 64, None)),
         ("mingpt.GPT", {}, labels(20) | {"condition_dropout": 0.1}, (21, 1 + 64 * 3, None)),
         ("mingpt.GPT", {"vocab_size": 99, "block_size": 999}, {}, (99, 999, None)),
         ("two_level.TwoLevelGPT", {"depth": {}}, {}, (17, 1 + 64, (8, 8, 3))),
+        ("two_level.TwoLevelGPT", {"depth": {}, "site_shape": False}, {}, (17, 65, (8, 8, 3))),
     ],
 )
 def test_sizes_follow_from_the_parts(

@@ -301,6 +301,7 @@ def test_more_channels_are_coloured_by_a_projection() -> None:
     labels = torch.rand(2, 5, 4, 4)
     picture = model(colorize_nlabels=5).to_rgb(labels)
     assert picture.shape == (2, 3, 4, 4) and picture.min() == -1 and picture.max() == 1
+    assert model(colorize_nlabels=5).half().to_rgb(labels).isfinite().all()
     assert "colorize" not in model().state_dict()
     assert torch.equal(model().to_rgb(labels), labels[:, :3])
 

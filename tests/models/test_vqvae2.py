@@ -1,5 +1,7 @@
 """VQ-VAE-2: codes at several scales decode, depend on those above, and train."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.models import (
@@ -220,3 +222,24 @@ def test_the_fingerprint_is_of_what_decides_the_codes_of_all_levels() -> None:
             next(part.parameters()).add_(1)
             assert tokenizer.fingerprint() != found
             found = tokenizer.fingerprint()
+
+
+def test_the_fingerprint_is_of_what_no_weight_shows_too() -> None:
+    tokenizer = model("loopy", "loopy")
+
+    def again(between: int = 32, compile: bool = False, **sizes: Any) -> VQVAE2:
+        params = vqvae2_config("loopy", "loopy")["params"]
+        hierarchy = hierarchy_config("loopy", "loopy")
+        hierarchy["params"]["ddconfig"] = {**BETWEEN, "num_groups": between}
+        params |= {"ddconfig": {**DDCONFIG, **sizes}, "quantizer_config": hierarchy}
+        other = VQVAE2(**params, compile=compile)
+        other.load_state_dict(tokenizer.state_dict())
+        return other
+
+    alike = again(compile=True, dropout=0.5, gradient_checkpointing=True)
+    assert alike.fingerprint() == tokenizer.fingerprint()
+    others = [again(num_groups=8), again(between=8)]
+    for name in ("top", "bottom"):
+        others.append(Level(vqvae2_config("loopy", "loopy"), name))
+        others[-1].model.load_state_dict(tokenizer.state_dict())
+    assert len({other.fingerprint() for other in [tokenizer, *others]}) == 5

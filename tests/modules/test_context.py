@@ -128,8 +128,10 @@ def test_logits_are_those_of_a_gpu() -> None:
     assert all(torch.equal(a, b.cpu()) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_nats_are_those_of_the_logits_told() -> None:
-    network, codes = network_of(16, 3), codes_of((6, 5), 3, 16)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_nats_are_those_of_the_logits_told(fixed: bool) -> None:
+    network = network_of(16, 3, fixed_length=fixed)
+    codes, other = (codes_of((6, 5), 3, 16, seed).clamp(min=0 if fixed else -1) for seed in (0, 1))
     nats = torch.zeros((), dtype=torch.float64)
 
     def send(logits: torch.Tensor, wanted: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
@@ -139,7 +141,7 @@ def test_nats_are_those_of_the_logits_told() -> None:
     symbols = torch.where(codes < 0, 16, codes)
     with torch.no_grad():
         list(network.frozen().walk(symbols[None], send))
-        both = network.frozen().nats(torch.stack([codes, codes_of((6, 5), 3, 16, seed=1)]))
+        both = network.frozen().nats(torch.stack([codes, other]))
         rough = network.nats(codes[None])
     torch.testing.assert_close(both[0], nats)
     torch.testing.assert_close(rough[0].double(), nats, rtol=1e-3, atol=0)

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from taming.codec.container import Header, read, write
+from taming.codec.container import Header, decode_file, encode_file
 from taming.tokenizer import Tokenizer
 from tests.support.codec import fill_tables
 from tests.support.context import network_of
@@ -63,7 +63,7 @@ class Kind:
 
     def _pictures(self, data: bytes) -> list[bytes]:
         """Pixels of a file's picture after each turn but those that decode to nothing."""
-        turns = range(1, read(data)[0].segments + 1)
+        turns = range(1, decode_file(data)[0].segments + 1)
         first = turns if not self.dummies else turns[-1:]
         return [self.tokenizer.decompress(data, number).tobytes() for number in first]
 
@@ -96,13 +96,13 @@ def damage_bytes(dice: random.Random, data: bytes, other: bytes) -> bytes:
 
 def cut_off(dice: random.Random, data: bytes, other: bytes) -> bytes:
     """Cut a file after any of its segments, or after its header."""
-    header, segments = read(data)
-    return write(header, segments[: dice.randint(0, len(segments))])
+    header, segments = decode_file(data)
+    return encode_file(header, segments[: dice.randint(0, len(segments))])
 
 
 def damage_parts(dice: random.Random, data: bytes, other: bytes) -> bytes:
     """Change the header or segments of a file, and write it with right checksums."""
-    header, segments = read(data)
+    header, segments = decode_file(data)
     fields: dict[str, Any] = header._asdict()
     for _ in range(dice.choice((1, 1, 2))):
         number = dice.randrange(len(segments))
@@ -119,7 +119,7 @@ def damage_parts(dice: random.Random, data: bytes, other: bytes) -> bytes:
                 name = dice.choice(("tokenizer", "entropy"))
                 fields[name] = dice.randbytes(4)
             case 4:
-                segments[number] = read(other)[1][0]
+                segments[number] = decode_file(other)[1][0]
             case 5:
                 dice.shuffle(segments)
             case 6:
@@ -127,7 +127,7 @@ def damage_parts(dice: random.Random, data: bytes, other: bytes) -> bytes:
             case _:
                 if segments[number]:
                     segments[number] = damage_bytes(dice, segments[number], other)
-    return write(Header(**fields), segments)
+    return encode_file(Header(**fields), segments)
 
 
 def attempt(dice: random.Random, kinds: Sequence[Kind]) -> str:
@@ -143,7 +143,7 @@ def attempt(dice: random.Random, kinds: Sequence[Kind]) -> str:
         return "refused" if str(error) else "ValueError without a message"
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-    height, width = read(damaged, partial)[0].size
+    height, width = decode_file(damaged, partial)[0].size
     if picture.mode != "RGB" or picture.size != (width, height):
         return f"a picture of {picture.mode} {picture.size} for {width} x {height}"
     if damage is damage_parts:

@@ -116,7 +116,7 @@ def test_help_lists_the_common_flags_and_hides_old_ones(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     text = capsys.readouterr().out
-    for flag in ("-b", "-n", "-r", "-t", "--no-test", "-p", "-d", "-s", "-f", "--wandb", "--gpus"):
+    for flag in ("-b", "-n", "-r", "-t", "--no_test", "-p", "-d", "-s", "-f", "--wandb", "--gpus"):
         assert f" {flag}" in text
     for name in _TRAINER_HELP:
         assert f"--{name}" in text

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.profilers import SimpleProfiler
 from support.models import ToyDataModule, ToyManualModel, ToyModel
+from torch.utils.data import DataLoader
 
 from taming.run import trainer as building
 from taming.run.advice import MonitorCheck
@@ -347,3 +348,12 @@ def test_a_loss_fetches_its_weights_before_the_data_are_built():
     assert not data.mock_calls and not trainer.fit.called
     building.fit(trainer, model, data, Mock())  # a checkpoint has them
     assert trainer.fit.called
+
+
+def test_the_workers_of_a_recipe_for_a_larger_machine_are_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="999 worker processes"):
+            DataLoader([0], num_workers=999)  # type: ignore[arg-type]
+        building.quiet_lightning()
+        DataLoader([0], num_workers=999)  # type: ignore[arg-type]

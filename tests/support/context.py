@@ -1,14 +1,16 @@
 """Context networks of given weights, and codes, the same on every machine."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from taming.modules.context import ContextNetwork
 
 
-def network_of(n_codes: int, turns: int, seed: int = 0) -> ContextNetwork:
+def network_of(n_codes: int, turns: int, seed: int = 0, **options: Any) -> ContextNetwork:
     """A small network whose weights are integers of a fixed stream, over 2**12."""
-    network = ContextNetwork(n_codes, turns, channels=4, hidden=8).eval()
+    network = ContextNetwork(n_codes, turns, channels=4, hidden=8, **options).eval()
     stream = np.random.RandomState(seed)  # whose numbers never change
     with torch.no_grad():
         for _, value in sorted(network.named_parameters()):

@@ -29,7 +29,7 @@ def pixel_distance(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         ValueError: The name is unknown.
     """
     if name not in DISTANCES:
-        raise ValueError(f"distance must be one of {sorted(DISTANCES)}, got {name!r}")
+        raise ValueError(f"distance must be one of {', '.join(sorted(DISTANCES))}, got {name!r}")
     return DISTANCES[name]
 
 

@@ -17,13 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PAD = -1
+from taming.modules.util import INTEGERS
 
-# Without uint64, whose largest value would turn into PAD.
-_INTEGERS = {
-    *(torch.int8, torch.int16, torch.int32, torch.int64),
-    *(torch.uint8, torch.uint16, torch.uint32),
-}
+PAD = -1
 _MOST_SITES = 1 << 31
 
 
@@ -196,7 +192,7 @@ class TokenSequence(ABC):
 
 def _integers(values: Tensor, name: str) -> Tensor:
     """Return integers as int64; raise a ValueError for any other dtype."""
-    if values.dtype not in _INTEGERS:
+    if values.dtype not in INTEGERS:
         raise ValueError(f"{name} must be integers of int64's range, got {values.dtype}")
     return values.long()
 

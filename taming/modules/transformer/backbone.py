@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from taming.modules.sequence.grammar import GrammarState, place
 from taming.modules.transformer.blocks import (
     Block,
-    Context,
+    BlockInputs,
     GPTConfig,
     KVCache,
     RotaryEmbedding,
@@ -121,7 +121,7 @@ class Backbone(PriorNetwork):
         Args:
             x: (B, L, C), which follow the cached ones.
             sites: (B, S, 3) int64, place of the token that follows each of the last S inputs; or
-                (1, S, 3), the same for all sequences.
+                (1, S, 3), the same for all sequences; may be None if not ``uses_sites``.
             cache: Keys and values of the inputs before; extended by these.
             last: Only return the last; takes a cache.
 
@@ -129,8 +129,10 @@ class Backbone(PriorNetwork):
             (B, L, C); (B, 1, C) with ``last``.
 
         Raises:
-            ValueError: The sequence is longer than ``block_size``.
+            ValueError: The sequence is longer than ``block_size``, or places are needed.
         """
+        if self.uses_sites and sites is None:
+            raise ValueError("a transformer with site_shape or rotary needs sites, tokens' places")
         past = 0 if cache is None else cache.length
         end = past + x.shape[1]
         if end > self.block_size:
@@ -138,7 +140,7 @@ class Backbone(PriorNetwork):
                 f"{end} tokens do not fit the transformer's block_size {self.block_size}"
             )
         rotation = None if self.rotary is None else self.rotary(sites, x.shape[1])
-        context = Context(cache, rotation, self._modulation(x, cache))
+        inputs = BlockInputs(cache, rotation, self._modulation(x, cache))
         x = x + self.pos_emb[:, past:end]
         if self.site_emb is not None and sites is not None:
             x = x + F.pad(self.site_emb(sites), (0, 0, x.shape[1] - sites.shape[1], 0))  # (B, L, C)
@@ -146,7 +148,7 @@ class Backbone(PriorNetwork):
         for layer, block in enumerate(self.blocks, start=1):
             # A cache grows with each token: compiled blocks would be compiled anew for each.
             run = block.forward if self.is_compiled and cache is not None else block
-            x = run(x, context._replace(last=last) if layer == len(self.blocks) else context)
+            x = run(x, inputs._replace(last=last) if layer == len(self.blocks) else inputs)
         if cache is not None:
             cache.length = end
         return self.ln_f(x)

@@ -96,8 +96,8 @@ class RotaryEmbedding(nn.Module):
         ValueError: The number of channels is odd or too small.
     """
 
-    frequency: Tensor
     axis: Tensor
+    step: Tensor
 
     def __init__(self, channels: int, base: float = 100.0) -> None:
         super().__init__()
@@ -106,19 +106,19 @@ class RotaryEmbedding(nn.Module):
                 "rotary embedding rotates pairs of channels, at least one each for row, column "
                 f"and depth: n_embd / n_head must be even and at least 6, got {channels}"
             )
+        self.base, self.steps = base, (channels // 2 + 2) // 3
         pair = torch.arange(channels // 2)
-        share = (pair // 3).float() / ((channels // 2 + 2) // 3)
-        self.register_buffer("frequency", base**-share, persistent=False)
+        # Integers: frequencies would be rounded where a model is cast to half precision.
         self.register_buffer("axis", pair % 3, persistent=False)
+        self.register_buffer("step", pair // 3, persistent=False)
 
-    def forward(self, sites: Tensor | None, length: int) -> Tensor | None:
+    def forward(self, sites: Tensor, length: int) -> Tensor:
         """Compute cosines and signed sines (2, B, 1, L, E) float32 for L inputs.
 
         The places (B, S, 3) int64 are those of the last S inputs; others are not rotated.
         """
-        if sites is None:
-            return None
-        angles = sites[..., self.axis] * self.frequency  # (B, S, E / 2)
+        frequency = self.base ** (self.step.float() / -self.steps)  # (E / 2,)
+        angles = sites[..., self.axis] * frequency  # (B, S, E / 2)
         angles = F.pad(angles, (0, 0, length - sites.shape[1], 0))[:, None]  # (B, 1, L, E / 2)
         cos, sin = angles.cos(), angles.sin()
         return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
@@ -175,8 +175,8 @@ class KVCache:
         self.length, self.first = 0, None
 
 
-class Context(NamedTuple):
-    """Inputs of a block beside the tokens; each may be absent."""
+class BlockInputs(NamedTuple):
+    """What a block is given beside the tokens; each may be absent."""
 
     cache: KVCache | None = None  # of the tokens before; extended by these
     rotation: Tensor | None = None  # (2, B, 1, L, E), from `RotaryEmbedding`
@@ -184,7 +184,7 @@ class Context(NamedTuple):
     last: bool = False  # transform the last token only; with a cache, keep all keys and values
 
 
-NO_CONTEXT = Context()
+NO_INPUTS = BlockInputs()
 
 
 class CausalSelfAttention(nn.Module):
@@ -204,18 +204,18 @@ class CausalSelfAttention(nn.Module):
         self.n_unmasked = config.n_unmasked
         self.layer = layer
 
-    def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs = NO_INPUTS) -> Tensor:
         """Attend among tokens (B, L, C) and the P cached ones before them: (B, L, C)."""
-        q, k, v = self._heads(x, context.cache)  # (B, N, L, E) each
+        q, k, v = self._heads(x, inputs.cache)  # (B, N, L, E) each
         if self.q_norm is not None and self.k_norm is not None:
             q, k = normalize(q, self.q_norm), normalize(k, self.k_norm)
-        if context.rotation is not None:
-            q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+        if inputs.rotation is not None:
+            q, k = rotate(q, inputs.rotation), rotate(k, inputs.rotation)
         q, k, past = q.to(v.dtype), k.to(v.dtype), 0
-        if context.cache is not None:
-            past = context.cache.length
-            k, v = context.cache.extend(self.layer, k, v)
-            q = q[:, :, -1:] if context.last else q
+        if inputs.cache is not None:
+            past = inputs.cache.length
+            k, v = inputs.cache.extend(self.layer, k, v)
+            q = q[:, :, -1:] if inputs.last else q
         mask = self._mask(q.shape[2], past, x.device)
         mixed = F.scaled_dot_product_attention(
             q,
@@ -304,12 +304,12 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(*hidden, nn.Dropout(config.resid_pdrop))
         self.adapt = AdaptiveBranches(config.n_embd) if config.adaptive_norm else None
 
-    def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
-        """Transform tokens (B, L, C) to the same shape, or (B, 1, C) with ``context.last``."""
-        out = x[:, -1:] if context.last else x
+    def forward(self, x: Tensor, inputs: BlockInputs = NO_INPUTS) -> Tensor:
+        """Transform tokens (B, L, C) to the same shape, or (B, 1, C) with ``inputs.last``."""
+        out = x[:, -1:] if inputs.last else x
         if self.adapt is None:
-            x = out + self.attn(self.ln1(x), context)
+            x = out + self.attn(self.ln1(x), inputs)
             return x + self.mlp(self.ln2(x))
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.adapt(context.modulation)
-        x = out + gate1 * self.attn(self.ln1(x) * (1 + scale1) + shift1, context)
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.adapt(inputs.modulation)
+        x = out + gate1 * self.attn(self.ln1(x) * (1 + scale1) + shift1, inputs)
         return x + gate2 * self.mlp(self.ln2(x) * (1 + scale2) + shift2)

@@ -8,8 +8,9 @@ L tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,8 +24,13 @@ from taming.modules.transformer.network import IncrementalDecoder, PriorNetwork,
 # --- from logits to a token ----------------------------------------------------------------------
 
 
-class SamplingParams(NamedTuple):
-    """Parameters of sampling."""
+@dataclass(frozen=True)
+class SamplingParams:
+    """Parameters of sampling.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
 
     temperature: float = 1.0  # divides the logits; above 0
     top_k: int | None = None  # sample among the k likeliest tokens
@@ -37,6 +43,25 @@ class SamplingParams(NamedTuple):
     # One source of random numbers per sequence (`generators_of`), so that a sample does not depend
     # on the others; None for torch's global one.
     generators: Sequence[np.random.Generator] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:  # so that nan is refused too
+            always = "; greedy, or top_k 1, takes the likeliest token always"
+            raise ValueError(
+                f"temperature must be a finite number above 0, got {self.temperature}"
+                f"{always if self.temperature == 0 else ''}"
+            )
+        if self.top_k is not None and not self.top_k >= 1:
+            raise ValueError(
+                f"top_k must be at least 1, got {self.top_k}; to sample among all tokens, leave it "
+                "out (None), or give more than there are"
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
 
 
 DEFAULT_SAMPLING = SamplingParams()
@@ -58,7 +83,7 @@ def sample_token(logits: Tensor, params: SamplingParams, rows: Tensor) -> Tensor
     if params.greedy:
         return logits.argmax(dim=-1)
     if params.generators is None:
-        point = torch.rand(len(rows))
+        point = torch.rand(len(rows), dtype=torch.float32)
     else:
         numbers = [params.generators[row].random(dtype=np.float32) for row in rows.tolist()]
         point = torch.tensor(numbers)
@@ -190,7 +215,7 @@ class GenerationState:
 
     def result(self) -> Tensor:
         """Return the sequences (B, L) int64, -1 after each one's end."""
-        return self.tokens[:, : int(self.count.max())]
+        return self.tokens[:, : max(self.count.tolist(), default=0)]
 
     def finished_sites(self) -> int:
         """Return the number of sites that are finished in all sequences."""
@@ -247,23 +272,23 @@ def generate(
     conditions = [condition] if without is None or params.guidance == 1 else [condition, without]
     with torch.inference_mode():  # small operations take a tenth less time than without gradients
         state = GenerationState(sequence, grid, given, known, steps, sites)
-        if len(state.begin()):
-            _sample(
-                state, conditions, [network.decoder(grid) for _ in conditions], params, callback
-            )
+        rows = state.begin()
+        if len(rows):
+            decoders = [network.decoder(grid) for _ in conditions]
+            _finish(state, rows, conditions, decoders, params, callback)
         tokens = state.result()
     return tokens.clone()  # an ordinary tensor again
 
 
-def _sample(
+def _finish(
     state: GenerationState,
+    rows: Tensor,
     conditions: list[Tensor],
     decoders: list[IncrementalDecoder],
     params: SamplingParams,
     callback: Callable[[GenerationState], None] | None,
 ) -> None:
-    """Sample all sequences of a state to their ends; further decoders are those of guidance."""
-    rows = state.begin()
+    """Sample sequences ``rows`` (R,) to their ends; further decoders are those of guidance."""
     read = [d.prefill(state.prompt(rows, c)) for d, c in zip(decoders, conditions, strict=True)]
     state.rewind(rows, read[0])
     while True:

@@ -108,7 +108,7 @@ class GPT(Backbone):
             logits (B, E + L, V) and the mean cross-entropy in nats, None without targets.
 
         Raises:
-            ValueError: The sequence is longer than ``block_size``.
+            ValueError: The sequence is longer than ``block_size``, or places are needed.
         """
         x = self.tok_emb(idx)
         if embeddings is not None:

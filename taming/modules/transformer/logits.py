@@ -17,7 +17,7 @@ def filter_logits(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Tensor:
-    """Sharpen a distribution and cut off its tail.
+    """Sharpen a distribution and cut off its tail, by values that `SamplingParams` has checked.
 
     Args:
         logits: (..., V).
@@ -31,9 +31,6 @@ def filter_logits(
     Returns:
         (..., V), -inf where cut off; the likeliest token always stays.
 
-    Raises:
-        ValueError: A value is out of range.
-
     Example:
         >>> logits = torch.tensor([0.5, 0.3, 0.2]).log()
         >>> filter_logits(logits, top_k=2).softmax(-1)
@@ -41,31 +38,17 @@ def filter_logits(
         >>> filter_logits(logits, top_p=0.5).softmax(-1)
         tensor([1., 0., 0.])
     """
-    if not temperature > 0:  # so that nan is refused too
-        greedy = "; greedy, or top_k 1, takes the likeliest token always"
-        raise ValueError(
-            f"temperature must be above 0, got {temperature}{greedy if temperature == 0 else ''}"
-        )
     if temperature != 1:
         logits = logits / temperature
     if top_k is not None:
-        if top_k < 1:
-            raise ValueError(
-                f"top_k must be at least 1, got {top_k}; to sample among all tokens, leave it out "
-                "(None), or give more than there are"
-            )
         least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p is not None:
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
         ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         # A token is cut off if the likelier ones reach top_p without it.
         cut = ordered.cumsum(dim=-1) - ordered >= top_p
         logits = logits.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
     if min_p is not None:
-        if not 0 <= min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], got {min_p}")
         probability = logits.softmax(dim=-1)
         least = min_p * probability.amax(dim=-1, keepdim=True)
         logits = logits.masked_fill(probability < least, -torch.inf)

@@ -14,12 +14,10 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from taming.modules.util import checks_values
+from taming.modules.util import INTEGERS, checks_values
 from taming.util import NonFiniteError
 
 ABSENT = -1
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)  # all that fit into int64
-INTEGERS += (torch.uint8, torch.uint16, torch.uint32)
 
 
 def check_finite_latents(z: Tensor) -> None:
@@ -49,10 +47,11 @@ def rows_of_codes(
         e_dim: D.
 
     Returns:
-        Codes (N, T) int64, and the axes of the latents: (B, h, w), or those of the indices.
+        Codes (N, T) int64, and the axes of the latents: (B, h, w), or those of the indices, which
+        with T are (B, h, w) or (N,).
 
     Raises:
-        ValueError: They are not integers, or do not fill the shape.
+        ValueError: They are not integers, do not fill the shape, or have other axes.
     """
     if not isinstance(indices, Tensor) or indices.dtype not in INTEGERS:
         kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
@@ -71,6 +70,8 @@ def rows_of_codes(
         raise ValueError(
             f"expected {each} code{'s'[: each > 1]} for each site, got the shape {axes}{filled}"
         )
+    if turns is not None and len(grid) not in (1, 3):
+        raise ValueError(f"codes must be (B, h, w, T) or (N, T), got the shape {axes}")
     return indices.long().reshape(sites, each), grid
 
 

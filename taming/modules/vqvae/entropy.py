@@ -187,9 +187,10 @@ class EntropyTables(nn.Module):
 
     def _uniform(self) -> dict[str, Tensor]:
         """Tables of one that has learned nothing."""
-        on = torch.full((self.max_loops,), 0.5)
+        codes = torch.full((self.max_loops, self.n_e), 1 / self.n_e, dtype=torch.float32)
+        on = torch.full((self.max_loops,), 0.5, dtype=torch.float32)
         on[-1] = 0
-        return {"codes": torch.full((self.max_loops, self.n_e), 1 / self.n_e), "going_on": on}
+        return {"codes": codes, "going_on": on}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Load as `nn.Module` does; of a checkpoint from before there were tables, uniform ones."""

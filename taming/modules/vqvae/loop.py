@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taming.modules.vqvae.base import Part
-from taming.modules.vqvae.checks import ABSENT as ABSENT
+from taming.modules.vqvae.checks import ABSENT
 from taming.modules.vqvae.entropy import Price
 from taming.modules.vqvae.nearest import cheapest_codes, nearest_codes
 from taming.modules.vqvae.paths import Path, Searches
@@ -118,6 +118,12 @@ class Transform(Part, ABC):
         """Turn valid codes (N, T) into z_q (N, D): `compose`, plus the depth embedding if any."""
         z_q = self.compose(codes, codebook)
         return z_q if self.depth is None else z_q + self.depth[(codes >= 0).sum(dim=1) - 1]
+
+    def project(self, codebook: Tensor, turn: int) -> Tensor:
+        """Map codes (K, D) as a turn sees them, or raise a ValueError if it sees no such codes."""
+        raise ValueError(
+            f"{type(self).__name__} has no codes of a turn: rate_weight has no meaning"
+        )
 
     def loop_tables(self, codebook: Tensor) -> dict[str, Tensor]:
         """Return what its turns need outside of torch (`taming.modules.vqvae.numpy_loop`).
@@ -192,7 +198,7 @@ class Cascade(Transform):
         """Find the path of each latent; a turn searches only those still in the loop."""
         ends = 1 if self.beam == 1 else max_loops
         codes = torch.full((z.shape[0], ends, max_loops), ABSENT, device=z.device)
-        distances = torch.full((z.shape[0], max_loops), math.inf, device=z.device)
+        distances = z.new_full((z.shape[0], max_loops), math.inf)
         sites, residual = torch.arange(z.shape[0], device=z.device), z[:, None]  # (N,), (N, 1, D)
         written = torch.empty(z.shape[0], 1, 0, dtype=torch.int64, device=z.device)
         for turn in range(max_loops):

@@ -33,11 +33,17 @@ from taming.modules.vqvae.base import (
 from taming.modules.vqvae.checks import mark_impossible, rows_of_codes
 from taming.modules.vqvae.codebook import Codebook
 from taming.modules.vqvae.entropy import EntropyTables, Price
-from taming.modules.vqvae.loop import Cascade, build_transform
+from taming.modules.vqvae.loop import build_transform
 from taming.modules.vqvae.nearest import distance_to, nearest_codes
 from taming.modules.vqvae.paths import Path, Searches
-from taming.modules.vqvae.rate import check_ranges, expand_per_image, lengths_within, rates_between
-from taming.modules.vqvae.walk import Rate, Walk, Walker, check_rates
+from taming.modules.vqvae.rate import (
+    check_ranges,
+    expand_per_image,
+    lengths_within,
+    one_rate,
+    rates_between,
+)
+from taming.modules.vqvae.walk import Rate, Walk, Walker, check_rate
 
 if TYPE_CHECKING:
     from taming.modules.vqvae.metrics import LoopMetrics
@@ -143,7 +149,9 @@ class LoopyVectorQuantizer(Quantizer):
         self.transform = build_transform(transform_config, max_loops, e_dim)
         for name, value in {"rate": rate, "rate_range": rate_range}.items():
             if value is not None:
-                check_rates([name], self.transform)
+                check_rate(name, self.transform)
+        if rate_weight > 0:
+            self.transform.project(self.embedding.weight.detach(), 0)  # or it refuses
         self.sequence = UnarySequence(n_e, max_loops, dummies=self.transform.dummies)
         self.entropy = EntropyTables(n_e, max_loops, self.transform.dummies)
         self.threshold: Tensor
@@ -164,7 +172,7 @@ class LoopyVectorQuantizer(Quantizer):
         """Quantize latents, each with as many turns as it needs.
 
         Args:
-            z: (B, D, h, w) or (N, D); not changed.
+            z: (B, D, h, w), or (N, D) of one image; not changed.
             threshold: tau; None takes the quantizer's own, or its own ``rate``, or, while training
                 with a ``length_range`` or ``rate_range``, samples a rate per image.
             max_codes: Instead: most codes of an image, at least one per site; each image gets the
@@ -188,10 +196,10 @@ class LoopyVectorQuantizer(Quantizer):
         if self.training:
             self._measure_spread(rows)
             if self.embedding.steps < self.start_batches:
-                self._start_from_data(rows, len(z))
+                self._start_from_data(rows, _images(z))
         given = {"threshold": threshold, "max_codes": max_codes}
         given |= {"rate": rate, "target_bits": target_bits}
-        walk = self._walk(rows, z.shape[0], given)
+        walk = self._walk(rows, _images(z), given)
         if self.training and threshold is None:
             self._steer_threshold(walk.path.distances)
         return self._quantize(z, walk)
@@ -229,9 +237,6 @@ class LoopyVectorQuantizer(Quantizer):
                 accelerator and in a graph, a site of impossible codes becomes NaN instead.
         """
         codes, grid = rows_of_codes(indices, self.max_loops, shape, self.e_dim)  # (N, T)
-        if len(grid) not in (1, 3):
-            got = tuple(indices.shape)
-            raise ValueError(f"codes must be (B, h, w, T) or (N, T), got the shape {got}")
         wrong = mark_impossible(codes, self.n_e, self.transform.dummies)
         turn = torch.arange(self.max_loops, device=codes.device)
         codes = torch.where(wrong[:, None], -(turn > 0).long(), codes)  # code 0 alone
@@ -254,7 +259,7 @@ class LoopyVectorQuantizer(Quantizer):
     def whole_path(self, z: Tensor) -> Path:
         """Find the path of latents (B, D, h, w) or (N, D) through all turns."""
         self._check(z)
-        return self._walker(as_rows(z).detach(), z.shape[0]).whole_path()
+        return self._walker(as_rows(z).detach(), _images(z)).whole_path()
 
     @torch.no_grad()
     def walk(self, z: Tensor, **rate: Rate) -> Walk:
@@ -268,7 +273,7 @@ class LoopyVectorQuantizer(Quantizer):
             ValueError: As for `forward`.
         """
         self._check(z)
-        return self._walk(as_rows(z), z.shape[0] if z.ndim == 4 else 1, rate)
+        return self._walk(as_rows(z), _images(z), rate)
 
     def bits(self, codes: Tensor) -> Tensor:
         """Add up the bits of codes (B, h, w, T) by the `EntropyTables`: (B,) float64."""
@@ -297,13 +302,13 @@ class LoopyVectorQuantizer(Quantizer):
     def _walk(self, rows: Tensor, images: int, given: Mapping[str, Rate] | None = None) -> Walk:
         """Walk latents (N, D) at the rate given, at one sampled for training, or at its own."""
         walker = self._walker(rows, images)
-        rates = {name: value for name, value in (given or {}).items() if value is not None}
-        check_rates([*rates], self.transform)
+        rates = one_rate(given or {})
         if not rates and self.training and (self.length_range or self.rate_range):
-            share = torch.rand(images, device=rows.device)
+            share = torch.rand(images, device=rows.device, dtype=torch.float32)
             rates = rates_between(share, walker.sites, self.length_range, self.rate_range)
         own = ("threshold", self.threshold) if self.rate is None else ("rate", self.rate)
         name, value = next(iter(rates.items()), own)
+        check_rate(name, self.transform)
         return walker.walk(name, value)
 
     def _decode(self, codes: Tensor, codebook: Tensor) -> Tensor:
@@ -327,7 +332,6 @@ class LoopyVectorQuantizer(Quantizer):
         before = (z.detach()[searches.sites] - searches.queries).detach()
         residual = F.embedding(searches.sites, z) - before  # (M, D): a query, with its gradient
         priced, total = Price(self.entropy.code_bits(), weight), z.new_zeros(())
-        assert isinstance(self.transform, Cascade)  # others have no rate
         for turn in range(self.max_loops):
             at = (searches.turns == turn).nonzero().squeeze(1)
             if len(at) > 0:
@@ -335,7 +339,8 @@ class LoopyVectorQuantizer(Quantizer):
                 bits = priced.of_sites(at).expected_bits(residual[at], seen, turn)
                 total = total + (weight[at] * bits).sum()
         share = share_of_rank(len(z), z) if self.training else 1.0
-        return total / (self.latent_std.square() * len(z)) * share
+        unit = self.latent_std.float().square().clamp(min=1e-20)  # 0 if all latents are the same
+        return total / (unit * len(z)) * share
 
     def _loss_without_gradient(self, path: Path, lengths: Tensor) -> Tensor | None:
         """Compute the loss from a path that ends at lengths (N,); None where it takes searches."""
@@ -428,3 +433,8 @@ class LoopyVectorQuantizer(Quantizer):
     def _grid(rows: Tensor, z: Tensor) -> Tensor:
         """Give rows (N, ...) the grid of z: (B, h, w, ...), or leave them for z (N, D)."""
         return rows if z.ndim == 2 else rows.reshape(z.shape[0], *z.shape[2:], *rows.shape[1:])
+
+
+def _images(z: Tensor) -> int:
+    """Return the number of images of latents (B, D, h, w), or (N, D) of one."""
+    return z.shape[0] if z.ndim == 4 else 1  # len would be a constant in a graph

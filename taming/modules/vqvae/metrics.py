@@ -149,7 +149,7 @@ class SplitMetrics(NamedMetrics):
         return {f"{split}/{name}": value for name, value in (scalars | others).items()}
 
     def histograms(self) -> dict[str, Tensor]:
-        """Return counts of codes (K,) and lengths (T + 1,) so far by ``{split}/{name}``."""
+        """Return counts of codes (M K,) and lengths (T + 1,) so far by ``{split}/{name}``."""
         return {
             f"{split}/{name}": value
             for split, metrics in self.metrics.items()

@@ -56,6 +56,7 @@ def encode(
     batch, channels, h, w = z.shape
     rows = np.moveaxis(z, 1, 3).reshape(-1, channels).astype(np.float64)  # (N, D)
     codes, distances = _paths(rows, tables)  # (N, T)
+    turns = codes.shape[1]
     if threshold is not None and max_codes is not None:
         raise ValueError("give a threshold or max_codes, not both")
     if "threshold" not in tables:
@@ -63,17 +64,17 @@ def encode(
             raise ValueError("this tokenizer has a fixed rate: omit threshold and max_codes")
         return codes.reshape(batch, h, w, 1)
     if max_codes is not None:
-        tau = _threshold_for(distances.reshape(batch, h * w, -1), max_codes)
+        tau = _threshold_for(distances.reshape(batch, h * w, turns), max_codes)
     else:
         tau = np.full(batch, tables["threshold"] if threshold is None else threshold)
     if not (tau >= 0).all():
         raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
     within: Array = distances <= tau.repeat(h * w)[:, None]
     within[:, -1] = True  # the last turn ends every loop
-    left = within.argmax(axis=1)[:, None] - np.arange(codes.shape[1])  # turns to go
+    left = within.argmax(axis=1)[:, None] - np.arange(turns)  # turns to go
     if "step" in tables:
         codes = np.where(left > 0, tables["codebooks"].shape[1], codes)
-    return np.where(left < 0, -1, codes).reshape(batch, h, w, -1)
+    return np.where(left < 0, -1, codes).reshape(batch, h, w, turns)
 
 
 def _paths(rows: Array, tables: Mapping[str, Array]) -> tuple[Array, Array]:
@@ -95,16 +96,17 @@ def _nearest(rows: Array, codebook: Array) -> Array:
     """Return the nearest code (N,) int64 of each row (N, D), the lowest of equals."""
     half = (codebook**2).sum(axis=1) / 2
     size = max(1, _SCORES // len(codebook))
-    parts = (rows[start : start + size] for start in range(0, len(rows), size))
+    parts = (rows[start : start + size] for start in range(0, max(len(rows), 1), size))
     return np.concatenate([(half - part @ codebook.T).argmin(axis=1) for part in parts])
 
 
 def _threshold_for(distances: Array, max_codes: int) -> Array:
     """Return the smallest threshold (B,) that keeps images (B, h w, T) to a number of codes."""
-    batch, sites, _ = distances.shape
+    batch, sites, turns = distances.shape
     if max_codes < sites:
         raise ValueError(f"an image of {sites} sites needs at least {sites} codes, got {max_codes}")
     # A site goes past a turn as long as the smallest distance so far is above the threshold.
-    minima = np.minimum.accumulate(distances, axis=2)[..., :-1].reshape(batch, -1)
+    minima = np.minimum.accumulate(distances, axis=2)[..., :-1]
+    minima = minima.reshape(batch, sites * (turns - 1))
     ordered = np.concatenate([-np.sort(-minima, axis=1), np.zeros((batch, 1))], axis=1)
     return ordered[:, min(max_codes - sites, minima.shape[1])]

@@ -9,13 +9,22 @@ Axis letters: N latents, B images, S sites of an image, T turns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from taming.modules.util import checks_values
+
+
+def one_rate(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the rate that is not None, if there is one; raise a ValueError for several."""
+    rates = {name: value for name, value in given.items() if value is not None}
+    if len(rates) > 1:
+        raise ValueError(f"give one rate, got {' and '.join(rates)}")
+    return rates
 
 
 def check_ranges(
@@ -73,8 +82,8 @@ def threshold_for(distances: Tensor, max_codes: Tensor) -> Tensor:
     Raises:
         ValueError: A budget is smaller than the number of sites, or not a whole number.
     """
-    distances = distances.unflatten(0, (len(max_codes), -1))  # (B, S, T)
-    sites = distances.shape[1]
+    sites = len(distances) // max(len(max_codes), 1)
+    distances = distances.unflatten(0, (len(max_codes), sites))  # (B, S, T)
     if max_codes.is_floating_point():
         raise ValueError(f"max_codes must be a whole number, got {max_codes.tolist()}")
     if checks_values(max_codes) and (max_codes < sites).any():
@@ -113,7 +122,7 @@ def fewest_codes(
     most = sites * max_loops
     failed = torch.full(target.shape, sites - 1, device=target.device)
     enough = torch.full_like(failed, most)
-    for probe in torch.linspace(sites, most, 5).long()[1:-1].tolist():
+    for probe in torch.linspace(sites, most, 5, dtype=torch.float64).long()[1:-1].tolist():
         reached = (enough == most) & (quality(torch.full_like(failed, probe)) >= target)
         enough = torch.where(reached, probe, enough)
         failed = torch.where(enough == most, probe, failed)

@@ -35,7 +35,7 @@ def relative_sizes(searches: Searches, default: Tensor) -> Tensor:
         (T,) float32.
     """
     power = searches.queries.square().mean(dim=1)  # (M,)
-    turns = torch.zeros(len(default), 2, device=power.device)
+    turns = power.new_zeros(len(default), 2)
     turns.index_add_(0, searches.turns, torch.stack([power, torch.ones_like(power)], dim=1))
     total, count = sum_over_ranks(turns).unbind(1)  # (T,)
     mean = total / count.clamp(min=1)
@@ -85,7 +85,7 @@ class Attract(Transform):
         """Find the whole path of each latent by one search, at a cost independent of T."""
         found = nearest_codes(z, codebook)  # (N,)
         first = distance_to(z, F.embedding(found, codebook))  # (N,)
-        turn = torch.arange(max_loops, device=z.device)
+        turn = torch.arange(max_loops, device=z.device, dtype=z.dtype)
         codes = found[:, None, None].expand(-1, 1, max_loops)
         return Path(codes, first[:, None] * (1 - self.step) ** turn, dummy=len(codebook))
 
@@ -212,7 +212,7 @@ class LinearResidual(Cascade):
     def initialize(self, z: Tensor, searches: Searches, codebook: Tensor) -> None:
         """Set the maps to the relative sizes of the residuals, without their shape."""
         sizes = relative_sizes(searches, self.maps.diagonal(dim1=1, dim2=2).mean(dim=1))
-        self.maps = sizes[:, None, None] * torch.eye(z.shape[1], device=z.device)  # (T, D, D)
+        self.maps = sizes[:, None, None] * torch.eye(z.shape[1]).to(z)  # (T, D, D)
         self.moments = self._statistics(z, searches, codebook)[1]
 
     @torch.no_grad()
@@ -224,7 +224,7 @@ class LinearResidual(Cascade):
         self.moments.lerp_(moments, rate)
         # Without the ridge, axes in which codes hardly differ would get maps made of noise.
         mean = self.moments.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
-        damped = self.moments + RIDGE * mean * torch.eye(z.shape[1], device=z.device)
+        damped = self.moments + RIDGE * mean * torch.eye(z.shape[1]).to(z)
         wanted = (cross - RIDGE * mean * self.maps).mT
         step = torch.zeros_like(self.maps)  # M_0 stays 1: the first turn sees the codes as they are
         step[1:] = torch.linalg.solve(damped[1:], wanted[1:]).mT

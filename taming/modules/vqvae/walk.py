@@ -13,7 +13,7 @@ Axis letters: B images, S sites of an image, N = B S latents, T turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,17 +36,12 @@ CHEAPEST = 2.0**40  # a lambda by which distances no longer count
 Rate = float | Tensor | None  # one number for all images, or one for each (B,)
 
 
-def check_rates(names: Sequence[str], transform: Transform) -> None:
-    """Refuse several rates at once, and those by bits where a length changes no distance."""
-    if len(names) > 1:
-        raise ValueError(
-            "give a threshold or max_codes or rate or target_bits, not several: "
-            f"{' and '.join(names)}"
-        )
-    if transform.dummies and {*names} & {"rate", "target_bits", "rate_range"}:
+def check_rate(name: str, transform: Transform) -> None:
+    """Refuse a rate by bits where a length changes no distance."""
+    if transform.dummies and name in ("rate", "target_bits", "rate_range"):
         raise ValueError(
             f"{type(transform).__name__} decodes a site to its last code alone, so more turns do "
-            f"not bring it nearer: {names[0]} has no meaning"
+            f"not bring it nearer: {name} has no meaning"
         )
 
 
@@ -124,11 +119,14 @@ class Walker:
         Raises:
             ValueError: The value is out of range.
         """
-        numbers = expand_per_image(name, torch.as_tensor(value), self.images)
+        dtype = torch.float32 if isinstance(value, float) else None  # whatever torch's default is
+        numbers = expand_per_image(name, torch.as_tensor(value, dtype=dtype), self.images)
         if name == "max_codes":
             return self.within_codes(self.whole_path(), numbers)
-        if checks_values(numbers) and not (numbers >= 0).all():
-            what = "a distance of at least 0" if name == "threshold" else "at least 0"
+        right, what = (numbers >= 0) & numbers.isfinite(), "at least 0 and finite"
+        if name == "threshold":
+            right, what = numbers >= 0, "a distance of at least 0"
+        if checks_values(numbers) and not right.all():
             raise ValueError(f"{name} must be {what}, got {value}")
         if name == "target_bits":
             return self.within_bits(numbers.cpu().double())
@@ -210,9 +208,8 @@ class Walker:
 
     def _search(self, tau: Tensor, price: Price | None = None) -> Path:
         """Find the paths until they are within tau (N,)."""
-        priced = {} if price is None else {"price": price}  # a transform may have no such argument
         turns = self.tables.max_loops
-        return self.transform.search(self.rows, self.codebook, tau, turns, **priced)
+        return self.transform.search(self.rows, self.codebook, tau, turns, price)
 
     def _bits_of_ends(self, path: Path) -> Tensor:
         """Bits (N, T) of each site, if it ended at each turn."""

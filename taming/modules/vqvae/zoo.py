@@ -211,9 +211,6 @@ class LibraryQuantizer(Quantizer):
                 in a graph, a site with an index that is out of range becomes NaN instead.
         """
         codes, grid = rows_of_codes(indices, self.sequence.max_loops, shape, self.e_dim)  # (N, T)
-        if len(grid) not in (1, 3):
-            got = tuple(indices.shape)
-            raise ValueError(f"codes must be (B, h, w, T) or (N, T), got the shape {got}")
         wrong = mark_outside(codes, self.n_e)
         with torch.autocast(codes.device.type, enabled=False):
             z_q = self._look_up(codes.masked_fill(wrong, 0))

@@ -1,5 +1,7 @@
 """Laws of sampling: what may be drawn, what must be kept, and equality with no cache."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -156,7 +158,7 @@ def test_the_default_decoder_completes_as_the_network_s_own(
     given = generate(network, condition, sequence, GRID, SamplingParams(3.0))
     ragged = given.masked_fill(sequence.states(given).site >= torch.randint(5, (6, 1)), -1)
     mask = torch.tensor([False, True, False, True, True, False])
-    guided, without = GREEDY._replace(guidance=2.0), torch.full((6, 2), 11)
+    guided, without = SamplingParams(greedy=True, guidance=2.0), torch.full((6, 2), 11)
 
     def completed() -> list[Tensor]:
         return [
@@ -269,14 +271,21 @@ def test_half_precision_samples_without_a_warning(levels: int, sequence) -> None
     assert sequence.decode(tokens, GRID).shape[0] == 3
 
 
-def test_draws_follow_the_probabilities() -> None:
-    logits = torch.tensor([0.1, 0.0, 0.6, 0.3]).log()
-    rows = torch.arange(4000)
-    drawn = sample_token(
-        logits.expand(4000, -1), SamplingParams(generators=generators_of(0, range(4000))), rows
-    )
-    torch.testing.assert_close(drawn.bincount(minlength=4) / 4000, logits.exp(), rtol=0, atol=0.03)
-    assert (drawn != 1).all()
+@pytest.mark.parametrize("seeded", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_draws_follow_the_probabilities_whatever_the_default_precision(
+    seeded: bool, dtype: torch.dtype
+) -> None:
+    logits = torch.tensor([0.1, 0.0, 0.6, 0.298, 0.002]).log()
+    rows, generators = torch.arange(20000), generators_of(0, range(20000)) if seeded else None
+    torch.set_default_dtype(dtype)  # as a training in bf16-true does
+    try:
+        drawn = sample_token(logits.expand(20000, -1), SamplingParams(generators=generators), rows)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    shares = drawn.bincount(minlength=5) / 20000
+    torch.testing.assert_close(shares, logits.exp(), rtol=0, atol=0.02)
+    assert (drawn != 1).all() and 0.001 < shares[4] < 0.003
 
 
 def test_steps_and_callback_count_drawn_tokens() -> None:
@@ -333,13 +342,17 @@ def test_filters_keep_what_they_say() -> None:
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0; greedy, or top_k 1"),
-        ({"temperature": float("nan")}, "temperature must be above 0, got nan"),
+        ({"temperature": 0.0}, "temperature must .* above 0, got 0.0; greedy, or top_k 1"),
+        ({"temperature": math.nan}, "temperature must be a finite number above 0, got nan"),
+        ({"temperature": math.inf}, "temperature must be a finite number above 0, got inf"),
         ({"top_k": 0}, "top_k must be at least 1, got 0; .*all tokens, leave it out"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
         ({"min_p": -0.1}, r"min_p must be in \[0, 1\]"),
+        ({"guidance": math.nan}, "guidance must be a finite number, got nan"),
     ],
 )
-def test_values_out_of_range_are_refused(kwargs: dict, message: str) -> None:
+def test_values_out_of_range_are_refused_before_anything_is_sampled(
+    kwargs: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        filter_logits(torch.zeros(1, 4), **kwargs)
+        SamplingParams(**kwargs)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.original import load_golden
 
+from taming.modules.transformer.blocks import RotaryEmbedding
 from taming.modules.transformer.mingpt import (
     GPT,
     CodeGPT,
@@ -114,6 +115,13 @@ def test_rotary_attention_sees_distances_only() -> None:
         gpt(rotary=True, n_embd=8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rotations_are_the_same_in_a_model_of_half_precision(dtype: torch.dtype) -> None:
+    sites = torch.randint(64, (2, 6, 3))
+    expected = RotaryEmbedding(16)(sites, 6)
+    assert torch.equal(RotaryEmbedding(16).to(dtype)(sites, 6), expected)
+
+
 def test_adaptive_blocks_start_as_the_identity() -> None:
     model, idx = GPT(**SIZES, adaptive_norm=True).eval(), torch.randint(11, (2, 6))
     expected = model.head(model.ln_f(model.tok_emb(idx) + model.pos_emb[:, :6]))
@@ -152,7 +160,7 @@ def test_sites_belong_to_the_last_inputs() -> None:
     idx, sites = torch.randint(11, (2, 6)), torch.randint(3, (2, 4, 3))
     embedded = model.tok_emb(idx)
     embedded = torch.cat([embedded[:, :2], embedded[:, 2:] + model.site_emb(sites)], dim=1)
-    expected, _ = model(idx[:, :0], embeddings=embedded)
+    expected, _ = model(idx[:, :0], embeddings=embedded, sites=sites[:, :0])
     torch.testing.assert_close(model(idx, sites=sites)[0], expected)
 
 
@@ -231,6 +239,8 @@ def test_tokens_without_places_are_refused_by_a_model_that_looks_at_them(option:
             draw(model=model, x=idx, steps=5)
     with pytest.raises(ValueError, match="cannot serve .* site_shape or rotary"):
         model.forward_with_past(idx)
+    with pytest.raises(ValueError, match="site_shape or rotary needs sites"):
+        model(idx)
 
 
 def test_vectors_take_the_place_of_tokens() -> None:

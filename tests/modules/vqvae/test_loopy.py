@@ -1,5 +1,6 @@
 """Laws of the loopy quantizer and its codebook."""
 
+import copy
 import math
 
 import pytest
@@ -143,6 +144,30 @@ def test_a_lower_threshold_gives_no_fewer_codes(transform: str) -> None:
     thresholds = torch.tensor([0.0, 0.5, 1.0, math.inf])
     codes = (quantizer(image.expand(4, -1, -1, -1), thresholds).info.indices >= 0).sum((1, 2, 3))
     assert (codes.diff() <= 0).all() and codes[0] > codes[3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@every_transform
+def test_torch_s_default_dtype_changes_nothing(transform: str, dtype: torch.dtype) -> None:
+    quantizer, z = loopy(transform, None, target_length=2.3), torch.randn(2, D, 4, 4)
+    rates = [{}, {"threshold": 0.7}, {"max_codes": 33}]
+    if not quantizer.transform.dummies:
+        rates += [{"rate": 0.03}, {"target_bits": 150.3}]
+
+    def results() -> list[torch.Tensor]:
+        own = copy.deepcopy(quantizer)
+        codes = [own(z, **rate).info.indices for rate in rates]
+        own.length_range = (1.0, 3.0)
+        torch.manual_seed(1)
+        return [*codes, own.train()(z).info.indices, *own.state_dict().values()]
+
+    wanted = results()
+    torch.set_default_dtype(dtype)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, wanted))
 
 
 def test_sites_that_ran_into_the_last_turn_are_told() -> None:
@@ -303,6 +328,12 @@ def test_codes_are_never_more_than_wanted_and_as_many_as_can_be(transform: str) 
     assert (codes[1:4] >= wanted[1:4] - T + 1).all()
     one_by_one = [quantizer(z[i : i + 1], max_codes=int(wanted[i])) for i in range(6)]
     assert torch.equal(trace.lengths, torch.cat([o.info.encodings.lengths for o in one_by_one]))
+    rows = z[2].flatten(1).T  # (N, D), which are one image
+    for found in (
+        quantizer(rows, max_codes=30).info.indices,
+        quantizer.walk(rows, max_codes=30).codes,
+    ):
+        assert torch.equal(found, one_by_one[2].info.indices.flatten(0, 2))
 
 
 @every_transform
@@ -318,7 +349,7 @@ def test_a_budget_is_met_by_a_threshold(transform: str) -> None:
 def test_fewer_codes_than_sites_are_refused() -> None:
     with pytest.raises(ValueError, match="16 sites.* at least 16 codes, got 15"):
         loopy()(torch.randn(2, D, 4, 4), max_codes=15)
-    with pytest.raises(ValueError, match="threshold or max_codes"):
+    with pytest.raises(ValueError, match="give one rate, got threshold and max_codes"):
         loopy()(torch.randn(2, D, 4, 4), threshold=1.0, max_codes=20)
     with pytest.raises(ValueError, match="max_codes must be a whole number"):
         loopy()(torch.randn(2, D, 4, 4), max_codes=20.5)
@@ -499,6 +530,8 @@ def test_metrics_count_sites_that_never_came_within_the_threshold() -> None:
 def test_codes_of_another_number_of_turns_are_refused() -> None:
     with pytest.raises(ValueError, match=rf"expected {T} codes for each site, got .*\(2, 4, 4\)"):
         loopy().get_codebook_entry(torch.zeros(2, 4, 4, dtype=torch.int64), (2, 4, 4, D))
+    with pytest.raises(ValueError, match=rf"\(B, h, w, T\) or \(N, T\), got .*\(2, 4, {T}\)"):
+        loopy().get_codebook_entry(torch.zeros(2, 4, T, dtype=torch.int64))
 
 
 def test_latents_of_the_wrong_shape_or_value_are_refused() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from taming.modules.vqvae.loop import Cascade
 from taming.modules.vqvae.loopy import LoopyVectorQuantizer
 from taming.modules.vqvae.nearest import cheapest_codes, nearest_codes
+from taming.modules.vqvae.transforms import Attract
 
 RATED = [name for name in TRANSFORMS if not name.startswith("attract")]
 every_rated = pytest.mark.parametrize("transform", RATED)
@@ -66,7 +67,7 @@ def test_a_rate_equals_the_literal_walk(transform: str, rate: float) -> None:
     quantizer, z = rated(transform), torch.randn(25, D)
     codes = quantizer(z, rate=rate).info.indices
     assert codes.tolist() == literal_walk(quantizer, z, rate)
-    nearest = quantizer(z, max_codes=T).info.indices  # each row is an image of one site
+    nearest = quantizer(z, max_codes=25 * T).info.indices
     assert not torch.equal(codes, nearest)
 
 
@@ -186,12 +187,12 @@ def test_target_bits_walk_once_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["rate", "target_bits"])
 def test_rates_that_make_no_sense_are_refused(name: str) -> None:
     z = torch.randn(2, D, 3, 3)
-    for value in (-1.0, math.nan):
-        with pytest.raises(ValueError, match=f"{name} must be at least 0, got"):
+    for value in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0 and finite, got {value}"):
             loopy()(z, **{name: value})
     with pytest.raises(ValueError, match=f"{name} must be one number or one for each of 2 images"):
         loopy()(z, **{name: torch.ones(3)})
-    with pytest.raises(ValueError, match=f"not several: threshold and {name}"):
+    with pytest.raises(ValueError, match=f"give one rate, got threshold and {name}"):
         loopy()(z, threshold=1.0, **{name: 1.0})
     for transform in ("attract", "attract-depth"):
         with pytest.raises(ValueError, match=f"Attract decodes .* nearer: {name} has no meaning"):
@@ -223,6 +224,18 @@ def test_a_range_of_rates_needs_a_transform_with_rates() -> None:
         loopy("attract", rate_range=(0.1, 1.0))
     with pytest.raises(ValueError, match="Attract decodes .*rate has no meaning"):
         loopy("attract", rate=0.1, threshold=None)
+
+
+class Stranger(Attract):
+    """A transform that writes a code every turn, but not those of a mapped codebook."""
+
+    dummies = False
+
+
+def test_a_weight_of_bits_needs_a_transform_with_codes_of_a_turn() -> None:
+    config = {"target": f"{__name__}.Stranger"}
+    with pytest.raises(ValueError, match="Stranger has no codes of a turn: rate_weight"):
+        LoopyVectorQuantizer(K, D, rate=0.1, rate_weight=1.0, transform_config=config)
 
 
 @every_rated
@@ -299,6 +312,15 @@ def test_the_rate_loss_is_the_literal_one_and_its_gradient_makes_codes_cheaper(t
     cheaper = literal_bits(quantizer, z.detach() - 1e-3 * slope / slope.norm(), 0.05)
     expected = literal_bits(quantizer, z.detach(), 0.05) - 1e-3 * float(slope.norm()) / 0.7
     assert cheaper == pytest.approx(expected, rel=1e-5)
+
+
+@every_rated
+def test_latents_that_are_all_the_same_have_a_finite_loss(transform: str) -> None:
+    kwargs = {"rate": 0.1, "rate_weight": 1.0, "threshold": None}
+    quantizer, z = loopy(transform, **kwargs).train(), torch.zeros(9, D, requires_grad=True)
+    loss = quantizer(z).loss
+    loss.backward()
+    assert quantizer.latent_std == 0 and loss.isfinite() and z.grad.isfinite().all()
 
 
 def test_latents_learn_to_be_cheap() -> None:
