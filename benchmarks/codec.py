@@ -6,6 +6,7 @@ Bits are those of whole files, headers included; Pillow writes and reads the oth
 qualities of a table's row are means over the pictures. A second table compares the tokenizer with
 each of the others at equal bits, by linear interpolation between its settings. All run on one
 thread. ``--perceptual`` measures ST-LPIPS too, which takes some seconds for each picture.
+``--example PICTURE 0.1 FILE`` shows a picture, its file of 0.1 bits per pixel, and JPEG's.
 """
 
 from __future__ import annotations
@@ -157,6 +158,23 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+def example(picture: Image.Image, tokenizer: Tokenizer, bpp: float, side: int = 400) -> Image.Image:
+    """Show the middle of a picture, of its file of so many bits, and of JPEG's of at most as many.
+
+    Where JPEG has none, its smallest is shown.
+    """
+    data = tokenizer.compress(picture, bpp=bpp)
+    files = [_write(picture, "JPEG", quality) for quality in range(1, 96)]
+    jpeg = max((f for f in files if len(f) <= len(data)), key=len, default=min(files, key=len))
+    bits = [8 * len(f) / (picture.width * picture.height) for f in (data, jpeg)]
+    logger.info("example: %.3f bits per pixel, and %.3f of JPEG", *bits)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    sheet = Image.new("RGB", (3 * side, side))
+    for number, shown in enumerate((picture, tokenizer.decompress(data), _read(jpeg))):
+        sheet.paste(shown.crop((left, top, left + side, top + side)), (number * side, 0))
+    return sheet
+
+
 def main() -> None:
     """Measure all sides on all pictures."""
     parser = script_parser(__doc__)
@@ -168,12 +186,17 @@ def main() -> None:
     parser.add_argument("-n", type=int, help="number of pictures (default: all)")
     parser.add_argument("--perceptual", action="store_true", help="measure ST-LPIPS too")
     parser.add_argument("--plot", type=Path, help="file of the plot")
+    shown = ("PICTURE", "BPP", "FILE")
+    parser.add_argument("--example", nargs=3, metavar=shown, help="picture to show as files")
     options = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer: Any = taming.load(options.run)
     paths = [options.pictures / name for name in find_images(str(options.pictures))][: options.n]
     pictures = [Image.open(path).convert("RGB") for path in paths]
     perceptual = shift_tolerant(torch.device("cpu")) if options.perceptual else None
+    if options.example:
+        name, bpp, file = options.example
+        example(Image.open(name).convert("RGB"), tokenizer, float(bpp)).save(file, quality=92)
     rows = []
     for side in tqdm([*sides(tokenizer, options.bpp)], desc="settings"):
         found = [measure(side, picture, perceptual) for picture in pictures]

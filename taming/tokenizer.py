@@ -15,6 +15,7 @@ from torch import Tensor
 from taming.codes import Codes as Codes
 from taming.decoding import Colour, rgb_of
 from taming.models.vqgan import VQModel
+from taming.modules.vqvae.rate import one_rate
 from taming.pictures import Picture, is_single, pad, to_picture, to_tensor
 from taming.sharing import Shared, count_parameters
 from taming.signatures import naming_nearest
@@ -239,6 +240,7 @@ class Tokenizer(Shared):
         *,
         bits: float | None = None,
         bpp: float | None = None,
+        psnr: float | None = None,
         entropy: str | None = None,
         **rate: Any,
     ) -> bytes:
@@ -248,6 +250,7 @@ class Tokenizer(Shared):
             picture: One picture.
             bits: Bits of the whole file, not exceeded.
             bpp: The same in bits per pixel.
+            psnr: PSNR in dB to reach with few codes, the ``target_psnr`` of `encode`.
             entropy: ``"raw"`` bits, ``"static"`` tables of the quantizer, or the ``"context"``
                 model; by default the last of them that has been learned.
             **rate: Another rate of `encode`, such as ``max_codes`` or ``threshold``.
@@ -260,7 +263,9 @@ class Tokenizer(Shared):
         size = image.shape[1], image.shape[2]
         x = pad(image, self.model.factor)[None].to(next(self.model.parameters()))
         del image  # a large one would stay beside x
-        rates = {"bits": bits, "bpp": bpp, **rate}
+        rates = one_rate({"bits": bits, "bpp": bpp, "psnr": psnr, **rate})
+        if "psnr" in rates:
+            rates = {"target_psnr": psnr}
         return self._codec().compress(x, size, entropy, rates)
 
     def decompress(

@@ -75,6 +75,10 @@ GIVEN = {
         shutil.copy("logs/tokenizer/checkpoints/last.ckpt", ".")
         shutil.copy(*pathlib.Path("logs/tokenizer/configs").glob("*-project.yaml"), "model.yaml")
     """,
+    "docs/photos": """
+        import shutil
+        shutil.copytree("photos", "data/photos/val")
+    """,
     "docs/sharing": """
         import numpy as np
         images = np.zeros((1, 3, 32, 32), np.float32)

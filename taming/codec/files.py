@@ -20,7 +20,6 @@ from taming.decoding import check_size
 from taming.models.vqgan import MOST_SITES, VQModel
 from taming.modules.context import ContextNetwork
 from taming.modules.vqvae.base import Quantizer
-from taming.modules.vqvae.rate import one_rate
 
 MODES = {"raw": 0, "static": 1, "context": 2}
 
@@ -122,14 +121,13 @@ class Codec:
             x: (1, C, H', W') in [-1, 1], of whole sites.
             size: (H, W) of the picture within it.
             entropy: Name of the entropy model; None as for `entropy_model`.
-            rates: At most one value that is not None, of ``bits`` or ``bpp``, which the file keeps
-                to, or of an argument of `VQModel.encode` that sets a rate.
+            rates: At most one value, of ``bits`` or ``bpp``, which the file keeps to, or of an
+                argument of `VQModel.encode` that sets a rate.
 
         Raises:
-            ValueError: The rate cannot be met, or there are several; or the name is unknown.
+            ValueError: The rate cannot be met, or the name is unknown.
         """
         model = self.entropy_model(entropy)
-        rates = one_rate(rates)
         bits = rates.get("bits", rates.get("bpp", 0) * size[0] * size[1])
         if not {"bits", "bpp"} & rates.keys():
             return self.pack(self._codes_of(self.model.encode(x, **rates, size=size)), size, model)

@@ -141,8 +141,10 @@ class VQModel(ManualOptimization, FirstStage):
     @property
     def parts(self) -> dict[str, nn.Module]:
         """Parts that the generator's optimizer trains, in the order of the original's state."""
-        names = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv", "shortcut")
-        return {name: part for name in names if (part := getattr(self, name)) is not None}
+        names = ["encoder", "decoder", "quantize", "quant_conv", "post_quant_conv"]
+        if self.shortcut is not None:
+            names += ["shortcut.pixels_to_latent", "shortcut.latent_to_pixels"]
+        return {name: self.get_submodule(name) for name in names}
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
         """Load weights as `load_weights` does, under the original's name."""

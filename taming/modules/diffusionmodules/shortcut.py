@@ -51,6 +51,34 @@ def leading_patterns(channels: int, side: int, count: int) -> Tensor:
     return patterns.float()
 
 
+class MirroredSynthesis(nn.ConvTranspose2d):
+    """Linear map of 3 x 3 latents to the pixels of the site in their middle.
+
+    Beyond the border, the picture is taken to go on as its mirror image. Its latents follow from
+    those at the border by one linear map for each axis, which is learned too.
+
+    Args:
+        patterns: (D, C, f, f) orthonormal patterns, each even or odd along both axes, by which the
+            maps start: the pixels of a site from its own latent alone.
+    """
+
+    def __init__(self, patterns: Tensor) -> None:
+        count, channels, side, _ = patterns.shape
+        super().__init__(count, channels, 3 * side, side, padding=2 * side, bias=False)
+        parity = [(patterns * patterns.flip(axis)).sum(dim=(1, 2, 3)) for axis in (2, 3)]
+        self.mirrors = nn.Parameter(torch.stack([sign.round().diag() for sign in parity]))
+        with torch.no_grad():
+            self.weight.copy_(F.pad(patterns, (side, side, side, side)))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map latents (B, D, h, w) to images (B, C, H, W)."""
+        for axis, mirror in zip((2, 3), self.mirrors, strict=True):
+            ends = (z.narrow(axis, 0, 1), z.narrow(axis, z.shape[axis] - 1, 1))
+            before, after = (torch.einsum("de,behw->bdhw", mirror, end) for end in ends)
+            z = torch.cat([before, z, after], dim=axis)
+        return super().forward(z)
+
+
 class LinearShortcut(nn.Module):
     """Linear map of the pixels of each site to its latent, and one of 3 x 3 latents back.
 
@@ -84,15 +112,13 @@ class LinearShortcut(nn.Module):
                 f"{side} x {side} pixels, got {latent_channels}"
             )
         # Weights have a mean square of 1, so that a step of Adam changes little of them.
-        patterns = leading_patterns(channels, side, latent_channels) * math.sqrt(numbers)
+        patterns = leading_patterns(channels, side, latent_channels)
         self.gains = math.sqrt(latent_channels) / numbers, 1 / math.sqrt(latent_channels)
         self.pixels_to_latent = nn.Conv2d(channels, latent_channels, side, side, bias=False)
-        self.latent_to_pixels = nn.ConvTranspose2d(
-            latent_channels, channels, 3 * side, side, padding=side, bias=False
-        )
+        self.latent_to_pixels = MirroredSynthesis(patterns)
         with torch.no_grad():
-            self.pixels_to_latent.weight.copy_(patterns)
-            self.latent_to_pixels.weight.copy_(F.pad(patterns, (side, side, side, side)))
+            self.pixels_to_latent.weight.copy_(patterns * math.sqrt(numbers))
+            self.latent_to_pixels.weight.mul_(math.sqrt(numbers))
 
     def encode(self, x: Tensor) -> Tensor:
         """Map images (B, C, H, W) to latents (B, D, h, w), in the weights' precision."""

@@ -81,3 +81,13 @@ def test_only_the_way_to_the_latents_decides_codes():
     with torch.no_grad():
         model.shortcut.pixels_to_latent.weight += 1
     assert model.fingerprint() != before
+
+
+def test_beyond_the_border_a_picture_goes_on_mirrored() -> None:
+    shortcut, x = LinearShortcut(3, 4, 20), torch.randn(2, 3, 12, 16)
+    with torch.no_grad():
+        shortcut.latent_to_pixels.weight.normal_()
+    whole = torch.cat([x.flip(2), x, x.flip(2)], dim=2)
+    whole = torch.cat([whole.flip(3), whole, whole.flip(3)], dim=3)
+    inner = shortcut.decode(shortcut.encode(whole))[:, :, 12:24, 16:32]
+    torch.testing.assert_close(shortcut.decode(shortcut.encode(x)), inner, atol=1e-4, rtol=1e-4)
