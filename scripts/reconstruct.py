@@ -104,7 +104,8 @@ def reconstruct(
         turns = torch.bincount(
             trace.lengths.flatten(), minlength=model.quantize.sequence.max_loops + 1
         )
-        if not {"rate", "target_bits"} & rate.keys():  # by which no threshold ends a loop
+        own = not rate and getattr(model.quantize, "rate", None) is not None
+        if not own and not {"rate", "target_bits"} & rate.keys():  # else no threshold ends a loop
             largest = float(reached.max()) / latent_std(model) if len(reached) else 0.0
             never = float((~trace.within).float().mean())
             numbers |= {"threshold": largest, "never_within_threshold": never}

@@ -170,6 +170,16 @@ def test_results_overwrite_neither_each_other_nor_an_image(
     assert "would be overwritten by its map" in error
 
 
+def test_a_loop_that_ends_by_rate_reports_no_threshold(
+    tiny_runs: TinyRuns, photo: Path, tmp_path: Path
+) -> None:
+    run = tiny_runs.of("photos.yaml")  # has a rate of its own
+    for limit, reported in (((), False), (("--rate", 0.01), False), (("--max_codes", 99999), True)):
+        call("reconstruct", "-r", run, photo, "-o", tmp_path, *limit)
+        (values,) = json.loads((tmp_path / "reconstructions.json").read_text()).values()
+        assert ("threshold" in values) is reported
+
+
 def test_reconstructions_of_a_tokenizer_without_a_loop(
     tiny_runs: TinyRuns, photo: Path, tmp_path: Path
 ) -> None:
