@@ -1,7 +1,7 @@
 """Run the whole pipeline on photographs that ship with scikit-image.
 
 Trains a loopy VQGAN and a transformer over its tokens, then evaluates, reconstructs, samples and
-completes images, each with the program that a user would call. Every part says what it makes and
+completes images, each with the program that a user would call. Each part names what it makes and
 where, and every command is printed.
 
 python scripts/demo.py
@@ -22,7 +22,7 @@ from taming.run import cli
 logger = logging.getLogger("taming.demo")
 
 
-def say(text: str, *where: str | Path) -> None:
+def announce(text: str, *where: str | Path) -> None:
     """Print what a part of the demo makes, and where it appears."""
     logger.info("\n--- " + text, *where)
 
@@ -59,20 +59,20 @@ def main() -> None:
     start, out = time.monotonic(), Path(options.outdir).resolve()
     photos = [str(files("skimage") / "data" / name) for name in VALIDATION_PHOTOS]
 
-    say("1 of 5: train a tokenizer, about 750 steps; pictures appear in logs/<run>/images")
+    announce("1 of 5: train a tokenizer, about 750 steps; pictures appear in logs/<run>/images")
     tokenizer = train("loopy_vqgan", *options.overrides)
-    say("2 of 5: train a prior over its tokens, about 400 steps; it is saved in logs/<run>")
+    announce("2 of 5: train a prior over its tokens, about 400 steps; it is saved in logs/<run>")
     first_stage = f"model.params.first_stage_config.params.run={tokenizer}"
     prior = train("loopy_transformer", first_stage, *options.overrides)
 
-    say("3 of 5: measure both on two photographs; pages appear in %s", out)
+    announce("3 of 5: measure both on two photographs; pages appear in %s", out)
     for run, name in ((tokenizer, "tokenizer"), (prior, "prior")):  # without downloads
         call("evaluate", "-r", run, "--no_pretrained", "-o", out / f"{name}.json")
-    say("4 of 5: reconstruct two photographs; pictures appear in %s", out / "reconstructions")
+    announce("4 of 5: reconstruct two photographs; pictures appear in %s", out / "reconstructions")
     where = ("-o", out / "reconstructions")
     call("reconstruct", "-r", tokenizer, *photos, "--size", "256", *where)
     text = "5 of 5: sample 16 pictures, complete the photographs, and collect all in %s"
-    say(text, out / "report.html")
+    announce(text, out / "report.html")
     call("sample", "-r", prior, "-n", "16", "--top_p", "0.95", "-o", out / "samples")
     more = ("-n", "4", "--top_p", "0.95", "-o", out / "completions")
     call("sample", "-r", prior, "--complete", *photos, *more)

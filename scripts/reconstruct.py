@@ -104,8 +104,8 @@ def reconstruct(
         turns = torch.bincount(
             trace.lengths.flatten(), minlength=model.quantize.sequence.max_loops + 1
         )
-        own = not rate and getattr(model.quantize, "rate", None) is not None
-        if not own and not {"rate", "target_bits"} & rate.keys():  # else no threshold ends a loop
+        own = "threshold" if getattr(model.quantize, "rate", None) is None else "rate"
+        if not {"rate", "target_bits"} & {*(rate or [own])}:  # by which no threshold ends a loop
             largest = float(reached.max()) / latent_std(model) if len(reached) else 0.0
             never = float((~trace.within).float().mean())
             numbers |= {"threshold": largest, "never_within_threshold": never}

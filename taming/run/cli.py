@@ -31,7 +31,7 @@ def existing(text: str) -> str:
     """Return an option's path of a file or folder.
 
     Raises:
-        FileNotFoundError: It is not there, which is told before torch is imported.
+        FileNotFoundError: It is not there; raised before torch is imported.
     """
     if not Path(text).expanduser().exists():
         raise FileNotFoundError(f"there is no file or folder {text}")
@@ -45,7 +45,7 @@ def existing_run(text: str) -> str:
         FileNotFoundError: It is not there, and no model of this name ships.
     """
     if not (place := place_of(text)).exists():
-        RunDir.resume(place)  # which says what is missing
+        RunDir.resume(place)  # whose error names what is missing
     return text
 
 

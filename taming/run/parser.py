@@ -20,7 +20,7 @@ def spelt(argument: str) -> str:
 
 
 def program(own: str | None = None) -> str | None:
-    """Return what started this program: a command of ``taming``, which says so, or its own name."""
+    """Return what started this program: the command of ``taming`` that set it, or its own name."""
     return getattr(sys.modules["__main__"], "PROGRAM", own)
 
 
