@@ -66,8 +66,7 @@ class Evaluation:
             for line in [head, *rows]
         ]
         for key, title in (("missing", "not measured"), ("left_out", "left out")):
-            for name, why in self.numbers[key].items():  # in short; the numbers hold the whole
-                lines.append(f"{title}: {name}: {why.partition(' (')[0]}")
+            lines += [f"{title}: {name}: {why}" for name, why in self.numbers[key].items()]
         if unreadable := self.numbers["unreadable"]:
             lines.append(f"not read: {len(unreadable)} pictures; the first: {unreadable[0]}")
         return "\n".join(lines) + "\n"

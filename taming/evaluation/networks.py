@@ -182,7 +182,5 @@ def all_measures(
         try:
             measures.append(build())
         except (ValueError, OSError) as error:
-            why = " ".join(str(error).split())
-            is_offline = isinstance(error, ConnectionError)
-            missing[name] = f"its weights are missing ({why})" if is_offline else why
+            missing[name] = " ".join(str(error).split())
     return measures, missing
