@@ -25,7 +25,6 @@ from taming.extras import naming_extras
 EXACT = 100.0  # dB, the largest PSNR reported: JSON has no infinity
 LEAST_SIDE = 176  # of a picture with an MS-SSIM: at the last of five scales, a window of 11 pixels
 NEIGHBOURS = 3  # of precision and recall
-EXTRA = "pip install 'loopy-taming[eval]'"
 _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents of MS-SSIM, the finest first
 _REACH = 5  # of a window, from its middle
 _PIXELS = 1 << 20  # seen together

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -17,20 +16,13 @@ from torch import Tensor
 
 from taming.downloads import file_hash
 from taming.evaluation.images import from_levels
-from taming.evaluation.measures import EXTRA, Measure, pixel_measures, tool
+from taming.evaluation.measures import Measure, pixel_measures, tool
 from taming.extras import naming_extras
-from taming.modules.losses.lpips import (
-    LPIPS,
-    WITHOUT,
-    blurred_pool,
-    fetch_heads,
-    load_file,
-    vgg16_file,
-)
+from taming.modules.losses.lpips import LPIPS, WITHOUT, fetch_heads, load_file, vgg16_file
+from taming.modules.losses.st_lpips import STLPIPS, shift_tolerant_file
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 FID_SIDE = 299
-SHIFT_TOLERANT = "stlpips_pytorch/weights/vST0.0/vgg_shift_tolerant.pth"
 FRECHET = "Frechet distance (ST-LPIPS VGG16)"
 
 
@@ -81,18 +73,13 @@ def shift_tolerant(device: torch.device) -> Measure:
     Raises:
         ValueError: The package is not installed, or holds other weights.
     """
-    try:
-        package = distribution("stlpips-pytorch")
-    except PackageNotFoundError as error:
-        raise ValueError(f"stlpips-pytorch is not installed: {EXTRA}") from error
-    path = Path(str(package.locate_file(SHIFT_TOLERANT)))
-    network = LPIPS(pretrained=False, pool=blurred_pool)
-    try:
-        network.load_state_dict(load_file(path))
-    except RuntimeError as error:  # of load_state_dict
-        raise ValueError(f"{path} holds other weights than ST-LPIPS: {error}") from error
+    network = STLPIPS()
+    network.fetch_weights()
     about = {"tool": tool("stlpips-pytorch"), "network": "VGG16 with blurred pooling"}
-    about |= {"features": "mean over the places of relu5_3, 512 numbers", **about_file(path)}
+    about |= {
+        "features": "mean over the places of relu5_3, 512 numbers",
+        **about_file(shift_tolerant_file()),
+    }
 
     def vectors(seen: list[Tensor]) -> Tensor:
         return seen[-1].mean(dim=(2, 3))  # (B, 512)

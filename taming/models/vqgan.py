@@ -300,8 +300,11 @@ class VQModel(ManualOptimization, FirstStage):
         """Return latents, the quantizer's output and reconstructions of images (B, C, H, W)."""
         z = self.encode_to_prequant(x)  # (B, D, h, w)
         continuous = self.training and self.global_step < self.quantize_start
+        # A frozen quantizer, always in evaluation mode, has one rate; the decoder learns them all.
+        frozen = self.training and not self.quantize.training
+        rates = self.quantize.sample_rates(z) if frozen else {}
         with self.locating_non_finite(x):
-            quantized = self.quantize(z.detach() if continuous else z)
+            quantized = self.quantize(z.detach() if continuous else z, **rates)
         x_rec = self.decode(z if continuous else quantized.z_q)  # (B, C, H, W)
         return z, quantized, x_rec
 

@@ -17,6 +17,7 @@ from taming.evaluation import networks
 from taming.evaluation.evaluate import Evaluation
 from taming.evaluation.images import from_levels
 from taming.evaluation.measures import FrechetDistance, precision_and_recall
+from taming.modules.losses import st_lpips
 from taming.modules.losses.lpips import LPIPS, VGG16
 
 CPU = torch.device("cpu")
@@ -129,7 +130,7 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch):
     def absent(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(networks, "distribution", absent)
+    monkeypatch.setattr(st_lpips, "distribution", absent)
     for name in [n for n in sys.modules if n.partition(".")[0] == "torch_fidelity"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "path", [])

@@ -104,6 +104,24 @@ def test_gradients_pass_through_a_frozen_quantizer(tmp_path: Path) -> None:
     assert model.encoder.conv_in.weight.grad.abs().sum() > 0
 
 
+def test_a_decoder_beside_a_frozen_loop_learns_all_of_its_rates() -> None:
+    params = LOOPY["params"] | {"length_range": [1.0, 3.0], "max_loops": 3, "threshold": 0.0}
+    loop = {**LOOPY, "params": params}
+    model: VQModel = instantiate_from_config(vqmodel_config(quantizer_config=loop))
+    frozen = instantiate_from_config(vqmodel_config(quantizer_config=loop, freeze=["quantize"]))
+    frozen.load_state_dict(model.state_dict())
+    x = torch.randn(8, 3, 16, 16)
+
+    def lengths(tested: VQModel) -> Tensor:
+        torch.manual_seed(0)
+        return tested.reconstruct(x)[1].info.encodings.lengths.float().mean(dim=(1, 2))
+
+    # One that learns has moved a little by then.
+    torch.testing.assert_close(lengths(frozen.train()), lengths(model.train()), atol=0.1, rtol=0)
+    assert len(lengths(frozen).unique()) > 1
+    assert (lengths(frozen.eval()) == 3).all()  # its own threshold, never reached
+
+
 @pytest.mark.parametrize(
     "params, message",
     [

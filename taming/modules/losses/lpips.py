@@ -15,7 +15,6 @@ from typing import Any
 from urllib.error import URLError
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taming.downloads import get_ckpt_path
@@ -103,34 +102,9 @@ class ScalingLayer(nn.Module):
         return (x - self.shift) / self.scale
 
 
-class BlurPool(nn.Module):
-    """Halve a feature map after a binomial blur (Zhang 2019, arXiv:1904.11486).
-
-    Args:
-        channels: C.
-    """
-
-    filt: Tensor
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        row = torch.tensor([0.25, 0.5, 0.25])
-        self.register_buffer("filt", torch.outer(row, row).expand(channels, 1, 3, 3).clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, h, w), h and w at least 3, to (B, C, (h + 3) // 2, (w + 3) // 2)."""
-        padded = F.pad(x, (2, 2, 2, 2), mode="reflect")
-        return F.conv2d(padded, self.filt, stride=2, groups=len(self.filt))
-
-
 def max_pool(channels: int) -> list[nn.Module]:
     """Return the pooling of VGG16."""
     return [nn.MaxPool2d(2)]
-
-
-def blurred_pool(channels: int) -> list[nn.Module]:
-    """Return that of ST-LPIPS (Ghildyal and Liu 2022, arXiv:2207.13686), which tolerates shifts."""
-    return [nn.MaxPool2d(2, stride=1), BlurPool(channels)]
 
 
 Pooling = Callable[[int], Sequence[nn.Module]]
@@ -235,10 +209,14 @@ class LPIPS(nn.Module):
             ValueError: A file holds other weights.
         """
         if self.needs_weights and not self.scaling_layer.shift.is_meta:
-            self.load_heads(self.weights)
-            self.load_vgg16(self.vgg_weights)
+            self.load_pretrained()
             self.needs_weights = False
         return self
+
+    def load_pretrained(self) -> None:
+        """Load the heads and the VGG16; raises as `fetch_weights`."""
+        self.load_heads(self.weights)
+        self.load_vgg16(self.vgg_weights)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

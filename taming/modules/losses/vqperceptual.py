@@ -5,6 +5,9 @@ Axis letters: B images, C channels, H W image, h w grid of the discriminator's p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +21,7 @@ from taming.modules.losses.base import (
     pixel_distance,
 )
 from taming.modules.losses.lpips import LPIPS
+from taming.util import instantiate_from_config
 
 
 def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
@@ -101,6 +105,8 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
             term grows linearly from 0, while the discriminator already trains at full weight.
         max_d_weight: Upper bound of the adaptive weight.
         perceptual_pretrained: Fetch the weights of LPIPS; False if a checkpoint holds them.
+        perceptual_config: ``{target, params}`` of another perceptual distance, such as
+            `taming.modules.losses.st_lpips.STLPIPS`, whose weights need no download.
         distance: Pixel distance: "l1" as in the original, or "l2", which learns colours sooner.
         disc_sync_batchnorm: Take the statistics of the discriminator's batch norm over the images
             of all processes; False: of each process's own, as the original does.
@@ -130,6 +136,7 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
         perceptual_pretrained: bool = True,
         distance: str = "l1",
         disc_sync_batchnorm: bool = True,
+        perceptual_config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.pixel_distance = pixel_distance(distance)
@@ -146,9 +153,12 @@ class VQLPIPSWithDiscriminator(AutoencoderLoss):
         self.perceptual_weight, self.max_d_weight = perceptual_weight, max_d_weight
         self.disc_conditional = disc_conditional
         self.disc_loss = DISCRIMINATOR_LOSSES[disc_loss]
-        self.perceptual_loss = (
-            LPIPS(pretrained=perceptual_pretrained) if perceptual_weight else None
-        )
+        self.perceptual_loss: LPIPS | None = None
+        if perceptual_weight:
+            distance_config = perceptual_config or {"target": "taming.modules.losses.lpips.LPIPS"}
+            self.perceptual_loss = instantiate_from_config(
+                distance_config, pretrained=perceptual_pretrained
+            )
         self.discriminator = NLayerDiscriminator(
             disc_in_channels, disc_ndf, disc_num_layers, use_actnorm, disc_sync_batchnorm
         ).apply(weights_init)

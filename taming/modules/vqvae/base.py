@@ -184,6 +184,10 @@ class Quantizer(Part, ABC):
         """Return the `LoopTrace` of each level of an output; that of a single quantizer is ""."""
         return {}
 
+    def sample_rates(self, z: Tensor) -> dict[str, Tensor]:
+        """Sample a rate of each image of latents z, a keyword of `forward`; {} if it has one."""
+        return {}
+
     def reach(self, z: Tensor, quality: Quality, target: Tensor) -> QuantizerOutput:
         """Quantize latents z with the fewest codes with which each image reaches a quality."""
         raise ValueError(f"{type(self).__name__} has a fixed rate")

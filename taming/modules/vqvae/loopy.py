@@ -198,8 +198,10 @@ class LoopyVectorQuantizer(Quantizer):
             if self.embedding.steps < self.start_batches:
                 self._start_from_data(rows, _images(z))
         given = {"threshold": threshold, "max_codes": max_codes}
-        given |= {"rate": rate, "target_bits": target_bits}
-        walk = self._walk(rows, _images(z), given)
+        rates = one_rate(given | {"rate": rate, "target_bits": target_bits})
+        if self.training and not rates:
+            rates = self.sample_rates(z)
+        walk = self._walk(rows, _images(z), rates)
         if self.training and threshold is None:
             self._steer_threshold(walk.path.distances)
         return self._quantize(z, walk)
@@ -255,6 +257,15 @@ class LoopyVectorQuantizer(Quantizer):
 
     # --- rate ------------------------------------------------------------------------------------
 
+    def sample_rates(self, z: Tensor) -> dict[str, Tensor]:
+        """Sample a rate of each image of latents z, between the bounds that training has."""
+        if not (self.length_range or self.rate_range):
+            return {}
+        images = _images(z)
+        share = torch.rand(images, device=z.device, dtype=torch.float32)
+        sites = len(as_rows(z)) // images
+        return rates_between(share, sites, self.length_range, self.rate_range)
+
     @torch.no_grad()
     def whole_path(self, z: Tensor) -> Path:
         """Find the path of latents (B, D, h, w) or (N, D) through all turns."""
@@ -300,16 +311,11 @@ class LoopyVectorQuantizer(Quantizer):
         return Walker(self.transform, codebook, self.entropy, unit, rows, images)
 
     def _walk(self, rows: Tensor, images: int, given: Mapping[str, Rate] | None = None) -> Walk:
-        """Walk latents (N, D) at the rate given, at one sampled for training, or at its own."""
-        walker = self._walker(rows, images)
-        rates = one_rate(given or {})
-        if not rates and self.training and (self.length_range or self.rate_range):
-            share = torch.rand(images, device=rows.device, dtype=torch.float32)
-            rates = rates_between(share, walker.sites, self.length_range, self.rate_range)
+        """Walk latents (N, D) at the rate given, or at its own."""
         own = ("threshold", self.threshold) if self.rate is None else ("rate", self.rate)
-        name, value = next(iter(rates.items()), own)
+        name, value = next(iter(one_rate(given or {}).items()), own)
         check_rate(name, self.transform)
-        return walker.walk(name, value)
+        return self._walker(rows, images).walk(name, value)
 
     def _decode(self, codes: Tensor, codebook: Tensor) -> Tensor:
         """Turn valid codes (N, T) into z_q (N, D), summed in float32 even in a half model."""

@@ -9,10 +9,12 @@ from support.original import load_golden
 from torch import nn
 
 import taming.modules.losses as losses
+from taming.evaluation import networks
 from taming.modules.losses import vqperceptual
 from taming.modules.losses.base import AutoencoderLoss
 from taming.modules.losses.reconstruction import ReconstructionLoss
 from taming.modules.losses.segmentation import BCELoss, BCELossWithQuant
+from taming.modules.losses.st_lpips import STLPIPS
 from taming.modules.losses.vqperceptual import (
     DummyLoss,
     VQLPIPSWithDiscriminator,
@@ -115,6 +117,26 @@ def test_perceptual_term_is_the_weighted_mean_of_lpips():
         p_loss = loss.perceptual_loss(images, reconstructions).mean()
     torch.testing.assert_close(log["val/p_loss"], p_loss)
     torch.testing.assert_close(value, (images - reconstructions).abs().mean() + 0.5 * p_loss)
+
+
+def test_the_perceptual_distance_is_swapped_in_the_config():
+    target = "taming.modules.losses.st_lpips.STLPIPS"
+    loss = build(perceptual_weight=0.5, perceptual_config={"target": target})
+    assert type(loss.perceptual_loss) is STLPIPS
+    loss.fetch_weights()
+    images = (torch.rand(2, 3, 32, 32) * 2 - 1).requires_grad_()
+    with torch.no_grad():
+        expected = networks.shift_tolerant(torch.device("cpu"))
+        levels = torch.randint(256, (2, 2, 3, 32, 32), dtype=torch.uint8)
+        distance = expected.compare(*map(expected.see, levels))
+        x, y = levels.float() / 127.5 - 1
+        torch.testing.assert_close(loss.perceptual_loss(x, y).flatten(), distance)
+    loss.perceptual_loss(images, images.detach().flip(3)).sum().backward()
+    assert images.grad.abs().sum() > 0 and images.grad.isfinite().all()
+
+    again = build(perceptual_weight=0.5, perceptual_config={"target": target})
+    again.load_state_dict(loss.state_dict())
+    assert not again.perceptual_loss.needs_weights  # a resumed run does not read the package
 
 
 def test_weights_of_the_terms():
