@@ -82,20 +82,27 @@ def sides(tokenizer: Tokenizer, bpps: Sequence[float]) -> Iterator[Side]:
             yield Side(kind, quality, partial(_write, kind=kind, quality=quality), _read)
 
 
-def _image(picture: Image.Image) -> Tensor:
-    """Turn a picture into (1, 3, H, W) float64 in 0..255."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].double()
+def _bytes(picture: Image.Image) -> Tensor:
+    """Turn a picture into (1, 3, H, W) uint8."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+
+
+def distance_from(picture: Image.Image, perceptual: Measure) -> Callable[[Image.Image], float]:
+    """Return the perceptual distance of pictures from this one, whose features are kept."""
+    assert perceptual.compare is not None
+    seen, compare = perceptual.see(_bytes(picture)), perceptual.compare
+    return lambda other: float(compare(seen, perceptual.see(_bytes(other))))
 
 
 def measure(
-    side: Side, picture: Image.Image, perceptual: Measure | None
+    side: Side, picture: Image.Image, distance: Callable[[Image.Image], float] | None
 ) -> dict[str, float] | None:
     """Write and read a picture; None if the codec cannot keep to so few bits.
 
     Args:
         side: Codec and setting.
         picture: RGB, each side at least 161 pixels, as MS-SSIM needs.
-        perceptual: Another distance of pictures.
+        distance: Perceptual distance of another picture from this one.
 
     Returns:
         Bits per pixel of the file, PSNR in dB, MS-SSIM, the distance if there is one, and seconds
@@ -107,8 +114,9 @@ def measure(
     except ValueError:  # it names the smallest size
         return None
     written = time.process_time()
-    image, again = _image(picture), _image(side.read(data))
+    decoded = side.read(data)
     ended = time.process_time()
+    image, again = _bytes(picture).double(), _bytes(decoded).double()
     pixels = picture.width * picture.height
     error = (image - again).square().mean()
     found = {
@@ -116,9 +124,8 @@ def measure(
         "psnr": float(20 * np.log10(255) - 10 * error.log10()),
         "ms_ssim": float(ms_ssim(image, again)),
     }
-    if perceptual is not None and perceptual.compare is not None:
-        seen = (perceptual.see(shown.byte()) for shown in (image, again))
-        found["st_lpips"] = float(perceptual.compare(*seen))
+    if distance is not None:
+        found["st_lpips"] = distance(decoded)
     times = ((written - start) / pixels * 1e6, (ended - written) / pixels * 1e6)
     return found | dict(zip(TIMES, times, strict=True))
 
@@ -197,9 +204,15 @@ def main() -> None:
     if options.example:
         name, bpp, file = options.example
         example(Image.open(name).convert("RGB"), tokenizer, float(bpp)).save(file, quality=92)
+    measured: dict[Side, list[dict[str, float] | None]] = {
+        side: [] for side in sides(tokenizer, options.bpp)
+    }
+    for picture in tqdm(pictures, desc="pictures"):
+        distance = perceptual and distance_from(picture, perceptual)
+        for side, found in measured.items():
+            found.append(measure(side, picture, distance))
     rows = []
-    for side in tqdm([*sides(tokenizer, options.bpp)], desc="settings"):
-        found = [measure(side, picture, perceptual) for picture in pictures]
+    for side, found in measured.items():
         if small := [numbers for numbers in found if numbers]:
             means = {name: mean(numbers[name] for numbers in small) for name in small[0]}
         if len(small) == len(found):

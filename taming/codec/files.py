@@ -6,7 +6,10 @@ Axis letters: C channels, H W picture, h w grid, T turns.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from functools import cache
+from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -25,31 +28,43 @@ MODES = {"raw": 0, "static": 1, "context": 2}
 
 
 def fit(
-    pack: Callable[[Any], bytes], codes_at: Callable[[int], Any], settings: range, bits: float
+    pack: Callable[[Any], bytes],
+    codes_at: Callable[[int], Any],
+    settings: range,
+    bits: float,
+    estimate: Callable[[Any], float],
 ) -> bytes:
-    """Find the largest file within a size, by bisection over what makes files larger.
+    """Find the largest file within a size, writing as few as possible.
+
+    Tried next is the largest setting that fits by its estimate, which is corrected by the last
+    file's; now and then the one in the middle, lest estimates mislead.
 
     Args:
         pack: Codes -> file.
         codes_at: Setting -> codes.
         settings: All settings; a larger one gives a larger file, or nearly.
         bits: Size that is never exceeded.
+        estimate: Codes -> about the bits of their file, or in proportion to them; fast.
 
     Raises:
         ValueError: The file of the smallest setting is larger; names its size.
     """
-    lowest, highest = settings[0], settings[-1]
-    best = pack(codes_at(lowest))
-    if 8 * len(best) > bits:
-        smallest = 8 * len(best)
-        raise ValueError(f"{bits:g} bits are too few: the smallest file has {smallest} bits")
-    while lowest < highest:
-        middle = (lowest + highest + 1) // 2
-        file = pack(codes_at(middle))
+    codes_at = cache(codes_at)
+    expected = cache(lambda setting: max(1.0, estimate(codes_at(setting))))
+    best, file, correction = None, b"", 1.0
+    for attempt in count(1):
+        fitting = bisect_right(settings, bits / correction, key=expected)
+        tried = (len(settings) - 1) // 2 if attempt % 5 == 0 else max(0, fitting - 1)
+        file = pack(codes_at(settings[tried]))
+        correction = 8 * max(1, len(file)) / expected(settings[tried])
         if 8 * len(file) <= bits:
-            best, lowest = file, middle
+            best, settings = file, settings[tried + 1 :]
         else:
-            highest = middle - 1
+            settings = settings[:tried]
+        if not settings:
+            break
+    if best is None:
+        raise ValueError(f"{bits:g} bits are too few: the smallest file has {8 * len(file)} bits")
     return best
 
 
@@ -134,7 +149,12 @@ class Codec:
         if not 0 < bits < math.inf:
             ((name, value),) = rates.items()
             raise ValueError(f"{name} must be a positive number, got {value}")
-        return fit(lambda codes: self.pack(codes, size, model), *self._settings(x), bits)
+
+        def estimate(codes: Any) -> float:
+            batch = tuple(own[None] for own in codes) if isinstance(codes, tuple) else codes[None]
+            return float(self.model.bits_of(batch))
+
+        return fit(lambda codes: self.pack(codes, size, model), *self._settings(x), bits, estimate)
 
     def _codes_of(self, quantized: Any) -> Any:
         """Return the codes in what the model's ``encode`` or its quantizer gave for one image."""

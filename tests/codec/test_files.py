@@ -214,15 +214,25 @@ def test_rates_that_cannot_be_kept_are_refused(rates: dict[str, Any], message: s
 
 @pytest.mark.parametrize("bits", [0, 1, 7, 8, 9, 800, 801, 10_000])
 @pytest.mark.parametrize("step", [1, 3])
-def test_fit_finds_the_largest_file_by_few_probes(bits: int, step: int) -> None:
+@pytest.mark.parametrize(
+    "estimate, most",
+    [(1.0, 4), (0.7, 5), (9.0, 5), (0.0, 50)],
+    ids=["right", "low", "high", "none"],
+)
+def test_fit_finds_the_largest_file_by_few_probes(
+    bits: int, step: int, estimate: float, most: int
+) -> None:
     probes: list[int] = []
 
     def file_of(setting: int) -> bytes:
         probes.append(setting)
         return bytes(setting // step)
 
-    data = fit(lambda codes: file_of(int(codes)), torch.tensor, range(1001), bits)
-    assert len(data) == min(bits // 8, 1000 // step) and len(probes) <= 12
+    def expected(setting: torch.Tensor) -> float:
+        return estimate * 8 * (int(setting) // step)
+
+    data = fit(lambda codes: file_of(int(codes)), torch.tensor, range(1001), bits, expected)
+    assert len(data) == min(bits // 8, 1000 // step) and len(probes) <= most
 
 
 # --- entropy models ------------------------------------------------------------------------------
