@@ -3,7 +3,7 @@
 python scripts/export.py -r logs/<run> -o folder
 
 encoder.pt2, encoder.onnx   images (B, C, H, W) float32 in [-1, 1] -> latents (B, D, h, w)
-loop.npz, loop.py           latents -> codes (B, h, w, T) int64, at any rate, by NumPy alone
+loop.npz, loop.py           latents -> codes (B, h, w, T) int64, at a rate, by NumPy alone
 decoder.pt2, decoder.onnx   codes -> images
 
 Pictures have any size from 2 x 2 sites up, in whole sites. A run, a folder of save_pretrained and

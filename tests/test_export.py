@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from support.codec import fill_tables
 from support.models import pictures, tokenizer_of
 from support.runs import call, fails
 
@@ -16,6 +17,7 @@ from taming.modules.vqvae import numpy_loop
 from taming.tokenizer import Tokenizer
 
 RATES: tuple[dict[str, Any], ...] = ({}, {"threshold": 0.1}, {"max_codes": 100})
+LAMBDAS: tuple[dict[str, Any], ...] = ({"rate": 0.0}, {"rate": 0.01}, {"rate": 0.1})
 
 
 def tables_of(model: Any) -> dict[str, np.ndarray]:
@@ -25,14 +27,28 @@ def tables_of(model: Any) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("quantizer", ["residual", "one-turn", "linear", "depth", "attract"])
 def test_the_loop_in_numpy_finds_the_codes_of_the_quantizer(quantizer: str) -> None:
     model = tokenizer_of(quantizer)
+    fill_tables(model.quantize)
     tables, lengths = tables_of(model), set()
     for x in (pictures(2), pictures(2, 8, 32), pictures(0)):
         z = model.encode_to_prequant(x).numpy()
-        for rate in RATES:
+        for rate in RATES + LAMBDAS * (quantizer != "attract"):
             codes = numpy_loop.encode(z, tables, **rate)
             assert np.array_equal(codes, model.encode_to_codes(x, **rate).numpy())
             lengths |= {*(codes >= 0).sum(axis=-1).flat}
     assert len(lengths) > 1 or quantizer == "one-turn"
+
+
+def test_a_tokenizer_with_a_rate_of_its_own_encodes_by_it() -> None:
+    model, x = tokenizer_of("linear"), pictures(2)
+    fill_tables(model.quantize)
+    model.quantize.rate = 0.02
+    z, tables = model.encode_to_prequant(x).numpy(), tables_of(model)
+    codes = numpy_loop.encode(z, tables)
+    assert np.array_equal(codes, model.encode_to_codes(x).numpy())
+    assert not np.array_equal(codes, numpy_loop.encode(z, tables, rate=0.001))
+    assert np.array_equal(
+        numpy_loop.encode(z, tables, 0.1), model.encode_to_codes(x, threshold=0.1).numpy()
+    )
 
 
 @pytest.mark.parametrize("quantizer", ["first", "plain", "averages"])
@@ -48,12 +64,14 @@ def test_without_a_loop_the_nearest_code_is_found(quantizer: str) -> None:
 def test_rates_that_mean_nothing_are_refused() -> None:
     model = tokenizer_of("residual")
     z, tables = np.zeros((1, 4, 2, 2)), tables_of(model)
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="one rate, got threshold and max_codes"):
         numpy_loop.encode(z, tables, 1.0, 10)
     with pytest.raises(ValueError, match="needs at least 4 codes, got 3"):
         numpy_loop.encode(z, tables, max_codes=3)
     with pytest.raises(ValueError, match="at least 0, got -1"):
         numpy_loop.encode(z, tables, -1)
+    with pytest.raises(ValueError, match="rate has no meaning"):
+        numpy_loop.encode(z, tables_of(tokenizer_of("attract")), rate=0.1)
 
 
 def test_graphs_run_elsewhere_at_any_size_and_rate(tmp_path: Path) -> None:

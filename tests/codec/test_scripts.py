@@ -1,6 +1,7 @@
 """scripts/compress.py and scripts/decompress.py, for a tokenizer of two steps of training."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,23 @@ def test_pictures_become_files_and_pictures_again(
         assert (numbers["ms_ssim"] is None) == (height < 176)
         theirs = back[str(files / numbers["file"])]
         assert theirs["bytes"] == len(data) and theirs["size"] == [width, height]
+
+
+def test_without_torchmetrics_only_ms_ssim_is_missing(
+    run: Path,
+    photos: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "taming.evaluation.measures", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchmetrics"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    call("compress", photos / "a.png", "-r", run, "-o", tmp_path)
+    (numbers,) = json.loads((tmp_path / "compressed.json").read_text()).values()
+    assert numbers["ms_ssim"] is None and numbers["psnr"] > 0
+    assert "MS-SSIM is not measured: torchmetrics is not installed: pip" in caplog.text
 
 
 def test_previews_and_the_whole_turns_of_damaged_files(

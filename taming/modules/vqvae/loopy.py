@@ -248,12 +248,17 @@ class LoopyVectorQuantizer(Quantizer):
         return z_q if len(grid) == 1 else channels_second(z_q)
 
     def loop_tables(self) -> dict[str, Tensor]:
-        """Return the threshold, the number of turns, and what the transform's turns see."""
-        if self.rate is not None:
-            raise ValueError("the loop outside of torch ends at a threshold, not by a rate")
+        """Return its own rate, the bits of codes, and what the transform's turns see."""
         tables = self.transform.loop_tables(self.embedding.weight.float())
-        turns = torch.tensor(self.max_loops)
-        return {**tables, "threshold": self.threshold, "max_loops": turns}
+        tables["max_loops"] = torch.tensor(self.max_loops)
+        if self.rate is None:
+            tables["threshold"] = self.threshold
+        else:
+            tables["rate"] = torch.tensor(self.rate)
+        if not self.transform.dummies:
+            tables |= {"code_bits": self.entropy.code_bits(), "end_bits": self.entropy.end_bits()}
+            tables["latent_std"] = self.latent_std
+        return tables
 
     # --- rate ------------------------------------------------------------------------------------
 
