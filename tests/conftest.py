@@ -75,5 +75,5 @@ def without_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that are not there, and nothing to download."""
     monkeypatch.setenv("TAMING_LPIPS", "/nowhere/heads.pth")
     monkeypatch.setenv("TAMING_INCEPTION", "/nowhere/inception.pth")
-    missing = "taming.evaluation.networks.SHIFT_TOLERANT"
+    missing = "taming.modules.losses.st_lpips.FILE"
     monkeypatch.setattr(missing, "nowhere/vgg.pth")

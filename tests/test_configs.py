@@ -95,6 +95,7 @@ SIZES = {
     "cifar10_transformer.yaml": (17, 16 * 6 + 1, (4, 4, 6)),
     "cifar10_two_level_transformer.yaml": (18, 16 + 1, (4, 4, 6)),
     "custom_loopy_transformer.yaml": (17, 4 * 6 + 1, (2, 2, 6)),
+    "custom_small_transformer.yaml": (17, 4 + 1, (2, 2, 8)),
     "custom_transformer.yaml": (16, 4 + 1, (2, 2, 1)),
     "demo/loopy_transformer.yaml": (17, 16 + 1, (4, 4, 5)),
     "imagenet_transformer.yaml": (1000, 4 + 1, (2, 2, 1)),  # as many as classes

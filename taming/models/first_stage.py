@@ -116,7 +116,8 @@ class FirstStage:
 
         That is, at their own threshold, or at one stated. Tokens at a ``rate`` or ``target_bits``
         also depend on the quantizer's `EntropyTables`, which do not decide what a token means and
-        are left out: counting them anew leaves caches of tokens valid.
+        are left out: counting them anew leaves caches of tokens valid, unless the quantizer's own
+        rate is a ``rate``.
         """
         sequences = [quantizer.sequence for quantizer in self.levels.values()]
         about = [part for own in sequences for part in (type(own).__name__, vars(own))]
