@@ -41,7 +41,9 @@ def test_examples_are_short() -> None:
         assert name.endswith(".yaml") or len(text.strip().splitlines()) <= LONGEST, name
 
 
-@pytest.mark.parametrize("more", [[], ["my_loop.yaml"], ["my_data.yaml"]], ids=str)
+@pytest.mark.parametrize(
+    "more", [[], ["my_loop.yaml"], ["my_loss.yaml"], ["my_data.yaml"]], ids=str
+)
 def test_trains(folder: Path, more: list[str]) -> None:
     run = train(folder, "my_tokenizer.yaml", *more)
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
