@@ -6,7 +6,9 @@ A row is a mapping; one of its columns holds the bytes of a picture, others its 
 from __future__ import annotations
 
 import io
+import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,10 @@ from taming.data.crops import SquareCrop
 from taming.data.preprocessing import error_context, to_unit_range
 from taming.decoding import Colour, decode_image, rgb_of
 
+logger = logging.getLogger(__name__)
+
 _BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}
+_HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")
 _LABELS = {"label": "class_label", "cls": "class_label"}  # of the hub, and of WebDataset
 
 
@@ -175,6 +180,12 @@ def open_stream(data: str | Sequence[str], split: str, name: str | None = None) 
             "streams of pictures need the package datasets: pip install 'loopy-taming[data]'"
         ) from error
     files = find_shards(data, [*_BUILDERS])
+    if not files and not os.path.exists(str(data)):
+        if not _HUB_NAME.fullmatch(str(data)):
+            raise FileNotFoundError(
+                f"{data} does not exist, and is no name of a data set of the hub"
+            )
+        logger.info("no file or folder %s: looking for a data set of this name on the hub", data)
     try:
         if files:
             builder = _BUILDERS[Path(files[0]).suffix]

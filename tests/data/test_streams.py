@@ -167,6 +167,12 @@ def test_a_data_set_of_the_hub_is_read(folders: dict[str, Path], tmp_path: Path)
         StreamedImages(str(data), split="train")
 
 
+@pytest.mark.parametrize("path", ["/nowhere/data", "./photos", "photos/", "a/b/c", "~/no"])
+def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(path: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{path} does not exist, and is no name"):
+        StreamedImages(path)
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_picture_that_cannot_be_read(kind: str, tmp_path: Path) -> None:
     folder = str(write(tmp_path / "data", kind, damaged=8))
