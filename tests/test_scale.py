@@ -274,6 +274,21 @@ def test_killed_at_any_time_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
     assert differences(tmp_path / "killed", whole) == []
 
 
+def test_files_that_were_half_written_at_a_kill_are_removed(tmp_path: Path) -> None:
+    run, data, output = save_tokenizer(tmp_path / "run"), tmp_path / "data", tmp_path / "cache"
+    write_pictures(data, 10)
+    output.mkdir()
+    (output / "plan.json.123.part").write_text("{")
+    (output / "report.json.124.part").touch()
+    with pytest.raises(ValueError, match="already holds a token cache or other files"):
+        encode(run, data, output)
+    (output / "report.json.124.part").unlink()
+    encode(run, data, output)
+    (output / "checksums.json").rename(output / "checksums.json.125.part")
+    encode(run, data, output)
+    assert not list(output.glob("*.part")) and (output / "checksums.json").exists()
+
+
 def test_the_command(
     run: Path, pictures: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

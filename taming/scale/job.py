@@ -99,7 +99,8 @@ class Job:
         """
         path = self.output / PLAN
         if not path.exists():
-            if self.output.is_file() or (self.output.exists() and any(self.output.iterdir())):
+            there = self.output.iterdir() if self.output.is_dir() else ()
+            if self.output.is_file() or not all(f.match(f"{PLAN}.*.part") for f in there):
                 raise ValueError(
                     f"{self.output} already holds a token cache or other files; remove it or name "
                     "another folder"
@@ -257,6 +258,9 @@ class Job:
         return Report(about["pictures"], about["tokens"], [(k, e) for k, e in about["unreadable"]])
 
     def _seal(self) -> None:
+        for pattern in ("*.part", ".[0-9]*.lock"):  # of processes that died
+            for left in self.output.glob(pattern):
+                left.unlink(missing_ok=True)
         pictures, tokens, unreadable = 0, 0, []
         for file in list_files(self.output):
             table = open_file(file).read_all()
@@ -269,8 +273,6 @@ class Job:
         with replacing(self.output / REPORT) as part:
             about = Report(pictures, tokens, unreadable)._asdict()
             part.write_text(json.dumps(about, indent=1))
-        for lock in self.output.glob(".[0-9]*.lock"):  # of processes that died at the end
-            lock.unlink(missing_ok=True)
         seal(self.output)
 
 
