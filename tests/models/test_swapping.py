@@ -8,6 +8,7 @@ import torch
 from support.models import GAN, LOOPY, images, trainer, vqmodel_config
 from support.runs import CONFIGS, LIMITS, TinyRuns, run_main
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from taming.models.vqgan import VQModel
 from taming.modules.vqvae.build import build_quantizer
@@ -102,6 +103,24 @@ def test_gradients_pass_through_a_frozen_quantizer(tmp_path: Path) -> None:
     model = instantiate_from_config(vqmodel_config(quantizer_config=LOOPY, freeze=["quantize"]))
     model.train()(torch.randn(1, 3, 16, 16))[0].sum().backward()
     assert model.encoder.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_a_decoder_alone_is_trained_for_perception(tmp_path: Path) -> None:
+    """The recipe of docs/photos.md."""
+    perceptual = {"target": "taming.modules.losses.st_lpips.STLPIPS"}
+    params = {**GAN["params"], "disc_start": 0, "disc_factor": 0.0, "perceptual_weight": 0.1}
+    loss = {**GAN, "params": params | {"perceptual_config": perceptual}}
+    frozen = ["encoder", "quant_conv", "quantize"]
+    config = vqmodel_config(quantizer_config=LOOPY, lossconfig=loss, freeze=frozen)
+    model: VQModel = instantiate_from_config(config)
+    model.learning_rate = 0.01
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = DataLoader([{"image": torch.rand(24, 24, 3) * 2 - 1} for _ in range(2)], batch_size=2)
+    trainer(tmp_path).fit(model.train(), data, data)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(before[k], v)}
+    changed -= {name for name in changed if name.startswith("loss.perceptual_loss.")}  # fetched
+    assert changed and {name.split(".")[0] for name in changed} <= {"decoder", "post_quant_conv"}
+    assert model.loss.perceptual_loss is not None and not model.loss.perceptual_loss.needs_weights
 
 
 def test_a_decoder_beside_a_frozen_loop_learns_all_of_its_rates() -> None:
