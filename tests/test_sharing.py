@@ -101,6 +101,14 @@ def test_a_run_leaves_everything_of_training_behind(tiny_runs: TinyRuns, tmp_pat
     assert same(Tokenizer.from_pretrained(tmp_path).model, tokenizer.model)
 
 
+def test_a_part_that_was_frozen_trains_again_from_what_is_shared(tmp_path: Path) -> None:
+    params = yaml.safe_load(yaml.safe_dump(QUANTIZED["residual"]["params"]))
+    model = VQModel(**params, freeze=["encoder"], quantize_start=3)
+    Tokenizer(model).save_pretrained(tmp_path)
+    assert not Tokenizer(model).model.train().encoder.training
+    assert Tokenizer.from_pretrained(tmp_path).model.train().encoder.training
+
+
 def test_a_generator_has_its_tokenizer_with_it(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     generator = taming.load(tiny_runs.class_conditional())
     assert isinstance(generator, Generator)

@@ -28,7 +28,10 @@ CARD = "README.md"
 _BLOCKS = re.compile("model|context|level_[0-9]+")
 _NO_LOSS = {"target": "taming.modules.losses.DummyLoss"}
 # Arguments of models that only training, or the machine at hand, needs.
-_OF_TRAINING = ("ckpt_path", "ignore_keys", "trust_checkpoint", "scheduler_config", "compile")
+_OF_TRAINING = (
+    *("ckpt_path", "ignore_keys", "trust_checkpoint", "scheduler_config", "compile"),
+    *("freeze", "quantize_start"),
+)
 _MOST_KEYS = 3  # named in an error
 
 
