@@ -416,6 +416,9 @@ def test_keys_and_plan_do_not_depend_on_how_a_path_is_spelt(
     assert len({source.identity for source in sources}) == 1
     keys = [[task().key for task in source.read(0)] for source in sources]
     assert keys == [keys[0]] * 4 and keys[0][0] in ("a/0.png", "a/0")
+    for name in ("none/", "./none", "~/none"):  # are no names of the hub in any spelling
+        with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
+            open_source(name)
 
 
 def test_a_home_is_found_for_the_cache(

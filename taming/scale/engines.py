@@ -63,7 +63,8 @@ def check_devices(engine: str, devices: Devices) -> None:
     """Refuse devices that an engine cannot choose, since its launcher has placed its processes.
 
     Raises:
-        ValueError: It is not this machine's, and they are more than a kind; or they are none.
+        ValueError: The engine is another than "local", and they are not all of a kind; or as for
+            `devices_of`.
     """
     if engine != "local" and devices not in (None, "cpu", "cuda"):
         raise ValueError(

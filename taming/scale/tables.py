@@ -163,7 +163,8 @@ def open_source(
     """
     at_least(1, channels=channels, size=size, shard_size=shard_size, max_pixels=max_pixels)
     options: dict[str, Any] = {"channels": channels, "max_pixels": max_pixels}
-    data = _plain(data) if isinstance(data, str) else [_plain(name) for name in data]
+    is_one = isinstance(data, str | os.PathLike)
+    data = _plain(data) if is_one else [_plain(name) for name in data]
     path = data if isinstance(data, str) else ""
     files = find_shards(data, [".tar", ".parquet"])
     is_folder = not files and os.path.isdir(path)
@@ -198,6 +199,7 @@ def _names_of(files: Sequence[str]) -> list[str]:
     return stems if len(set(stems)) == len(stems) else [encodable(file) for file in files]
 
 
-def _plain(name: str) -> str:
-    """Spell a path in one way, on which keys and the identity depend; keep an address."""
-    return name if "://" in name else str(Path(name).expanduser())
+def _plain(name: str | os.PathLike[str]) -> str:
+    """Spell a path that exists in one way, on which keys and the identity depend."""
+    path = os.path.expanduser(name)
+    return str(Path(path)) if os.path.exists(path) else str(name)
