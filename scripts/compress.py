@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("taming.compress")
 
 Quality = Callable[["Tensor", "Tensor"], dict[str, float | None]]
-SUFFIX = ".loop"
 RATES = ("bpp", "bits", "target_psnr", "rate", "max_codes")
 
 
@@ -91,7 +90,7 @@ def compress(
     numbers = {"file": output.name, "size": [width, height], "bytes": len(data)}
     numbers |= {"bpp": 8 * len(data) / (height * width), "seconds": seconds}
     if measure is not None:
-        numbers |= measure(x, tokenizer.to_tensor(tokenizer.decompress(data)))
+        numbers |= measure(x, tokenizer.decode_image(tokenizer.unpack(data)))
     return numbers
 
 
@@ -107,7 +106,8 @@ def main() -> None:
     from taming.tokenizer import Tokenizer
 
     paths = find_files(options.pictures)
-    outputs = [options.outdir / f"{name}{SUFFIX}" for name in unique_names(paths, [SUFFIX])]
+    names = unique_names(paths, [cli.COMPRESSED])
+    outputs = [options.outdir / f"{name}{cli.COMPRESSED}" for name in names]
     cli.refuse_existing(outputs)
     device = cli.choose_device(options.device)
     loaded = taming.load(options.resume, device, trust_config=options.trust_config)

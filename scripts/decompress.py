@@ -21,14 +21,12 @@ from taming.run import cli
 if TYPE_CHECKING:
     from taming.tokenizer import Tokenizer
 
-SUFFIX = ".loop"
-
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = cli.script_parser(__doc__)
     add = parser.add_argument
-    add("files", nargs="+", type=cli.existing, help=f"{SUFFIX} files or folders of them")
+    add("files", nargs="+", type=cli.existing, help=f"{cli.COMPRESSED} files or folders of them")
     run = "tokenizer: a run, a checkpoint, or the name of one that ships (default: %(default)s)"
     add("-r", "--resume", default="photos", type=cli.existing_run, help=run)
     add("--trust_config", action="store_true", help=cli.TRUST_HELP)
@@ -67,7 +65,7 @@ def main() -> None:
     from taming.run.each import each_file
     from taming.tokenizer import Tokenizer
 
-    paths = find_files(options.files, [SUFFIX])
+    paths = find_files(options.files, [cli.COMPRESSED])
     outputs = [options.outdir / f"{name}.png" for name in unique_names(paths, [".png"])]
     cli.refuse_existing(outputs)
     device = cli.choose_device(options.device)

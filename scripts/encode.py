@@ -33,6 +33,7 @@ logger = logging.getLogger("taming.encode")
 # Options of `encode_shards`, and of the pictures that --data names.
 _ENGINE = ("engine", "max_codes", "target_psnr", "threshold", "rate", "batch_size")
 _PICTURES = ("size", "labels", "split", "image_column", "columns", "shard_size")
+_OWN = ("splits", "passes", "seed")  # options of the run's own data
 
 
 def parser_of() -> Parser:
@@ -68,13 +69,18 @@ def devices_of(options: argparse.Namespace) -> Any:
     """Turn --device and --devices into the devices of `encode_shards`."""
     if options.device == "auto":
         return options.devices
-    return [options.device] * options.devices if options.devices else options.device
+    return options.device if options.devices is None else [options.device] * options.devices
 
 
 def main() -> None:
     """Encode the pictures that are named, or the splits of the run's own data."""
-    options, saved = cli.parse_run(parser_of())
+    parser = parser_of()
+    options, saved = cli.parse_run(parser)
     cli.check_folder(options.outdir)
+    for name in _OWN if options.data else _PICTURES:
+        if getattr(options, name) != parser.get_default(name):
+            whose = "the run's own data: omit --data" if options.data else "pictures: give --data"
+            raise ValueError(f"--{name} is of {whose}, or --{name}")
     from taming.scale import encode_shards
 
     common = {name: getattr(options, name) for name in _ENGINE}

@@ -147,8 +147,9 @@ def main() -> None:
     with replacing(options.output) as part:
         part.write_text(json.dumps(result.numbers, indent=2), encoding="utf-8")
     with replacing(html_file) as part:
-        part.write_text(page(title, table(rows, head), sections(result)), encoding="utf-8")
-    sys.stdout.write(result.table())
+        text = page(title, table(rows, head), sections(result))
+        part.write_bytes(text.encode("utf-8", "backslashreplace"))  # of files' names
+    sys.stdout.write(result.table().encode("utf-8", "backslashreplace").decode())
     logger.info("written to %s and %s", options.output, html_file)
     from taming.data.preprocessing import refuse_failed
 

@@ -36,7 +36,9 @@ def images_of(options: argparse.Namespace) -> dict[Path, Path]:
     from taming.data.roots import data_root, read_list
 
     root = data_root(options.root)
-    folder = options.images or root / f"{options.prefix}_images"
+    folder = (options.images or root / f"{options.prefix}_images").expanduser()
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: name the folder of the images")
     if options.images:
         names = [path.relative_to(folder) for path in find_files([str(folder)])]
     else:

@@ -98,7 +98,7 @@ def main() -> None:
             f"the tokenizer of {options.resume} has up to {most} codes per image instead of one; "
             "train one with configs/vqvae_single_code.yaml"
         )
-    images, codes, classes = encode(model, saved.data("validate"), options.num_images)
+    images, codes, classes = encode(model, saved.validation(), options.num_images)
     rows = rows_of(model, images, codes, options.rows, options.columns)
     save_picture(tile(torch.cat(rows), options.columns + 1), options.output)
     logger.info("%d images, %d codes", len(codes), len(codes.unique()))

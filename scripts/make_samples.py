@@ -27,6 +27,7 @@ def main() -> None:
     options, saved = cli.parse_run(parser)
     import lightning.pytorch as pl
 
+    from taming.data.loader import is_stream
     from taming.data.utils import custom_collate
     from taming.models.cond_transformer import Net2NetTransformer
     from taming.models.sampling import condition_windows, sample_images
@@ -39,6 +40,8 @@ def main() -> None:
     split = options.split or min(datasets)  # the original's choice
     if split not in datasets:
         raise ValueError(f"--split {split}: the data has only {', '.join(datasets)}")
+    if is_stream(datasets[split]):
+        raise ValueError(f"--split {split}: it is a stream, whose items have no numbers")
     model = cli.check_kind(saved.model(), Net2NetTransformer, options.resume, "a transformer prior")
     model.to(device)
     target = cli.samples_folder(options, saved)

@@ -73,13 +73,13 @@ def main() -> None:
 
     import torch
 
-    from taming.pictures import load_image, save_picture, side_by_side
+    from taming.pictures import load_image, psnr_of, save_picture, side_by_side
 
     torch.manual_seed(options.seed)
     image, shown = load_image(Path(options.image), options.size), []
     for colours in options.colours:
         shown.append(quantize(image, colours).decode())
-        psnr = float(-10 * ((shown[-1] - image).square().mean() / 4).log10())
+        psnr = psnr_of(image, shown[-1])
         bits = math.log2(colours)
         logger.info("%4d colours: %.1f bits per pixel, PSNR %.1f dB", colours, bits, psnr)
     save_picture(side_by_side(image, *shown), options.output)

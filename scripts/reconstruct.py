@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import taming
 from taming.run import cli
+from taming.util import at_least
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,8 +148,7 @@ def parse_options() -> argparse.Namespace:
     add("--target_bits", type=cli.rate, help="largest number of those bits")
     options = parser.parse_args()
     cli.check_folder(options.outdir)
-    if options.size is not None and options.size < 1:
-        raise ValueError(f"--size must be at least 1, got {options.size}")
+    at_least(1, **{"--size": options.size})
     return options
 
 

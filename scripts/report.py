@@ -82,9 +82,16 @@ def main() -> None:
     folder = parser.parse_args().folder
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     prior = json.loads((folder / "prior.json").read_text())
-    rows = summary(tokenizer, prior)
+    try:
+        rows = summary(tokenizer, prior)
+        text = page(folder, tokenizer, rows)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"tokenizer.json and prior.json in {folder} must be what taming evaluate saves of a "
+            f"loopy tokenizer and of a prior: {error} is missing"
+        ) from error
     with replacing(folder / "report.html") as part:
-        part.write_text(page(folder, tokenizer, rows), encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
     for name, value in rows:
         logger.info("%-38s %s", name, value)
     logger.info("\nresults: %s\nreport:  %s", folder.resolve(), (folder / "report.html").resolve())

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("taming.sample")
 
+SHOWN = 256  # most pictures in grid.png, whatever is sampled
+
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
@@ -74,16 +76,21 @@ def parse_options() -> argparse.Namespace:
 
 
 def sample(generator: Generator, options: argparse.Namespace, asked: dict[str, Any]) -> None:
-    """Save new images, one file each, and a grid of all."""
+    """Save new images, one file each as soon as its batch is done, and a grid of the first."""
     from taming.pictures import save_picture, tile
 
-    pictures = generator.sample(**asked)
-    options.outdir.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(pictures):
-        label = (asked["label"] or [None])[number // options.num_samples]
-        suffix = "" if label is None else f"_class{label}"
-        save_picture(picture, options.outdir / f"{number:06}{suffix}.png")
-    save_picture(tile(pictures, 8), options.outdir / "grid.png")
+    classes, n = asked.pop("label"), asked.pop("n")
+    labels = [label for label in classes or [None] for _ in range(n)]
+    shown = []
+    for first in tqdm(range(0, len(labels), options.batch_size), desc="sample", unit="batch"):
+        own = labels[first : first + options.batch_size]
+        wanted = {"n": 1, "label": own} if classes else {"n": len(own)}
+        pictures = generator.sample(**wanted, first=first, **asked)
+        for number, (label, picture) in enumerate(zip(own, pictures, strict=True), first):
+            suffix = "" if label is None else f"_class{label}"
+            save_picture(picture, options.outdir / f"{number:06}{suffix}.png")
+        shown += pictures[: SHOWN - len(shown)]
+    save_picture(tile(shown, 8), options.outdir / "grid.png")
 
 
 def known_part(generator: Generator, options: argparse.Namespace, grid: tuple[int, int]) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import secrets
 import urllib.error
 import urllib.request
 from http.client import HTTPException
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 
 
 def md5_hash(path: str | os.PathLike[str]) -> str:
@@ -42,7 +46,7 @@ def download(url: str, local_path: str | os.PathLike[str], chunk_size: int = 1 <
     target = Path(local_path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Saved beside the target and renamed, so that parallel processes never see a partial file.
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     try:
         with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
             total = int(response.headers.get("Content-Length") or 0)

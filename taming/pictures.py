@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from taming.decoding import MODES, Colour, decode_image, pil_to_tensor, to_mode
-from taming.util import replacing
+from taming.util import at_least, replacing
 
 EXACT = 1e-10  # smallest mean squared error reported, 100 dB: JSON has no infinity
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
@@ -129,8 +129,9 @@ def load_image(path: Path, size: int | None = None) -> Tensor:
         (3, H, W) float32 in [-1, 1].
 
     Raises:
-        ValueError: The file is not an image.
+        ValueError: The file is not an image, or the size is below 1.
     """
+    at_least(1, size=size)
     pixels = decode_image(path)  # (3, H, W) uint8
     if size is not None:
         scale = size / min(pixels.shape[1:])
@@ -153,10 +154,19 @@ def psnr_of(image: Tensor, other: Tensor) -> float:
     return -10 * math.log10(max(error, EXACT))
 
 
+def to_levels(x: Tensor) -> Tensor:
+    """Round images in [-1, 1], clamped, to the levels 0 to 255 of a file; any shape, uint8."""
+    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_levels(levels: Tensor) -> Tensor:
+    """Scale levels, uint8, to float32 in [-1, 1] as the data sets do."""
+    return levels.float() / 127.5 - 1
+
+
 def to_picture(image: Tensor) -> Image.Image:
     """Turn an image (C, H, W), clamped to [-1, 1], into an 8-bit picture; C is 2, 3 or 4."""
-    levels = (image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
-    return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).numpy())
+    return Image.fromarray(to_levels(image).cpu().permute(1, 2, 0).numpy())
 
 
 def tile(images: Tensor | Sequence[Picture], columns: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,11 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from taming.downloads import HUB_NAME
 from taming.util import usable_device
 
 S = TypeVar("S", bound="Shared")
-
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 _CARD = """---
 library_name: loopy-taming
@@ -106,7 +104,7 @@ class Shared(ABC):
 
         device, folder = usable_device(device), place_of(name)  # before anything is loaded
         if not folder.exists():
-            if not _HUB_NAME.fullmatch(str(name)):
+            if not HUB_NAME.fullmatch(str(name)):
                 raise missing(name)
             folder = download(str(name), revision)
         modules = load_modules(folder, trust_config=trust_config)

@@ -5,7 +5,7 @@ Axis letters: B pictures, C channels, H W picture, h w grid, T turns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -13,8 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from taming.codes import Codes as Codes
+from taming.coding import decode_codes, encode_images
 from taming.decoding import Colour, rgb_of
 from taming.models.vqgan import VQModel
+from taming.modules.tiling import set_tile
 from taming.modules.vqvae.rate import one_rate
 from taming.pictures import Picture, is_single, pad, to_picture, to_tensor
 from taming.sharing import Shared, count_parameters
@@ -46,7 +48,8 @@ class Tokenizer(Shared):
         context: Network that predicts the model's codes, or None. It is saved along.
 
     Raises:
-        ValueError: The model is not a tokenizer, or one of label maps; or the tile is not positive.
+        ValueError: The model is not a tokenizer, one of label maps, or one level of several; or
+            the tile is not positive.
 
     Example:
         >>> import numpy as np, torch
@@ -71,10 +74,10 @@ class Tokenizer(Shared):
         tile: int | None = 768,
         context: ContextNetwork | None = None,
     ) -> None:
-        if getattr(model, "value_range", None) != (-1.0, 1.0):
+        if getattr(model, "value_range", None) != (-1.0, 1.0) or model.whole is not model:
             raise ValueError(
-                "a Tokenizer takes a tokenizer of pictures with values in [-1, 1], got a "
-                f"{type(model).__name__}"
+                "a Tokenizer takes a tokenizer of pictures with values in [-1, 1], with all "
+                f"levels, got a {type(model).__name__}"
             )
         self.model = model.eval()
         self.batch_size = batch_size
@@ -89,12 +92,7 @@ class Tokenizer(Shared):
 
     @tile.setter
     def tile(self, tile: int | None) -> None:
-        if tile is not None and tile < 1:
-            raise ValueError(f"tile must be a positive number of pixels or None, got {tile}")
-        parts: Iterator[Any] = self.model.modules()
-        for part in parts:
-            if "tile" in vars(part):
-                part.tile = tile
+        set_tile(self.model, tile)
 
     @classmethod
     def of_modules(cls, modules: Mapping[str, Any]) -> Tokenizer:
@@ -214,23 +212,26 @@ class Tokenizer(Shared):
         """
         if isinstance(codes, Codes):
             return self.decode([codes])[0]
-        pictures: list[Image.Image | None] = [None] * len(codes)
-        shapes = [tuple(level.shape for level in own.levels) for own in codes]
-        for numbers in _of_one_shape(shapes, self.batch_size):
-            device = next(self.model.parameters()).device
-            levels: Any = [
-                torch.stack(level).to(device)
-                for level in zip(*(codes[number].levels for number in numbers), strict=True)
-            ]
-            single = isinstance(codes[numbers[0]].indices, Tensor)
-            images = self.model.decode_code(levels[0] if single else levels)
-            if not images.isfinite().all():  # where a GPU did not refuse them
-                raise ValueError("the codes are not those of this tokenizer: their picture is NaN")
-            shown = images if images.shape[1] in (2, 3, 4) else self.model.to_rgb(images)
-            for number, image in zip(numbers, shown, strict=True):
-                height, width = codes[number].size
-                pictures[number] = to_picture(image).crop((0, 0, width, height))
-        return pictures
+        images = decode_codes(self.model, codes, self.batch_size)
+        pictures = {number: self.to_picture(image) for number, image in images}
+        return [pictures[number] for number in range(len(codes))]
+
+    def decode_image(self, codes: Codes) -> Tensor:
+        """Decode the codes of one picture to an image of all the model's channels.
+
+        Returns:
+            (C, H, W) float32 in [-1, 1], rounded to the 256 levels of a file.
+
+        Raises:
+            ValueError: They are not codes of this tokenizer.
+        """
+        return next(decode_codes(self.model, [codes], 1))[1]
+
+    def to_picture(self, image: Tensor) -> Image.Image:
+        """Turn an image (C, H, W) of `decode_image` into the picture that `decode` shows."""
+        if len(image) not in (2, 3, 4):
+            image = self.model.to_rgb(image[None].to(self.model.device))[0]
+        return to_picture(image)
 
     @naming_nearest(encode)
     @torch.no_grad()
@@ -282,47 +283,13 @@ class Tokenizer(Shared):
             ValueError: They are damaged (names the place), of another tokenizer, or of a picture of
                 more than ``max_pixels``.
         """
-        codes, size = self._codec().unpack(data, turns, partial, self.max_pixels)
-        return self.decode(Codes(codes, size))
+        return self.decode(self.unpack(data, turns, partial))
+
+    def unpack(self, data: bytes, turns: int | None = None, partial: bool = False) -> Codes:
+        """Return the codes in the bytes of `compress`; arguments and errors of `decompress`."""
+        return Codes(*self._codec().unpack(data, turns, partial, self.max_pixels))
 
     def _codec(self) -> Codec:
         from taming.codec.files import Codec  # whose range coder is imported where it is used
 
         return Codec(self.model, self.context, self.name)
-
-
-@torch.no_grad()
-def encode_images(
-    model: VQModel, images: Sequence[Tensor], batch_size: int, **rate: float | None
-) -> list[Codes]:
-    """Encode images of any sizes, those of one size together, extended to whole sites.
-
-    Args:
-        model: The model, in evaluation mode.
-        images: (C, H, W) each, in the model's range.
-        batch_size: Largest number of images that go through the model together.
-        **rate: At most one argument of the model's ``encode`` that sets a rate.
-
-    Raises:
-        ValueError: The rate cannot be met, or the model has a fixed rate.
-    """
-    padded = [pad(image, model.factor) for image in images]
-    codes: list[Codes | None] = [None] * len(images)
-    for numbers in _of_one_shape([image.shape for image in padded], batch_size):
-        x = torch.stack([padded[number] for number in numbers])
-        size = torch.tensor([images[number].shape[1:] for number in numbers])  # (B, 2)
-        found = model.encode_to_codes(x.to(next(model.parameters())), **rate, size=size)
-        bits = model.bits_of(found).tolist()
-        levels = [level.cpu() for level in (found if isinstance(found, tuple) else [found])]
-        for number, cost, *own in zip(numbers, bits, *levels, strict=True):
-            size = images[number].shape[1], images[number].shape[2]
-            codes[number] = Codes(tuple(own) if len(own) > 1 else own[0], size, cost)
-    return codes  # type: ignore[return-value]
-
-
-def _of_one_shape(shapes: Sequence[tuple[Any, ...]], most: int) -> list[list[int]]:
-    """Group the numbers of equal shapes, at most so many in a group."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for number, shape in enumerate(shapes):
-        groups.setdefault(shape, []).append(number)
-    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -177,7 +178,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         ...     part.write_text("[1, 2]")
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes do not share it
+    # Processes do not share it; those of two machines may have one number.
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -191,6 +193,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def at_least(least: int, **numbers: int | None) -> None:
+    """Refuse options that are too small; None is not given.
+
+    Raises:
+        ValueError: Names the first.
+    """
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use; a job scheduler may limit them."""
+    if hasattr(os, "sched_getaffinity"):  # not on every system
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def load_array(path: str | os.PathLike[str]) -> Any:

@@ -10,6 +10,7 @@ from PIL import Image
 from support.runs import TinyRuns
 
 import taming
+from taming.demo.exhibit import Exhibit
 from taming.generator import Generator
 from taming.models.vqgan import VQModel, VQSegmentationModel
 from taming.pictures import to_tensor
@@ -287,7 +288,7 @@ def test_a_context_model_comes_with_its_tokenizer(tiny_runs: TinyRuns) -> None:
         plain.decompress(data)
 
 
-def test_levels_are_sampled_and_measured_together(tiny_runs: TinyRuns) -> None:
+def test_levels_are_sampled_and_measured_together(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     runs = [tiny_runs.of(f"vqvae2_{level}_prior.yaml") for level in ("top", "bottom")]
     generator = taming.load(runs)
     assert isinstance(generator, Generator)
@@ -308,6 +309,12 @@ def test_levels_are_sampled_and_measured_together(tiny_runs: TinyRuns) -> None:
         generator.sample(grid=(4, 4))
     with pytest.raises(ValueError, match="one level of a VQ-VAE-2"):
         taming.load(runs[1])
+    with pytest.raises(ValueError, match="with all levels, got a Level"):
+        Tokenizer(top.model.first_stage_model)
+    assert Exhibit.load(str(runs[0]), torch.device("cpu")).tokenizer.model is not top.model
+    generator.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the page shows one prior"):
+        Exhibit.load(str(tmp_path), torch.device("cpu"))
 
 
 def test_completions_keep_what_is_known(generator: Generator) -> None:

@@ -24,8 +24,9 @@ ALLOWED: dict[str, set[str]] = {
     "codec": {"codec", "models", "modules", "decoding"},
     "data": {"data", "decoding", "util"},
     "sharing": {"run", "util"},  # run: the folders of shared models, once one is saved or loaded
+    "coding": {"codes", "models", "pictures"},  # what the tokenizer and encoding at scale share
     "tokenizer": {
-        *("codec", "codes", "models", "modules", "checkpoint", "decoding", "pictures"),
+        *("codec", "codes", "coding", "models", "modules", "checkpoint", "decoding", "pictures"),
         *("sharing", "util"),
     },
     "generator": {"models", "tokenizer", "checkpoint", "pictures", "sharing", "util"},
@@ -41,8 +42,8 @@ ALLOWED: dict[str, set[str]] = {
         *("data", "pictures", "run", "util"),
     },
     "run": {"run", "models", "data", "checkpoint", "pictures", "util"},
-    # A program in a folder: runs to load, pictures to read, the face's way from images to codes.
-    "scale": {"scale", "tokenizer", "models", "modules", "data", "run", "util"},
+    # A program in a folder: runs to load, pictures to read, the way from images to codes.
+    "scale": {"scale", "coding", "models", "modules", "data", "run", "util"},
 }
 FACE = (
     "taming.codes",

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from support.shards import write_parquet, write_tar
 import taming
 from taming.data.tokens import TokenCache
 from taming.run.folder import SavedRun
-from taming.scale import encode_shards, open_source
+from taming.scale import encode_shards, engines, open_source
 from taming.scale.job import Job
 from taming.scale.sources import Items, shard_size_of
 from taming.util import IncompleteError
@@ -311,8 +312,10 @@ def test_what_is_wrong_is_named_before_anything_is_written(
     run: Path, pictures: Path, tiny_runs: TinyRuns, tmp_path: Path
 ) -> None:
     def refused(message: str, data: Any = pictures, tokenizer: Path = run, **options: Any) -> None:
+        source = data if isinstance(data, Items) else str(data)
+        options = {"devices": ["cpu"], **options}
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            encode(tokenizer, data, tmp_path / "cache", **options)
+            encode_shards(tokenizer, source, tmp_path / "cache", **options)
         assert not (tmp_path / "cache").exists()
 
     (tmp_path / "list.txt").write_text("a/0.png\na/0.png\n")
@@ -329,6 +332,15 @@ def test_what_is_wrong_is_named_before_anything_is_written(
     refused("must be above 0", max_codes=0)
     refused("devices must be 1 to", devices=0)
     refused("device 'tpu'", devices=["tpu"])
+    refused("devices is an empty list", devices=[])
+    for name in ("batch_size", "tile", "shard_size", "size"):
+        refused(f"{name} must be at least 1, got 0", **{name: 0})
+    for engine in ("torchrun", "slurm", "ray"):
+        for devices in (2, ["cpu"], "cuda:1"):
+            refused(f"engine '{engine}' takes the devices", engine=engine, devices=devices)
+    refused("image_column and columns are of tables", image_column="image")
+    refused("split is of a data set of the hub", split="test")
+    refused("size: of pictures that a name finds", Items([{"image": 0}]), size=8)
     fixed = tiny_runs.of("custom_vqgan.yaml")
     refused("VectorQuantizer2 has a fixed rate: omit max_codes", tokenizer=fixed, max_codes=9)
     refused("holds a VQVAE2", tokenizer=tiny_runs.of("vqvae2_cifar10.yaml"))
@@ -360,3 +372,87 @@ def test_labels_that_a_cache_cannot_hold(run: Path, tmp_path: Path) -> None:
 def test_shards_are_neither_tiny_nor_huge(pictures: int) -> None:
     size = shard_size_of(pictures)
     assert 64 <= size <= 10_000 and (size == 10_000 or -(-pictures // size) <= 64)
+
+
+def test_a_name_that_is_not_utf8_is_kept_with_escapes(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    Image.fromarray(pixels(0)).save(folder / "a.png")
+    (folder / "b.png").write_bytes(b"no picture")
+    report = encode(run, tmp_path, tmp_path / "cache", labels=True)
+    (item,) = TokenCache(str(tmp_path / "cache"))
+    assert item["key"] == r"caf\udce9/a.png" and item["human_label"] == r"caf\udce9"
+    assert [key for key, _ in report.unreadable] == [r"caf\udce9/b.png"]
+
+
+def test_a_plan_that_appears_meanwhile_is_no_foreign_file(
+    run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(SavedRun.load(run).model, open_source(str(pictures)), tmp_path, "a")
+    look = Path.iterdir
+
+    def begun_by_another(folder: Path) -> Any:
+        monkeypatch.undo()
+        job.begin()
+        return look(folder)
+
+    monkeypatch.setattr(Path, "iterdir", begun_by_another)
+    job.begin()
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_keys_and_plan_do_not_depend_on_how_a_path_is_spelt(
+    kind: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if kind == "folder":
+        (tmp_path / "data").symlink_to(pictures)
+    else:
+        (tmp_path / "data").mkdir()
+        write_parquet(tmp_path / "data/a.parquet", range(3))
+    sources = [open_source(name) for name in ("data", "./data", "data/", "~/data")]
+    assert len({source.identity for source in sources}) == 1
+    keys = [[task().key for task in source.read(0)] for source in sources]
+    assert keys == [keys[0]] * 4 and keys[0][0] in ("a/0.png", "a/0")
+    for name in ("none/", "./none", "~/none"):  # are no names of the hub in any spelling
+        with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
+            open_source(name)
+
+
+def test_a_home_is_found_for_the_cache(
+    run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    encode(run, pictures / "a", Path("~/cache"))
+    assert (tmp_path / "cache/checksums.json").exists()
+    assert len(TokenCache("~/cache")) == 4
+
+
+def test_the_command_takes_the_options_of_one_kind_of_data(
+    run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("-r", run, "-o", tmp_path / "cache", "--device", "cpu")
+    for name, value in {"splits": "train", "passes": 2, "seed": 1}.items():
+        error = fails(capsys, "encode", *arguments, "--data", pictures, f"--{name}", value)
+        assert f"--{name} is of the run's own data: omit --data" in error
+    for name, value in {"size": 8, "split": "test", "columns": "a", "shard_size": 4}.items():
+        error = fails(capsys, "encode", *arguments, f"--{name}", value)
+        assert f"--{name} is of pictures: give --data" in error
+    assert "seed must be at least 0" in fails(capsys, "encode", *arguments, "--seed", -1)
+    for number in (0, -1):
+        assert "devices" in fails(capsys, "encode", *arguments, "--devices", number)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_script_without_a_guard_is_told_so(
+    run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # a process that imports the script which started it
+        patch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+        with pytest.raises(ValueError, match="under if __name__ == '__main__':"):
+            encode(run, pictures, tmp_path / "cache")
+    monkeypatch.setattr(engines, "_run_round", lambda *_: None)  # its processes die so
+    with pytest.raises(OSError, match="^the workers died, and 3 shards are not done$"):
+        encode(run, pictures, tmp_path / "cache", devices=["cpu", "cpu"])

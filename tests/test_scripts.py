@@ -18,11 +18,14 @@ from PIL import Image
 from support.models import GPT, vqmodel_config
 from support.runs import CONFIGS, TRAINER, TinyRuns, call, fails, read_pixels, run_main
 
+import taming
 from benchmarks.data import measure_prior
 from scripts.reconstruct import ENDINGS, files_of
 from taming.checkpoint import load_checkpoint
 from taming.data.custom import unique_names
 from taming.data.tokens import TokenCache
+from taming.demo.__main__ import port
+from taming.generator import Generator
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.prior import Prior
 from taming.models.sampling import sample_images
@@ -600,3 +603,50 @@ def test_images_that_cannot_be_used_are_named(
     assert "cut.jpg" in fails(capsys, "sample", "-r", prior, "--complete", "cut.jpg", status=1)
     assert "in or below empty" in fails(capsys, "reconstruct", "-r", tokenizer, "empty")
     assert "nowhere" in fails(capsys, "reconstruct", "-r", tokenizer, "nowhere")
+
+
+def test_samples_are_saved_as_they_come(
+    tiny_runs: TinyRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(generator: Generator, *arguments: Any, **options: Any) -> Any:
+        if options["first"] >= 4:
+            raise KeyboardInterrupt
+        return sample(generator, *arguments, **options)
+
+    run, sample = tiny_runs.class_conditional(), Generator.sample
+    wanted = taming.load(run).sample(3, label=[3, 7], seed=5)  # type: ignore[union-attr]
+    monkeypatch.setattr(Generator, "sample", stopped)
+    options = ("-n", 3, "--classes", "3,7", "-s", 5, "--batch_size", 2, "-o", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        call("sample", "-r", run, *options)
+    names = [f"00000{number}_class{label}.png" for number, label in enumerate((3, 3, 3, 7))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name, picture in zip(names, wanted, strict=False):
+        assert abs(read_pixels(tmp_path / name).astype(int) - np.asarray(picture)).max() <= 1
+
+
+def test_mistakes_end_in_one_line(
+    tiny_runs: TinyRuns,
+    prior: Path,
+    evaluations: dict[str, dict[str, Any]],
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = fails(capsys, "quantize_colours", photo, "--size", 0)
+    assert "size must be at least 1, got 0" in error
+    error = fails(capsys, "extract_segmentation", "out", "--images", photo)
+    assert f"{photo} is a file: name the folder of the images" in error
+    stream = "{target: torch.utils.data.datapipes.iter.IterableWrapper, params: {iterable: [1]}}"
+    data = f"data={{target: main.DataModuleFromConfig, params: {{batch_size: 1, train: {stream}}}}}"
+    error = fails(capsys, "make_samples", "-r", prior, "-o", "out", "--ignore_base_data", data)
+    assert "--split train: it is a stream" in error
+    (tmp_path / "prior.json").write_text(json.dumps(evaluations["prior"]))
+    for numbers in (evaluations["prior"], [], {"rates": {"own": {"codes": {}}}}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(numbers))
+        error = fails(capsys, "report", tmp_path)
+        assert "must be what taming evaluate saves of a loopy tokenizer" in error
+    for number in ("70000", "-1", "x"):
+        with pytest.raises(ValueError):
+            port(number)
+    assert port("65535") == 65535

@@ -276,3 +276,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     below = pytest.raises(WriteError, match=rf"{file}/below.json cannot be saved")
     with below, replacing(file / "below.json"):
         pass
+
+
+def test_two_writers_of_a_file_do_not_share_their_part(tmp_path):
+    with replacing(tmp_path / "a") as one, replacing(tmp_path / "a") as other:
+        assert one != other  # in one process, or in two of one number on two machines
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "a").read_text() == "one" and [*tmp_path.iterdir()] == [tmp_path / "a"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -14,17 +13,10 @@ from torch.utils.data import Dataset
 
 from taming.data.loader import Loader, is_stream, length_of
 from taming.data.stream_loader import make_loader
-from taming.util import instantiate_from_config
+from taming.util import cores, instantiate_from_config
 
 # Stage -> the splits that it needs; other stages need all, since a test may follow a fit.
 _SPLITS_OF = {"validate": ("validation",), "test": ("test",)}
-
-
-def _count_cpus() -> int:
-    """Count the CPUs that this process may use; a job scheduler may limit them."""
-    if hasattr(os, "sched_getaffinity"):  # not on every system
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Indexable(Protocol):
@@ -90,7 +82,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             raise ValueError(f"data needs at least one of the blocks {', '.join(splits)}")
         self.batch_size = batch_size
         self.wrap = wrap
-        default_workers = min(2 * batch_size, _count_cpus())
+        default_workers = min(2 * batch_size, cores())
         self.num_workers = default_workers if num_workers is None else num_workers
         self.seed = torch.initial_seed()  # that seed_everything has set
         self.datasets: dict[str, Any] = {}

@@ -24,6 +24,7 @@ from taming.data.preprocessing import error_context, to_unit_range
 from taming.data.roots import cache_folder, data_root
 from taming.data.utils import refuse_text
 from taming.decoding import decode_image
+from taming.util import DataError
 
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -115,7 +116,11 @@ class ParquetRows:
         with error_context(f"{self.path}, row {index}"):
             file = io.BytesIO(row[self.image_column][0]["bytes"].as_py())
             image = decode_image(file, channels=self.channels)
-        return image, None if self.label_column is None else row[self.label_column][0].as_py()
+            if self.label_column is None:
+                return image, None
+            if (label := row[self.label_column][0].as_py()) is None:
+                raise ValueError("it has no label: leave it out, or set label_column to null")
+        return image, label
 
     def class_names(self) -> list[str]:
         """Return the class names in the Hugging Face metadata of the file, or an empty list."""
@@ -146,10 +151,16 @@ class LabelledImages(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        picture, label = self.rows[range(len(self))[index]]
+        row = range(len(self))[index]
+        picture, label = self.rows[row]
         view = self.crop.view(*picture.shape[-2:])
         item: dict[str, Any] = {"image": to_unit_range(view.apply(picture))}
         if label is not None:
+            if not 0 <= label < (len(self.class_names) or label + 1):
+                raise DataError(
+                    f"row {row} has the label {label}, which is no class: leave such rows out, or "
+                    "take the set without labels"
+                )
             item["class_label"] = np.int64(label)
             item["human_label"] = self.class_names[label] if self.class_names else str(label)
         return item

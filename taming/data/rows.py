@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ import pyarrow as pa
 from taming.data.crops import SquareCrop
 from taming.data.preprocessing import error_context, to_unit_range
 from taming.decoding import Colour, decode_image, rgb_of
+from taming.downloads import HUB_NAME
 
 logger = logging.getLogger(__name__)
 
 _BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}
-_HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")
 _LABELS = {"label": "class_label", "cls": "class_label"}  # of the hub, and of WebDataset
 
 
@@ -126,8 +125,11 @@ def _bytes_of(value: Any) -> bytes:
         if value is None and path:
             import fsspec  # comes with datasets
 
-            with fsspec.open(path, "rb") as file:
-                return file.read()  # type: ignore[union-attr]
+            try:
+                with fsspec.open(path, "rb") as file:
+                    return file.read()  # type: ignore[union-attr]
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, bytes):
         raise ValueError("it has no bytes")
     return value
@@ -140,21 +142,43 @@ def find_shards(data: str | Sequence[str], endings: Sequence[str]) -> list[str]:
         Paths and URLs; empty if ``data`` is none of a file, a URL, or a folder of such files.
 
     Raises:
-        FileNotFoundError: A file does not exist.
+        FileNotFoundError: A file does not exist, or one of several names is none of these.
         ValueError: They have several endings.
     """
     names = [data] if isinstance(data, (str, os.PathLike)) else list(data)
     found: list[str] = []
+    strays: list[str] = []
     for name in (os.path.expanduser(name) for name in names):
+        own = [name] if Path(name).suffix in endings else []
         if os.path.isdir(name):
-            found += sorted(str(file) for file in Path(name).iterdir() if file.suffix in endings)
-        elif Path(name).suffix in endings:
-            if "://" not in name and not os.path.isfile(name):
-                raise FileNotFoundError(f"the file {name} does not exist")
-            found.append(name)
+            own = sorted(str(file) for file in Path(name).iterdir() if file.suffix in endings)
+        elif own and "://" not in name and not os.path.isfile(name):
+            raise FileNotFoundError(f"the file {name} does not exist")
+        found += own
+        strays += [] if own else [name]
+    if found and strays:
+        raise FileNotFoundError(f"{strays[0]} is no {' or '.join(endings)} file or folder of such")
     if len(kinds := sorted({Path(name).suffix for name in found})) > 1:
         raise ValueError(f"{data} names files of several kinds, {', '.join(kinds)}: give one kind")
     return found
+
+
+def _is_folder(data: str | Sequence[str]) -> bool:
+    """Return whether data without shards is a folder, else the name of a data set of the hub.
+
+    Raises:
+        FileNotFoundError: It is neither.
+        ValueError: It is a file of another kind, or several folders.
+    """
+    names = [data] if isinstance(data, (str, os.PathLike)) else list(data)
+    there = [name for name in map(os.path.expanduser, names) if os.path.exists(name)]
+    if there and (len(names) > 1 or not os.path.isdir(there[0])):
+        kinds = " or ".join(_BUILDERS)
+        raise ValueError(f"{there[0]} is no {kinds} file or folder of such: name one, or a folder")
+    name = str(data)
+    if not there and not HUB_NAME.fullmatch(name if "/" in name else f"owner/{name}"):
+        raise FileNotFoundError(f"{data} does not exist, and is no name of a data set of the hub")
+    return bool(there)
 
 
 def open_stream(data: str | Sequence[str], split: str, name: str | None = None) -> Any:
@@ -173,19 +197,17 @@ def open_stream(data: str | Sequence[str], split: str, name: str | None = None) 
         ValueError: The package ``datasets`` is missing, or the data cannot be opened.
         FileNotFoundError: A file does not exist.
     """
+    files = find_shards(data, [*_BUILDERS])
+    where = "" if files or _is_folder(data) else f"no file or folder {data} is here; "
     try:
         import datasets
     except ImportError as error:
         raise ValueError(
-            "streams of pictures need the package datasets: pip install 'loopy-taming[data]'"
+            f"{where}streams of pictures, and data sets of the hub, need the package datasets: "
+            "pip install 'loopy-taming[data]'"
         ) from error
-    files = find_shards(data, [*_BUILDERS])
-    if not files and not os.path.exists(str(data)):
-        if not _HUB_NAME.fullmatch(str(data)):
-            raise FileNotFoundError(
-                f"{data} does not exist, and is no name of a data set of the hub"
-            )
-        logger.info("no file or folder %s: looking for a data set of this name on the hub", data)
+    if where:
+        logger.info("%slooking for a data set of this name on the hub", where)
     try:
         if files:
             builder = _BUILDERS[Path(files[0]).suffix]

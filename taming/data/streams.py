@@ -181,4 +181,4 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
             self.skipped += 1
             logger.warning("skipped %d pictures so far; the latest: %s", self.skipped, error)
             return
-        yield {"image": image, **self.columns.labels_of(row)}
+        yield {**self.columns.labels_of(row), "image": image}

@@ -105,7 +105,10 @@ def save_file(
 
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    opened = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":  # which opens no folder, and flushes only what can be written
+        return
+    opened = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(opened)
     finally:

@@ -62,10 +62,11 @@ class TokenCache(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, path: str) -> None:
-        files = list_files(Path(path))
+        folder = Path(path).expanduser()
+        files = list_files(folder)
         if not files:
             raise FileNotFoundError(f"{path} holds no token cache; scripts/encode.py makes one")
-        images = check_files(Path(path), [file.name for file in files])
+        images = check_files(folder, [file.name for file in files])
         schemas, about, self.files = [], [], list[Path]()
         for file in files:
             with named(file):

@@ -21,10 +21,21 @@ PROGRAM = "taming demo"  # of which this is the command, also as ``python -m tam
 SHIPPED = "photos"  # name of the tokenizer that comes with the package
 
 
+def port(text: str) -> int:
+    """Return an option's port.
+
+    Raises:
+        ValueError: It is no integer, or beyond 65535.
+    """
+    if not 0 <= (number := int(text)) < 1 << 16:
+        raise ValueError
+    return number
+
+
 def add_page_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the page itself."""
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
-    parser.add_argument("--port", type=int, default=8501)
+    parser.add_argument("--port", type=port, default=8501)
     parser.add_argument("--no_browser", action="store_true", help="do not open the page")
 
 

@@ -45,10 +45,15 @@ class Exhibit:
 
         Raises:
             FileNotFoundError: There is no such run.
-            ValueError: Its model is neither.
+            ValueError: Its model is neither, or priors of several levels.
         """
         loaded = load(run, device, **options)
         if isinstance(loaded, Generator):
+            if len(loaded.priors) > 1:
+                raise ValueError(
+                    f"{run} holds the priors of all levels of a VQ-VAE-2, but the page shows one "
+                    "prior: sample them by taming sample"
+                )
             return cls.of_prior(run, loaded.model)
         return cls(run, loaded)
 
@@ -57,4 +62,4 @@ class Exhibit:
         cls, name: str, prior: Prior, datasets: Mapping[str, Any] | None = None
     ) -> Exhibit:
         """Show a prior, in eval mode, with its data sets by name and its tokenizer."""
-        return cls(name, Tokenizer(prior.first_stage_model), Studio(prior, datasets or {}))
+        return cls(name, Tokenizer(prior.first_stage_model.whole), Studio(prior, datasets or {}))

@@ -168,19 +168,20 @@ class Study:
         own = tuple(level[0] for level in levels)
         indices = own if len(own) > 1 else levels[0][0]
         codes = Codes(indices, self.size, self._bits(levels))
-        picture = self.tokenizer.decode(codes)
+        x_rec = self.tokenizer.decode_image(codes)
+        picture = self.tokenizer.to_picture(x_rec)
         maps = self.model.code_pictures(output, self._padded)
         found = next((maps[name] for name in reversed(maps) if name.endswith("lengths")), None)
         box = (0, 0, self.size[1], self.size[0])
         lengths = None if found is None else to_picture(found[0]).crop(box)
-        self._last = View(rate, codes, picture, lengths, self._numbers(codes, picture))
+        self._last = View(rate, codes, picture, lengths, self._numbers(codes, x_rec))
         return self._last
 
-    def _numbers(self, codes: Codes, picture: Image.Image) -> dict[str, float]:
+    def _numbers(self, codes: Codes, x_rec: Tensor) -> dict[str, float]:
         """Return the numbers of a `View`."""
         size = self._file_size(codes)
         return {
-            "psnr": psnr_of(self.image, self.tokenizer.to_tensor(picture)),
+            "psnr": psnr_of(self.image, x_rec),
             "bytes": size,
             "bpp": 8 * size / self._pixels,
             "codes": len(codes),

@@ -19,13 +19,13 @@ from taming.evaluation.tokenizer import OWN, check_rates, evaluate_tokenizer
 from taming.generator import Generator
 from taming.models.prior import Prior
 from taming.modules.transformer.generate import SamplingParams
-from taming.pictures import Picture
+from taming.pictures import Picture, is_single
 from taming.run.folder import SavedRun
 from taming.signatures import naming_nearest
 from taming.tokenizer import Tokenizer
-from taming.util import usable_device
+from taming.util import at_least, usable_device
 
-Data = str | Path | Sequence[Picture] | None
+Data = Picture | Sequence[Picture] | None
 PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "stlpips-pytorch", "loopy-taming")
 
 
@@ -106,8 +106,8 @@ def evaluate(
     Args:
         model: Run folder or checkpoint; or a model that was loaded.
         data: Folder of images, text file that lists some, Parquet file, name of a data set of the
-            hub, ``owner/name``, or several pictures of any kind; None for the validation set of the
-            run.
+            hub, ``owner/name``, or pictures of any kind, one or several; None for the validation
+            set of the run.
         codes: Mean numbers of codes of a site at which a loopy tokenizer is measured besides its
             own rate, in the same pass.
         generated: Number of pictures that a prior generates, to be compared with the data.
@@ -138,14 +138,8 @@ def evaluate(
         >>> result = taming.evaluate("logs/<run>", "photos", codes=[1, 2])  # doctest: +SKIP
         >>> result.numbers["rates"]["2"]["quality"]["PSNR"]  # doctest: +SKIP
     """
-    for name, number, least in (
-        ("generated", generated, 0),
-        ("size", 1 if size is None else size, 1),
-        ("batch_size", batch_size, 1),
-        ("examples", examples, 0),
-    ):
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
+    at_least(0, generated=generated, examples=examples)
+    at_least(1, size=size, batch_size=batch_size)
     saved: SavedRun | None = None
     loaded: Any = model
     if isinstance(model, str | Path):
@@ -162,7 +156,7 @@ def evaluate(
     else:
         if generated or params:
             raise ValueError("only a prior generates pictures, and this is a tokenizer")
-        face = loaded if isinstance(loaded, Tokenizer) else Tokenizer(loaded, batch_size)
+        face = loaded if isinstance(loaded, Tokenizer) else Tokenizer(loaded)
         numbers, pictures = _of_tokenizer(face, source, codes, examples)
     about: dict[str, Any] = {"kind": "prior" if priors else "tokenizer"}
     if saved is not None:
@@ -192,7 +186,8 @@ class _Source:
             options = (crop, self.batch_size, classes, self.split, self.on_error)
             return of_files(self.data, key, channels, *options)
         if self.data is not None:
-            return of_pictures(self.data, key, channels, self.on_error)
+            pictures: Any = [self.data] if is_single(self.data) else self.data
+            return of_pictures(pictures, key, channels, self.on_error)
         if self.saved is None:
             raise ValueError("a model that is loaded has no validation set: give data")
         return of_run(self.saved, self.on_error)
@@ -233,7 +228,7 @@ def _of_tokenizer(
     rates = check_rates(model, codes)
     images = source.open(model.image_key, model.channels, None, None)
     measures, missing = all_measures(model.device, "r", source.pretrained)
-    numbers = evaluate_tokenizer(face, images, measures, missing, rates)
+    numbers = evaluate_tokenizer(face, images, measures, missing, rates, source.batch_size)
     crop = f"; extended by reflection to whole sites of {model.factor} pixels, and cut back"
     numbers["protocol"]["crop"] += crop
     numbers["protocol"] |= _protocol(measures, missing, model)

@@ -12,9 +12,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from taming.evaluation.images import ImageSet, from_levels, to_levels
+from taming.evaluation.images import ImageSet
 from taming.evaluation.tokenizer import OWN, reconstruct
-from taming.pictures import side_by_side, tile
+from taming.pictures import from_levels, side_by_side, tile, to_levels
 from taming.tokenizer import Tokenizer
 
 ORDER = "PSNR"  # the measure by which reconstructions are good or bad

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from taming.data.datamodule import DataModuleFromConfig
 from taming.data.loader import is_stream, length_of
 from taming.data.preprocessing import error_context
 from taming.data.utils import Readable
+from taming.downloads import HUB_NAME
 from taming.pictures import Picture, to_tensor
 from taming.run.folder import SavedRun
 from taming.util import DataError, IncompleteError
@@ -93,16 +93,6 @@ class ImageSet:
             for name, image in zip(names, images, strict=True):
                 yield name or f"image {number}", image.permute(2, 0, 1).float()
                 number += 1
-
-
-def to_levels(x: Tensor) -> Tensor:
-    """Round images in [-1, 1], clamped, to the levels 0 to 255 of a file; any shape, uint8."""
-    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def from_levels(levels: Tensor) -> Tensor:
-    """Scale levels, uint8, to float32 in [-1, 1] as the data sets do."""
-    return levels.float() / 127.5 - 1
 
 
 def by_shape(
@@ -188,9 +178,7 @@ def of_run(saved: SavedRun, on_error: OnError = "raise") -> ImageSet:
     Raises:
         ValueError: The run has none, or its configuration asks for what it may not.
     """
-    data = saved.data("validate")
-    if not hasattr(data, "val_dataloader"):
-        raise ValueError(f"the run {saved.folder} has no validation set: name one by data")
+    data = saved.validation()
     block = saved.config.block("data")
     own = (block.get("params") or {}).get("validation") or block
     about = {"source": f"validation set of {saved.folder}", "resize": "as configured"}
@@ -258,7 +246,6 @@ def of_files(
 
 _PARQUET = "taming.data.hub.ParquetImages"
 _STREAM = "taming.data.streams.StreamedImages"
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.txt)(?<!\.parquet)")
 
 
 def _block_of(path: Path, params: dict[str, Any], labels: bool, split: str) -> dict[str, Any]:
@@ -267,24 +254,26 @@ def _block_of(path: Path, params: dict[str, Any], labels: bool, split: str) -> d
         own = {"root": str(path), "allow_upscale": True, "labels": labels}
         return {"target": "taming.data.custom.ImageFolder", "params": params | own}
     if not path.is_file():
-        if _HUB_NAME.fullmatch(name := path.as_posix()):
+        name = path.as_posix()
+        if HUB_NAME.fullmatch(name) and path.suffix not in (".txt", ".parquet"):
             return {"target": _STREAM, "params": params | {"data": name, "split": split}}
         kinds = "folder, list of images or Parquet file"
         raise FileNotFoundError(f"there is no {kinds} {path}; names on the hub are owner/name")
     if path.suffix.lower() == ".parquet":
-        return {"target": _PARQUET, "params": params | {"path": str(path), **_columns_of(path)}}
+        params |= {"path": str(path), **_columns_of(path, labels)}
+        return {"target": _PARQUET, "params": params}
     own = {"test_images_list_file": str(path), "antialias": True}
     return {"target": "taming.data.custom.CustomTest", "params": params | own}
 
 
-def _columns_of(path: Path) -> dict[str, str | None]:
-    """Name the columns of pictures and classes in a Parquet file, as the usual sets have them."""
+def _columns_of(path: Path, labels: bool) -> dict[str, str | None]:
+    """Name the columns of pictures and, if wanted, classes, as the usual sets have them."""
     try:
         names = pq.read_schema(path).names
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
     image = next((name for name in ("image", "img") if name in names), "image")
-    return {"image_column": image, "label_column": "label" if "label" in names else None}
+    return {"image_column": image, "label_column": "label" if labels and "label" in names else None}
 
 
 def _check_classes(path: Path, dataset: Any, classes: int) -> None:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from taming.downloads import file_hash
-from taming.evaluation.images import from_levels
 from taming.evaluation.measures import Measure, pixel_measures, tool
 from taming.extras import naming_extras
 from taming.modules.losses.lpips import LPIPS, WITHOUT, fetch_heads, load_file, vgg16_file
 from taming.modules.losses.st_lpips import STLPIPS, shift_tolerant_file
+from taming.pictures import from_levels
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 FID_SIDE = 299

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from taming.decoding import pil_to_tensor
-from taming.evaluation.images import Digest, ImageSet, to_levels
+from taming.evaluation.images import Digest, ImageSet
 from taming.evaluation.measures import (
     TOO_FEW,
     FrechetDistance,
@@ -24,6 +24,7 @@ from taming.evaluation.measures import (
 )
 from taming.generator import Generator
 from taming.models.prior import Prior, is_cached
+from taming.pictures import to_levels
 
 SHOWN = 16  # generated pictures that are kept to be looked at
 
@@ -134,7 +135,8 @@ def evaluate_prior(
     """Measure bits of images, and generated pictures against them.
 
     Args:
-        priors: The prior, or those of all levels of a VQ-VAE-2, the top's first.
+        priors: The prior, or those of all levels of a VQ-VAE-2, the top's first; they are switched
+            to evaluation mode.
         images: The images, with what the prior takes as its condition.
         measures: Networks in which sets are compared.
         missing: Name -> why a measure is not there; measures that images rule out are added.
@@ -150,6 +152,8 @@ def evaluate_prior(
     Raises:
         ValueError: The images lack what the prior needs, or nothing can be generated from it.
     """
+    for prior in priors:
+        prior.eval()
     several = priors if len(priors) > 1 else priors[0]
     generator = Generator(several, batch_size) if generated else None
     digest, real = Digest(), Features(measures if generated else [], missing)

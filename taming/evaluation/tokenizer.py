@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from taming.evaluation.images import Digest, ImageSet, by_shape, from_levels, to_levels
+from taming.evaluation.images import Digest, ImageSet, by_shape
 from taming.evaluation.measures import Comparison, Look, Measure
 from taming.models.vqgan import VQModel
-from taming.pictures import pad
+from taming.pictures import from_levels, pad, to_levels
 from taming.tokenizer import Tokenizer
 
 OWN = "own"  # name of the rate that the tokenizer has without being asked for one
@@ -128,6 +128,7 @@ def evaluate_tokenizer(
     measures: Sequence[Measure],
     missing: dict[str, str],
     codes: Sequence[float] = (),
+    batch_size: int = 16,
 ) -> dict[str, Any]:
     """Measure reconstructions and codes of images, at several rates in one pass.
 
@@ -137,6 +138,7 @@ def evaluate_tokenizer(
         measures: What to measure of reconstructions.
         missing: Name -> why a measure is not there; measures that images rule out are added.
         codes: Mean numbers of codes of a site.
+        batch_size: Largest number of images of one size that go through the model together.
 
     Returns:
         ``protocol`` of the images, ``images`` (their names), ``left_out`` as of `Look`, and
@@ -148,7 +150,7 @@ def evaluate_tokenizer(
     named: dict[int, str] = {}
     bar = tqdm(total=images.length, desc="evaluate", unit="image")
     stream = images.images(model.image_key)
-    for positions, names, image in by_shape(stream, tokenizer.batch_size):
+    for positions, names, image in by_shape(stream, batch_size):
         levels = to_levels(image)
         digest.update(levels)
         named |= dict(zip(positions, names, strict=True))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 MARGIN = 6  # overlap on each side of a tile: most of what convolutions see of a trained network
 BLOCK = 6  # side of a sampled block, without its margin
@@ -156,6 +156,24 @@ def draw_sample(x: Tensor, unit: int, most: int) -> Sample:
 def _window(x: Tensor, unit: int, starts: Any, sides: Any) -> Tensor:
     (top, left), (height, width) = ([unit * n for n in pair] for pair in (starts, sides))
     return x[:, :, top : top + height, left : left + width]
+
+
+def set_tile(model: nn.Module, tile: int | None) -> None:
+    """Set the side of the tiles of all networks of a model that can take them.
+
+    Args:
+        model: The model.
+        tile: Side of a tile in pixels; None sends every picture whole.
+
+    Raises:
+        ValueError: The tile is not positive.
+    """
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile must be a positive number of pixels or None, got {tile}")
+    parts: Iterator[Any] = model.modules()
+    for part in parts:
+        if "tile" in vars(part):
+            part.tile = tile
 
 
 def in_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, unit: int, to: int) -> Tensor:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+COMPRESSED = ".loop"  # ending of compressed pictures
 TRUST_HELP = "build whatever the configuration of a saved run names: it may run any code"
 
 

@@ -151,6 +151,21 @@ class SavedRun:
             data.setup(stage)
         return data
 
+    def validation(self) -> Any:
+        """Build the data module with its validation set.
+
+        Raises:
+            ValueError: As for `data`, or it has no validation set.
+        """
+        from lightning.pytorch.utilities.model_helpers import is_overridden  # takes seconds
+
+        if not is_overridden("val_dataloader", data := self.data("validate")):
+            raise ValueError(
+                f"the data of the run {self.folder} has no validation set: state one in its "
+                "configuration, or name other pictures"
+            )
+        return data
+
     def step(self) -> int:
         """Return the number of steps that the model was trained for."""
         from taming.checkpoint import load_checkpoint  # imports torch, which --help does not need

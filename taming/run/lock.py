@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import threading
 from collections.abc import Iterator
@@ -104,7 +105,7 @@ def _lock(file: int) -> bool | None:
 
 def _is_fresh(path: Path) -> bool:
     """Return True if the file's owner showed signs of life within `EXPIRY`."""
-    probe = path.with_name(f"{path.name}.{os.getpid()}")
+    probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     probe.touch()  # the time now, by the clock that dates the file
     try:
         return probe.stat().st_mtime - path.stat().st_mtime < EXPIRY

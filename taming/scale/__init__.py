@@ -10,12 +10,12 @@ from typing import Any, Literal
 from taming.models.vqgan import VQModel
 from taming.modules.vqvae.rate import one_rate
 from taming.run.folder import SavedRun
-from taming.scale.engines import ENGINES, Devices, cores, devices_of
+from taming.scale.engines import ENGINES, Devices, check_devices, devices_of
 from taming.scale.job import Job, Report
 from taming.scale.sources import Source
 from taming.scale.tables import open_source
 from taming.signatures import naming_nearest
-from taming.util import nearest
+from taming.util import at_least, cores, nearest
 
 __all__ = ["Report", "Source", "encode_shards", "open_source"]
 
@@ -52,7 +52,7 @@ def encode_shards(
         engine: "local": processes of this machine. "torchrun" and "slurm": this process is one of
             those that the launcher started, each with its own call. "ray": tasks on a cluster.
         devices: None for all GPUs, or else a process for each core; a number of them; "cpu" or
-            "cuda"; or, for "local", a list of names.
+            "cuda". For "local", a list of names or one as well; others take no number either.
         max_codes: Largest number of codes of a picture.
         target_psnr: PSNR in dB to reach with as few codes as possible.
         threshold: Distance at which a loop ends, in the space of the latents.
@@ -75,12 +75,15 @@ def encode_shards(
 
     Example:
         >>> from taming.scale import encode_shards
-        >>> encode_shards("logs/<run>", "photos", "cache/photos")  # doctest: +SKIP
+        >>> if __name__ == "__main__":  # for the processes that it starts import a script
+        ...     encode_shards("logs/<run>", "photos", "cache/photos")  # doctest: +SKIP
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
     if on_error not in ("skip", "raise"):
         raise ValueError(f"on_error must be 'skip' or 'raise', got {on_error!r}")
+    at_least(1, batch_size=batch_size, tile=tile)
+    check_devices(engine, devices)
     saved = run if isinstance(run, SavedRun) else SavedRun.load(run, trust_config=trust_config)
     rates = {"max_codes": max_codes, "target_psnr": target_psnr, "threshold": threshold}
     chosen = one_rate(rates | {"rate": rate})
@@ -91,11 +94,13 @@ def encode_shards(
     if is_named:
         names = str(input) if isinstance(input, (str, Path)) else [str(name) for name in source]
         source = open_source(names, channels=model.channels, **data)
+    elif data:
+        raise ValueError(f"{', '.join(data)}: of pictures that a name finds, and a Source is given")
     workers = len(devices_of(devices)) if engine == "local" else 1
     job = Job(
         partial(_load, saved),
         source,
-        Path(output),
+        Path(output).expanduser(),
         model.fingerprint(),
         chosen,
         on_error,

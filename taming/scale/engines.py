@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from taming.models.vqgan import VQModel
 from taming.scale.job import POLL, Job, Progress
-from taming.util import DataError, WriteError, usable_device
+from taming.util import DataError, WriteError, cores, usable_device
 
 Devices = int | str | Sequence[str] | None
 
@@ -34,13 +34,6 @@ _WORTH = 64  # pictures for which another process is started unasked
 _IN_FLIGHT = 2  # tasks of Ray for each of its workers
 
 
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on every system
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def devices_of(devices: Devices) -> list[str]:
     """Name the device of each worker of this machine.
 
@@ -49,10 +42,12 @@ def devices_of(devices: Devices) -> list[str]:
             either; "cpu" or "cuda" for all of that kind; or a list of names.
 
     Raises:
-        ValueError: There are not as many GPUs, or the number is not positive.
+        ValueError: There are not as many GPUs, the number is not positive, or the list is empty.
     """
     gpus = 0 if devices == "cpu" else torch.cuda.device_count()
     if not isinstance(devices, int | str | None):
+        if not devices:
+            raise ValueError("devices is an empty list: name some, or leave it out")
         return [str(usable_device(name)) for name in devices]
     if isinstance(devices, str) and devices not in ("cpu", "cuda"):
         return [str(usable_device(devices))]
@@ -62,6 +57,22 @@ def devices_of(devices: Devices) -> list[str]:
     if number < 1 or number > (gpus or number):
         raise ValueError(f"devices must be 1 to {gpus or cores()} here, got {number}")
     return [f"cuda:{i}" for i in range(number)] if gpus else ["cpu"] * number
+
+
+def check_devices(engine: str, devices: Devices) -> None:
+    """Refuse devices that an engine cannot choose, since its launcher has placed its processes.
+
+    Raises:
+        ValueError: The engine is another than "local", and they are not all of a kind; or as for
+            `devices_of`.
+    """
+    if engine != "local" and devices not in (None, "cpu", "cuda"):
+        raise ValueError(
+            f"engine {engine!r} takes the devices 'cpu', 'cuda' or None, for its launcher starts "
+            f"the processes; got {devices!r}"
+        )
+    if engine != "ray":  # whose tasks run on other machines
+        devices_of(devices)
 
 
 @contextmanager
@@ -90,7 +101,17 @@ def _bar(job: Job, is_shown: bool) -> Iterator[Any]:
 
 
 def run_local(job: Job, devices: Devices, is_shown: bool) -> None:
-    """Start a process for each device of this machine; work here if there is one."""
+    """Start a process for each device of this machine; work here if there is one.
+
+    Raises:
+        ValueError: This is such a process, which runs the program's file before it works.
+        ChildProcessError: The processes died.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ValueError(
+            "the processes of engine 'local' import the program's file: call encode_shards under "
+            "if __name__ == '__main__':, or with devices=1"
+        )
     names = devices_of(devices)[: max(len(job.missing()), 1)]
     if devices is None and job.source.pictures is not None:  # a start takes seconds
         names = names[: max(job.source.pictures // _WORTH, 1)]
@@ -102,7 +123,7 @@ def run_local(job: Job, devices: Devices, is_shown: bool) -> None:
         while missing := len(job.missing()):
             _run_round(job, names, bar.update)
             if len(job.missing()) == missing:
-                raise RuntimeError(f"the workers died, and {missing} shards are not done")
+                raise ChildProcessError(f"the workers died, and {missing} shards are not done")
 
 
 def _run_round(job: Job, names: Sequence[str], progress: Progress) -> None:
@@ -170,7 +191,7 @@ def run_rank(launcher: str, job: Job, devices: Devices, is_shown: bool) -> None:
             f"engine {launcher!r} needs the variables {', '.join(names)}: start the program by "
             f"{'torchrun' if launcher == 'torchrun' else 'srun'}"
         ) from error
-    found = devices_of("cpu" if devices == "cpu" else None)
+    found = devices_of(devices)
     device = found[local % len(found)]
     with _bar(job, is_shown and rank == 0) as bar, _one_thread():
         job.work(device, rank, workers, bar.update)
@@ -183,7 +204,7 @@ def run_ray(job: Job, devices: Devices, is_shown: bool) -> None:
     """Start a task of Ray for each shard, on the cluster that RAY_ADDRESS names or a new one here.
 
     Raises:
-        ValueError: The package ray is missing.
+        ValueError: The package ray is missing, or a GPU that is asked for.
     """
     try:
         import ray as library  # type: ignore
@@ -194,6 +215,8 @@ def run_ray(job: Job, devices: Devices, is_shown: bool) -> None:
         ray.init(log_to_driver=False)
     resources = ray.cluster_resources()
     kind = "GPU" if devices != "cpu" and resources.get("GPU", 0) else "CPU"
+    if devices == "cuda" and kind == "CPU":
+        raise ValueError("devices='cuda', but the cluster of Ray has no GPU")
     task = ray.remote(max_retries=-1, **{f"num_{kind.lower()}s": 1})(_compute)
     shared, device = ray.put(job), "cuda" if kind == "GPU" else "cpu"
     most = _IN_FLIGHT * max(int(resources[kind]), 1)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from taming.coding import encode_images
 from taming.data.token_files import (
     CHECKSUMS,
     OWN,
@@ -37,9 +38,9 @@ from taming.data.token_files import (
     seal,
 )
 from taming.models.vqgan import VQModel
+from taming.modules.tiling import set_tile
 from taming.run.lock import held
 from taming.scale.sources import Sample, Source, groups_of
-from taming.tokenizer import encode_images
 from taming.util import DataError, IncompleteError, WriteError, replacing
 
 REPORT = "report.json"
@@ -98,9 +99,10 @@ class Job:
             WriteError: The plan cannot be saved.
         """
         path = self.output / PLAN
-        if not path.exists():
-            there = self.output.iterdir() if self.output.is_dir() else ()
-            if self.output.is_file() or not all(f.match(f"{PLAN}.*.part") for f in there):
+        there = self.output.iterdir() if self.output.is_dir() else ()
+        others = self.output.is_file() or not all(f.match(f"{PLAN}.*.part") for f in there)
+        if not path.exists():  # looked at last: another process may begin meanwhile
+            if others:
                 raise ValueError(
                     f"{self.output} already holds a token cache or other files; remove it or name "
                     "another folder"
@@ -188,9 +190,7 @@ class Job:
     def model(self, device: str) -> VQModel:
         """Load the model on a device."""
         model = self.load().to(device).requires_grad_(False)
-        for part in model.modules():
-            if "tile" in vars(part):
-                part.tile = self.tile  # type: ignore[assignment]
+        set_tile(model, self.tile)
         return model
 
     def _encode(self, shard: int, model: VQModel, progress: Progress) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from taming.data.loader import is_stream
 from taming.run.folder import SavedRun
 from taming.scale.sources import Items
-from taming.util import nearest
+from taming.util import at_least, nearest
 
 
 class Split:
@@ -66,10 +66,10 @@ def own_source(saved: SavedRun, split: str, passes: int = 1, seed: int = 0) -> I
         seed: Seed of the random crops.
 
     Raises:
-        ValueError: There is no such split, it is a stream, or ``passes`` is below 1.
+        ValueError: There is no such split, it is a stream, or a number is too small.
     """
-    if passes < 1:
-        raise ValueError(f"passes must be at least 1, got {passes}")
+    at_least(1, passes=passes)
+    at_least(0, seed=seed)
     key = (saved.config.block("model").get("params") or {}).get("image_key", "image")
     identity = repr(saved.config.block("data"))
     options: dict[str, Any] = {"image_key": key, "passes": passes, "seed": seed}

@@ -110,8 +110,13 @@ def labels_of(item: Mapping[str, Any]) -> dict[str, Any]:
             if value.ndim <= 1 and not isinstance(value, np.str_):
                 labels[key] = value.tolist()
         elif isinstance(value, str | int | float):
-            labels[key] = value
+            labels[key] = encodable(value) if isinstance(value, str) else value
     return labels
+
+
+def encodable(text: str) -> str:
+    """Return a text that UTF-8 can hold, with an escape for each other byte of a file's name."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Items(Source):
@@ -159,7 +164,7 @@ class Items(Source):
         return (partial(self._load, number, index) for index in indices)
 
     def _load(self, number: int, index: int) -> Sample:
-        key = f"{number}/{index}" if self.names is None else self.names[index]
+        key = f"{number}/{index}" if self.names is None else encodable(self.names[index])
         if not self.threads:
             seed_generators(self.seed, ITEM, number, index)
         try:

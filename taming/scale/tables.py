@@ -18,7 +18,8 @@ from taming.data.custom import ImageFolder, read_path_list
 from taming.data.paths import Texts
 from taming.data.rows import Columns, Decoder, columns_of, find_shards, open_stream
 from taming.data.token_files import RESERVED
-from taming.scale.sources import Items, Sample, Source, shard_size_of
+from taming.scale.sources import Items, Sample, Source, encodable, shard_size_of
+from taming.util import at_least
 
 _LISTS = (".txt", ".lst")
 _ROWS = 64  # that are read at a time
@@ -160,18 +161,26 @@ def open_source(
         FileNotFoundError: A file does not exist, or a folder holds no pictures.
         ValueError: Nothing of that kind, or an option does not fit it.
     """
+    at_least(1, channels=channels, size=size, shard_size=shard_size, max_pixels=max_pixels)
     options: dict[str, Any] = {"channels": channels, "max_pixels": max_pixels}
-    path = os.path.expanduser(data) if isinstance(data, str) else ""
+    is_one = isinstance(data, str | os.PathLike)
+    data = _plain(data) if is_one else [_plain(name) for name in data]
+    path = data if isinstance(data, str) else ""
     files = find_shards(data, [".tar", ".parquet"])
     is_folder = not files and os.path.isdir(path)
+    is_list = Path(path).suffix in _LISTS
     if labels and not is_folder:
         raise ValueError(f"the labels of subfolders need a folder of pictures, not {data}")
+    if (is_folder or is_list) and (image_column is not None or columns is not None):
+        raise ValueError(f"image_column and columns are of tables, and {data} is none: omit them")
+    if (is_folder or is_list or files) and split != "train":
+        raise ValueError(f"split is of a data set of the hub, and {data} is none: omit it")
     if is_folder:
         folder = ImageFolder(path, size, labels=labels, allow_upscale=True, **options)
         root = os.path.join(path, "")
         names = Texts(name.removeprefix(root) for name in folder.labels["file_path_"])
         return Items(folder, shard_size, names=names, identity=f"{size} {labels}", threads=True)
-    if Path(path).suffix in _LISTS:
+    if is_list:
         paths = read_path_list(path)
         if len(set(paths)) < len(paths):
             raise ValueError(f"{path} names {Counter(paths).most_common(1)[0][0]} more than once")
@@ -186,5 +195,11 @@ def open_source(
 
 def _names_of(files: Sequence[str]) -> list[str]:
     """Name files by their stems, or by their paths if two have one stem."""
-    stems = [Path(file).stem for file in files]
-    return stems if len(set(stems)) == len(stems) else list(files)
+    stems = [encodable(Path(file).stem) for file in files]
+    return stems if len(set(stems)) == len(stems) else [encodable(file) for file in files]
+
+
+def _plain(name: str | os.PathLike[str]) -> str:
+    """Spell a path that exists in one way, on which keys and the identity depend."""
+    path = os.path.expanduser(name)
+    return str(Path(path)) if os.path.exists(path) else str(name)

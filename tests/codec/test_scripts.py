@@ -7,9 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.models import vqmodel_config
 from support.runs import TinyRuns, call, fails, read_pixels
 
 import taming
+from scripts.compress import compress, quality_measure
+from taming.demo.study import Study
+from taming.pictures import psnr_of
+from taming.util import instantiate_from_config
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +123,17 @@ def test_mistakes_are_named_before_any_work(
     assert "(.loop)" in fails(capsys, "decompress", photos, "-r", run, "-o", "out")
     error = fails(capsys, "compress", picture, "-r", run, "-o", "out", "--bits", 8, status=1)
     assert "the smallest file has" in error and "c.png" in error
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_pictures_of_any_channels_are_measured(channels: int, tmp_path: Path) -> None:
+    tokenizer = taming.Tokenizer(instantiate_from_config(vqmodel_config(channels)))
+    path, rng = tmp_path / "a.npy", np.random.default_rng(0)
+    np.save(path, rng.integers(0, 256, (18, 20, channels), np.uint8))
+    numbers = compress(tokenizer, quality_measure(), path, tmp_path / "a.loop")
+    codes = tokenizer.encode(path)
+    decoded = tokenizer.decode_image(codes)
+    assert decoded.shape == (channels, 18, 20) and decoded.abs().max() <= 1
+    assert numbers["psnr"] == psnr_of(tokenizer.to_tensor(path), decoded)
+    view = Study(tokenizer, path).at({})
+    assert view.numbers["psnr"] == numbers["psnr"] and view.picture == tokenizer.decode(codes)

@@ -15,6 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from taming.data.hub import CIFAR10, CIFAR10_CLASSES, ParquetImages
+from taming.evaluation.images import of_files
+from taming.util import DataError
 
 
 def png(grey):
@@ -164,3 +166,20 @@ def test_the_environment_sets_the_folder_of_downloads(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     with pytest.raises(FileNotFoundError, match="CIFAR10 .*/cache/taming/data;"):
         CIFAR10(download=False)
+
+
+@pytest.mark.parametrize(("label", "what"), [(-1, "has the label -1"), (3, "has the label 3")])
+def test_a_label_that_is_no_class_is_named(parquet, label, what):
+    table = pq.read_table(parquet).set_column(1, "label", pa.array([0, label, 1, 2]))
+    pq.write_table(table, parquet)
+    with pytest.raises(DataError, match=f"row 1 {what}, which is no class"):
+        ParquetImages(parquet)[1]
+
+
+def test_a_missing_label_is_named(parquet):
+    table = pq.read_table(parquet).set_column(1, "label", pa.array([0, None, 1, 2]))
+    pq.write_table(table, parquet)
+    with pytest.raises(DataError, match="row 1: it has no label: .*label_column to null"):
+        ParquetImages(parquet)[1]
+    assert list(ParquetImages(parquet, label_column=None)[1]) == ["image"]
+    assert len([*of_files(parquet, "image", 3, None, 2).batches()]) == 4  # needs no classes

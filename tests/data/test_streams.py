@@ -1,6 +1,7 @@
 """Streams of pictures: every row once, an order from the seed, resumed bit for bit."""
 
 import functools
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -204,3 +205,42 @@ def test_a_stream_is_named_by_a_configuration(folders: dict[str, Path]) -> None:
     assert sorted(torch.cat([number_of(b["image"]) for b in data.train_dataloader()])) == list(
         range(sum(ROWS))
     )
+
+
+def test_a_name_that_is_no_shard_is_not_dropped(folders: dict[str, Path], tmp_path: Path) -> None:
+    good = str(folders["tar"] / "0.tar")
+    for stray in ("typo", str(tmp_path), "notes.txt"):
+        with pytest.raises(FileNotFoundError, match=f"{stray} is no .tar or .parquet file"):
+            StreamedImages([good, stray])
+
+
+def test_what_a_path_is_stands_in_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(1))
+    (tmp_path / "b").mkdir()
+    monkeypatch.setitem(sys.modules, "datasets", None)  # is not needed for any of them
+    for data in (str(tmp_path / "a.png"), [str(tmp_path / "b")] * 2):
+        with pytest.raises(ValueError, match="is no .tar or .parquet file or folder of such"):
+            StreamedImages(data)
+    with pytest.raises(FileNotFoundError, match="a/b/typo does not exist"):
+        StreamedImages("a/b/typo")
+    with pytest.raises(ValueError, match="no file or folder photoz is here; .*needs? the package"):
+        StreamedImages("photoz")
+
+
+def test_a_picture_whose_path_cannot_be_read_is_skipped(tmp_path: Path) -> None:
+    rows = [{"bytes": None, "path": "/nowhere/x.png"}, {"bytes": encoded(7), "path": None}]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    table = pa.table({"image": pa.array(rows, kind)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    skipping = StreamedImages(str(tmp_path / "a.parquet"), on_error="skip")
+    assert read(skipping) == [7] and skipping.skipped == 1
+    with pytest.raises(DataError, match="/nowhere/x.png cannot be read"):
+        read(StreamedImages(str(tmp_path / "a.parquet")))
+
+
+def test_a_label_of_the_pictures_name_does_not_replace_it(tmp_path: Path) -> None:
+    table = pa.table({"img": [{"bytes": encoded(5)}], "image": ["a text"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read(StreamedImages(str(tmp_path / "a.parquet"))) == [5]

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pyarrow as pa
@@ -14,6 +16,7 @@ from reliability.files import count, failures, rewrite, save_earlier_cache
 from support.caches import INFO, SIZE, write_cache
 from torch.utils.data import DataLoader
 
+from taming.data import token_files
 from taming.data.helper_types import Annotation
 from taming.data.loader import Loader
 from taming.data.token_files import PLAN, name_of, save_file, seal
@@ -236,3 +239,18 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(WriteError, match=r"cache/00000.arrow cannot be saved.* space"):
         write(tmp_path / "cache", sequences())
     assert not any((tmp_path / "cache").iterdir())
+
+
+def test_windows_flushes_what_can_be_written_and_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(path: Path, flags: int) -> int:
+        assert path.is_file() and flags == os.O_RDWR
+        flushed.append(path.name)
+        return os.open(path, flags)
+
+    flushed: list[str] = []
+    windows = SimpleNamespace(**{**vars(os), "name": "nt", "open": opened})
+    monkeypatch.setattr(token_files, "os", windows)
+    write(tmp_path / "cache", sequences())
+    assert len(flushed) == 4 and len(TokenCache(str(tmp_path / "cache"))) == len(LENGTHS)

@@ -15,10 +15,10 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from taming.downloads import file_hash
 from taming.evaluation import networks
 from taming.evaluation.evaluate import Evaluation
-from taming.evaluation.images import from_levels
 from taming.evaluation.measures import FrechetDistance, precision_and_recall
 from taming.modules.losses import st_lpips
 from taming.modules.losses.lpips import LPIPS, VGG16
+from taming.pictures import from_levels
 
 CPU = torch.device("cpu")
 HEADS = Path(reference_package.__file__).parent / "weights/v0.1/vgg.pth"

@@ -10,10 +10,11 @@ from support.models import pictures, prior
 import taming
 from taming.decoding import pil_to_tensor
 from taming.evaluation import networks
-from taming.evaluation.images import of_pictures, to_levels
+from taming.evaluation.images import of_pictures
 from taming.evaluation.measures import FrechetDistance, precision_and_recall
 from taming.evaluation.prior import evaluate_prior
 from taming.generator import Generator
+from taming.pictures import to_levels
 
 CPU = torch.device("cpu")
 CLASSES = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 3}}
@@ -112,3 +113,9 @@ def test_classes_come_from_folders_and_are_generated_in_turn(tmp_path, without_n
 def test_mistakes(options, message, without_networks):
     with pytest.raises(ValueError, match=message):
         taming.evaluate(prior(), [*pictures(1)], **options)
+
+
+def test_a_prior_in_training_is_measured_without_dropout(without_networks):
+    model, images = prior(gpt={"resid_pdrop": 0.5}), [*pictures(3)]
+    wanted = taming.evaluate(model.eval(), images).numbers["per_image"]
+    assert taming.evaluate(model.train(), images).numbers["per_image"] == wanted

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from taming.data.base import ImagePaths
 from taming.data.loader import Loader
 from taming.evaluation.images import of_files
 from taming.run.cli import one_line_errors
+from taming.util import IncompleteError
 
 
 @pytest.fixture(autouse=True)
@@ -194,3 +196,20 @@ def test_mistakes(
 ) -> None:
     assert message in fails(capsys, "evaluate", "-r", tokenizer, *arguments)
     assert not list(Path().glob("**/*.json"))
+
+
+def test_names_that_are_not_utf8_are_written_with_escapes(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    for name in (b"caf\xe9.png", b"b.png"):
+        Image.new("RGB", (24, 20)).save(tmp_path / "data" / os.fsdecode(name))
+    (tmp_path / "data" / os.fsdecode(b"bad\xe9.png")).write_bytes(b"no picture")
+    where = ("--data", "data", "--no_pretrained", "-o", "out.json")
+    with pytest.raises(IncompleteError, match="1 of 3 files failed"):
+        call("evaluate", "-r", tokenizer, *where)
+    assert r"bad\udce9.png" in capsys.readouterr().out
+    assert r"caf\udce9.png" in Path("out.html").read_text()
+    assert any(
+        "caf\udce9.png" in name for name in json.loads(Path("out.json").read_text())["images"]
+    )

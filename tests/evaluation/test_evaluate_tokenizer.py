@@ -13,10 +13,11 @@ import taming
 from taming import Tokenizer
 from taming.evaluation import measures
 from taming.evaluation.examples import choose
-from taming.evaluation.images import Digest, by_shape, of_pictures, to_levels
+from taming.evaluation.images import Digest, by_shape, of_pictures
 from taming.evaluation.measures import FrechetDistance, pixel_measures
 from taming.evaluation.tokenizer import evaluate_tokenizer
 from taming.modules.sequence.grammar import TokenSequence
+from taming.pictures import to_levels
 
 FLAT = ("plain", "gumbel", "residual", "attract")  # one level of codes
 SOME = (*FLAT, "beam", "levels", "loopy-levels")
@@ -268,3 +269,22 @@ def test_a_fixed_rate_has_no_other(without_networks):
         taming.evaluate(Tokenizer(tokenizer_of("plain")), PHOTOS, codes=[1])
     with pytest.raises(ValueError, match="a Tokenizer takes a tokenizer"):
         taming.evaluate(torch.nn.Linear(2, 2), PHOTOS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "pil"])
+def test_one_picture_is_one(kind, without_networks):
+    array = np.asarray(PHOTOS[0])
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    one: Any = {"array": array, "tensor": tensor, "pil": PHOTOS[0]}[kind]
+    found = taming.evaluate(Tokenizer(tokenizer_of("plain")), one).numbers["protocol"]
+    assert found["images"] == 1 and found["resolution"] == "24x20"
+
+
+def test_the_size_of_batches_is_that_asked_for(without_networks, monkeypatch):
+    seen = []
+    tokenizer = Tokenizer(tokenizer_of("plain"), batch_size=1)
+    encode = tokenizer.model.encode_to_prequant
+    watched = lambda x: seen.append(len(x)) or encode(x)  # noqa: E731
+    monkeypatch.setattr(tokenizer.model, "encode_to_prequant", watched)
+    taming.evaluate(tokenizer, [PHOTOS[0]] * 5, batch_size=3)
+    assert seen == [3, 2]

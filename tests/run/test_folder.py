@@ -237,3 +237,18 @@ def test_the_last_date_of_all_is_named(tmp_path):
     (run.configs / "9999-12-31T23-59-59-project.yaml").touch()
     with pytest.raises(ValueError, match="9999-12-31T23-59-59-project.yaml .*rename"):
         run.start_time()
+
+
+@pytest.mark.parametrize("kind", ["file", "module"])
+def test_a_run_without_a_validation_set_says_so(run, kind):
+    target = "taming.data.datamodule.DataModuleFromConfig"
+    train = {"target": "support.models.ToyData"}
+    block = {"target": target, "params": {"batch_size": 2, "train": train, "num_workers": 0}}
+    if kind == "module":
+        block = {"target": "lightning.pytorch.LightningDataModule"}
+    OmegaConf.save(OmegaConf.create(PROJECT | {"data": block}), run.configs / "2024-project.yaml")
+    saved = SavedRun.load(run.path, trust_config=True)
+    with pytest.raises(ValueError, match=f"{run.path} has no validation set"):
+        saved.validation()
+    OmegaConf.save(OmegaConf.create(PROJECT), run.configs / "2024-project.yaml")
+    assert len(SavedRun.load(run.path, trust_config=True).validation().val_dataloader()) > 0
