@@ -49,6 +49,7 @@ OTHER_RUNS = {
     },
     "docs/photos": {
         "run_of_configs_photos_yaml": "photos.yaml",
+        "run_of_the_decoder": "photos.yaml",
         "run_of_configs_photos_context_yaml": "photos_context.yaml",
     },
     "docs/recipes": {

@@ -159,7 +159,7 @@ class LabelledImages(Dataset[dict[str, Any]]):
             if not 0 <= label < (len(self.class_names) or label + 1):
                 raise DataError(
                     f"row {row} has the label {label}, which is no class: leave such rows out, or "
-                    "take the set without labels"
+                    "set label_column to null"
                 )
             item["class_label"] = np.int64(label)
             item["human_label"] = self.class_names[label] if self.class_names else str(label)
