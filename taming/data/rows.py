@@ -164,7 +164,7 @@ def find_shards(data: str | Sequence[str], endings: Sequence[str]) -> list[str]:
 
 
 def _is_folder(data: str | Sequence[str]) -> bool:
-    """Return whether data without shards is a folder, else the name of a data set of the hub.
+    """Return True if data without shards is a folder; otherwise it names a data set of the hub.
 
     Raises:
         FileNotFoundError: It is neither.
