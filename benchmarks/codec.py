@@ -145,6 +145,20 @@ def at_equal_bits(rows: list[dict[str, Any]], codec: str) -> list[dict[str, Any]
     return found
 
 
+def mean_rows(measured: dict[Side, list[dict[str, float] | None]]) -> list[dict[str, Any]]:
+    """Average over pictures; left out is a side with too few bits for some of them."""
+    rows = []
+    for side, found in measured.items():
+        small = [numbers for numbers in found if numbers]
+        if len(small) == len(found):
+            means = {name: mean(numbers[name] for numbers in small) for name in small[0]}
+            rows.append({"codec": side.codec, "setting": side.setting, **means})
+        else:
+            missing = len(found) - len(small)
+            logger.warning("%s at %g: %d pictures need more", side.codec, side.setting, missing)
+    return rows
+
+
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """Plot PSNR and MS-SSIM against bits per pixel."""
     import matplotlib
@@ -211,15 +225,7 @@ def main() -> None:
         distance = perceptual and distance_from(picture, perceptual)
         for side, found in measured.items():
             found.append(measure(side, picture, distance))
-    rows = []
-    for side, found in measured.items():
-        if small := [numbers for numbers in found if numbers]:
-            means = {name: mean(numbers[name] for numbers in small) for name in small[0]}
-        if len(small) == len(found):
-            rows.append({"codec": side.codec, "setting": side.setting, **means})
-        else:
-            missing = len(found) - len(small)
-            logger.warning("%s at %g: %d pictures need more", side.codec, side.setting, missing)
+    rows = mean_rows(measured)
     logger.info("%d pictures\n\n%s\n", len(pictures), table(rows))
     gains = [row for codec in QUALITIES for row in at_equal_bits(rows, codec)]
     if gains:
