@@ -49,7 +49,6 @@ def fit(
     Raises:
         ValueError: The file of the smallest setting is larger; names its size.
     """
-    codes_at = cache(codes_at)
     expected = cache(lambda setting: max(1.0, estimate(codes_at(setting))))
     best, file, correction = None, b"", 1.0
     for attempt in count(1):
