@@ -239,7 +239,8 @@ class Generator(Shared):
             raise ValueError("all levels of a VQ-VAE-2 together only sample the grid trained on")
         conditions = self._condition(label).repeat_interleave(n)[:, None]
         numbers = range(first, first + len(conditions))
-        for i in tqdm(range(0, len(numbers), self.batch_size), desc="batches", leave=False):
+        one = len(numbers) <= self.batch_size  # a caller's own bar counts these
+        for i in tqdm(range(0, len(numbers), self.batch_size), "batches", leave=False, disable=one):
             part = slice(i, i + self.batch_size)
             condition = conditions[part]
             own = SamplingParams(**params, generators=generators_of(seed, numbers[part]))
