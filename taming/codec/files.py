@@ -122,7 +122,8 @@ class Codec:
             return Static(tables, sequence.dummies)
         if name != "raw":
             raise ValueError(f"entropy must be one of {', '.join(MODES)}, got {name!r}")
-        return Raw(sequence.max_loops, sequence.n_e, sequence.dummies)
+        fixed = sequence.fixed_length
+        return Raw(sequence.max_loops, sequence.n_e, sequence.dummies, fixed)
 
     # --- image -> file ---------------------------------------------------------------------------
 

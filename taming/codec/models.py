@@ -121,12 +121,20 @@ class ByTurns(EntropyModel):
         dummies: True if a site writes dummies and its one code at its last turn.
         codes: T ways to write a code at each turn.
         ends: At least T - 1 ways to write whether a site goes on (1) after a turn, or ends (0).
+        fixed_length: True if every site takes T turns: nothing is written of where it ends.
     """
 
     def __init__(
-        self, max_loops: int, n_e: int, dummies: bool, codes: Sequence[Any], ends: Sequence[Any]
+        self,
+        max_loops: int,
+        n_e: int,
+        dummies: bool,
+        codes: Sequence[Any],
+        ends: Sequence[Any],
+        fixed_length: bool = False,
     ) -> None:
         self.max_loops, self.n_e, self.dummies = max_loops, n_e, dummies
+        self.fixed_length = fixed_length
         self.codes, self.ends = codes, ends
         self.progressive = not dummies
 
@@ -151,7 +159,7 @@ class ByTurns(EntropyModel):
                 coder.push(sites[~goes_on, turn], self.codes[turn])
                 sites = sites[goes_on]
             else:
-                if turn:
+                if turn and not self.fixed_length:
                     goes_on = sites[:, turn] >= 0
                     coder.push(goes_on.long(), self.ends[turn - 1])
                     sites = sites[goes_on]
@@ -190,7 +198,7 @@ class ByTurns(EntropyModel):
             codes[ends, turn] = coder.pull(self.codes[turn], len(ends))
             sites = sites[goes_on]
         else:
-            if turn:
+            if turn and not self.fixed_length:
                 sites = sites[coder.pull(self.ends[turn - 1], len(sites)) > 0]
                 if not len(sites):
                     raise ValueError("no site takes its turn")
@@ -206,6 +214,7 @@ class Raw(ByTurns):
         max_loops: T.
         n_e: K.
         dummies: True if a site writes dummies and its one code at its last turn.
+        fixed_length: True if every site takes T turns.
 
     Example:
         >>> raw = Raw(max_loops=2, n_e=16, dummies=False)
@@ -221,12 +230,13 @@ class Raw(ByTurns):
 
     mode = 0
 
-    def __init__(self, max_loops: int, n_e: int, dummies: bool) -> None:
-        super().__init__(max_loops, n_e, dummies, [n_e] * max_loops, [2] * max_loops)
+    def __init__(self, max_loops: int, n_e: int, dummies: bool, fixed_length: bool = False) -> None:
+        ways = [n_e] * max_loops, [2] * max_loops
+        super().__init__(max_loops, n_e, dummies, *ways, fixed_length)
 
     def fingerprint(self) -> bytes:
-        """Return zeros: K, T and the form of the codes are the tokenizer's."""
-        return bytes(4)
+        """Return 1 at a fixed length, else 0: K, T and the form of codes are the tokenizer's."""
+        return int(self.fixed_length).to_bytes(4, "little")
 
     def encoder(self) -> BitEncoder:
         """Return a `BitEncoder`, whose way is the number of different symbols."""

@@ -86,6 +86,8 @@ class ContextPrior(Prior):
             cond_stage_key=first_stage_key,
             scheduler_config=scheduler_config,
         )
+        if self.first_stage_model.whole is not self.first_stage_model:
+            raise ValueError("a context model takes the codes of a whole tokenizer, not of a level")
         quantizer, turns = self.first_stage_model.quantize, self.sequence.max_loops
         if self.sequence.dummies:
             raise ValueError(
@@ -141,7 +143,7 @@ class ContextPrior(Prior):
             raise ValueError(f"a ContextPrior has no guidance, got {params.guidance}")
         symbols = torch.where(codes < 0, self.context.n_codes, codes)
         symbols = torch.where(known[..., None], symbols, -1)
-        sampled = torch.full_like(codes, -1)
+        sampled = self.empty_codes(len(codes), (known.shape[0], known.shape[1]))
 
         def send(logits: Tensor, wanted: Tensor, image: Tensor) -> Tensor:
             return torch.where(wanted < 0, sample_token(logits, params, image), wanted)

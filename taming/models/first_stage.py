@@ -28,6 +28,11 @@ _GROUPS = 32  # of a norm, which no weight shows; other numbers are in the finge
 _INFERNO = "000004 160b39 420a68 6a176e 932667 bc3754 dd513a f37819 fca50a f6d746 fcffa4"
 
 
+def _is_after(name: str) -> bool:
+    """Return True for a part or weight, of a model or a level of one, that affects no codes."""
+    return name.removeprefix("model.").startswith(_AFTER)
+
+
 def length_heat_map(lengths: Tensor, max_loops: int, size: tuple[int, int]) -> Tensor:
     """Colour each site by its length: dark for one turn, bright for the most.
 
@@ -125,12 +130,12 @@ class FirstStage:
         groups = {
             name: part.num_groups
             for name, part in self.named_modules()
-            if getattr(part, "num_groups", _GROUPS) != _GROUPS and not name.startswith(_AFTER)
+            if getattr(part, "num_groups", _GROUPS) != _GROUPS and not _is_after(name)
         }
         about += [unseen for unseen in (groups, self.above) if unseen]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode())
         for name, value in sorted(self.state_dict().items()):
-            if not name.startswith(_AFTER) and _TABLES not in name.split("."):
+            if not _is_after(name) and _TABLES not in name.split("."):
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

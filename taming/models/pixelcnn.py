@@ -17,7 +17,6 @@ from taming.models.sampling import (
     Completion,
     Window,
     condition_in,
-    unknown_range,
 )
 from taming.modules.pixelcnn.model import PixelCNN
 from taming.modules.pixelcnn.site import SiteSymbols
@@ -129,16 +128,17 @@ class PixelCNNPrior(Prior):
         if params.guidance != 1:
             raise ValueError(f"a PixelCNNPrior has no guidance, got {params.guidance}")
         rows = torch.arange(len(codes), device=codes.device)
-        latest = unknown_range(known.flatten()).start, codes
+        symbols = 0  # since the last report
 
         def keep(sites: int, so_far: Tensor) -> None:
-            nonlocal latest
-            latest = sites, so_far
+            nonlocal symbols
+            report(lambda: sites, so_far.clone, tokens=symbols)
+            symbols = 0
 
         def sample_symbol(logits: Tensor) -> Tensor:
-            symbol = sample_token(logits, params, rows)
-            report(lambda: latest[0], lambda: latest[1].clone())
-            return symbol
+            nonlocal symbols
+            symbols += 1
+            return sample_token(logits, params, rows)
 
         labels = condition_in(condition, Window(0, 0, *known.shape))[:, 0]
         return self.pixelcnn.sample(codes, labels, sample_symbol, known, keep)

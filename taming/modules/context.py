@@ -88,7 +88,12 @@ def _layout(batch: int, h: int, w: int, device: torch.device) -> _Layout:
 
 def _nats_of(logits: Tensor, values: Tensor) -> Tensor:
     """Return -log p (N,) of values (N,) by logits (N, V)."""
-    return F.cross_entropy(logits, values, reduction="none")
+    return F.cross_entropy(logits.to(_summed_in(logits)), values, reduction="none")
+
+
+def _summed_in(values: Tensor) -> torch.dtype:
+    """Return the dtype in which values are summed: float32, or their own if it has more digits."""
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 class ContextNetwork(Recorded, nn.Module):
@@ -227,7 +232,7 @@ class ContextNetwork(Recorded, nn.Module):
         symbols = torch.where(codes < 0, self.n_codes, codes).flatten(0, 2)  # (S, T)
         plane = self._start(batch, h, w)
         group_at = layout.group.new_zeros(len(plane)).index_copy(0, layout.place, layout.group)
-        nats = plane.new_zeros(batch)
+        nats = plane.new_zeros(batch, dtype=_summed_in(plane))
         alive = torch.arange(len(symbols), device=codes.device)
         for turn in range(self.max_loops):
             vectors = self._vectors(symbols[alive, turn], turn)

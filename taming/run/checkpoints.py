@@ -81,8 +81,9 @@ class RngState(Callback):
     """Seed the random number generators for each epoch, batch and validation.
 
     What a model draws thus follows from (seed, epoch, batch), and is the same in a resumed run,
-    which keeps the seed that it began with. All processes draw the same. A data module of one's own
-    whose loaders have no state is shuffled alike if the run is resumed at an epoch's end.
+    which keeps the seed that it began with. Processes draw the same but while they train, where
+    each has images of its own. A data module of one's own whose loaders have no state is shuffled
+    alike if the run is resumed at an epoch's end.
     """
 
     def __init__(self) -> None:
@@ -101,7 +102,8 @@ class RngState(Callback):
     ) -> None:
         """Seed the generators."""
         self.epoch, self._is_resuming = trainer.current_epoch, False
-        seed_generators(self.seed, TRAINING, self.epoch, batch_idx, devices=True)
+        rank = [trainer.global_rank] if trainer.global_rank else []
+        seed_generators(self.seed, TRAINING, self.epoch, batch_idx, *rank, devices=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seed the generators."""

@@ -222,3 +222,15 @@ def test_models_are_told_apart_by_their_tables() -> None:
     assert len({fingerprint(), fingerprint(codes=tables(3, 10).codes.flip(1))}) == 2
     assert len({fingerprint(), fingerprint(going_on=other)}) == 2
     assert fingerprint() == fingerprint()
+
+
+@pytest.mark.parametrize("n_e", [2, 16, 300])
+def test_raw_writes_no_ends_where_there_is_nothing_to_choose(n_e: int) -> None:
+    raw, codes = Raw(3, n_e, False, fixed_length=True), torch.randint(n_e, (4, 6, 3))
+    segments = list(raw.encode(codes))
+    assert [len(segment) for segment in segments] == [
+        math.ceil(24 * math.ceil(math.log2(n_e)) / 8)
+    ] * 3
+    assert torch.equal(raw.decode(segments, (4, 6)), codes)
+    assert torch.equal(raw.decode(segments[:2], (4, 6)), cut(codes, 2))
+    assert raw.fingerprint() != Raw(3, n_e, False).fingerprint()

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from support.models import images, tokenizer_config, trainer
+from support.models import images, tokenizer_config, trainer, vqmodel_config, vqvae2_config
 
 from taming.models.context import ContextPrior
+from taming.models.sampling import Progress
 from taming.modules.transformer.generate import SamplingParams
 from taming.modules.vqvae.entropy import EntropyTables
 
@@ -82,3 +83,21 @@ def test_mistakes_are_named() -> None:
     for wrong in ([0.5, 2], [2, 1], [1, 4]):
         with pytest.raises(ValueError, match=r"two bounds in \[1, max_loops = 3\]"):
             prior(length_range=wrong)
+
+
+def test_codes_so_far_can_be_decoded_at_a_fixed_length_too() -> None:
+    params = {"name": "ResidualVQ", "num_quantizers": 3}
+    library = {"target": "taming.modules.vqvae.zoo.LibraryQuantizer", "params": params}
+    model = ContextPrior(vqmodel_config(quantizer_config=library), NETWORK).eval()
+    seen: list[Progress] = []
+    model.sample_codes(torch.zeros(2, 1, dtype=torch.int64), callback=seen.append)
+    assert len(seen) == 3
+    for progress in seen:
+        model.decode_codes(progress.codes())
+
+
+def test_the_codes_of_a_level_are_refused() -> None:
+    level = {"target": "taming.models.vqvae2.Level", "params": {"level": "top"}}
+    level["params"]["model_config"] = vqvae2_config("loopy", "flat")
+    with pytest.raises(ValueError, match="whole tokenizer"):
+        ContextPrior(level, NETWORK)

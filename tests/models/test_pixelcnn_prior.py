@@ -152,9 +152,11 @@ def test_completion_keeps_what_is_known_and_counts_what_is_drawn(kind: str) -> N
     model, x = prior(kind).eval(), torch.rand(2, 3, 16, 16)
     assert model.grid == (SIDE, SIDE)
     given = model.encode_codes(x)
-    seen: list[tuple[int, int, int]] = []
+    seen, latest = [], given
 
     def follow(progress: Progress) -> None:
+        nonlocal latest
+        latest = progress.codes()
         seen.append((progress.tokens, progress.most, progress.sites()))
         flat = progress.codes().flatten(1, 2)
         assert (flat[:, : progress.sites(), 0] >= 0).all()
@@ -167,8 +169,8 @@ def test_completion_keeps_what_is_known_and_counts_what_is_drawn(kind: str) -> N
     assert not torch.equal(codes, given)
     most = model.sequence.site_tokens
     left = SIDE**2 - 30
-    finished = [30 + number // most for number in range(left * most)]  # before each token
-    assert seen == [(n + 1, left * most, max(0, f)) for n, f in enumerate(finished)]
+    assert seen == [(n * most, left * most, 30 + n) for n in range(1, left + 1)]
+    assert torch.equal(latest, codes)
 
 
 def test_known_sites_after_the_last_unknown_one_cost_nothing() -> None:

@@ -224,6 +224,16 @@ def test_the_fingerprint_is_of_what_decides_the_codes_of_all_levels() -> None:
             found = tokenizer.fingerprint()
 
 
+def test_the_fingerprint_of_a_level_is_of_what_decides_codes_too() -> None:
+    level = Level(vqvae2_config("loopy", "flat"), "top")
+    found = level.fingerprint()
+    with torch.no_grad():
+        level.model.decoder.conv_out.weight.add_(1)
+        assert level.fingerprint() == found
+        level.model.encoder.conv_out.weight.add_(1)
+    assert level.fingerprint() != found
+
+
 def test_the_fingerprint_is_of_what_no_weight_shows_too() -> None:
     tokenizer = model("loopy", "loopy")
 

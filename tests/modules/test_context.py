@@ -179,3 +179,11 @@ def test_what_could_be_inexact_is_refused() -> None:
         ContextNetwork(16, 3, 8, 16, bits=40).eval().frozen()
     with pytest.raises(ValueError, match="at least 1, got 0"):
         ContextNetwork(0, 3)
+
+
+def test_nats_of_few_digits_are_summed_in_many() -> None:
+    network, codes = ContextNetwork(16, 1, channels=4, hidden=8), torch.randint(16, (1, 32, 32, 1))
+    exact = network.nats(codes)
+    found = network.bfloat16().nats(codes)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, rtol=0.02, atol=0)

@@ -1,11 +1,13 @@
 """Training continues from any checkpoint, of whichever hook, as if it had not been stopped."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import IterableDataset
 
 from taming.data.datamodule import DataModuleFromConfig
@@ -187,3 +189,21 @@ def test_training_that_was_stopped_within_an_epoch_continues_it(tmp_path):
     _, *end = train(second, ckpt_path=last, max_steps=6)
     assert first.events[:-1] + second.events == whole.events  # but for the early end of an epoch
     assert end == state
+
+
+def test_ranks_draw_of_their_own_while_they_train_and_together_otherwise() -> None:
+    state = RngState()
+    fitting = {"current_epoch": 1, "state": SimpleNamespace(fn=TrainerFn.FITTING)}
+    progress = SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(processed=2)))
+    fitting["fit_loop"] = SimpleNamespace(epoch_loop=progress)
+    drawn: dict[str, list[float]] = {"batch": [], "epoch": [], "validation": []}
+    for rank in range(3):
+        trainer: Any = SimpleNamespace(global_rank=rank, **fitting)
+        state.on_train_epoch_start(trainer, Model())
+        drawn["epoch"].append(float(torch.rand(())))
+        state.on_train_batch_start(trainer, Model(), None, 5)
+        drawn["batch"].append(float(torch.rand(())))
+        state.on_validation_start(trainer, Model())
+        drawn["validation"].append(float(torch.rand(())))
+    different = {name: len(set(values)) for name, values in drawn.items()}
+    assert different == {"batch": 3, "epoch": 1, "validation": 1}

@@ -55,6 +55,8 @@ class Price(NamedTuple):
         """
         bits = self.codes[turn]
         with torch.autocast(residual.device.type, enabled=False):
+            mean = seen.mean(dim=0)  # far from the origin, digits would be lost
+            residual, seen = residual - mean, seen - mean
             # |r|^2 is the same for all codes.
             nearness = 2 * residual @ seen.T - seen.square().sum(dim=1)  # (M, K)
             log2_share = nearness / self.weight.clamp(min=1e-20)[:, None] - bits

@@ -86,7 +86,8 @@ def cheapest_codes(
         (N,) int64 in [0, K); with k, (N, k), cheapest first.
     """
     most = bits.max().clamp(min=1e-20)
-    size = codebook.square().sum(dim=1).mean().sqrt()  # as large as codes: no digits are lost
+    centred = codebook - codebook.mean(dim=0)
+    size = centred.square().sum(dim=1).mean().sqrt()  # as large as they are: no digits are lost
     size = torch.where(size > 0, size, 1.0)
     share = bits / most  # (K,) in [0, 1]
     further = size * torch.stack([share, (1 - share.square()).clamp(min=0).sqrt()], dim=1)

@@ -50,6 +50,8 @@ class EmbeddingEMA(nn.Module):
         self, num_tokens: int, codebook_dim: int, decay: float = 0.99, eps: float = 1e-5
     ) -> None:
         super().__init__()
+        if not 0 < decay < 1:
+            raise ValueError(f"decay must be in (0, 1), got {decay}")
         self.decay, self.eps = decay, eps
         start = torch.randn(num_tokens, codebook_dim)
         self.weight = nn.Parameter(start, requires_grad=False)
@@ -333,6 +335,8 @@ class GumbelQuantize(SingleCodeQuantizer):
         if not self.training and not self.legacy:
             indices = logits.argmax(dim=1)
             return channels_second(F.embedding(indices, codes)), indices
+        if not temperature > 0:
+            raise ValueError(f"the temperature of a GumbelQuantize must be > 0, got {temperature}")
         hard = self.straight_through or not self.training
         choice = F.gumbel_softmax(logits, temperature, hard=hard, dim=1)  # (B, K, h, w)
         z_q = torch.einsum("bkhw,kd->bdhw", choice, codes.float()).to(codes.dtype)

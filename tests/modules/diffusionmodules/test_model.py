@@ -196,3 +196,10 @@ def test_gradient_checkpointing_keeps_gradients_and_halves_the_activations() -> 
     for plain, again in zip(*gradients, strict=True):
         assert torch.equal(plain, again)
     assert sizes_kept[1] < sizes_kept[0] / 2
+
+
+def test_one_site_of_one_image_is_mapped_as_beside_others() -> None:
+    encoder = Encoder(**TINY).eval()  # one channel in each group of a norm
+    x = torch.randn(2, 3, 2, 2)
+    assert encoder(x).shape[2:] == (1, 1)
+    torch.testing.assert_close(encoder(x[:1]), encoder(x)[:1])

@@ -98,3 +98,10 @@ def test_all_is_float32_under_autocast() -> None:
 def test_latents_that_are_not_finite_are_refused() -> None:
     with pytest.raises(NonFiniteError, match="not finite"):
         gumbel()(torch.full((1, C, 2, 2), float("inf")))
+
+
+def test_a_temperature_of_zero_is_refused_where_codes_are_drawn() -> None:
+    quantizer = GumbelQuantize(num_hiddens=8, embedding_dim=4, n_embed=16, temp_init=0.0)
+    quantizer.eval()(torch.randn(1, 8, 2, 2))
+    with pytest.raises(ValueError, match=r"temperature .* > 0, got 0"):
+        quantizer.train()(torch.randn(1, 8, 2, 2))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from taming.modules.vqvae import nearest
-from taming.modules.vqvae.nearest import distance_to, nearest_codes
+from taming.modules.vqvae.nearest import cheapest_codes, distance_to, nearest_codes
 from taming.util import NonFiniteError
 
 
@@ -123,3 +123,14 @@ def test_a_nan_is_not_hidden_by_other_codes(place: str, monkeypatch: pytest.Monk
     found = nearest_codes(**tensors)
     if place == "codebook":
         assert (found == 3).all()
+
+
+@pytest.mark.parametrize("far", [0, 100])
+def test_the_cheapest_are_those_of_the_definition_wherever_the_codes_lie(far: float) -> None:
+    codebook, vectors = 0.1 * torch.randn(256, 8), 0.1 * torch.randn(300, 8)
+    codebook, vectors = codebook + far, vectors + far
+    bits, weight = 10 * torch.rand(256), 0.01 * torch.rand(300)
+    cost = exact(vectors, codebook) + weight[:, None] * bits
+    found = cheapest_codes(vectors, codebook, bits, weight)
+    excess = cost.gather(1, found[:, None])[:, 0] - cost.amin(dim=1)
+    assert float(excess.max()) < 1e-5

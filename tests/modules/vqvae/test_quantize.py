@@ -210,3 +210,9 @@ def test_averages_are_those_of_all_ranks(monkeypatch) -> None:
     for rank, part in zip(ranks, z.split(2), strict=True):
         rank(part)
         torch.testing.assert_close(rank.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, 1.5, float("nan")])
+def test_averages_that_would_not_be_any_are_refused(decay: float) -> None:
+    with pytest.raises(ValueError, match=r"decay must be in \(0, 1\)"):
+        EMAVectorQuantizer(16, 4, beta=0.25, decay=decay)
