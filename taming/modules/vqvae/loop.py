@@ -299,7 +299,7 @@ def build_transform(config: Mapping[str, Any] | None, max_loops: int, e_dim: int
     config = config or RESIDUAL
     sizes: dict[str, Any] = {"max_loops": max_loops, "e_dim": e_dim}
     params = dict(config.get("params") or {})
-    if depth := params.get("depth_embedding"):
+    if depth := params.pop("depth_embedding", None):
         sizes["depth_embedding"] = (max_loops, e_dim)
         params["depth_embedding"] = (max_loops, e_dim) if depth is True else tuple(depth)
     return instantiate_with_sizes({**config, "params": params}, sizes)

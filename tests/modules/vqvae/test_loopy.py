@@ -462,8 +462,7 @@ def test_sizes_of_a_transform_need_not_be_stated(transform: str) -> None:
     stated = dict(TRANSFORMS[transform] or {"target": "taming.modules.vqvae.transforms.Residual"})
     params = stated.get("params", {})
     decided = {k: v for k, v in params.items() if k in ("step", "beam")}
-    if "depth_embedding" in params:
-        decided["depth_embedding"] = True
+    decided["depth_embedding"] = "depth_embedding" in params
     quantizers = [
         LoopyVectorQuantizer(K, D, threshold=1.0, max_loops=T, transform_config=config)
         for config in (stated, {**stated, "params": decided})
