@@ -169,7 +169,7 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(to_levels(image).cpu().permute(1, 2, 0).numpy())
 
 
-def tile(images: Tensor | Sequence[Picture], columns: int) -> Tensor:
+def arrange(images: Tensor | Sequence[Picture], columns: int) -> Tensor:
     """Arrange pictures of one size in rows of ``columns`` with white gaps.
 
     Args:
@@ -188,13 +188,16 @@ def tile(images: Tensor | Sequence[Picture], columns: int) -> Tensor:
     framed = F.pad(images.detach().float().cpu(), (2, 0, 2, 0), value=1.0)
     empty = framed.new_ones(rows * columns - len(images), *framed.shape[1:])
     cells = torch.cat([framed, empty])
-    tiled = rearrange(cells, "(r c) d h w -> d (r h) (c w)", r=rows)
-    return F.pad(tiled, (0, 2, 0, 2), value=1.0)
+    arranged = rearrange(cells, "(r c) d h w -> d (r h) (c w)", r=rows)
+    return F.pad(arranged, (0, 2, 0, 2), value=1.0)
+
+
+tile = arrange  # the name by which taming.run.callbacks imports it
 
 
 def side_by_side(*images: Tensor) -> Tensor:
     """Put images (3, H, W) in [-1, 1] of one size next to each other: (3, H', W')."""
-    return tile(torch.stack([image.detach().float().cpu() for image in images]), len(images))
+    return arrange(torch.stack([image.detach().float().cpu() for image in images]), len(images))
 
 
 def save_picture(image: Tensor | Image.Image, path: Path) -> None:
