@@ -51,8 +51,8 @@ def to_tensor(
         (C, H, W) float32 in [-1, 1].
 
     Raises:
-        ValueError: The file is not an image, the array has another number of axes or channels, or a
-            value is out of range.
+        ValueError: It is of another kind, the file is not an image, the array has another number of
+            axes or channels, or a value is out of range.
 
     Example:
         >>> to_tensor(np.full((2, 3, 3), 255, np.uint8)).unique()
@@ -106,6 +106,9 @@ def _values_of(
         own = np.array(array, array.dtype.newbyteorder("="), order="C")
         return torch.from_numpy(own).movedim(-1, 0)
     if not isinstance(picture, Image.Image):
+        if not isinstance(picture, (str, os.PathLike)) and not hasattr(picture, "read"):
+            kinds = "a path, a PIL image, an array or a tensor"
+            raise ValueError(f"expected one picture, {kinds}, got a {type(picture).__name__}")
         return decode_image(picture, True, channels, background, max_pixels)
     if channels not in MODES:
         raise ValueError(f"a PIL image has at most 4 channels, not {channels}: give an array")
