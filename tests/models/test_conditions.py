@@ -132,6 +132,9 @@ def test_layouts_are_drawn_in_the_shape_of_the_images() -> None:
     model = prior("objects_bbox").eval()
     pictures = pictures_of(model, batch, SamplingParams(), {"train": Layouts()})
     assert pictures["conditioning"].shape == pictures["inputs"].shape == (2, 3, 16, 8)
+    tokens, stage = batch["objects_bbox"], model.cond_stage_model
+    drawn = stage.condition_pictures(tokens, tokens, (10, 12), {"train": Layouts()})
+    assert drawn["conditioning"].shape == (2, 3, 10, 12)
 
 
 def test_layouts_are_not_shown_by_who_cannot_draw_them() -> None:
