@@ -35,7 +35,7 @@ from tqdm import tqdm
 from taming.models.first_stage import length_heat_map
 from taming.models.vqgan import VQModel
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
-from taming.pictures import save_picture, tile, to_picture
+from taming.pictures import arrange, save_picture, to_picture
 from taming.run.cli import choose_device, run, script_parser
 from taming.run.folder import model_from_run
 
@@ -175,7 +175,7 @@ def pictures(model: VQModel, x: Tensor, file: Path) -> None:
     turns = model.quantize.sequence.max_loops
     maps = length_heat_map(lengths, turns, (x.shape[2], x.shape[3]))
     rows = [x[order], model.decode(quantized.z_q)[order], maps[order].to(x)]
-    save_picture(tile(torch.cat(rows), len(x)), file)
+    save_picture(arrange(torch.cat(rows), len(x)), file)
 
 
 def load(options: argparse.Namespace) -> tuple[VQModel, int]:

@@ -86,7 +86,7 @@ def main() -> None:
     import torch
 
     from taming.models.vqgan import VQModel
-    from taming.pictures import save_picture, tile
+    from taming.pictures import arrange, save_picture
 
     device = cli.choose_device(options.device)
     saved = SavedRun.load(options.resume, trust_config=options.trust_config)
@@ -100,7 +100,7 @@ def main() -> None:
         )
     images, codes, classes = encode(model, saved.validation(), options.num_images)
     rows = rows_of(model, images, codes, options.rows, options.columns)
-    save_picture(tile(torch.cat(rows), options.columns + 1), options.output)
+    save_picture(arrange(torch.cat(rows), options.columns + 1), options.output)
     logger.info("%d images, %d codes", len(codes), len(codes.unique()))
     if classes is not None:
         own, random = purity(codes, classes), purity(codes[torch.randperm(len(codes))], classes)

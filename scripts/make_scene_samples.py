@@ -85,7 +85,7 @@ def main() -> None:
     from taming.models.cond_transformer import Net2NetTransformer
     from taming.models.sampling import numbers_of, sample_images
     from taming.modules.transformer.generate import SamplingParams, generators_of
-    from taming.pictures import save_picture, tile
+    from taming.pictures import arrange, save_picture
 
     device = cli.choose_device(options.device)
     pl.seed_everything(options.seed, verbose=False)
@@ -112,7 +112,7 @@ def main() -> None:
             size = images.shape[3], images.shape[2]
             label = scenes.get_textual_label_for_category_no
             layout = builder.plot(builder.build(annotations), label, size)
-            row = tile(torch.cat([images, layout[None]]), len(images) + 1)
+            row = arrange(torch.cat([images, layout[None]]), len(images) + 1)
             save_picture(row, target / f"{batch_number:04}_{number:02}.png")
     logger.info("pictures in %s", target)
 

@@ -77,7 +77,7 @@ def parse_options() -> argparse.Namespace:
 
 def sample(generator: Generator, options: argparse.Namespace, asked: dict[str, Any]) -> None:
     """Save new images, one file each as soon as its batch is done, and a grid of the first."""
-    from taming.pictures import save_picture, tile
+    from taming.pictures import arrange, save_picture
 
     classes, n = asked.pop("label"), asked.pop("n")
     labels = [label for label in classes or [None] for _ in range(n)]
@@ -90,7 +90,7 @@ def sample(generator: Generator, options: argparse.Namespace, asked: dict[str, A
             suffix = "" if label is None else f"_class{label}"
             save_picture(picture, options.outdir / f"{number:06}{suffix}.png")
         shown += pictures[: SHOWN - len(shown)]
-    save_picture(tile(shown, 8), options.outdir / "grid.png")
+    save_picture(arrange(shown, 8), options.outdir / "grid.png")
 
 
 def known_part(generator: Generator, options: argparse.Namespace, grid: tuple[int, int]) -> Tensor:
@@ -117,7 +117,7 @@ def complete(generator: Generator, options: argparse.Namespace, asked: dict[str,
     from taming.data.custom import find_files
     from taming.data.preprocessing import refuse_failed, skipping
     from taming.models.sampling import numbers_of, paste
-    from taming.pictures import save_picture, tile, to_tensor
+    from taming.pictures import arrange, save_picture, to_tensor
 
     grid = options.grid or generator.model.grid
     if grid[0] != grid[1]:
@@ -137,7 +137,7 @@ def complete(generator: Generator, options: argparse.Namespace, asked: dict[str,
             seen = paste(torch.ones_like(row[:1]), row[1:2], known.cpu())
             row = torch.cat([row[:1], seen, row[1:]])
             name = f"{number:06}_{Path(item['file_path_']).stem}_completed.png"
-            save_picture(tile(row, len(row)), options.outdir / name)
+            save_picture(arrange(row, len(row)), options.outdir / name)
     refuse_failed(failed, len(images))
 
 

@@ -63,6 +63,8 @@ def decode_codes(
     Raises:
         ValueError: They are not codes of this model.
     """
+    if strange := [type(own).__name__ for own in codes if not isinstance(own, Codes)]:
+        raise ValueError(f"expected Codes, from encode or Codes.load, got a {strange[0]}")
     shapes = [tuple(level.shape for level in own.levels) for own in codes]
     for numbers in _of_one_shape(shapes, batch_size):
         device = next(model.parameters()).device
@@ -76,6 +78,11 @@ def decode_codes(
             raise ValueError("the codes are not those of this tokenizer: their picture is NaN")
         for number, image in zip(numbers, from_levels(to_levels(images).cpu()), strict=True):
             height, width = codes[number].size
+            if height > image.shape[1] or width > image.shape[2]:
+                raise ValueError(
+                    f"the codes of a picture of {height}x{width} pixels decode to "
+                    f"{image.shape[1]}x{image.shape[2]}: they have too few sites for its size"
+                )
             yield number, image[:, :height, :width]
 
 

@@ -23,6 +23,7 @@ from taming.pictures import Picture, is_single, resize, to_picture, to_tensor
 from taming.sharing import Shared, count_parameters
 from taming.signatures import naming_nearest
 from taming.tokenizer import Tokenizer
+from taming.util import at_least
 
 Labels = int | Sequence[int] | None
 
@@ -42,7 +43,8 @@ class Generator(Shared):
         model: The prior; of several, the top level's.
 
     Raises:
-        ValueError: The prior's condition is not a class, or several do not belong together.
+        ValueError: The prior's condition is not a class, several do not belong together, or the
+            batch size is not positive.
 
     Example:
         >>> from taming.models.cond_transformer import Net2NetTransformer
@@ -59,6 +61,7 @@ class Generator(Shared):
     """
 
     def __init__(self, model: Prior | Sequence[Prior], batch_size: int = 16) -> None:
+        at_least(1, batch_size=batch_size)
         several = isinstance(model, (list, tuple))
         self.priors: list[Any] = [*model] if several else [model]
         if several:
@@ -188,12 +191,18 @@ class Generator(Shared):
             grid: (h, w) sites; None for the size trained on.
 
         Raises:
-            ValueError: The mask is not a picture.
+            ValueError: The mask is not a picture, or its brightest value is 1 of 255.
         """
         grid = grid or self.model.grid
         if getattr(mask, "shape", ()) == grid and str(mask.dtype).endswith("bool"):
             return torch.as_tensor(mask, device=self.model.device)
-        bright = self._fit(to_tensor(mask, background="black"), grid).mean(dim=0) > 0  # (H, W)
+        image = to_tensor(mask, background="black")
+        if -1 < image.max() < 1.5 / 127.5 - 1:
+            raise ValueError(
+                "a mask is bright where a picture is known, at least 128 of 255, but its brightest "
+                "value is 1: use 0 and 255, or bool"
+            )
+        bright = self._fit(image, grid).mean(dim=0) > 0  # (H, W)
         factor = self.model.first_stage_model.factor
         sites = rearrange(bright, "(h f) (w g) -> h w (f g)", f=factor, g=factor)
         return sites.all(dim=-1)

@@ -51,8 +51,8 @@ def to_tensor(
         (C, H, W) float32 in [-1, 1].
 
     Raises:
-        ValueError: The file is not an image, the array has another number of axes or channels, or a
-            value is out of range.
+        ValueError: It is of another kind, the file is not an image, the array has another number of
+            axes or channels, or a value is out of range.
 
     Example:
         >>> to_tensor(np.full((2, 3, 3), 255, np.uint8)).unique()
@@ -106,6 +106,9 @@ def _values_of(
         own = np.array(array, array.dtype.newbyteorder("="), order="C")
         return torch.from_numpy(own).movedim(-1, 0)
     if not isinstance(picture, Image.Image):
+        if not isinstance(picture, (str, os.PathLike)) and not hasattr(picture, "read"):
+            kinds = "a path, a PIL image, an array or a tensor"
+            raise ValueError(f"expected one picture, {kinds}, got a {type(picture).__name__}")
         return decode_image(picture, True, channels, background, max_pixels)
     if channels not in MODES:
         raise ValueError(f"a PIL image has at most 4 channels, not {channels}: give an array")
@@ -169,7 +172,7 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(to_levels(image).cpu().permute(1, 2, 0).numpy())
 
 
-def tile(images: Tensor | Sequence[Picture], columns: int) -> Tensor:
+def arrange(images: Tensor | Sequence[Picture], columns: int) -> Tensor:
     """Arrange pictures of one size in rows of ``columns`` with white gaps.
 
     Args:
@@ -188,13 +191,16 @@ def tile(images: Tensor | Sequence[Picture], columns: int) -> Tensor:
     framed = F.pad(images.detach().float().cpu(), (2, 0, 2, 0), value=1.0)
     empty = framed.new_ones(rows * columns - len(images), *framed.shape[1:])
     cells = torch.cat([framed, empty])
-    tiled = rearrange(cells, "(r c) d h w -> d (r h) (c w)", r=rows)
-    return F.pad(tiled, (0, 2, 0, 2), value=1.0)
+    arranged = rearrange(cells, "(r c) d h w -> d (r h) (c w)", r=rows)
+    return F.pad(arranged, (0, 2, 0, 2), value=1.0)
+
+
+tile = arrange  # the name by which taming.run.callbacks imports it
 
 
 def side_by_side(*images: Tensor) -> Tensor:
     """Put images (3, H, W) in [-1, 1] of one size next to each other: (3, H', W')."""
-    return tile(torch.stack([image.detach().float().cpu() for image in images]), len(images))
+    return arrange(torch.stack([image.detach().float().cpu() for image in images]), len(images))
 
 
 def save_picture(image: Tensor | Image.Image, path: Path) -> None:

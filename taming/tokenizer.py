@@ -21,6 +21,7 @@ from taming.modules.vqvae.rate import one_rate
 from taming.pictures import Picture, is_single, pad, to_picture, to_tensor
 from taming.sharing import Shared, count_parameters
 from taming.signatures import naming_nearest
+from taming.util import at_least
 
 if TYPE_CHECKING:
     from taming.codec.files import Codec
@@ -49,7 +50,7 @@ class Tokenizer(Shared):
 
     Raises:
         ValueError: The model is not a tokenizer, one of label maps, or one level of several; or
-            the tile is not positive.
+            the batch size or the tile is not positive.
 
     Example:
         >>> import numpy as np, torch
@@ -79,6 +80,7 @@ class Tokenizer(Shared):
                 "a Tokenizer takes a tokenizer of pictures with values in [-1, 1], with all "
                 f"levels, got a {type(model).__name__}"
             )
+        at_least(1, batch_size=batch_size)
         self.model = model.eval()
         self.batch_size = batch_size
         self.background, self.max_pixels = rgb_of(background), max_pixels
@@ -208,9 +210,9 @@ class Tokenizer(Shared):
             more channels, the model's ``to_rgb`` shows some.
 
         Raises:
-            ValueError: They are not codes of this tokenizer.
+            ValueError: They are not `Codes` of this tokenizer, or too few for their size.
         """
-        if isinstance(codes, Codes):
+        if not isinstance(codes, (list, tuple)):
             return self.decode([codes])[0]
         images = decode_codes(self.model, codes, self.batch_size)
         pictures = {number: self.to_picture(image) for number, image in images}

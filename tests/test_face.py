@@ -86,6 +86,8 @@ def test_any_layout_of_an_array_is_the_same_image() -> None:
         (__file__, "cannot be decoded"),
         (np.array([["a", "b"]]), "numbers.*<U1"),
         (np.zeros((4, 0, 3), np.uint8), r"\(4, 0, 3\)"),
+        ([np.zeros((4, 4, 3), np.uint8)], "one picture, .* got a list"),
+        (None, "one picture, .* got a NoneType"),
     ],
 )
 def test_what_is_not_a_picture_is_refused(picture: object, names: str) -> None:
@@ -122,6 +124,25 @@ def test_several_pictures_may_be_a_list_or_one_array(tokenizer: Tokenizer) -> No
         found = tokenizer.encode(several)
         assert all(torch.equal(a.indices, b.indices) for a, b in zip(found, listed, strict=True))
     assert tokenizer.encode([]) == [] and tokenizer.decode([]) == []
+
+
+def test_what_is_no_codes_is_refused(tokenizer: Tokenizer) -> None:
+    codes: Any = tokenizer.encode(colours())
+    for strange in (codes.indices, "a.npz", Path("a.npz"), b"codes", None, 3):
+        for given in (strange, [codes, strange]):
+            with pytest.raises(ValueError, match=f"expected Codes.*a {type(strange).__name__}"):
+                tokenizer.decode(given)
+    height, width = (sites * tokenizer.model.factor for sites in codes.indices.shape[:2])
+    assert tokenizer.decode(Codes(codes.indices, (height, width))).size == (width, height)
+    for size in ((height + 1, width), (height, width + 1)):
+        with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels decode to {height}x"):
+            tokenizer.decode(Codes(codes.indices, size))
+
+
+def test_a_batch_has_at_least_one_picture(tokenizer: Tokenizer, generator: Generator) -> None:
+    for face in (tokenizer, generator):
+        with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+            type(face)(face.model, batch_size=0)
 
 
 def test_codes_that_were_saved_decode_alike(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -333,6 +354,12 @@ def test_completions_keep_what_is_known(generator: Generator) -> None:
     sites[: h // 2] = True
     assert torch.equal(generator.known_sites(mask), torch.from_numpy(sites))
     assert torch.equal(generator.known_sites(sites), torch.from_numpy(sites))
+    assert not generator.known_sites(np.zeros_like(mask)).any()
+    ones = mask // 255
+    for kind in (ones, torch.from_numpy(ones), Image.fromarray(ones), ones.astype(np.uint16)):
+        with pytest.raises(ValueError, match="use 0 and 255, or bool"):
+            generator.known_sites(kind)
+    assert torch.equal(generator.known_sites(ones > 0), torch.from_numpy(sites))
 
 
 def test_bits_are_the_priors_likelihood(generator: Generator) -> None:

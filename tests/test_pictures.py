@@ -11,7 +11,7 @@ from torchvision.utils import make_grid
 
 from taming.data.preprocessing import View, decode_image, to_unit_range
 from taming.models.first_stage import length_heat_map
-from taming.pictures import load_image, save_picture, side_by_side, tile, to_picture, to_tensor
+from taming.pictures import arrange, load_image, save_picture, side_by_side, to_picture, to_tensor
 
 
 def test_values_survive_a_file(tmp_path) -> None:
@@ -36,13 +36,13 @@ def test_pictures_stand_side_by_side() -> None:
 def test_tiles_of_any_kind_of_picture() -> None:
     images = torch.linspace(-1, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
     mixed = [images[0].movedim(0, -1).numpy(), images[1]]
-    torch.testing.assert_close(tile(mixed, 2), tile(images, 2))
+    torch.testing.assert_close(arrange(mixed, 2), arrange(images, 2))
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_tiles_are_torchvisions_grid(count: int) -> None:
     images = torch.rand(count, 3, 4, 5)
-    assert torch.equal(tile(images, 3), make_grid(images, 3, padding=2, pad_value=1.0))
+    assert torch.equal(arrange(images, 3), make_grid(images, 3, padding=2, pad_value=1.0))
 
 
 def test_a_picture_has_the_values_that_data_sets_give(tmp_path) -> None:

@@ -57,8 +57,8 @@ def _models(frequencies: Tensor, count: int) -> Iterator[tuple[int, Any, list[np
 
     Yields:
         The symbols of a part, constriction's model, and the weights by symbol where rows differ:
-        one row for all gives the same bytes as the same row for each. Nothing if there is
-        no bits.
+        one row for all gives the same bytes as the same row for each. Nothing for symbols that
+        take no bits.
 
     Raises:
         ValueError: A value is not one of frequencies.

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from taming.data.crops import SquareCrop
 from taming.data.roots import data_root, read_list, require
 from taming.data.segmentation import ExampleImages, SegmentationPaths, mask_name
+from taming.util import DataError
 
 N_LABELS = 151
 ARCHIVE = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
@@ -26,10 +27,21 @@ class Examples(ExampleImages):
     n_labels = N_LABELS
 
 
+def _read_scenes(path: Path) -> dict[str, str]:
+    pairs = [line.split() for line in read_list(path, ARCHIVE)]
+    if wrong := [" ".join(pair) for pair in pairs if len(pair) != 2]:
+        raise DataError(f"{path} has the line {wrong[0]!r}, expected the name of an image, a scene")
+    return {name: scene for name, scene in pairs}
+
+
 def _read_labels(root: Path, list_name: str) -> dict[str, list[str]]:
     folder = require(root / "ade20k_root", "the content of ADEChallengeData2016.zip", ARCHIVE)
-    scenes = dict(line.split() for line in read_list(folder / "sceneCategories.txt", ARCHIVE))
+    scenes = _read_scenes(folder / "sceneCategories.txt")
     images = read_list(root / list_name)
+    if unknown := [name for name in images if Path(name).stem not in scenes]:
+        raise DataError(
+            f"{folder / 'sceneCategories.txt'} has no scene for {unknown[0]} of {root / list_name}"
+        )
     masks = [mask_name(name) for name in images]
     return {
         "relative_file_path_": images,
@@ -53,6 +65,7 @@ class ADE20kBase(SegmentationPaths):
 
     Raises:
         FileNotFoundError: A part of the data set does not exist.
+        DataError: An image has no scene, or a line of the scenes is not one; names it.
     """
 
     list_name: ClassVar[str]

@@ -138,14 +138,15 @@ class ImageNetBase(ImagePaths):
 
     def _labels(self, relpaths: list[str]) -> dict[str, Any]:
         lines = read_list(_fetched(self.root / "synset_human.txt", NAMES_URL), NAMES_URL)
-        names = {synset: name for synset, name in (line.split(maxsplit=1) for line in lines)}
+        parts = (line.split(maxsplit=1) for line in lines)
+        names = {own[0]: own[-1] for own in parts}  # a synset without a name is its own
         synsets, labels = np.unique([p.partition("/")[0] for p in relpaths], return_inverse=True)
         known = [str(synset) for synset in synsets]  # one object for all images of a class
         return {
             "relpath": relpaths,
             "synsets": [known[label] for label in labels],
             "class_label": labels.astype(np.int64),
-            "human_label": [names[known[label]] for label in labels],
+            "human_label": [names.get(known[label], known[label]) for label in labels],
         }
 
 

@@ -41,6 +41,7 @@ class Mixture(Dataset[Any]):
         return self.length
 
     def __getitem__(self, index: int) -> Any:
+        range(self.length)[index]  # an IndexError ends an iteration
         dataset = self.datasets[int(torch.multinomial(self.shares, 1))]
         item = dataset[int(torch.randint(len(dataset), ()))]
         return {"image": item["image"]}

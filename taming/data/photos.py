@@ -114,7 +114,7 @@ class PhotosTrain(Dataset[dict[str, Any]]):
         return {"image": to_unit_range(crop), "file_path_": TRAIN_PHOTOS[number]}
 
 
-def tile(height: int, width: int, size: int, scale: float) -> list[View]:
+def cover(height: int, width: int, size: int, scale: float) -> list[View]:
     """Cover a photograph with a grid of evenly spaced square views.
 
     Args:
@@ -170,8 +170,8 @@ class PhotosValidation(Dataset[dict[str, Any]]):
         per_photo = []
         for number, photo in enumerate(self.photos):
             height, width = photo.shape[-2:]
-            tiles = [(number, v) for scale in scales for v in tile(height, width, size, scale)]
-            per_photo.append(dict.fromkeys(tiles))  # scales above the resolution coincide
+            views = [(number, v) for scale in scales for v in cover(height, width, size, scale)]
+            per_photo.append(dict.fromkeys(views))  # scales above the resolution coincide
         return [item for group in zip_longest(*per_photo) for item in group if item is not None]
 
     def __len__(self) -> int:

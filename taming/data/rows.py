@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from taming.data.crops import SquareCrop
 from taming.data.preprocessing import error_context, to_unit_range
+from taming.data.utils import stackable
 from taming.decoding import Colour, decode_image, rgb_of
 from taming.downloads import HUB_NAME
 
@@ -74,6 +75,17 @@ class Columns:
     def labels_of(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return the labels of a row, by item key."""
         return {key: row[name] for name, key in self.labels.items()}
+
+    def values_of(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the labels of a row, by item key, in the form that batches are made of.
+
+        Raises:
+            ValueError: A label has no value; names the column.
+        """
+        for name in self.labels:
+            if row[name] is None or (isinstance(row[name], list) and None in row[name]):
+                raise ValueError(f"the column {name!r} has no value: leave it out of columns")
+        return {key: stackable(value) for key, value in self.labels_of(row).items()}
 
 
 def _holds_pictures(kind: pa.DataType) -> bool:

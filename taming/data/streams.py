@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from taming.data.crops import SquareCrop
 from taming.data.loader import ORDER, random_words
+from taming.data.preprocessing import error_context
 from taming.data.rows import Decoder, columns_of, open_stream
 from taming.decoding import Colour
 from taming.util import DataError
@@ -26,8 +27,8 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
     shuffled, and rows in blocks, by the seed and the epoch alone. A resumed run goes on with the
     row that it had reached, after reading the rows of its block again, which are not decoded.
 
-    Items have ``image``, (H, W, C) float32 in [-1, 1], and the numbers, vectors and texts of the
-    row; an integer ``label`` or ``cls`` is ``class_label``.
+    Items have ``image``, (H, W, C) float32 in [-1, 1], and the numbers, texts and vectors (as
+    tensors) of the row; an integer ``label`` or ``cls`` is ``class_label``.
 
     Args:
         data: A file, URL or folder of ``.tar`` or ``.parquet`` files, or several; or the name of a
@@ -42,8 +43,9 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
             need it, since their shards may differ in length.
         block: Number of rows that are shuffled together.
         image_column: Column of encoded pictures; None takes the only one.
-        on_error: "raise" a `DataError` that names a picture that cannot be read, or "skip" it with
-            a warning.
+        columns: Columns of numbers, vectors and texts to take; None takes all.
+        on_error: "raise" a `DataError` that names a row whose picture cannot be read or whose label
+            has no value, or "skip" it with a warning.
         channels: C, channels of the images, as for `decode_image`.
         background: Colour under what is transparent, as for `decode_image`.
         max_pixels: Refuse larger pictures, as `decode_image` does.
@@ -67,6 +69,7 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
         length: int | None = None,
         block: int = 1000,
         image_column: str | None = None,
+        columns: Sequence[str] | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         channels: int = 3,
         background: Colour = "white",
@@ -81,7 +84,7 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
             SquareCrop(size, random_crop, random_flip), channels, background, max_pixels
         )
         self.stream = open_stream(data, split, name)
-        self.columns = columns_of(self.stream, image_column, str(data))
+        self.columns = columns_of(self.stream, image_column, str(data), columns)
         self.skipped = 0
         self.begin(None, 0, 0, 1)
 
@@ -168,17 +171,21 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
             order = self._permutation(len(places), 1, shard, part, state["round"], state["block"])
             for number in order[state["done"] :]:
                 state["done"] += 1
-                yield {name: values[places[number]] for name, values in read.items()}
+                place = places[number]
+                own = f"of row {state['block'] * self.block * parts + place} of shard {shard}"
+                yield {"__key__": own} | {name: values[place] for name, values in read.items()}
             state.update(block=state["block"] + 1, done=0)
 
     def _decoded(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the item of a row, or nothing if it is skipped."""
         try:
-            image = self.decode(row[self.columns.image], str(row.get("__key__", "of a row")))
+            with error_context(f"image {(key := str(row['__key__']))}"):
+                labels = self.columns.values_of(row)
+            image = self.decode(row[self.columns.image], key)
         except DataError as error:
             if self.on_error == "raise":
                 raise
             self.skipped += 1
             logger.warning("skipped %d pictures so far; the latest: %s", self.skipped, error)
             return
-        yield {**self.columns.labels_of(row), "image": image}
+        yield {**labels, "image": image}

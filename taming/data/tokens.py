@@ -31,6 +31,7 @@ from taming.data.token_files import (
     open_file,
     properties_of,
 )
+from taming.data.utils import stackable
 
 
 class TokenCache(Dataset[dict[str, Any]]):
@@ -118,7 +119,8 @@ class TokenCache(Dataset[dict[str, Any]]):
         sequence = row["tokens"][0].values.to_numpy()
         tokens = np.full(self.longest, -1, np.int64)
         tokens[: len(sequence)] = sequence
-        labels = {name: _value(row[name][0]) for name in row.column_names if name != "tokens"}
+        names = [name for name in row.column_names if name != "tokens"]
+        labels = {name: stackable(row[name][0].as_py()) for name in names}
         return {"tokens": tokens, **self._size_of(labels), **labels}
 
     def _size_of(self, labels: dict[str, Any]) -> dict[str, Any]:
@@ -133,9 +135,3 @@ class TokenCache(Dataset[dict[str, Any]]):
             "pixels": pixels,
             "fingerprint": self.about["fingerprint"],
         }
-
-
-def _value(scalar: pa.Scalar) -> Any:
-    """Convert to a number or a string, or a vector to a tensor, which collation stacks."""
-    value = scalar.as_py()
-    return torch.tensor(value) if isinstance(value, list) else value

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -47,34 +48,41 @@ class Readable:
             return Unreadable(str(error))
 
 
-def custom_collate(batch: Sequence[Any]) -> Any:
+def stackable(value: Any) -> Any:
+    """Return a list of numbers as a tensor, which collation stacks; other values as they are."""
+    return torch.tensor(value) if isinstance(value, list) else value
+
+
+def custom_collate(batch: Sequence[Any], name: str = "items") -> Any:
     """Collate items as torch does, but keep lists of annotations and None in a list.
 
     Images have different numbers of objects, which cannot be stacked.
 
     Args:
         batch: Items: dictionaries, or anything that torch's ``default_collate`` takes.
+        name: Key of the items in those around them, for errors.
 
     Returns:
         One item with a batch axis; values that are lists of annotations or None form a list. Items
         that are `Unreadable` are left out, and ``unreadable`` lists their reasons.
 
     Raises:
-        DataError: Arrays or tensors differ in shape.
+        DataError: Arrays or tensors differ in shape; names their key.
     """
     if reasons := [item.reason for item in batch if isinstance(item, Unreadable)]:
         readable = [item for item in batch if not isinstance(item, Unreadable)]
         return {**(custom_collate(readable) if readable else {}), "unreadable": reasons}
     first = batch[0]
     if isinstance(first, Mapping):
-        return {key: custom_collate([item[key] for item in batch]) for key in first}
+        return {key: custom_collate([item[key] for item in batch], key) for key in first}
     if any(value is None or _are_annotations(value) for value in batch):
         return list(batch)
     shapes = {tuple(value.shape) for value in batch if isinstance(value, np.ndarray | Tensor)}
     if len(shapes) > 1:
         some = " and ".join(map(str, sorted(shapes)[:2]))
         raise DataError(
-            f"the pictures of a batch differ in shape: {some}; set the size of their data set"
+            f"the arrays {name!r} of a batch differ in shape: {some}; where they are pictures, set "
+            "the size of their data set"
         )
     return default_collate(list(batch))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from taming.evaluation.images import ImageSet
 from taming.evaluation.tokenizer import OWN, reconstruct
-from taming.pictures import from_levels, side_by_side, tile, to_levels
+from taming.pictures import arrange, from_levels, side_by_side, to_levels
 from taming.tokenizer import Tokenizer
 
 ORDER = "PSNR"  # the measure by which reconstructions are good or bad
@@ -116,4 +116,4 @@ def grid_of(pictures: Sequence[Image.Image]) -> list[Example]:
     """Show generated pictures of one size in rows of four; [] without any."""
     if not pictures:
         return []
-    return [Example("generated", f"the first {len(pictures)}", tile(pictures, 4))]
+    return [Example("generated", f"the first {len(pictures)}", arrange(pictures, 4))]

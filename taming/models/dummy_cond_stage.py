@@ -58,6 +58,6 @@ class DummyCondStage(ConditionStage):
             if self.conditional_key in builders:
                 plot = builders[self.conditional_key].plot
                 label = dataset.get_textual_label_for_category_no
-                pictures = [plot(layout, label, size) for layout in c.cpu()]
+                pictures = [plot(layout, label, size[::-1]) for layout in c.cpu()]
                 return {"conditioning": torch.stack(pictures).to(c.device)}
         return {}

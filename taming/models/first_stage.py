@@ -208,7 +208,7 @@ class FirstStage:
         Args:
             c: (B, C, H, W) images that are conditions.
             quant_c: z_q that ``encode`` returned for them.
-            size: (W, H) in pixels. Not used: the pictures have the size of the conditions.
+            size: (H, W) in pixels. Not used: the pictures have the size of the conditions.
             datasets: Not used.
         """
         images = {"conditioning": c, "conditioning_rec": self.as_input(self.decode(quant_c))}

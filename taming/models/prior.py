@@ -53,7 +53,7 @@ class TokenizedBatch(NamedTuple):
     c: Tensor  # the conditions, as their stage takes them
     quant_c: Tensor  # the first output of the stage's ``encode``
     condition: Tensor  # (B, L) int64, the conditions' tokens
-    pixels: int  # H W of an image
+    pixels: float  # H W of an image, the mean of several sizes
 
     @property
     def grid(self) -> Grid:
@@ -211,7 +211,7 @@ class Prior(Model, ABC):
             DataError: Cached tokens are another tokenizer's, or lack the condition.
         """
         if is_cached(batch):
-            codes, pixels = self._cached_codes(batch), int(batch["pixels"][0])
+            codes, pixels = self._cached_codes(batch), float(batch["pixels"].float().mean())
             key = "tokens" if self.be_unconditional else self.cond_stage_key
             if key not in batch:
                 raise DataError(

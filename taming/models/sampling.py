@@ -247,5 +247,5 @@ def pictures_of(
         pictures = {"inputs": model.get_input(model.first_stage_key, batch)} | pictures
     shown = {name: model.show(picture) for name, picture in pictures.items()}
     height, width = shown["reconstructions"].shape[2:]
-    stage, size = model.cond_stage_model, (width, height)
+    stage, size = model.cond_stage_model, (height, width)
     return shown | stage.condition_pictures(seen.c, seen.quant_c, size, datasets)

@@ -173,7 +173,7 @@ class ConditionStage:
         Args:
             c: Conditions, as in a batch.
             quant_c: The first output of ``encode`` for them.
-            size: (W, H) of the images, in pixels.
+            size: (H, W) of the images, in pixels.
             datasets: Data sets of the run by split, some of which can draw conditions.
 
         Returns:

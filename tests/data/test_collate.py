@@ -55,5 +55,11 @@ def test_missing_values_stay_lists():
 
 def test_pictures_of_different_sizes_are_refused():
     batch = [{"image": np.zeros((side, 4, 3), np.float32)} for side in (4, 5)]
-    with pytest.raises(DataError, match=r"\(4, 4, 3\) and \(5, 4, 3\).* size"):
+    with pytest.raises(DataError, match=r"'image' .*\(4, 4, 3\) and \(5, 4, 3\).* size"):
         custom_collate(batch)
+
+
+def test_arrays_of_different_shapes_are_named():
+    items = [{"image": np.zeros((4, 4, 3)), "more": {"box": torch.zeros(n)}} for n in (3, 5)]
+    with pytest.raises(DataError, match=r"arrays 'box' .*\(3,\) and \(5,\)"):
+        custom_collate(items)

@@ -51,6 +51,18 @@ def test_backward_ranges_are_refused():
         str_to_indices("1, 4-2")
 
 
+def test_a_synset_without_a_name_is_its_own(root):
+    names = root / "ILSVRC2012_train/synset_human.txt"
+    first, *others = names.read_text().splitlines()
+    synset = first.split()[0]
+    for lines in (others, [synset, *others]):
+        names.write_text("\n".join(lines))
+        items = ImageNetTrain({"size": 8})
+        found = {item["synsets"]: item["human_label"] for item in items}
+        assert found.pop(synset) == synset
+        assert found and all(name.startswith("thing") for name in found.values())
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_items(root, split):
     items = SPLITS[split]({"size": 8})

@@ -1,6 +1,7 @@
 """A mixture of data sets takes each as often as its share, the same for the same seed."""
 
 from collections import Counter
+from itertools import islice
 
 import pytest
 import torch
@@ -54,6 +55,12 @@ def test_a_seed_repeats_the_items_and_only_images_are_kept():
         torch.manual_seed(7)
         runs.append([mixture[number] for number in range(20)])
     assert runs[0] == runs[1] and set(runs[0][0]) == {"image"}
+
+
+def test_iterating_ends_after_its_length():
+    mixture = Mixture(blocks(5), shares=[1], length=7)
+    assert len(list(islice(mixture, 20))) == 7
+    assert mixture[-1] and pytest.raises(IndexError, mixture.__getitem__, 7)
 
 
 @pytest.mark.parametrize("shares", [[1], [1, 0], [1, -1], [1, 1, 1]])

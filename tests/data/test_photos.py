@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from taming.data.photos import PhotosTrain, PhotosValidation, tile
+from taming.data.photos import PhotosTrain, PhotosValidation, cover
 
 
 def test_no_photograph_is_in_both_splits():
@@ -61,7 +61,7 @@ def test_loader_processes_give_the_same_validation_set():
 @pytest.mark.parametrize("shape", [(40, 61), (61, 40), (32, 32)])
 @pytest.mark.parametrize("scale", [1.0, 2.0, 9.0])
 def test_tiles_cover_the_whole_photograph(shape, scale):
-    views = tile(*shape, 16, scale)
+    views = cover(*shape, 16, scale)
     covered = torch.zeros(views[0].scaled)
     for view in views:
         covered[view.top : view.top + 16, view.left : view.left + 16] += 1

@@ -8,6 +8,7 @@ from support.data import write_ade20k, write_image, write_mask
 
 from taming.data import ade20k, coco, sflckr
 from taming.data.preprocessing import decode_mask
+from taming.util import DataError
 
 EXAMPLES = {"ade20k": ade20k.Examples, "coco": coco.Examples, "sflckr": sflckr.Examples}
 LABELS = {"ade20k": 151, "coco": 183, "sflckr": 182}
@@ -106,6 +107,23 @@ def test_ade20k_trains_on_crops_from_anywhere(tmp_path):
     assert len({items[0]["image"].tobytes() for _ in range(10)}) > 1
     items = ade20k.ADE20kValidation(size=12, root=str(tmp_path))
     assert len({items[0]["image"].tobytes() for _ in range(10)}) == 1
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("", "has no scene for training/ADE_train_00000001.jpg of .*ade20k_train.txt"),
+        ("ADE_train_00000001", "has the line 'ADE_train_00000001'"),
+        ("ADE_train_00000001 a b", "has the line 'ADE_train_00000001 a b'"),
+    ],
+)
+def test_an_ade20k_image_without_a_scene_is_named(tmp_path, line, message):
+    write_ade20k(tmp_path)
+    scenes = tmp_path / "ade20k_root/sceneCategories.txt"
+    others = [own for own in scenes.read_text().splitlines() if "train" not in own]
+    scenes.write_text("\n".join([line, *others]))
+    with pytest.raises(DataError, match=f"sceneCategories.txt {message}"):
+        ade20k.ADE20kTrain(root=str(tmp_path))
 
 
 def test_the_error_for_missing_ade20k_names_its_source(tmp_path):

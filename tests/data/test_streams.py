@@ -183,6 +183,41 @@ def test_a_picture_that_cannot_be_read(kind: str, tmp_path: Path) -> None:
         read(StreamedImages(folder))
 
 
+def write_labels(folder: Path, **labels: Any) -> str:
+    """Save four pictures with labels in a file of Parquet; return its path."""
+    table = pa.table({"image": [{"bytes": encoded(n)} for n in range(4)], **labels})
+    pq.write_table(table, folder / "a.parquet")
+    return str(folder / "a.parquet")
+
+
+def test_vectors_become_the_rows_of_a_tensor(tmp_path: Path) -> None:
+    vectors = [[float(n), 1.0, 2.0] for n in range(4)]
+    path = write_labels(tmp_path, vector=vectors, place=[[n, n] for n in range(4)], text=[*"abcd"])
+    batches = list(StreamLoader(StreamedImages(path, size=8), 2))
+    assert torch.equal(torch.cat([batch["vector"] for batch in batches]), torch.tensor(vectors))
+    assert batches[1]["place"].tolist() == [[2, 2], [3, 3]] and batches[1]["text"] == ["c", "d"]
+
+
+def test_vectors_of_several_lengths_are_named(tmp_path: Path) -> None:
+    path = write_labels(tmp_path, ragged=[[1] * n for n in range(1, 5)])
+    with pytest.raises(DataError, match=r"'ragged' .*\(1,\) and \(2,\)"):
+        list(StreamLoader(StreamedImages(path, size=8), 2))
+
+
+@pytest.mark.parametrize(
+    "values", [[1, 2, 3, None], ["a", "b", "c", None], [[1], [2], [3], [None]]]
+)
+@pytest.mark.parametrize("block", [2, 1000])
+def test_a_label_without_a_value_is_named(values: list[Any], block: int, tmp_path: Path) -> None:
+    path = write_labels(tmp_path, other=values, label=[5, 6, 7, 8])
+    with pytest.raises(DataError, match="row 3 of shard 0: the column 'other' has no value"):
+        list(StreamedImages(path, block=block))
+    skipping = StreamedImages(path, block=block, on_error="skip")
+    assert read(skipping) == [0, 1, 2] and skipping.skipped == 1
+    items = list(StreamedImages(path, block=block, columns=["label"]))
+    assert [item["class_label"] for item in items] == [5, 6, 7, 8] and "other" not in items[0]
+
+
 def test_what_is_wrong_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"9.tar does not exist"):
         StreamedImages([str(tmp_path / "9.tar")])

@@ -206,6 +206,25 @@ def test_losses_from_cached_tokens_are_those_from_images(kind: str, tmp_path) ->
         model.tokenize_batch(batch)
 
 
+def test_bits_per_pixel_are_of_all_pixels_of_cached_tokens(tmp_path, monkeypatch) -> None:
+    model, logged = prior("residual").eval(), dict[str, float]()
+    monkeypatch.setattr(model, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    sequence = model.first_stage_model.quantize.sequence
+    codes = torch.cat([model.encode_codes(model.get_xc(batch)[0]) for batch in images(3, 3)])
+    info, sizes = (
+        CacheInfo(model.fingerprint, sequence.vocab_size, 2),
+        [(16, 16), (15, 15), (15, 16)],
+    )
+    write_cache(tmp_path / "cache", sequence.encode(codes)[0], {}, info, sizes)
+    cached = DataLoader(
+        TokenCache(str(tmp_path / "cache")), batch_size=3, collate_fn=custom_collate
+    )
+    with torch.no_grad():
+        model.validation_step(next(iter(cached)), 0)
+    pixels = sum(height * width for height, width in sizes)
+    assert logged["val/bits_per_pixel"] == pytest.approx(3 * logged["val/bits_per_image"] / pixels)
+
+
 @every_tokenizer
 def test_codes_do_not_depend_on_the_precision_of_training(kind: str) -> None:
     model, x = prior(kind).eval(), torch.rand(8, 3, 16, 16) * 2 - 1

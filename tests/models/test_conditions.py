@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.models.dummy_cond_stage import DummyCondStage
+from taming.models.sampling import SamplingParams, pictures_of
 from taming.models.vqgan import VQSegmentationModel
 from taming.util import DataError
 
@@ -123,6 +124,17 @@ def test_trains_samples_and_shows(key: str, tmp_path) -> None:
     if key == "objects_bbox":
         expected = batch[key][:, 0].float()[:, None, None, None] / 16
         assert torch.equal(pictures["conditioning"], expected.expand(2, 3, 16, 16))
+
+
+def test_layouts_are_drawn_in_the_shape_of_the_images() -> None:
+    batch = next(iter(Data().train_dataloader()))
+    batch["image"] = batch["image"][:, :, :8]  # (B, 16, 8, 3)
+    model = prior("objects_bbox").eval()
+    pictures = pictures_of(model, batch, SamplingParams(), {"train": Layouts()})
+    assert pictures["conditioning"].shape == pictures["inputs"].shape == (2, 3, 16, 8)
+    tokens, stage = batch["objects_bbox"], model.cond_stage_model
+    drawn = stage.condition_pictures(tokens, tokens, (10, 12), {"train": Layouts()})
+    assert drawn["conditioning"].shape == (2, 3, 10, 12)
 
 
 def test_layouts_are_not_shown_by_who_cannot_draw_them() -> None:

@@ -135,7 +135,7 @@ class Encoder(nn.Module):
             (B, z_channels, H / factor, W / factor), or twice the channels with ``double_z``.
 
         Raises:
-            ValueError: x has other axes or channels, or H or W is not a multiple of ``factor``.
+            ValueError: x has other axes or channels, or H or W is 0 or no multiple of ``factor``.
         """
         channels = self.conv_in.in_channels
         if x.ndim != 4 or x.shape[1] != channels:
@@ -144,10 +144,10 @@ class Encoder(nn.Module):
                 f"{tuple(x.shape)}"
             )
         height, width = x.shape[-2:]
-        if height % self.factor or width % self.factor:
+        if not height * width or height % self.factor or width % self.factor:
             raise ValueError(
                 f"image is {height} x {width} pixels, but this encoder halves it "
-                f"{len(self.down) - 1} times: both must be multiples of {self.factor}"
+                f"{len(self.down) - 1} times: both must be positive multiples of {self.factor}"
             )
         if self.tile is None or torch.is_grad_enabled():
             return self.run(x)

@@ -88,14 +88,20 @@ class NLayerDiscriminator(nn.Module):
             layers += [norm(after), nn.LeakyReLU(0.2, inplace=True)]
         layers += [nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1)]
         self.main = nn.Sequential(*layers)
+        self.input_nc = input_nc
         self.min_size = 3 * 2**n_layers
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, input_nc, H, W) to logits (B, 1, h, w).
 
         Raises:
-            ValueError: The image is smaller than a patch.
+            ValueError: The image has other channels, or is smaller than a patch.
         """
+        if (channels := x.shape[1]) != self.input_nc:
+            raise ValueError(
+                f"images have {channels} channels, but this discriminator takes {self.input_nc}: "
+                f"set disc_in_channels: {channels} in the loss's params"
+            )
         height, width = x.shape[-2:]
         if min(height, width) < self.min_size:
             raise ValueError(

@@ -268,7 +268,9 @@ class LPIPS(nn.Module):
         """Return the features (B, C, h, w) of images after each slice, as `forward` takes them."""
         self.fetch_weights()
         if x.shape[1] not in (1, 3):
-            raise ValueError(f"LPIPS compares images of 1 or 3 channels, got {x.shape[1]}")
+            raise ValueError(
+                f"LPIPS compares images of 1 or 3 channels, got {x.shape[1]}; {WITHOUT}"
+            )
         return self.net(self.scaling_layer(x.expand(-1, 3, -1, -1)))
 
     def compare(self, x_features: Sequence[Tensor], y_features: Sequence[Tensor]) -> Tensor:

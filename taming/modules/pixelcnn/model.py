@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from taming.modules.pixelcnn.site import ABSENT, SiteHead, SiteSymbols, SymbolEmbedding
+from taming.modules.pixelcnn.site import SiteHead, SiteSymbols, SymbolEmbedding
 from taming.modules.pixelcnn.stacks import GatedStacks
+from taming.modules.vqvae.checks import ABSENT
 
 
 class PixelCNN(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ABSENT = -1
+from taming.modules.vqvae.checks import ABSENT
 
 
 class SiteSymbols:

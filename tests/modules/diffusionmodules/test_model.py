@@ -136,9 +136,14 @@ def test_other_sizes_than_the_resolution_pass():
     assert Decoder(**TINY)(z).shape == (1, 3, 10, 6)
 
 
-def test_sizes_that_do_not_halve_are_refused():
-    with pytest.raises(ValueError, match="15 x 16 pixels.*multiples of 2"):
-        Encoder(**TINY)(torch.randn(1, 3, 15, 16))
+@pytest.mark.parametrize("tile", [None, 32])
+def test_sizes_that_do_not_halve_are_refused(tile):
+    encoder = Encoder(**TINY)
+    encoder.tile = tile
+    for height, width in ((15, 16), (0, 16), (16, 0)):
+        message = f"{height} x {width} pixels.*positive multiples of 2"
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            encoder(torch.randn(1, 3, height, width))
 
 
 @pytest.mark.parametrize("cls", [Encoder, Decoder])

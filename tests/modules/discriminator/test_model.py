@@ -26,6 +26,13 @@ def test_smallest_image_gives_one_logit(n_layers):
         discriminator(torch.randn(2, 3, size - 1, 64))
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_channels_are_told_the_option(channels):
+    message = f"{channels} channels.* takes 3: set disc_in_channels: {channels}"
+    with pytest.raises(ValueError, match=message):
+        NLayerDiscriminator(ndf=4, n_layers=1)(torch.randn(2, channels, 8, 8))
+
+
 def test_receptive_field_of_three_layers_is_70_pixels():
     discriminator = NLayerDiscriminator(ndf=4).eval()
     x = torch.randn(1, 3, 256, 256, requires_grad=True)

@@ -71,7 +71,7 @@ def test_grey_images_count_as_three_equal_channels(loss):
     x, y = images(1, 1, 32, 32)
     expected = loss(x.repeat(1, 3, 1, 1), y.repeat(1, 3, 1, 1))
     torch.testing.assert_close(loss(x, y), expected)
-    with pytest.raises(ValueError, match="got 4"):
+    with pytest.raises(ValueError, match="got 4; perceptual_weight: 0 "):
         loss(*images(1, 4, 32, 32))
 
 
