@@ -195,9 +195,6 @@ def arrange(images: Tensor | Sequence[Picture], columns: int) -> Tensor:
     return F.pad(arranged, (0, 2, 0, 2), value=1.0)
 
 
-tile = arrange  # the name by which taming.run.callbacks imports it
-
-
 def side_by_side(*images: Tensor) -> Tensor:
     """Put images (3, H, W) in [-1, 1] of one size next to each other: (3, H', W')."""
     return arrange(torch.stack([image.detach().float().cpu() for image in images]), len(images))

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
-from taming.pictures import save_picture, tile, to_picture
+from taming.pictures import arrange, save_picture, to_picture
 from taming.run.loggers import Tolerance
 from taming.util import replacing
 
@@ -176,7 +176,7 @@ class ImageLogger(Callback):
             pictures = pictures[: self.max_images].float()
             if not self.clamp:
                 pictures = pictures / pictures.abs().max().clamp(min=1)
-            picture = to_picture(tile(pictures, columns=4))
+            picture = to_picture(arrange(pictures, columns=4))
             self._save(picture, trainer, f"{split}/{name}", batch_idx)
 
     def _save(self, picture: Image.Image, trainer: Trainer, name: str, batch_idx: int) -> None:
