@@ -65,15 +65,7 @@ def compress_tab(page: gr.Blocks, exhibits: Sequence[Exhibit]) -> None:
     kinds = [(NAMES[kind][0], kind) for kind in RATES if kind in known]
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            photo = gr.Image(
-                str(EXAMPLE),
-                type="filepath",
-                image_mode=None,
-                sources=["upload", "clipboard"],
-                label="Picture",
-                elem_id="photo",
-                height=240,
-            )
+            photo = lay_photo()
             side = gr.Dropdown(SIDES, value=512, label="Longest side in pixels", elem_id="side")
             kind = gr.Radio(kinds, value=OWN, label="Rate by", elem_id="kind")
             value = gr.Slider(0, 1, visible=False, elem_id="rate")
@@ -82,25 +74,42 @@ def compress_tab(page: gr.Blocks, exhibits: Sequence[Exhibit]) -> None:
                 y = gr.Number(0, precision=0, minimum=0, min_width=80, label="y", elem_id="y")
             gr.Markdown("Click a picture, or type x and y of a pixel, to see the loop of a site.")
         panels = [lay_panel(exhibit) for exhibit in exhibits]
-    studies = gr.State(time_to_live=3600)
+    studies, wrong = gr.State([], time_to_live=3600), gr.State("")
     shown = [component for panel in panels for component in panel]
 
-    def see(studies: list[Study] | None, *wanted: Any) -> list[Any]:
-        return show(studies, *wanted) if studies else [None] * len(shown)
+    def see(studies: list[Study], wrong: str, *wanted: Any) -> list[Any]:
+        return show(studies, *wanted) or [None, None, wrong, None] * len(panels)
 
-    def load(path: str | None, side: int, kind: str) -> tuple[Any, Any]:
-        found = study_all(exhibits, path, side)
-        return found, slider_of(found, kind)
+    def load(path: str | None, side: int, kind: str) -> tuple[list[Study], str, Any]:
+        found, wrong = study_all(exhibits, path, side)
+        return found, wrong, slider_of(found, kind)
 
-    sees: dict[str, Any] = {"fn": see, "inputs": [studies, kind, value, x, y], "outputs": shown}
+    seen = [studies, wrong, kind, value, x, y]
+    sees: dict[str, Any] = {"fn": see, "inputs": seen, "outputs": shown}
     for event in (page.load, photo.change, side.input):
-        loaded = event(load, [photo, side, kind], [studies, value], **EVENT)
+        loaded = event(load, [photo, side, kind], [studies, wrong, value], **EVENT)
         loaded.success(**sees, **EVENT)
     kind.input(slider_of, [studies, kind], value, **EVENT).success(**sees, **EVENT)
     gr.on([value.input, x.input, y.input], **sees, **DRAG)
     for image in [image for panel in panels for image in (panel.picture, panel.lengths)]:
         clicked = image.select(place_of, None, [x, y], api_visibility="private", queue=False)
         clicked.success(**sees, **DRAG)
+
+
+def lay_photo() -> gr.Image:
+    """Lay out the picture to drop, which reaches the studies as the path it was uploaded to."""
+    photo = gr.Image(
+        str(EXAMPLE),
+        type="filepath",
+        image_mode=None,
+        sources=["upload", "clipboard"],
+        label="Picture",
+        elem_id="photo",
+        height=240,
+    )
+    # Gradio's own opens the file as well, and fails where it is no picture before `study_all` can.
+    photo.preprocess = lambda payload: payload and payload.path
+    return photo
 
 
 def lay_panel(exhibit: Exhibit) -> Panel:
@@ -134,23 +143,23 @@ def lay_picture(caption: str) -> gr.Image:
         )
 
 
-def study_all(exhibits: Sequence[Exhibit], path: str | None, side: int) -> list[Study] | None:
-    """Study a picture with the tokenizer of each run; None where there is no picture.
+def study_all(exhibits: Sequence[Exhibit], path: str | None, side: int) -> tuple[list[Study], str]:
+    """Study a picture with the tokenizer of each run.
 
-    Raises:
-        gr.Error: It is not a picture.
+    Returns:
+        The studies, none without a picture or of what is none; and what is wrong with it, or "".
     """
     if path is None:
-        return None
+        return [], ""
     try:
-        return [Study(exhibit.tokenizer, path, side) for exhibit in exhibits]
+        return [Study(exhibit.tokenizer, path, side) for exhibit in exhibits], ""
     except ValueError as error:  # the page does not show where files lie
-        raise gr.Error(str(error).replace(path, Path(path).name)) from error
+        return [], str(error).replace(path, Path(path).name)
 
 
-def slider_of(studies: list[Study] | None, kind: str) -> Any:
+def slider_of(studies: list[Study], kind: str) -> Any:
     """Return the slider for a kind of rate, over the ranges of all studies."""
-    ranges = [study.ranges[kind] for study in studies or [] if kind in study.ranges]
+    ranges = [study.ranges[kind] for study in studies if kind in study.ranges]
     if kind == OWN or not ranges:
         return gr.Slider(visible=False)
     _, label, step, part = NAMES[kind]
