@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import socket
 import threading
 import urllib.error
@@ -200,6 +201,23 @@ def test_a_file_that_is_no_picture_clears_the_last_and_is_named(
         assert numbers.startswith(f"{name}: ") and "\n" not in numbers
         assert pictures == [None, None] and not any(map(any, path["data"]))
     assert look(address, None)[2] == ""
+
+
+def test_sigterm_leaves_no_file_behind(tiny_runs: TinyRuns, tmp_path: Path) -> None:
+    run = tiny_runs.of("demo/loopy_vqgan.yaml")
+    with page(tmp_path, "demo", "-r", run, end=signal.SIGTERM):
+        assert [*tmp_path.glob("taming-demo-*/**/*.jpg")]
+    assert not [*tmp_path.glob("taming-demo-*")]
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    pytest.importorskip("gradio")
+    from taming.demo.serve import listen
+
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {port}: Address already in use; --port 0 "):
+            listen("127.0.0.1", port)
 
 
 def test_what_comes_in_pieces_is_cut_off() -> None:
