@@ -18,12 +18,12 @@ from taming.demo.study import OWN, RATES, Study, View, kinds_of
 
 EXAMPLE = Path(__file__).with_name("example.jpg")  # by Stefan van der Walt, CC0
 SIDES = (128, 256, 384, 512, 768, 1024, 2048)
-# Kind of rate -> its name, the slider's label, step, and where it starts within its range.
+# Kind of rate -> its name, the slider's label and step.
 NAMES = {
-    OWN: ("the tokenizer's own", "", 1.0, 0.0),
-    "codes": ("codes", "Mean codes of a site", 0.05, 1 / 3),
-    "bits": ("bits", "Bits of a pixel", 0.001, 1 / 3),
-    "lambda": ("lambda", "log2 of lambda: the larger, the fewer bits", 0.25, 0.6),
+    OWN: ("the tokenizer's own", "", 1.0),
+    "codes": ("codes", "Mean codes of a site", 0.05),
+    "bits": ("bits", "Bits of a pixel", 0.001),
+    "lambda": ("lambda", "log2 of lambda: the larger, the fewer bits", 0.25),
 }
 CSS = """
 .gradio-container { max-width: 1500px !important; }
@@ -158,16 +158,17 @@ def study_all(exhibits: Sequence[Exhibit], path: str | None, side: int) -> tuple
 
 
 def slider_of(studies: list[Study], kind: str) -> Any:
-    """Return the slider for a kind of rate, over the ranges of all studies."""
-    ranges = [study.ranges[kind] for study in studies if kind in study.ranges]
-    if kind == OWN or not ranges:
+    """Return the slider for a kind of rate, over all studies' ranges, at the first's start."""
+    having = [study for study in studies if kind in study.ranges]
+    if kind == OWN or not having:
         return gr.Slider(visible=False)
-    _, label, step, part = NAMES[kind]
+    ranges = [study.ranges[kind] for study in having]
+    _, label, step = NAMES[kind]
     # In whole steps, which a study moves into its own range.
     least = math.floor(min(low for low, _ in ranges) / step)
     most = math.ceil(max(high for _, high in ranges) / step)
-    middle = round(least + part * (most - least))
-    low, value, high = (round(steps * step, 6) for steps in (least, middle, most))
+    start = round(having[0].start_of(kind) / step)
+    low, value, high = (round(steps * step, 6) for steps in (least, start, most))
     return gr.Slider(low, high, value, step=step, label=label, visible=True)
 
 
@@ -200,10 +201,18 @@ def _shown(study: Study, kind: str, value: float, pixel: tuple[float, float]) ->
     return view.picture, lengths, text_of(study, view), gr.Dataframe(rows, label=label)
 
 
+def plural(number: float, noun: str) -> str:
+    """Return a noun for a number of things."""
+    return noun if number == 1 else f"{noun}s"
+
+
 def text_of(study: Study, view: View) -> str:
     """Return the numbers of a view in two lines."""
     (height, width), numbers = study.size, view.numbers
     first = f"**{numbers['psnr']:.2f} dB** PSNR · file of **{numbers['bytes']:,.0f} bytes**"
-    second = f"{width} × {height} pixels · {study.grid[1]} × {study.grid[0]} sites"
-    second += f" · {numbers['codes']:,.0f} codes, {numbers['mean']:.2f} of a site"
+    rows, columns = study.grid
+    pixels, sites = plural(width * height, "pixel"), plural(rows * columns, "site")
+    second = f"{width} × {height} {pixels} · {columns} × {rows} {sites}"
+    codes = plural(numbers["codes"], "code")
+    second += f" · {numbers['codes']:,.0f} {codes}, {numbers['mean']:.2f} of a site"
     return f"{first}, {numbers['bpp']:.3f} bits of a pixel<br>{second}"
