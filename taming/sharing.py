@@ -61,6 +61,11 @@ class Shared(ABC):
     def facts(self) -> dict[str, Any]:
         """Return the facts of the model card that the configuration states: name -> value."""
 
+    def __repr__(self) -> str:
+        """Return the class and the facts, in one line."""
+        facts = "; ".join(f"{key}: {value}" for key, value in self.facts().items())
+        return f"{type(self).__name__}({facts})"
+
     def to(self: S, device: torch.device | str) -> S:
         """Move the modules to a device; return the object."""
         for module in self.shared_modules().values():

@@ -160,6 +160,14 @@ def test_the_card_tells_what_the_config_gives_and_stays_when_it_was_edited(folde
     assert (folder / "README.md").read_text() == "mine"
 
 
+@every_quantizer
+def test_one_line_shows_what_the_card_tells(quantizer: str) -> None:
+    tokenizer = Tokenizer(tokenizer_of(quantizer))
+    assert repr(tokenizer).startswith("Tokenizer(") and "\n" not in repr(tokenizer)
+    assert all(str(fact) in repr(tokenizer) for fact in tokenizer.facts().values())
+    assert repr(Generator(prior())).startswith("Generator(prior model: Net2NetTransformer of ")
+
+
 def test_a_shared_folder_stands_where_a_run_may(folder: Path, tmp_path: Path) -> None:
     tokenizer = taming.load(folder)
     assert isinstance(tokenizer, Tokenizer)

@@ -18,12 +18,12 @@ from taming.demo.study import OWN, RATES, Study, View, kinds_of
 
 EXAMPLE = Path(__file__).with_name("example.jpg")  # by Stefan van der Walt, CC0
 SIDES = (128, 256, 384, 512, 768, 1024, 2048)
-# Kind of rate -> its name, the slider's label, step, and where it starts within its range.
+# Kind of rate -> its name, the slider's label and step.
 NAMES = {
-    OWN: ("the tokenizer's own", "", 1.0, 0.0),
-    "codes": ("codes", "Mean codes of a site", 0.05, 1 / 3),
-    "bits": ("bits", "Bits of a pixel", 0.001, 1 / 3),
-    "lambda": ("lambda", "log2 of lambda: the larger, the fewer bits", 0.25, 0.6),
+    OWN: ("the tokenizer's own", "", 1.0),
+    "codes": ("codes", "Mean codes of a site", 0.05),
+    "bits": ("bits", "Bits of a pixel", 0.001),
+    "lambda": ("lambda", "log2 of lambda: the larger, the fewer bits", 0.25),
 }
 CSS = """
 .gradio-container { max-width: 1500px !important; }
@@ -65,15 +65,7 @@ def compress_tab(page: gr.Blocks, exhibits: Sequence[Exhibit]) -> None:
     kinds = [(NAMES[kind][0], kind) for kind in RATES if kind in known]
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            photo = gr.Image(
-                str(EXAMPLE),
-                type="filepath",
-                image_mode=None,
-                sources=["upload", "clipboard"],
-                label="Picture",
-                elem_id="photo",
-                height=240,
-            )
+            photo = lay_photo()
             side = gr.Dropdown(SIDES, value=512, label="Longest side in pixels", elem_id="side")
             kind = gr.Radio(kinds, value=OWN, label="Rate by", elem_id="kind")
             value = gr.Slider(0, 1, visible=False, elem_id="rate")
@@ -82,25 +74,42 @@ def compress_tab(page: gr.Blocks, exhibits: Sequence[Exhibit]) -> None:
                 y = gr.Number(0, precision=0, minimum=0, min_width=80, label="y", elem_id="y")
             gr.Markdown("Click a picture, or type x and y of a pixel, to see the loop of a site.")
         panels = [lay_panel(exhibit) for exhibit in exhibits]
-    studies = gr.State(time_to_live=3600)
+    studies, wrong = gr.State([], time_to_live=3600), gr.State("")
     shown = [component for panel in panels for component in panel]
 
-    def see(studies: list[Study] | None, *wanted: Any) -> list[Any]:
-        return show(studies, *wanted) if studies else [None] * len(shown)
+    def see(studies: list[Study], wrong: str, *wanted: Any) -> list[Any]:
+        return show(studies, *wanted) or [None, None, wrong, None] * len(panels)
 
-    def load(path: str | None, side: int, kind: str) -> tuple[Any, Any]:
-        found = study_all(exhibits, path, side)
-        return found, slider_of(found, kind)
+    def load(path: str | None, side: int, kind: str) -> tuple[list[Study], str, Any]:
+        found, wrong = study_all(exhibits, path, side)
+        return found, wrong, slider_of(found, kind)
 
-    sees: dict[str, Any] = {"fn": see, "inputs": [studies, kind, value, x, y], "outputs": shown}
+    seen = [studies, wrong, kind, value, x, y]
+    sees: dict[str, Any] = {"fn": see, "inputs": seen, "outputs": shown}
     for event in (page.load, photo.change, side.input):
-        loaded = event(load, [photo, side, kind], [studies, value], **EVENT)
+        loaded = event(load, [photo, side, kind], [studies, wrong, value], **EVENT)
         loaded.success(**sees, **EVENT)
     kind.input(slider_of, [studies, kind], value, **EVENT).success(**sees, **EVENT)
     gr.on([value.input, x.input, y.input], **sees, **DRAG)
     for image in [image for panel in panels for image in (panel.picture, panel.lengths)]:
         clicked = image.select(place_of, None, [x, y], api_visibility="private", queue=False)
         clicked.success(**sees, **DRAG)
+
+
+def lay_photo() -> gr.Image:
+    """Lay out the picture to drop, which reaches the studies as the path it was uploaded to."""
+    photo = gr.Image(
+        str(EXAMPLE),
+        type="filepath",
+        image_mode=None,
+        sources=["upload", "clipboard"],
+        label="Picture",
+        elem_id="photo",
+        height=240,
+    )
+    # Gradio's own opens the file as well, and fails where it is no picture before `study_all` can.
+    photo.preprocess = lambda payload: payload and payload.path
+    return photo
 
 
 def lay_panel(exhibit: Exhibit) -> Panel:
@@ -134,31 +143,32 @@ def lay_picture(caption: str) -> gr.Image:
         )
 
 
-def study_all(exhibits: Sequence[Exhibit], path: str | None, side: int) -> list[Study] | None:
-    """Study a picture with the tokenizer of each run; None where there is no picture.
+def study_all(exhibits: Sequence[Exhibit], path: str | None, side: int) -> tuple[list[Study], str]:
+    """Study a picture with the tokenizer of each run.
 
-    Raises:
-        gr.Error: It is not a picture.
+    Returns:
+        The studies, none without a picture or of what is none; and what is wrong with it, or "".
     """
     if path is None:
-        return None
+        return [], ""
     try:
-        return [Study(exhibit.tokenizer, path, side) for exhibit in exhibits]
+        return [Study(exhibit.tokenizer, path, side) for exhibit in exhibits], ""
     except ValueError as error:  # the page does not show where files lie
-        raise gr.Error(str(error).replace(path, Path(path).name)) from error
+        return [], str(error).replace(path, Path(path).name)
 
 
-def slider_of(studies: list[Study] | None, kind: str) -> Any:
-    """Return the slider for a kind of rate, over the ranges of all studies."""
-    ranges = [study.ranges[kind] for study in studies or [] if kind in study.ranges]
-    if kind == OWN or not ranges:
+def slider_of(studies: list[Study], kind: str) -> Any:
+    """Return the slider for a kind of rate, over all studies' ranges, at the first's start."""
+    having = [study for study in studies if kind in study.ranges]
+    if kind == OWN or not having:
         return gr.Slider(visible=False)
-    _, label, step, part = NAMES[kind]
+    ranges = [study.ranges[kind] for study in having]
+    _, label, step = NAMES[kind]
     # In whole steps, which a study moves into its own range.
     least = math.floor(min(low for low, _ in ranges) / step)
     most = math.ceil(max(high for _, high in ranges) / step)
-    middle = round(least + part * (most - least))
-    low, value, high = (round(steps * step, 6) for steps in (least, middle, most))
+    start = round(having[0].start_of(kind) / step)
+    low, value, high = (round(steps * step, 6) for steps in (least, start, most))
     return gr.Slider(low, high, value, step=step, label=label, visible=True)
 
 
@@ -191,10 +201,18 @@ def _shown(study: Study, kind: str, value: float, pixel: tuple[float, float]) ->
     return view.picture, lengths, text_of(study, view), gr.Dataframe(rows, label=label)
 
 
+def plural(number: float, noun: str) -> str:
+    """Return a noun for a number of things."""
+    return noun if number == 1 else f"{noun}s"
+
+
 def text_of(study: Study, view: View) -> str:
     """Return the numbers of a view in two lines."""
     (height, width), numbers = study.size, view.numbers
     first = f"**{numbers['psnr']:.2f} dB** PSNR · file of **{numbers['bytes']:,.0f} bytes**"
-    second = f"{width} × {height} pixels · {study.grid[1]} × {study.grid[0]} sites"
-    second += f" · {numbers['codes']:,.0f} codes, {numbers['mean']:.2f} of a site"
+    rows, columns = study.grid
+    pixels, sites = plural(width * height, "pixel"), plural(rows * columns, "site")
+    second = f"{width} × {height} {pixels} · {columns} × {rows} {sites}"
+    codes = plural(numbers["codes"], "code")
+    second += f" · {numbers['codes']:,.0f} {codes}, {numbers['mean']:.2f} of a site"
     return f"{first}, {numbers['bpp']:.3f} bits of a pixel<br>{second}"

@@ -10,6 +10,7 @@ import ipaddress
 import json
 import logging
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -166,10 +167,15 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens.
 
     Raises:
-        OSError: Something else listens there, or there is no such address.
+        ValueError: Something else listens there, or there is no such address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family)
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]  # which goes on with the address
+        place = f"cannot listen at --host {host}, --port {port}"
+        raise ValueError(f"{place}: {reason}; --port 0 takes a free port") from error
 
 
 def server_of(app: Guard) -> uvicorn.Server:
@@ -179,7 +185,7 @@ def server_of(app: Guard) -> uvicorn.Server:
 
 
 def serve(exhibits: Sequence[Exhibit], host: str, port: int, open_browser: bool) -> None:
-    """Serve the page until interrupted.
+    """Serve the page until Ctrl-C or SIGTERM, both of which leave no file behind.
 
     Args:
         exhibits: Runs to show.
@@ -187,12 +193,12 @@ def serve(exhibits: Sequence[Exhibit], host: str, port: int, open_browser: bool)
         port: Port; 0 takes a free one.
         open_browser: Open the page.
     """
-    with own_folder(), listen(host, port) as sock:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which uvicorn calls at its end
+    with suppress(KeyboardInterrupt), own_folder(), listen(host, port) as sock:
         server = server_of(application(exhibits, host))
         name = f"[{host}]" if ":" in host else host
         address = f"http://{name}:{sock.getsockname()[1]}"
         logger.info("open %s in a browser; Ctrl-C ends it", address)
         if open_browser:  # it may wait for the first answer
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        with suppress(KeyboardInterrupt):
-            server.run(sockets=[sock])
+        server.run(sockets=[sock])

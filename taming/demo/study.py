@@ -22,7 +22,8 @@ from taming.tokenizer import Tokenizer
 
 OWN = "own"  # the rate of the tokenizer itself
 RATES = (OWN, "codes", "bits", "lambda")
-LAMBDAS = (-16.0, 4.0)  # log2, beyond which pictures hardly change
+LAMBDAS = (-16.0, 4.0)  # log2, beyond which pictures hardly change, of a training without any
+WIDER = 2.0  # log2, by which the range of lambda goes beyond that of the training
 CHEAPEST = 2.0**40  # a lambda by which distances no longer count
 MARK = (0, 210, 255)  # colour of the frame round a chosen site, which no length has
 
@@ -111,16 +112,27 @@ class Study:
         """Kinds of rate that the tokenizer has -> smallest and largest value of each.
 
         ``codes`` are those of a site, ``bits`` those of a pixel by the quantizer's tables, and
-        ``lambda`` is its log2; `OWN` has no value.
+        ``lambda`` is its log2, about those of the training; `OWN` has no value.
         """
         known = dict.fromkeys(kinds_of(self.tokenizer), (0.0, 0.0))
         if "codes" in known:
             known["codes"] = (1.0, float(self.model.quantize.sequence.max_loops))
         if "bits" in known:
+            quantize: Any = self.model.quantize
+            trained = [r for r in (quantize.rate, *(quantize.rate_range or ())) if r]
             spent = [self._bits(self._levels(self._quantize({"rate": r}))) for r in (CHEAPEST, 0)]
             known["bits"] = (spent[0] / self._pixels, max(spent) / self._pixels)
             known["lambda"] = LAMBDAS
+            if trained:
+                least, most = math.log2(min(trained)), math.log2(max(trained))
+                known["lambda"] = least - WIDER, most + WIDER
         return known
+
+    def start_of(self, kind: str) -> float:
+        """Return where a kind of rate starts: lambda at the tokenizer's own, if it has one."""
+        least, most = self.ranges[kind]
+        own = self.model.quantize.rate if kind == "lambda" else None
+        return math.log2(own) if own else least + (most - least) / 3
 
     @property
     def _pixels(self) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import socket
 import threading
 import urllib.error
@@ -44,9 +45,9 @@ def ask(address: str, body: bytes | None = None, **headers: str) -> tuple[int, b
             return error.code, error.read(), error.headers
 
 
-def call(address: str, function: int, data: list[Any]) -> dict[str, Any]:
-    """Call a function of the page as the page does; return how it ended."""
-    session = f"s{function}{abs(hash(json.dumps(data)))}"
+def call(address: str, function: int, data: list[Any], session: str = "") -> dict[str, Any]:
+    """Call a function of the page as the page does, in a session; return how it ended."""
+    session = session or f"s{function}{abs(hash(json.dumps(data)))}"
     body = {"data": data, "fn_index": function, "session_hash": session}
     joined = ask(
         f"{address}/gradio_api/queue/join",
@@ -81,7 +82,15 @@ def file(path: Any, **more: Any) -> dict[str, Any]:
     return {"path": str(path), "meta": {"_type": "gradio.FileData"}, **more}
 
 
-LOAD = 0  # number of the function that studies a picture
+LOAD, SEE = 0, 1  # numbers of the functions that study a picture, and show it
+
+
+def look(address: str, payload: dict[str, Any] | None, kind: str = "own") -> list[Any]:
+    """Drop a picture on the page of one session; return what is then shown of it."""
+    assert call(address, LOAD, [payload, 512, kind], "look")["success"]
+    seen = call(address, SEE, [None, None, kind, 0, 0, 0], "look")
+    assert seen["success"]
+    return seen["output"]["data"]
 
 
 @pytest.mark.parametrize(
@@ -172,18 +181,43 @@ def test_what_is_too_large_is_refused(address: str, tmp_path: Path) -> None:
     side = int(MAX_PIXELS**0.5) + 1
     Image.new("1", (side, side)).save(tmp_path / "bomb.png")
     (own,) = upload(address, tmp_path / "bomb.png")
-    refused = call(address, LOAD, [file(own, orig_name="bomb.png"), 512, "own"])
-    assert not refused["success"]
-    assert f"{side} x {side} pixels exceed" in refused["output"]["error"]
-    assert str(Path(own).parent) not in refused["output"]["error"]
+    *_, numbers, _ = look(address, file(own, orig_name="bomb.png"))
+    assert f"{side} x {side} pixels exceed" in numbers
+    assert str(Path(own).parent) not in numbers
 
 
-def test_files_that_are_no_pictures_are_named(address: str, tmp_path: Path) -> None:
-    for name, content in (("a.png", b"text"), ("b.svg", b"<svg/>"), ("c.png", b"")):
+def test_a_file_that_is_no_picture_clears_the_last_and_is_named(
+    address: str, tmp_path: Path
+) -> None:
+    (whole,) = upload(address, EXAMPLE)
+    cut = EXAMPLE.read_bytes()[:9000]
+    files = {"a.png": b"text", "x.jpg": b"text", "b.svg": b"<svg/>", "c.png": b"", "cut.jpg": cut}
+    for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         (own,) = upload(address, tmp_path / name)
-        refused = call(address, LOAD, [file(own, orig_name=name), 512, "own"])
-        assert not refused["success"] and name in refused["output"]["error"]
+        picture, _, numbers, path = look(address, file(whole), "lambda")
+        assert picture["path"] and "PSNR" in numbers and path["value"]["data"]
+        *pictures, numbers, path = look(address, file(own, orig_name=name), "lambda")
+        assert numbers.startswith(f"{name}: ") and "\n" not in numbers
+        assert pictures == [None, None] and not any(map(any, path["data"]))
+    assert look(address, None)[2] == ""
+
+
+def test_sigterm_leaves_no_file_behind(tiny_runs: TinyRuns, tmp_path: Path) -> None:
+    run = tiny_runs.of("demo/loopy_vqgan.yaml")
+    with page(tmp_path, "demo", "-r", run, end=signal.SIGTERM):
+        assert [*tmp_path.glob("taming-demo-*/**/*.jpg")]
+    assert not [*tmp_path.glob("taming-demo-*")]
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    pytest.importorskip("gradio")
+    from taming.demo.serve import listen
+
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {port}: Address already in use; --port 0 "):
+            listen("127.0.0.1", port)
 
 
 def test_what_comes_in_pieces_is_cut_off() -> None:

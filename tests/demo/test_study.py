@@ -64,6 +64,52 @@ def test_any_rate_is_kept_to(quantizer: str) -> None:
             study.rate_of(kind, 1)
 
 
+@pytest.mark.parametrize("own", [None, 0.0005, 0.5])
+@pytest.mark.parametrize("trained", [None, (0.0002, 0.02)])
+def test_lambda_starts_at_the_tokenizers_own_within_those_of_the_training(
+    own: float | None, trained: tuple[float, float] | None
+) -> None:
+    tokenizer = tokenizer_of("residual")
+    tokenizer.quantize.rate, tokenizer.quantize.rate_range = own, trained
+    study = Study(Tokenizer(tokenizer), photo())
+    (least, most), start = study.ranges["lambda"], study.start_of("lambda")
+    known = [math.log2(value) for value in (own, *(trained or ())) if value]
+    for value in (start, *known):
+        assert least < value < most
+    if known:
+        assert least >= min(known) - 3 and most <= max(known) + 3
+    if own:
+        codes = study.at(study.rate_of("lambda", start)).codes
+        assert torch.equal(codes.indices, study.at(study.rate_of(OWN, 0)).codes.indices)
+        assert 2**start == pytest.approx(own)
+
+
+def test_the_slider_starts_where_the_first_study_does() -> None:
+    pytest.importorskip("gradio")
+    from taming.demo.page import slider_of
+
+    studies = [study_of("attract"), study_of("residual"), study_of("beam")]
+    studies[1].model.quantize.rate = 0.0005
+    for kind in ("codes", "bits", "lambda"):
+        slider = slider_of(studies, kind)
+        first = next(study for study in studies if kind in study.ranges)
+        assert slider.value == pytest.approx(first.start_of(kind), abs=slider.step / 2)
+        assert slider.minimum < slider.value < slider.maximum
+    assert not slider_of(studies, OWN).visible and not slider_of([], "lambda").visible
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_one_is_not_many(width: int) -> None:
+    pytest.importorskip("gradio")
+    from taming.demo.page import text_of
+
+    study = Study(Tokenizer(tokenizer_of("plain")), photo(1, width))  # sites of 2 x 2 pixels
+    text, sites = text_of(study, study.at({})), (width + 1) // 2
+    assert f"{width} × 1 pixel{'s' * (width > 1)} ·" in text
+    many = "s" * (sites > 1)
+    assert f"{sites} × 1 site{many} · {sites} code{many}, 1.00 of a site" in text
+
+
 @every_quantizer
 def test_a_path_has_the_codes_of_its_site_and_the_distances_to_them(quantizer: str) -> None:
     study = study_of(quantizer)

@@ -16,12 +16,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
-def page(folder: Path, *command: Any) -> Iterator[str]:
+def page(folder: Path, *command: Any, end: signal.Signals = signal.SIGINT) -> Iterator[str]:
     """Run a command of ``taming`` that serves the page; gives its address.
 
     Args:
         folder: Where the process keeps its temporary files.
         *command: Its name and arguments.
+        end: What ends it.
     """
     pytest.importorskip("gradio")
     options = ("--port", "0", "--no_browser", "--device", "cpu")
@@ -41,6 +42,6 @@ def page(folder: Path, *command: Any) -> Iterator[str]:
                 written += line
             yield found[1]
         finally:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(end)
             rest = log.read()
             assert process.wait(60) == 0, rest
