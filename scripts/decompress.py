@@ -51,9 +51,11 @@ def advice(fingerprint: bytes) -> str:
     """Return which tokenizer to name for the files of a fingerprint."""
     from taming.codec.files import Codec
     from taming.run.parts import shipped
+    from taming.tokenizer import Tokenizer
 
     for name in shipped():
-        if Codec(taming.load(name).model).tokenizer == fingerprint:
+        loaded = taming.load(name)
+        if isinstance(loaded, Tokenizer) and Codec(loaded.model).tokenizer == fingerprint:
             return f"it is that of {name}: pass -r {name}"
     return "pass -r RUN of the tokenizer that wrote it"
 
