@@ -5,8 +5,9 @@ python scripts/compress.py -r logs/<run> photo.jpg -o files --bpp 0.2
 
 At most one flag sets the rate; without one, the tokenizer's own counts. scripts/decompress.py turns
 the files, photo.loop and so on, back into pictures. compressed.json reports each picture's bytes,
-bits per pixel, PSNR in dB, MS-SSIM (null below 176 pixels, or without torchmetrics) and seconds of
-compressing.
+bits per pixel, PSNR in dB, MS-SSIM (null below 176 pixels, or without torchmetrics), seconds of
+compressing, and what its file follows from; with --target_psnr, ``reached`` is false where even all
+turns are too few. The same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,40 +84,59 @@ def compress(
     start = time.perf_counter()
     data = tokenizer.compress(path, **options)
     seconds = time.perf_counter() - start
-    with replacing(output) as part:
-        part.write_bytes(data)
     x = tokenizer.to_tensor(path)
     height, width = x.shape[1:]
     numbers = {"file": output.name, "size": [width, height], "bytes": len(data)}
     numbers |= {"bpp": 8 * len(data) / (height * width), "seconds": seconds}
     if measure is not None:
-        numbers |= measure(x, tokenizer.decode_image(tokenizer.unpack(data)))
+        codes = tokenizer.unpack(data)
+        numbers |= measure(x, tokenizer.decode_image(codes))
+        if target := options.get("target_psnr"):
+            # Rounding to the 256 levels of a file may take away what the codes have reached.
+            numbers["reached"] = numbers["psnr"] >= target or len(codes) < codes.levels[0].numel()
+    with replacing(output) as part:  # at last: an interruption leaves no file that is not reported
+        part.write_bytes(data)
     return numbers
+
+
+def remarks(target: float | None, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what pictures lack: the PSNR in dB that was wanted, or an MS-SSIM."""
+    from taming.files import unreached
+
+    yield from unreached(rows, target)
+    if missing := sum(row.get("ms_ssim", 0) is None for row in rows):
+        why = "they are below 176 pixels, or torchmetrics is missing"
+        yield f"{missing} of {len(rows)} pictures have no MS-SSIM: {why}"
 
 
 def main() -> None:
     """Compress each picture, and save ``compressed.json`` with the numbers of all.
 
     Raises:
-        ValueError: A picture could not be compressed, or a file of its name is there already.
+        ValueError: A picture could not be compressed, or another file of its name is there.
     """
     options = parse_options()
+    from taming.codec.files import Codec
     from taming.data.custom import find_files, unique_names
-    from taming.run.each import each_file
+    from taming.files import each_file
     from taming.tokenizer import Tokenizer
 
     paths = find_files(options.pictures)
     names = unique_names(paths, [cli.COMPRESSED])
     outputs = [options.outdir / f"{name}{cli.COMPRESSED}" for name in names]
-    cli.refuse_existing(outputs)
     device = cli.choose_device(options.device)
     loaded = taming.load(options.resume, device, trust_config=options.trust_config)
     tokenizer = cli.check_kind(loaded, Tokenizer, options.resume, "a tokenizer")
     rate = {name: value for name in RATES if (value := getattr(options, name)) is not None}
     tokenizer.model.check_rate(rate.keys() - {"bpp", "bits"})
     measure = None if options.no_quality else quality_measure()
-    work = partial(compress, tokenizer, measure, entropy=options.entropy, **rate)
-    each_file(work, paths, outputs, options.outdir / "compressed.json")
+    codec = Codec(tokenizer.model, tokenizer.context, tokenizer.name)
+    models = codec.tokenizer + codec.entropy_model(options.entropy).fingerprint()
+    chosen = {"entropy": options.entropy, **rate}
+    origin = {"models": models.hex(), "quality": measure is not None, **chosen}
+    work = partial(compress, tokenizer, measure, **chosen)
+    say = partial(remarks, rate.get("target_psnr"))
+    each_file(work, paths, outputs, options.outdir / "compressed.json", origin, say)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,14 @@ def train(config: str, *arguments: str) -> Path:
     return max(Path("logs").glob(f"*_{name}"))
 
 
+def remove_earlier(folder: Path) -> None:
+    """Remove the results of an earlier demo that `evaluate` and `sample` would not overwrite."""
+    numbers = ("tokenizer.json", "tokenizer.html", "prior.json", "prior.html")
+    for pattern in (*numbers, "samples/grid.png", "samples/0*.png", "completions/0*.png"):
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
 def main() -> None:
     """Run all steps and log the total time."""
     parser = cli.script_parser(__doc__, device=False)
@@ -66,6 +74,7 @@ def main() -> None:
     prior = train("loopy_transformer", first_stage, *options.overrides)
 
     announce("3 of 5: measure both on two photographs; pages appear in %s", out)
+    remove_earlier(out)
     for run, name in ((tokenizer, "tokenizer"), (prior, "prior")):  # without downloads
         call("evaluate", "-r", run, "--no_pretrained", "-o", out / f"{name}.json")
     announce("4 of 5: reconstruct two photographs; pictures appear in %s", out / "reconstructions")

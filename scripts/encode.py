@@ -81,6 +81,17 @@ def main() -> None:
         if getattr(options, name) != parser.get_default(name):
             whose = "the run's own data: omit --data" if options.data else "pictures: give --data"
             raise ValueError(f"--{name} is of {whose}, or --{name}")
+    if not options.data and saved.config.values.get("data") is None:
+        raise ValueError(f"{options.resume} comes without pictures: give --data FOLDER")
+    try:
+        encode(options, saved)
+    except KeyboardInterrupt:
+        logger.warning("repeat the command to go on")
+        raise
+
+
+def encode(options: argparse.Namespace, saved: SavedRun) -> None:
+    """Encode what the options name."""
     from taming.scale import encode_shards
 
     common = {name: getattr(options, name) for name in _ENGINE}

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import taming
 from taming.run import cli
+from taming.run.folder import SavedRun
 from taming.run.page import Section, captioned, draw_histograms, page, picture, table
+from taming.run.parts import folder_of, place_of
 from taming.util import replacing
 
 if TYPE_CHECKING:
@@ -37,7 +39,10 @@ def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = cli.script_parser(__doc__)
     add = parser.add_argument
-    cli.add_run_arguments(parser, "run, or one of its checkpoints")
+    run = "run, one of its checkpoints, or the name of a model that ships (default: %(default)s)"
+    add("-r", "--resume", default="photos", type=cli.existing_run, help=run)
+    add("--trust_config", action="store_true", help=cli.TRUST_HELP)
+    add("--tokenizer", metavar="RUN", help="run of a prior's tokenizer, where it is not found")
     data_help = "folder of images, text file that lists some, Parquet file, or owner/name on the\n"
     add("--data", help=data_help + "hub; default: the validation set of the run")
     add("--split", default="test", help="split of a data set of the hub (default: test)")
@@ -59,8 +64,12 @@ def parse_options() -> argparse.Namespace:
     add("-p", "--top_p", type=float, help="sample among the likeliest of this mass")
     add("--guidance", type=float, help="scale of classifier-free guidance")
     add("--seed", type=int, default=23, help="of generated pictures")
-    add("-o", "--output", default="results/evaluation.json", type=Path)
+    output_help = ".json file, not to be there yet; default: results/evaluations/<run>.json"
+    add("-o", "--output", type=Path, help=output_help)
     options = parser.parse_args()
+    if options.output is None:
+        name = folder_of(place_of(options.resume)).absolute().name
+        options.output = Path("results/evaluations") / f"{name}.json"
     if options.output.is_dir() or options.output.suffix != ".json":
         raise ValueError(f"-o names the .json file to be written, got {options.output}")
     try:
@@ -111,14 +120,31 @@ def sections(result: Evaluation) -> Iterator[Section]:
     yield "Protocol", text, table(flat(numbers["protocol"]), kind="text")
 
 
+def check_data(options: argparse.Namespace) -> None:
+    """Refuse a model without data of its own if none is given.
+
+    Raises:
+        ValueError: It names --data.
+    """
+    if options.data is not None:
+        return
+    given = {"tokenizer": options.tokenizer, "trust_config": options.trust_config}
+    if SavedRun.load(options.resume, **given).config.values.get("data") is None:
+        raise ValueError(f"{options.resume} comes without pictures: give --data FOLDER")
+
+
 def main() -> None:
     """Write the numbers and the page, and print the table.
 
     Raises:
+        ValueError: A file of the results is there already, or an option is wrong.
         IncompleteError: Pictures could not be read; the numbers are of the others.
     """
     options = parse_options()
+    html_file = options.output.with_suffix(".html")
     cli.check_folder(options.output.parent)
+    cli.refuse_existing([options.output, html_file])
+    check_data(options)
     names = ("temperature", "top_k", "top_p", "guidance")
     params = {name: getattr(options, name) for name in names}
     names = (
@@ -143,7 +169,6 @@ def main() -> None:
     )
     head, rows = result.rows()
     title = f"Evaluation of {options.resume}"
-    html_file = options.output.with_suffix(".html")
     with replacing(options.output) as part:
         part.write_text(json.dumps(result.numbers, indent=2), encoding="utf-8")
     with replacing(html_file) as part:

@@ -12,9 +12,9 @@ alone.
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from taming.models.vqgan import VQModel
-
-logger = logging.getLogger("taming.reconstruct")
 
 ENDINGS = (".png", "_lengths.png", "_compare.png")
 
@@ -133,8 +131,8 @@ def parse_options() -> argparse.Namespace:
     parser = cli.script_parser(__doc__)
     add = parser.add_argument
     add("images", nargs="+", type=cli.existing, help="image files or folders of them")
-    run_help = "run of the tokenizer, or a checkpoint"
-    add("-r", "--resume", required=True, type=cli.existing_run, help=run_help)
+    run = "tokenizer: a run, a checkpoint, or the name of one that ships (default: %(default)s)"
+    add("-r", "--resume", default="photos", type=cli.existing_run, help=run)
     add("--trust_config", action="store_true", help=cli.TRUST_HELP)
     add("-o", "--outdir", default="results/reconstructions", type=Path)
     add("-s", "--size", type=int, help="length of the short side in pixels")
@@ -160,8 +158,8 @@ def main() -> None:
     """
     options = parse_options()
     from taming.data.custom import find_files, unique_names
+    from taming.files import each_file, unreached
     from taming.pictures import load_image
-    from taming.run.each import each_file
     from taming.tokenizer import Tokenizer
 
     paths = find_files(options.images)
@@ -175,18 +173,20 @@ def main() -> None:
     model = tokenizer.model
     rate = chosen_rate(options, model)
     model.check_rate(rate)
-    target = rate.get("target_psnr", -math.inf)
+    target = rate.get("target_psnr")
 
-    def work(path: Path, name: str) -> dict[str, Any]:
+    def work(path: Path, output: Path) -> dict[str, Any]:
         x = load_image(path, options.size)[None].to(model.device)
         pictures, numbers = reconstruct(model, x, rate)
-        save_pictures(pictures, options.outdir, name)
-        if (psnr := numbers["psnr"]) < target:
-            message = "%s reaches only %.2f of the %.2f dB wanted, with all its turns"
-            logger.warning(message, path, psnr, target)
+        save_pictures(pictures, output.parent, output.name)
+        if target:
+            most = numbers["sites"] * model.quantize.sequence.max_loops
+            numbers["reached"] = numbers["psnr"] >= target or numbers["codes"] < most
         return numbers
 
-    each_file(work, paths, names, options.outdir / "reconstructions.json")
+    outputs, report = [options.outdir / name for name in names], "reconstructions.json"
+    say = partial(unreached, target=target)
+    each_file(work, paths, outputs, options.outdir / report, remarks=say)
 
 
 if __name__ == "__main__":

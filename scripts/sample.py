@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import taming
 from taming.run import cli
+from taming.run.parts import folder_of, place_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,7 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     run_help = "run of the prior, or a checkpoint; or those of all levels, the top's first"
     cli.add_run_arguments(parser, run_help, nargs="+")
-    add("-o", "--outdir", default="results/samples", type=Path)
+    add("-o", "--outdir", type=Path, help="default: results/samples/<run>")
     cli.add_sampling_arguments(parser, num_samples=16, batch_size=16)
     add("--min_p", type=float, help="sample among those this likely, relatively")
     guidance_help = "scale of classifier-free guidance; 1 for none"
@@ -57,6 +58,9 @@ def parse_options() -> argparse.Namespace:
     add("--mask", type=cli.existing, help=mask_help + "a site is known if all its pixels are")
     add("--grid", help="rows,columns of sites; default: as trained")
     options = parser.parse_args()
+    if options.outdir is None:
+        name = folder_of(place_of(options.resume[0])).absolute().name
+        options.outdir = Path("results/samples") / name
     if min(options.num_samples, options.batch_size) < 1:
         raise ValueError("--num_samples and --batch_size must be at least 1")
     if options.grid is not None:
@@ -81,14 +85,16 @@ def sample(generator: Generator, options: argparse.Namespace, asked: dict[str, A
 
     classes, n = asked.pop("label"), asked.pop("n")
     labels = [label for label in classes or [None] for _ in range(n)]
+    suffixes = ("" if label is None else f"_class{label}" for label in labels)
+    files = [options.outdir / f"{n:06}{suffix}.png" for n, suffix in enumerate(suffixes)]
+    cli.refuse_existing([options.outdir / "grid.png", *files])
     shown = []
     for first in tqdm(range(0, len(labels), options.batch_size), desc="sample", unit="batch"):
         own = labels[first : first + options.batch_size]
         wanted = {"n": 1, "label": own} if classes else {"n": len(own)}
         pictures = generator.sample(**wanted, first=first, **asked)
-        for number, (label, picture) in enumerate(zip(own, pictures, strict=True), first):
-            suffix = "" if label is None else f"_class{label}"
-            save_picture(picture, options.outdir / f"{number:06}{suffix}.png")
+        for picture, file in zip(pictures, files[first : first + len(own)], strict=True):
+            save_picture(picture, file)
         shown += pictures[: SHOWN - len(shown)]
     save_picture(arrange(shown, 8), options.outdir / "grid.png")
 
@@ -106,10 +112,11 @@ def known_part(generator: Generator, options: argparse.Namespace, grid: tuple[in
 
 
 def complete(generator: Generator, options: argparse.Namespace, asked: dict[str, Any]) -> None:
-    """Save a row for each image: input, its known part, and completions.
+    """Save completions of each image, and in a row: the image, its known part, and all of them.
 
     Raises:
-        ValueError: An image could not be used; the others are completed first.
+        ValueError: An image could not be used, when the others are completed; or a file of the
+            results is there already.
     """
     import torch
 
@@ -125,7 +132,11 @@ def complete(generator: Generator, options: argparse.Namespace, asked: dict[str,
     if generator.tokenizer.channels != 3:
         raise ValueError("--complete takes photographs, but the tokenizer's images have no colours")
     side = grid[0] * generator.model.first_stage_model.factor
-    images = ImagePaths(find_files(options.complete), side, antialias=True)
+    paths = find_files(options.complete)
+    images = ImagePaths(paths, side, antialias=True)
+    names = [f"{number:06}_{path.stem}_" for number, path in enumerate(paths)]
+    ends = ("completed.png", "000000.png")
+    cli.refuse_existing(options.outdir / f"{name}{end}" for name in names for end in ends)
     known = known_part(generator, options, grid)
     failed: list[str] = []
     for number in tqdm(range(len(images)), desc="complete"):
@@ -136,8 +147,9 @@ def complete(generator: Generator, options: argparse.Namespace, asked: dict[str,
             row = torch.stack([to_tensor(picture) for picture in (item["image"], *completed)])
             seen = paste(torch.ones_like(row[:1]), row[1:2], known.cpu())
             row = torch.cat([row[:1], seen, row[1:]])
-            name = f"{number:06}_{Path(item['file_path_']).stem}_completed.png"
-            save_picture(arrange(row, len(row)), options.outdir / name)
+            for place, picture in enumerate(completed):
+                save_picture(picture, options.outdir / f"{names[number]}{place:06}.png")
+            save_picture(arrange(row, len(row)), options.outdir / f"{names[number]}completed.png")
     refuse_failed(failed, len(images))
 
 

@@ -28,9 +28,10 @@ def nearest(name: str, valid: Iterable[str]) -> str:
         "; did you mean 'width'?"
     """
     names = sorted(set(valid))
-    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    bare = {other.lstrip("-"): other for other in names}  # dashes make all flags alike
+    close = get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.5)
     if close:
-        return f"; did you mean {close[0]!r}?"
+        return f"; did you mean {bare[close[0]]!r}?"
     return f"; valid: {', '.join(names)}" if 0 < len(names) <= 12 else ""
 
 

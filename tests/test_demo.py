@@ -21,8 +21,13 @@ def test_every_part_says_what_it_makes_and_its_number_of_steps(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("scripts.demo.subprocess.run", start)
+    earlier, own = Path("out/samples/000000.png"), Path("out/samples/cat.png")
+    earlier.parent.mkdir(parents=True)
+    for file in (earlier, own):
+        file.touch()
     with caplog.at_level("INFO"):
         call("demo", "-o", "out")
+    assert own.exists() and not earlier.exists()
     lines = [line.strip() for line in caplog.messages]
     parts = [line for line in lines if line.startswith("---")]
     assert lines[0] == parts[0] and len(parts) == 5

@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"models", "modules", "checkpoint", "lr_scheduler", "util"},
     "codec": {"codec", "models", "modules", "decoding"},
     "data": {"data", "decoding", "util"},
+    "files": {"data", "util"},  # a script's work on each of several files
     "sharing": {"run", "util"},  # run: the folders of shared models, once one is saved or loaded
     "coding": {"codes", "models", "pictures"},  # what the tokenizer and encoding at scale share
     "tokenizer": {

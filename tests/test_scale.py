@@ -300,6 +300,9 @@ def test_the_command(
     assert contents(output) == contents(whole)
     shown = capsys.readouterr().err
     assert "9/9" in shown and "picture/s" in shown
+    with pytest.raises(IncompleteError, match="1 of 9 files failed; the first: b/broken.png: "):
+        call("encode", *arguments, "--data", pictures, "--shard_size", 3)
+    assert contents(output) == contents(whole) and "9/9" not in capsys.readouterr().err
     error = fails(capsys, "encode", *arguments, "--data", tmp_path / "none")
     assert "none" in error
     error = fails(capsys, "encode", *arguments, "--data", pictures, "--engine", "rays")

@@ -212,6 +212,19 @@ def test_samples_follow_from_the_seed(prior: Path, tmp_path: Path) -> None:
         assert (one == tile).all()
 
 
+def test_samples_overwrite_nothing_and_go_to_a_folder_of_their_run(
+    prior: Path, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("sample", "-r", prior, "-n", 2)
+    call("sample", "-r", prior, "-n", 1, "--complete", photo)
+    folder = Path("results/samples") / prior.name
+    files = {file: file.read_bytes() for file in folder.iterdir()}
+    assert len(files) == 2 + 1 + 2
+    for more in ((), ("--complete", photo)):
+        assert "exists already" in fails(capsys, "sample", "-r", prior, "-n", 1, "-s", 5, *more)
+    assert files == {file: file.read_bytes() for file in folder.iterdir()}
+
+
 @pytest.mark.parametrize("kind", ["transformer", "pixelcnn"])
 def test_samples_of_classes(kind: str, tiny_runs: TinyRuns, tmp_path: Path) -> None:
     pixelcnn = kind == "pixelcnn"
@@ -331,8 +344,12 @@ def test_completions_depend_on_seed_and_number_alone(
         options = ("-n", amount, "--batch_size", batch, "-o", out)
         call("sample", "-r", prior, "--complete", "a", "b/0.png", *options)
         names = sorted(path.name for path in out.iterdir())
-        assert names == ["000000_0_completed.png", "000001_0_completed.png"]
-        rows[amount] = [tiles(out / name, 2 + amount)[2:] for name in names]
+        ends = [*(f"{place:06}" for place in range(amount)), "completed"]
+        assert names == [f"00000{number}_0_{end}.png" for number in range(2) for end in ends]
+        rows[amount] = [tiles(out / f"00000{n}_0_completed.png", 2 + amount)[2:] for n in range(2)]
+        for number, row in enumerate(rows[amount]):
+            for place, picture in enumerate(row):
+                assert (read_pixels(out / f"00000{number}_0_{place:06}.png") == picture).all()
     assert seen["batches"] == [2, 1, 2, 1, 2, 2]
     for more, fewer in zip(rows[3], rows[2], strict=True):
         for one, other in zip(more, fewer, strict=False):
@@ -409,6 +426,18 @@ def test_tokens_are_computed_once(
     assert files == {file: file.read_bytes() for file in Path("cache/train").iterdir()}
     error = fails(capsys, "encode", "-r", tokenizer, "-o", "cache", "--splits", "val")
     assert "'val'" in error and "train, validation" in error
+
+
+def test_an_interrupted_cache_says_how_to_go_on(
+    tokenizer: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupted(*given: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("taming.scale.encode_shards", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call("encode", "-r", tokenizer, "-o", "cache")
+    assert "repeat the command to go on" in caplog.text
 
 
 def test_a_prior_trains_from_cached_tokens(

@@ -116,6 +116,8 @@ def decode_file(data: bytes, partial: bool = False) -> tuple[Header, list[bytes]
 
 def _decode_header(view: memoryview) -> tuple[Header, int, int]:
     """Decode a header; return the place after it and its checksum too."""
+    if not view:
+        raise ValueError("not a compressed picture, but an empty file")
     if view[: len(MAGIC)] != MAGIC:
         kinds = (kind for begin, kind in _KINDS.items() if bytes(view[:4]).startswith(begin))
         raise ValueError(f"not a compressed picture, but {next(kinds, 'a file of another kind')}")

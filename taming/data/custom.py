@@ -81,6 +81,8 @@ class CustomTest(ImagePaths):
 def find_files(paths: Sequence[str], extensions: Sequence[str] | None = None) -> list[Path]:
     """List the given files, replacing each folder by the images, or other files, below it.
 
+    A file that several of the paths lead to is listed once, by the first.
+
     Args:
         paths: Files and folders.
         extensions: As for `find_images`, of the files below folders.
@@ -98,7 +100,10 @@ def find_files(paths: Sequence[str], extensions: Sequence[str] | None = None) ->
             files.append(path)
         else:
             raise FileNotFoundError(f"there is no file or folder {path}")
-    return files
+    first: dict[Path, Path] = {}
+    for file in files:
+        first.setdefault(file.resolve(), file)
+    return [*first.values()]
 
 
 def unique_names(paths: Sequence[Path], endings: Sequence[str]) -> list[str]:

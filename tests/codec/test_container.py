@@ -102,7 +102,7 @@ def with_checksum(head: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "not a compressed picture"),
+        (b"", "not a compressed picture, but an empty file"),
         (b"\x89PNG\r\n\x1a\n", "not a compressed picture, but a PNG picture"),
         (b"text", "not a compressed picture, but a file of another kind"),
         (FILE[:4] + b"\x02" + FILE[5:], "version 2; this release reads 1"),

@@ -12,6 +12,7 @@ from support.runs import TinyRuns, call, fails, read_pixels
 
 import taming
 from scripts.compress import compress, quality_measure
+from taming.codec.container import decode_file
 from taming.demo.study import Study
 from taming.pictures import psnr_of
 from taming.util import instantiate_from_config
@@ -91,7 +92,11 @@ def test_without_torchmetrics_only_ms_ssim_is_missing(
 
 
 def test_previews_and_the_whole_turns_of_damaged_files(
-    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     call("compress", photos / "c.png", "-r", run, "-o", tmp_path, "--no_quality")
     (numbers,) = json.loads((tmp_path / "compressed.json").read_text()).values()
@@ -106,6 +111,73 @@ def test_previews_and_the_whole_turns_of_damaged_files(
     call("decompress", tmp_path / "c.loop", *options)
     expected = tokenizer.decompress(data[:-1], partial=True)
     assert (read_pixels(tmp_path / "cut/c.png") == expected).all()
+    (numbers,) = json.loads((tmp_path / "cut/decompressed.json").read_text()).values()
+    turns, of_turns = numbers["turns"], numbers["of_turns"]
+    assert turns == of_turns - 1 == len(decode_file(data)[1]) - 1
+    assert caplog.text.count("damaged or cut off") == 2  # one was refused
+    assert f"c.png shows {turns} of {of_turns} turns: the rest of its file is" in caplog.text
+    (numbers,) = json.loads((tmp_path / "one/decompressed.json").read_text()).values()
+    assert (numbers["turns"], numbers["of_turns"]) == (1, of_turns)
+
+
+def test_more_turns_than_there_are_show_all(
+    run: Path, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    call("compress", photos / "c.png", "-r", run, "-o", "files", "--no_quality")
+    call("decompress", "files", "-r", run, "-o", "all")
+    assert "--turns" not in caplog.text
+    call("decompress", "files", "-r", run, "-o", "more", "--turns", 99)
+    assert Path("all/c.png").read_bytes() == Path("more/c.png").read_bytes()
+    most = taming.load(run).model.quantize.sequence.max_loops
+    assert f"--turns 99 shows all: a file has at most {most} turns" in caplog.text
+
+
+def test_a_quality_that_is_out_of_reach_is_said(
+    run: Path, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = photos / "c.png", photos / "more/a.png"
+    for program, report in (("compress", "compressed"), ("reconstruct", "reconstructions")):
+        for target, reached in ((1, True), (90, False)):
+            folder = Path(f"{program}{target}")
+            call(program, *pictures, "-r", run, "-o", folder, "--target_psnr", target)
+            rows = json.loads((folder / f"{report}.json").read_text()).values()
+            assert [row["reached"] for row in rows] == [reached] * 2
+    assert caplog.text.count("2 of 2 pictures do not reach 90 dB, even with all turns") == 2
+    assert "reach 1 dB" not in caplog.text
+    assert "2 of 2 pictures have no MS-SSIM: they are below 176 pixels" in caplog.text
+
+
+def test_the_same_command_goes_on_and_no_other(
+    run: Path, photos: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = (photos / "c.png", photos / "more")
+    same = ("compress", *pictures, pictures[0], "-r", run, "-o", "files", "--bpp", 3)
+    call(*same)
+    assert "2 of 2 files are done" in caplog.text
+    whole = {path.name: path.read_bytes() for path in Path("files").iterdir()}
+    Path("files/a.loop").unlink()
+    call(*same)
+    assert "1 of 2 files are done already" in caplog.text
+    assert Path("files/a.loop").read_bytes() == whole["a.loop"]
+    for other in (("--bpp", 4), ("--entropy", "raw", "--bpp", 3), ("--no_quality", "--bpp", 3)):
+        assert "exists already" in fails(capsys, *same[:-2], *other)
+    call("decompress", "files", "-r", run, "-o", "pictures")
+    Path("pictures/c.png").unlink()
+    call("decompress", "files", "-r", run, "-o", "pictures")
+    assert caplog.text.count("1 of 2 files are done already") == 2
+    error = fails(capsys, "decompress", "files", "-r", run, "-o", "pictures", "--turns", 1)
+    assert "exists already" in error
+
+
+def test_a_file_of_another_tokenizer_names_the_one_to_take(
+    run: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("photos", run):
+        call("compress", photos / "c.png", "-r", name, "-o", Path(name).name, "--no_quality")
+    error = fails(capsys, "decompress", "photos/c.loop", "-r", run, "-o", "out", status=1)
+    assert f"{run} is" in error and "it is that of photos: pass -r photos" in error
+    error = fails(capsys, "decompress", f"{run.name}/c.loop", "-o", "out", status=1)
+    assert "photos is" in error and "pass -r RUN of the tokenizer that wrote it" in error
 
 
 def test_mistakes_are_named_before_any_work(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from taming.data.custom import CustomTest, CustomTrain, ImageFolder
+from taming.data.custom import CustomTest, CustomTrain, ImageFolder, find_files
 from taming.signatures import parameters_of
 
 
@@ -100,6 +100,14 @@ def test_linked_folders_are_followed(tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "link").symlink_to(tmp_path / "elsewhere")
     assert names(ImageFolder(str(tmp_path / "root"))) == ["1.png"]
+
+
+def test_a_file_that_several_paths_lead_to_is_found_once(tmp_path, monkeypatch):
+    for name in ("a/1.png", "a/2.png", "b/1.png"):
+        save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    given = ["b/../a/2.png", "a", "b", tmp_path / "a/1.png", "b/1.png"]
+    assert list(map(str, find_files(given))) == ["b/../a/2.png", "a/1.png", "b/1.png"]
 
 
 def test_splits_share_nothing_leave_nothing_out_and_never_move(tmp_path):

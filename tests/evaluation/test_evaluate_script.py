@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,9 @@ def test_a_data_set_of_the_hub_is_streamed(
     found = []
     for data in (("owner/name", "--split", "validation"), (tiny_runs.folder / "data/images",)):
         call("evaluate", "-r", tokenizer, "--data", *data, "-s", 32)
-        found.append(json.loads(Path("results/evaluation.json").read_text()))
+        (output,) = Path("results/evaluations").glob("*.json")
+        found.append(json.loads(output.read_text()))
+        shutil.rmtree("results")
     own, folder = (numbers["protocol"] for numbers in found)
     assert own.pop("source") == "owner/name of the hub, split validation"
     assert (own.pop("unreadable"), folder.pop("unreadable")) == ("named in the log", 0)
@@ -123,9 +126,12 @@ def test_a_data_set_of_the_hub_is_streamed(
         assert labels == rows["label"]
 
 
-def test_the_runs_own_validation_set(tokenizer: Path) -> None:
+def test_the_runs_own_validation_set(tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call("evaluate", "-r", tokenizer, "--examples", 0)
-    about = json.loads(Path("results/evaluation.json").read_text())["protocol"]
+    output = Path(f"results/evaluations/{tokenizer.name}.json")
+    about = json.loads(before := output.read_text())["protocol"]
+    error = fails(capsys, "evaluate", "-r", tokenizer, "--data", "photos")
+    assert "exists already: choose another" in error and output.read_text() == before
     assert about["source"] == f"validation set of {tokenizer}" and about["images"] == 4
     assert about["configuration"]["params"]["size"] == 16 and about["resolution"] == "16x16"
 
@@ -173,6 +179,13 @@ def test_a_loader_processes_error_is_one_line(capfd: pytest.CaptureFixture[str])
     error = capfd.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: image broken.png: cannot be decoded")
     assert error.count("\n") == 1
+
+
+def test_a_model_without_data_asks_for_some(capsys: pytest.CaptureFixture[str]) -> None:
+    for program in (("evaluate",), ("evaluate", "-r", "photos"), ("encode", "-r", "photos")):
+        error = fails(capsys, *program, "-o", "out.json")
+        assert "photos comes without pictures: give --data FOLDER" in error
+    assert not list(Path().iterdir())
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,15 @@ def test_what_is_misspelt_is_named_before_what_is_missing(
     assert "unknown flag --out_dri; did you mean '--out_dir'?" in capsys.readouterr().err
 
 
+def test_dashes_alone_are_no_likeness(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser()
+    parser.add_argument("--outdir")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--tokenizer", "photos"])
+    error = capsys.readouterr().err
+    assert "unknown flag --tokenizer; valid: " in error and "did you mean" not in error
+
+
 def test_values_keep_their_spelling() -> None:
     parser = Parser()
     parser.add_argument("files", nargs="*")
