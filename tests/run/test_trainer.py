@@ -341,7 +341,7 @@ def test_a_run_of_gpus_goes_on_without_them(devices):
 
 
 def test_a_loss_fetches_its_weights_before_the_data_are_built():
-    model, data, trainer = Mock(), Mock(), Mock(val_dataloaders=None, train_dataloader=None)
+    model, data, trainer = Mock(), Mock(), Mock(max_epochs=-1, max_steps=-1)
     model.fetch_weights.side_effect = ConnectionError("no network; perceptual_weight: 0")
     with pytest.raises(PreparationError, match="perceptual_weight: 0"):
         building.fit(trainer, model, data, None)
