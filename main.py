@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taming.run.check import check_experiment
-from taming.run.cli import one_line, one_line_errors
+from taming.run.cli import Console, one_line, one_line_errors
 from taming.run.config import load_config
 from taming.run.folder import without_starts
 from taming.run.options import Options, parse_arguments
@@ -99,7 +99,7 @@ def log_to_console() -> None:
     """Show the log of this package: all of it on the first process, warnings on the others."""
     logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
     if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
+        logger.addHandler(Console())
 
 
 @watch.handling()
@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train and test as the command line (by default that of the process) asks."""
     with one_line_errors():
         options = parse_arguments(sys.argv[1:] if argv is None else argv)
-        from taming.run.trainer import MISTAKES, fit, quiet_lightning, test
+        from taming.run.loggers import quiet_lightning
+        from taming.run.trainer import MISTAKES, fit, test
 
     log_to_console()
     quiet_lightning()
@@ -121,7 +122,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             trainer, model, data = build(options, experiment)
             mistakes = MISTAKES
             if options.train:
-                logger.info("the run's folder is %s", experiment.run.path)
                 fit(trainer, model, data, experiment.checkpoint)
             else:
                 logger.info("not training; -t trains")
@@ -131,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if experiment and experiment.run.last_checkpoint.exists():
             run, command = experiment.run.path, program("python main.py")
             logger.info("the run is saved in %s; go on with: %s -r %s -t", run, command, run)
+        elif options.train:
+            logger.info("interrupted before the first step: nothing is kept")
         raise
     except Exception as error:
         if options.debug:

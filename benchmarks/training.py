@@ -29,7 +29,7 @@ from benchmarks.timing import save, summary, table
 from benchmarks.workers import ROOT, Server, Worker
 from taming.models.vqgan import VQModel
 from taming.run.cli import choose_device, run, script_parser
-from taming.run.trainer import quiet_lightning
+from taming.run.loggers import quiet_lightning
 
 logger = logging.getLogger("taming.benchmark")
 

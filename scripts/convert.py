@@ -72,8 +72,15 @@ def convert(options: argparse.Namespace) -> VQModel:
             own["quantize.embedding.weight"], dim=-1
         )
     resolution = options.resolution or about.get("sample_size") or 256
-    model = VQModel(**parameters_from(own, resolution, about.get("norm_num_groups", 32)))
-    fill({"model": model}, own, f"{path} ({layout})")
+    params = parameters_from(own, resolution, about.get("norm_num_groups", 32))
+    try:
+        model = VQModel(**params)
+        fill({"model": model}, own, f"{path} ({layout})")
+    except ValueError as error:
+        raise ValueError(
+            f"{path}, read as one of {layout}: {error}; name the model's configuration with "
+            "--config, or make the folder of a run of this project by save_pretrained"
+        ) from error
     return model.eval()
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from taming.run.parser import as_commands
 from taming.util import home, nearest
 
 
@@ -27,7 +28,7 @@ def usage() -> str:
     for name, path in programs().items():
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         line = text.partition("\n")[0].partition(": ``")[0].replace("`", "")
-        lines.append(f"  {name:20} {line.rstrip('.')}")
+        lines.append(f"  {name:20} {as_commands(line).rstrip('.')}")
     return "\n".join(lines) + "\n"
 
 

@@ -63,7 +63,8 @@ def load_checkpoint(
 
             return load_file(path)
         with open(path, "rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"  # torch before 1.6 wrote none
+            start = file.read(4)
+        is_zip = start == b"PK\x03\x04"  # torch before 1.6 wrote none
         if is_zip:
             _check_records(path)
         with torch.serialization.safe_globals(HARMLESS):
@@ -81,10 +82,12 @@ def load_checkpoint(
                 "if you trust the source of the file, set trust_checkpoint: true beside "
                 "ckpt_path, or resume with --trust_checkpoint"
             ) from error
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'}"
+        if isinstance(error, pickle.UnpicklingError):  # which advises to run what is in the file
+            reason = f"it begins with {start!r}, unlike a file of torch.save"
         raise ValueError(
-            f"{path} cannot be read as a checkpoint; it is damaged or incompletely downloaded: "
-            "fetch it again, or use another checkpoint of its run "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'})"
+            f"{path} cannot be read as a checkpoint; it is damaged, incompletely downloaded or of "
+            f"another kind: fetch it again, or use another checkpoint of its run ({reason})"
         ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dict of weights")

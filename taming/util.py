@@ -187,9 +187,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:  # the latter is torch's on a full disk
         there = next(folder for folder in path.absolute().parents if folder.exists())
         free = shutil.disk_usage(there).free
-        raise WriteError(
-            f"{path} cannot be saved, {free} bytes are free there ({error})"
-        ) from error
+        reason = "" if "enforce fail" in str(error) else f" ({error})"  # torch's line of its source
+        raise WriteError(f"{path} cannot be saved, {free} bytes are free there{reason}") from error
     finally:
         with suppress(OSError):
             part.unlink()

@@ -195,6 +195,22 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(path, monkeyp
     assert torch.load(path) == {"a": 1} and list(path.parent.iterdir()) == [path]
 
 
+def test_what_torch_says_of_its_own_source_is_left_out(path, monkeypatch):
+    def full(content, file):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(WriteError, match=r"cannot be saved, \d+ bytes are free there$"):
+        SafeCheckpointIO().save_checkpoint({"a": 2}, path)
+
+
+def test_another_kind_of_file_is_told_without_advice_to_run_it(path):
+    path.write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match=r"begins with b'.x89PNG', unlike a file of") as raised:
+        load_checkpoint(path)
+    assert "weights_only" not in str(raised.value)
+
+
 def test_a_time_limit_is_that_of_each_start(tmp_path):
     model = VQModel(DDCONFIG, PLAIN, 16, 4)
     limit = {"max_time": {"seconds": 3600}, "plugins": [SafeCheckpointIO()], "max_epochs": -1}

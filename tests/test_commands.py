@@ -1,6 +1,7 @@
 """The command ``taming``: it runs the programs beside the package, and finds recipes by name."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def test_every_program_is_a_command_with_a_line(capsys: pytest.CaptureFixture[st
     lines = [line.split(maxsplit=1) for line in listed.splitlines() if line.startswith("  ")]
     assert [name for name, _ in lines] == [*command.programs()]
     assert {f"{name}.py" for name, _ in lines[1:]} == {p.name for p in ROOT.glob("scripts/*.py")}
-    assert all(len(text) > 10 and "``" not in text for _, text in lines)
+    assert all(len(text) > 10 and "``" not in text and "scripts/" not in text for _, text in lines)
 
 
 def test_a_wrong_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,13 +82,18 @@ def test_a_usage_is_that_of_the_command_or_of_the_file(
         monkeypatch.setattr(sys, "argv", [*argv, "--help"])
         with pytest.raises(SystemExit) as stop:
             start() if start else runpy.run_path(str(path), run_name="__main__")
-        shown = f"taming {name}" if start else own
-        assert not stop.value.code and capsys.readouterr().out.startswith(f"usage: {shown} ")
+        shown, text = f"taming {name}" if start else own, capsys.readouterr().out
+        assert not stop.value.code and text.startswith(f"usage: {shown} ")
+        named = re.findall(r"scripts/\w+\.py|python -m taming\.demo", text)
+        assert not (named and start), (
+            named
+        )  # there are no such files where the package is installed
 
 
 def test_a_recipe_is_found_by_name_and_a_file_goes_first(elsewhere: Path) -> None:
     assert {*recipes().values()} == {*home().glob("configs/**/*.yaml")}
     for name in ("photos", "demo/loopy_vqgan"):
+        assert load_config([f"{name}.yaml"]).values == load_config([name]).values
         loaded = load_config([name])
         assert loaded.values == load_config([ROOT / f"configs/{name}.yaml"]).values
         assert loaded.origin("model.target") == str(recipes()[name])
@@ -99,6 +105,11 @@ def test_a_recipe_is_found_by_name_and_a_file_goes_first(elsewhere: Path) -> Non
 def test_an_unknown_recipe_lists_those_there_are(elsewhere: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"demo/loopy_vqgan.* photos"):
         load_config([name])
+
+
+def test_the_nearest_recipe_comes_first(elsewhere: Path) -> None:
+    with pytest.raises(ConfigError, match=r"custom_smal; did you mean 'custom_small'\? .*cifar10"):
+        load_config(["custom_smal"])
 
 
 @pytest.mark.parametrize("name", MAIN_NAMES)

@@ -77,6 +77,15 @@ def test_the_quantizers_of_the_original_are_told_by_their_keys(
     assert torch.equal(again(x)[0], model(x)[0])
 
 
+def test_options_that_weights_do_not_show_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = VQModel({**SIZES, "ch": 16, "num_groups": 4}, PLAIN, n_embed=16, embed_dim=4)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "last.ckpt")
+    error = fails(capsys, "convert", tmp_path / "last.ckpt", "-o", tmp_path / "converted")
+    assert "read as one of taming" in error and "--config" in error and "save_pretrained" in error
+
+
 def test_published_models_are_told_by_their_keys_and_shapes(shared: Path) -> None:
     published = json.loads((shared / "upstream/state_dict_keys.json").read_text())
     told = 0

@@ -15,7 +15,7 @@ LEAVES = {"checkpoint", "lr_scheduler", *HELPERS}  # import nothing of taming
 ALLOWED: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "util": HELPERS,
-    "__main__": {"util"},
+    "__main__": {"util", "run"},  # how the commands are named in a help
     "codes": {"util"},
     "decoding": {"util"},
     "pictures": {"decoding", "util"},

@@ -219,6 +219,17 @@ def test_stops_at_max_steps_with_a_checkpoint(folder):
     assert last(run)["global_step"] == 9
 
 
+@pytest.mark.parametrize("flag", ["--max_steps", "--max_epochs"])
+def test_a_finished_run_says_what_lets_it_go_on(folder, caplog, flag):
+    steps = ["--max_epochs", "-1", "--max_steps", "3"] if flag == "--max_steps" else []
+    shown = "lightning.trainer.enable_model_summary=true"
+    program.main(["-b", "toy.yaml", "-t", *CPU, *steps, shown])
+    assert "parameters, of which" in caplog.text and "FLOPs" not in caplog.text
+    assert "a larger" not in caplog.text and "GPU available" in caplog.text
+    program.main(["-r", str(only_run()), "-t"])
+    assert f"; a larger {flag} lets it go on" in caplog.text
+
+
 def test_a_checkpoint_that_does_not_fit_is_a_mistake(folder, capsys):
     program.main(["-b", "toy.yaml", "-t", *CPU])
     error = fails(["-r", str(only_run()), "-t", "model.params.width=9"], capsys)
@@ -269,10 +280,16 @@ def test_two_processes_share_one_run(folder):
         (["-b", "none.yaml"], "no .*file none.yaml"),
         (["-r", "."], r"^\. is not a run"),
         (["-r", "logs/none"], "logs/none does not exist"),
+        (["-r", "photos"], "photos is a model without .*with -b, and .*ckpt_path=.*safetensors"),
         (["-b", "toy.yaml", "--devices", "9999"], r"9999 devices .* CPU cores; pass --devices"),
         (["-b", "toy.yaml", "--gpus", "97,98"], r"\[97, 98\] .* GPUs are visible .*--gpus 0"),
         (["-b", "toy.yaml", *CPU, "--devices", "zero"], "`devices` selected with"),
         (["-b", "toy.yaml", *CPU, "--max_epochs", "two"], "trainer.max_epochs must be int.* 'two'"),
+        (
+            ["-b", "toy.yaml", "model.params.width=${lightning.trainer.max_steps}"]
+            + [*CPU, "--max_steps", "abc"],
+            r"^command line: lightning.trainer.max_steps must be int",
+        ),
         (["-b", "toy.yaml", *CPU, "--max_epochs"], "max_epochs: expected one argument"),
         (["-b", "toy.yaml", *CPU, "--max_epoch", "2"], "--max_epoch; .*'--max_epochs'"),
         (["-b", "toy.yaml", "model.params.widht=3"], "model.params.widht: .*ToyModel.* 'width'"),
@@ -285,6 +302,15 @@ def test_mistakes_are_one_line_and_leave_nothing(folder, capsys, argv, message):
     error = fails([*argv, "-t"], capsys)
     assert re.search(message, error) and error.count("\n") == 1
     assert os.listdir() == ["toy.yaml"]
+
+
+def test_a_folder_of_pictures_that_is_not_there_comes_before_a_run(folder, capsys):
+    block = "{target: taming.data.custom.ImageFolder, params: {root: path/to/images}}"
+    with pytest.raises(SystemExit):
+        program.main(["-b", "toy.yaml", "-t", *CPU, f"data.params.train={block}"])
+    shown = capsys.readouterr().err
+    assert "run's folder" not in shown and "Seed set" not in shown
+    assert shown.endswith("path/to/images does not exist; set data.params.train.params.root\n")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -339,6 +365,16 @@ def test_an_interrupted_run_says_where_it_is_and_how_it_goes_on(folder, capsys, 
     run, shown = only_run(), capsys.readouterr().err
     assert stop.value.code == 130 and last(run)["global_step"] == 1
     assert f"the run is saved in {run}; go on with: python main.py -r {run} -t" in shown
+
+
+def test_a_run_that_is_interrupted_before_its_first_step_says_so(folder, capsys, monkeypatch):
+    def interrupted(self, *_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ToyModel, "validation_step", interrupted)
+    with pytest.raises(SystemExit):
+        program.main(["-b", "toy.yaml", "-t", *CPU])
+    assert "nothing is kept" in capsys.readouterr().err and os.listdir() == ["toy.yaml"]
 
 
 def test_debug_opens_a_debugger_and_keeps_the_run_apart(folder, monkeypatch):

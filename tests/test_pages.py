@@ -31,7 +31,7 @@ from taming.run import cli
 from taming.run.options import parse_arguments
 from taming.run.parser import Parser
 from taming.signatures import parameters_of
-from taming.util import get_obj_from_str
+from taming.util import get_obj_from_str, instantiate_from_config
 
 # Name of a run in the pages -> the recipe that it is of here; those that some pages mean otherwise.
 RUNS = {
@@ -274,3 +274,12 @@ def test_a_page_keeps_its_word(page: str, world: Path, tiny_runs: TinyRuns) -> N
             for command in step:
                 if kind == "bash" or not is_a_name(command):
                     run_command(command, names)
+
+
+@pytest.mark.parametrize("recipe", ["custom_small", "custom_loopy_vqgan", "custom_vqgan"])
+def test_fine_tuning_begins_from_any_run(recipe: str, world: Path, tiny_runs: TinyRuns) -> None:
+    shutil.copytree(tiny_runs.of(f"{recipe}.yaml"), world / "logs/run")
+    shell = [step for kind, step in steps("docs/quantizers", world) if kind == "bash"]
+    (words,) = (words for step in shell for words in step if "freeze=[enc" in "".join(words))
+    model = instantiate_from_config(program.load(parse_arguments(words[2:])).model)
+    assert model.quantize.target_length == 2.0 and not model.encoder.training

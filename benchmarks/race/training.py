@@ -21,7 +21,7 @@ from taming.models.prior import Prior
 from taming.models.vqgan import VQModel
 from taming.modules.vqvae.loop import Cascade
 from taming.modules.vqvae.quantize import LoopyVectorQuantizer
-from taming.run.trainer import quiet_lightning
+from taming.run.loggers import quiet_lightning
 from taming.util import instantiate_from_config
 
 logger = logging.getLogger("taming.benchmark")

@@ -207,9 +207,18 @@ def _select_split(
     if not selected:
         raise ValueError(
             f"the {split} split of the {len(paths)} images below {root} is empty with "
-            f"validation_fraction={validation_fraction}; change the fraction or add images"
+            f"validation_fraction={validation_fraction}, since a hash of its name decides where an "
+            f"image goes; try {_fraction(paths, held_out):.2f} in both data sets, or add images"
         )
     return selected
+
+
+def _fraction(paths: list[str], held_out: bool) -> float:
+    """Return a fraction, in hundredths, with which a split has one image or more."""
+    shares = [n / 100 for n in (range(1, 100) if held_out else range(99, 0, -1))]
+    return next(
+        (s for s in shares if any(is_held_out(p, s) == held_out for p in paths)), shares[-1]
+    )
 
 
 def _class_names(root: str, paths: list[str]) -> list[str]:

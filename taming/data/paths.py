@@ -19,6 +19,8 @@ from taming.util import DataError
 
 logger = logging.getLogger(__name__)
 
+PLACEHOLDER = "path/to/images"  # folder in the recipes, for the user to replace
+
 
 class Texts(Sequence[str]):
     """An immutable list of texts in one buffer, which worker processes share.
@@ -101,7 +103,8 @@ def find_images(
     """
     root = os.path.expanduser(root)
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"the image folder {root} does not exist")
+        remedy = "; set data.params.train.params.root" if root == PLACEHOLDER else ""
+        raise FileNotFoundError(f"the image folder {root} does not exist{remedy}")
     endings = picture_extensions(channels) if extensions is None else _endings(extensions)
     found, left_out = _Files(), Counter[str]()
     for path, entry, is_linked in _walk(root, recursive):

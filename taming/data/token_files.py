@@ -32,7 +32,7 @@ KEY = b"taming.tokens"  # of the schema's metadata
 UNREADABLE = b"taming.unreadable"  # likewise: the keys of pictures that are not in the file, why
 CHECKSUMS = "checksums.json"
 PLAN = "plan.json"  # of a cache that is or was written shard by shard
-AGAIN = "copy the cache again, or encode it anew with scripts/encode.py"
+AGAIN = "copy the cache again, or encode it anew with `taming encode`"
 OWN = ("tokens", "key", "height", "width")  # columns that each file has
 RESERVED = {*OWN, "grid", "pixels", "fingerprint"}  # item keys that are no labels
 

@@ -66,7 +66,7 @@ class TokenCache(Dataset[dict[str, Any]]):
         folder = Path(path).expanduser()
         files = list_files(folder)
         if not files:
-            raise FileNotFoundError(f"{path} holds no token cache; scripts/encode.py makes one")
+            raise FileNotFoundError(f"{path} holds no token cache; `taming encode` makes one")
         images = check_files(folder, [file.name for file in files])
         schemas, about, self.files = [], [], list[Path]()
         for file in files:
@@ -83,6 +83,11 @@ class TokenCache(Dataset[dict[str, Any]]):
         if not images and "vocab_size" in about[0]:
             raise ValueError(f"{path} has lost its {CHECKSUMS}; {AGAIN}")
         self.about = about[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the tokenizer that wrote the cache."""
+        return self.about["fingerprint"]
 
     @cached_property
     def table(self) -> pa.Table:
@@ -133,5 +138,5 @@ class TokenCache(Dataset[dict[str, Any]]):
         return {
             "grid": torch.tensor(grid),
             "pixels": pixels,
-            "fingerprint": self.about["fingerprint"],
+            "fingerprint": self.fingerprint,
         }

@@ -131,7 +131,7 @@ class Study:
     def start_of(self, kind: str) -> float:
         """Return where a kind of rate starts: lambda at the tokenizer's own, if it has one."""
         least, most = self.ranges[kind]
-        own = self.model.quantize.rate if kind == "lambda" else None
+        own: Any = self.model.quantize.rate if kind == "lambda" else None
         return math.log2(own) if own else least + (most - least) / 3
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -149,6 +149,15 @@ class Prior(Model, ABC):
 
     # --- training: batch -> nats -> log ----------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        """Check the token caches among the data before any batch is read.
+
+        Raises:
+            DataError: Another tokenizer wrote one of them.
+        """
+        for data in self._datasets.values():
+            self._check_fingerprints([data.fingerprint] if hasattr(data, "fingerprint") else [])
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Train on one batch."""
         return self._mean_nats(batch, "train")
@@ -226,12 +235,7 @@ class Prior(Model, ABC):
 
     def _cached_codes(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the codes (B, h, w, T) of a batch from a token cache."""
-        for found in set(batch["fingerprint"]) - {self.fingerprint}:
-            raise DataError(
-                f"the token cache was written by another tokenizer (fingerprint {found[:12]}) than "
-                f"that of first_stage_config ({self.fingerprint[:12]}): name the one that wrote "
-                "it, or write the cache anew with scripts/encode.py"
-            )
+        self._check_fingerprints(batch["fingerprint"])
         (h, w), *others = batch["grid"].unique(dim=0).tolist()
         if others:
             raise DataError(
@@ -239,6 +243,16 @@ class Prior(Model, ABC):
                 "sites: leave wrap and other data sets around a TokenCache out of the configuration"
             )
         return self.first_stage_model.quantize.sequence.decode(batch["tokens"], (h, w))
+
+    def _check_fingerprints(self, names: Iterable[str]) -> None:
+        """Refuse the fingerprint of a cache that another tokenizer wrote."""
+        for found in {*names} - {self.fingerprint}:
+            raise DataError(
+                f"the token cache was written by another tokenizer (fingerprint {found[:12]}) than "
+                f"that of first_stage_config ({self.fingerprint[:12]}), or the tokenizer was "
+                "trained further since: name the one that wrote it, or write the cache anew with "
+                "`taming encode`"
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -401,5 +415,9 @@ class Prior(Model, ABC):
         self, batch: Mapping[str, Any], temperature: float = 1.0, top_k: int = 100, **unused: Any
     ) -> dict[str, Tensor]:
         """Return pictures (B, 3, H, W) of at most 4 images of a batch (see `pictures_of`)."""
-        datasets = getattr(getattr(self._trainer, "datamodule", None), "datasets", {})
-        return pictures_of(self, batch, SamplingParams(temperature, top_k), datasets)
+        return pictures_of(self, batch, SamplingParams(temperature, top_k), self._datasets)
+
+    @property
+    def _datasets(self) -> Mapping[str, Any]:
+        """The data sets of the training by split, if there is a data module that shows them."""
+        return getattr(getattr(self._trainer, "datamodule", None), "datasets", {})

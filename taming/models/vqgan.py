@@ -113,7 +113,8 @@ class VQModel(ManualOptimization, FirstStage):
         self.quantize = build_quantizer(quantizer_config, own, n_e=n_embed, e_dim=embed_dim)
         if quantize_start and not self.quantize.trains_without_decoder:
             raise ValueError(
-                f"{type(self.quantize).__name__} learns from the decoder and has no quantize_start"
+                f"{type(self.quantize).__name__} learns from the decoder and has no quantize_start;"
+                " set model.params.quantize_start=0"
             )
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class SetupCallback(Callback):
-    """Save the configuration of a run once its first step was taken.
+    """Name the folder of a run, and save its configuration there once its first step was taken.
 
     What fails before has changed nothing. A checkpoint that is saved before the first step of a new
     run has the configuration beside it too.
@@ -58,6 +58,11 @@ class SetupCallback(Callback):
         self.lightning_config = lightning_config
         self._first_step = 0
         self._is_saved = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Name the folder, now that model and data are there."""
+        if trainer.is_global_zero:
+            logger.info("the run's folder is %s", self.folders[0])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note where this start begins."""

@@ -91,13 +91,14 @@ def check_experiment(config: LoadedConfig, train: bool) -> None:
     model, data = config.block("model"), config.block("data")
     for name in ("model", "data", "lightning"):
         check_trust(config, name)
+    # First, since model and data may refer to what a flag sets there.
+    _check_lightning(config, config.values.get("lightning") or {})
     _check_part(config, "model", "model", model)
     _check_part(config, "data", "data", data)
     rate = model.get("base_learning_rate")
     if train or rate is not None:
         _fit(config, "model.base_learning_rate", rate, float)
         _check_range(config, "model.base_learning_rate", rate)
-    _check_lightning(config, config.values.get("lightning") or {})
 
 
 def _check_lightning(config: LoadedConfig, lightning: Any) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from taming.extras import naming_extras
 from taming.run.folder import SavedRun
@@ -236,6 +236,17 @@ def one_line(error: Exception) -> str:
     return " ".join(line.strip() for line in text.splitlines())
 
 
+class Console(logging.StreamHandler[TextIO]):
+    """Log to stderr, above the progress bars that stand there instead of behind them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record; bars are taken away first, and drawn again below it."""
+        from tqdm import tqdm  # not needed by --help
+
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the program with one line on stderr: status 1 for inputs that cannot be used, 2 else.
@@ -258,7 +269,7 @@ def run(program: Callable[[], None]) -> None:
     Args:
         program: Function without arguments; may raise ValueError or OSError for mistakes.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Console()])
     logging.getLogger("taming").setLevel(logging.INFO)
     # Configurations name the user's own modules. The current folder comes last, since it may hold
     # another main.py than the one beside the package.

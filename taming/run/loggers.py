@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import threading
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,11 +27,32 @@ from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 
 from taming.extras import naming_extras
+from taming.run.cli import Console
 from taming.run.defaults import DEFAULT_LOGGER, merge_block
 from taming.run.rundir import Experiment
 from taming.util import WriteError, instantiate_from_config, replacing
 
 logger = logging.getLogger(__name__)
+
+# Messages of Lightning about intended behaviour.
+_KNOWN_WARNINGS = (
+    r".*does not have many workers",  # recipes for a CPU have none on purpose: cores train as well
+    r"This DataLoader will create .* worker processes",  # of a recipe for a larger machine
+    r"Consider setting `persistent_workers=True`",  # a resumed run needs new ones each epoch
+    r"Total length of `list` across ranks is zero",
+    r"The dirpath has changed from",
+    r"You're resuming from a checkpoint that ended before the epoch ended",  # of other loaders
+    r"Be aware that when using `ckpt_path`, callbacks used to create",  # fast_dev_run saves nothing
+    r"`ModelCheckpoint\(monitor=.*could not find the monitored key",
+    r".*number of training batches .* is smaller than the logging interval",
+    r".*Checkpoint directory .* exists and is not empty",
+    r".*Using ModelCheckpoint with manual optimization and every_n_train_steps",
+    r".*Found .* in eval mode at the start of training",
+    r".*isinstance\(treespec, LeafSpec\).* is deprecated",
+)
+
+# The same, of its log.
+_KNOWN_MESSAGES = ("💡 Tip: For seamless", "TPU available: False", "Seed set to ")
 
 
 class Tolerance:
@@ -194,6 +216,22 @@ def build_loggers(experiment: Experiment) -> list[Logger]:
         if block := blocks.get(f"{module}.{name}"):
             block["target"] = f"taming.run.loggers.{own}"  # the same, but a full disk is no end
     return [instantiate_from_config(block) for block in blocks.values()]
+
+
+def quiet_lightning() -> None:
+    """Hide Lightning's advertisements, and its warnings about intended behaviour."""
+    quiet_threads()
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        for name in ("utilities.rank_zero", "utilities.seed"):
+            logging.getLogger(f"{package}.{name}").addFilter(_is_news)
+        own = logging.getLogger(package)
+        own.handlers = [Console() for _ in own.handlers]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_KNOWN_MESSAGES)
 
 
 def quiet_threads() -> None:

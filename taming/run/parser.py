@@ -24,6 +24,16 @@ def program(own: str | None = None) -> str | None:
     return getattr(sys.modules["__main__"], "PROGRAM", own)
 
 
+def as_commands(text: str) -> str:
+    """Name the commands of ``taming`` in place of the files of its programs.
+
+    Example:
+        >>> as_commands("python scripts/encode.py -r logs/<run>; see scripts/sample.py")
+        'taming encode -r logs/<run>; see taming sample'
+    """
+    return re.sub(r"(?:python )?scripts/(\w+)\.py|python -m taming\.(demo)", r"taming \1\2", text)
+
+
 class Parser(argparse.ArgumentParser):
     """Takes long options with ``-`` and ``_`` alike, and ends a mistake with one line.
 
@@ -36,6 +46,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *, prog: str | None = None, **options: Any) -> None:
         super().__init__(prog=program(prog), **options)
+
+    def format_help(self) -> str:
+        """Return the help, which names commands of ``taming`` if one started the program."""
+        return as_commands(super().format_help()) if program() else super().format_help()
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Parse a command line.

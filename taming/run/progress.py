@@ -1,15 +1,19 @@
-"""The progress bar of a training, with the few numbers that matter."""
+"""What a training shows: the parts of the model, and a bar with the few numbers that matter."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ModelSummary, TQDMProgressBar
+from lightning.pytorch.utilities.model_summary import get_human_readable_count
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 STEPS = 50  # over which images are counted
 SHOWN = ("val/mean_length", "val/usage")  # beside what a model sends to the bar itself
@@ -41,6 +45,15 @@ class Progress(TQDMProgressBar):
         self._times.clear()
         super().on_validation_start(trainer, pl_module)
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """End the line of each bar, which is not drawn again below what is said of the error."""
+        for bar in (self._train_progress_bar, self._val_progress_bar):
+            if bar is not None:
+                bar.leave = True
+                bar.close()
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return what the bar shows, by name."""
         metrics = super().get_metrics(trainer, pl_module)
@@ -58,6 +71,25 @@ class Progress(TQDMProgressBar):
             return 0.0
         (first, before), (last, after) = self._times[0], self._times[-1]
         return (after - before) / max(last - first, 1e-9)
+
+
+class Summary(ModelSummary):
+    """Lightning's table of a model's parts, without operations, which it does not count here."""
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Log the parts, and the numbers of parameters of all and of those that train."""
+        columns = dict(summary_data)
+        for part in zip(columns["Name"], columns["Type"], columns["Params"], strict=True):
+            logger.info("  %-16s %-24s %8s", *part)
+        numbers = map(get_human_readable_count, (total_parameters, trainable_parameters))
+        logger.info("%s parameters, of which %s train", *map(str.strip, numbers))
 
 
 def size_of(batch: Any) -> int:

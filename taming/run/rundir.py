@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from taming.run.lock import locked
-from taming.run.parts import folder_of, missing
+from taming.run.parts import WEIGHTS, folder_of, is_shared, missing, place_of
 
 # Environment variable by which processes that Lightning starts find their parent's run.
 _RUN_VARIABLE = "TAMING_RUN"
@@ -175,13 +175,19 @@ class RunDir:
 
         Raises:
             FileNotFoundError: The path does not exist, or the run has no checkpoint yet.
-            ValueError: The path is not a run.
+            ValueError: The path is not a run, or a shared model.
         """
         path = Path(path).expanduser()
         if path.name == _PLACEHOLDER:
             raise FileNotFoundError(
                 f"{path} is a placeholder: set the `run` of the first_stage_config to your "
                 "tokenizer's, such as logs/<run>"
+            )
+        if is_shared(shared := place_of(path)):
+            raise ValueError(
+                f"{path} is a model without the state of a training to resume; to start from its "
+                "weights, give a recipe of such a model with -b, and "
+                f"model.params.ckpt_path={shared / WEIGHTS} (docs/photos.md)"
             )
         if not path.exists():
             raise missing(path)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from taming.run.legacy import modernize
-from taming.util import home
+from taming.util import home, nearest
 
 COMMAND_LINE = "command line"
 
@@ -63,14 +63,15 @@ def recipes() -> dict[str, Path]:
 
 
 def _find(path: Path) -> Path:
-    """Return a file, or else the recipe of that name."""
+    """Return a file, or else the recipe of that name, which may end in ``.yaml``."""
     path, known = path.expanduser(), recipes()
     if path.is_file():
         return path
-    name = path.as_posix()
+    name = path.as_posix().removesuffix(".yaml")
     if name not in known:
         raise ConfigError(
-            f"there is no configuration file {path}, and the recipes are {', '.join(known)}"
+            f"there is no configuration file {path}{nearest(name, known)} "
+            f"The recipes are {', '.join(known)}"
         )
     return known[name]
 

@@ -6,14 +6,19 @@ The ``lightning`` block of a configuration may set everything; the rest has defa
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    LearningRateMonitor,
+    ModelSummary,
+    ProgressBar,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -22,9 +27,9 @@ from taming.run.checkpoints import SafeCheckpointIO
 from taming.run.cli import one_line
 from taming.run.defaults import DEFAULT_CHECKPOINT, callback_blocks, merge_block
 from taming.run.devices import choose_strategy
-from taming.run.loggers import build_loggers, quiet_threads
+from taming.run.loggers import build_loggers
 from taming.run.processes import take_over, with_environment
-from taming.run.progress import Progress
+from taming.run.progress import Progress, Summary
 from taming.run.rundir import Experiment, PreparationError
 from taming.signatures import parameters_of
 from taming.util import (
@@ -36,23 +41,6 @@ from taming.util import (
 )
 
 logger = logging.getLogger(__name__)
-
-# Messages of Lightning about intended behaviour.
-_KNOWN_WARNINGS = (
-    r".*does not have many workers",  # recipes for a CPU have none on purpose: cores train as well
-    r"This DataLoader will create .* worker processes",  # of a recipe for a larger machine
-    r"Consider setting `persistent_workers=True`",  # a resumed run needs new ones each epoch
-    r"Total length of `list` across ranks is zero",
-    r"The dirpath has changed from",
-    r"You're resuming from a checkpoint that ended before the epoch ended",  # of other loaders
-    r"Be aware that when using `ckpt_path`, callbacks used to create",  # fast_dev_run saves nothing
-    r"`ModelCheckpoint\(monitor=.*could not find the monitored key",
-    r".*number of training batches .* is smaller than the logging interval",
-    r".*Checkpoint directory .* exists and is not empty",
-    r".*Using ModelCheckpoint with manual optimization and every_n_train_steps",
-    r".*Found .* in eval mode at the start of training",
-    r".*isinstance\(treespec, LeafSpec\).* is deprecated",
-)
 
 # Errors of a running training that end in one line; others are bugs.
 MISTAKES = (PreparationError, DataError, NonFiniteError, WriteError)
@@ -116,6 +104,10 @@ def build_trainer(
         callbacks += build_checkpoints(experiment, model)
     if arguments.get("enable_progress_bar") is not False:
         callbacks += [] if any(isinstance(c, ProgressBar) for c in callbacks) else [Progress()]
+    if arguments.get("enable_model_summary", True):
+        has_own = any(isinstance(c, ModelSummary) for c in callbacks)
+        callbacks += [] if has_own else [Summary()]
+    arguments["enable_model_summary"] = False  # it would add one of its own
     # Lightning would otherwise add a checkpoint callback of its own.
     arguments["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in callbacks)
     io = SafeCheckpointIO(experiment.trust_checkpoint)
@@ -259,6 +251,8 @@ def fit(
         if checkpoint is None and (fetch := getattr(model, "fetch_weights", None)):
             fetch()  # before the data are built, which may take long
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        if checkpoint is not None and not steps.taken(trainer):
+            logger.info("this training was at its end; %s lets it go on", _raise_limit(trainer))
     except MISTAKES:
         raise
     except (ValueError, OSError, RuntimeError, UnpicklingError, MisconfigurationException) as error:
@@ -270,18 +264,17 @@ def fit(
         raise PreparationError(line) from error
 
 
+def _raise_limit(trainer: Trainer) -> str:
+    """Return the flag to raise for a training that has ended to go on."""
+    epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+    flags = {"--max_epochs": 0 <= epochs <= trainer.current_epoch}
+    flags |= {"--max_steps": 0 <= steps <= trainer.global_step}
+    return "a larger " + (" and ".join(flag for flag in flags if flags[flag]) or "limit")
+
+
 def test(
     trainer: Trainer, model: LightningModule, data: LightningDataModule, checkpoint: Path | None
 ) -> None:
     """Test the model if it has a ``test_step`` and the data have a test set."""
     if is_overridden("test_step", model) and is_overridden("test_dataloader", data):
         trainer.test(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-
-
-def quiet_lightning() -> None:
-    """Hide Lightning's advertisements, and its warnings about intended behaviour."""
-    quiet_threads()
-    for message in _KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda r: "Tip: For seamless" not in r.getMessage())

@@ -168,6 +168,16 @@ def test_invalid_splits_are_refused(tmp_path):
         ImageFolder(str(tmp_path), split="validation", validation_fraction=1e-9)
 
 
+@pytest.mark.parametrize(("split", "fraction"), [("train", 1 - 1e-9), ("validation", 1e-9)])
+def test_the_fraction_that_an_empty_split_proposes_fills_it(tmp_path, split, fraction):
+    for name in "abc":
+        save(tmp_path / f"{name}.png")
+    with pytest.raises(ValueError, match="is empty") as raised:
+        ImageFolder(str(tmp_path), split=split, validation_fraction=fraction)
+    proposed = float(str(raised.value).partition("try ")[2].split()[0])
+    assert len(ImageFolder(str(tmp_path), split=split, validation_fraction=proposed))
+
+
 @pytest.mark.reported(24)
 @pytest.mark.parametrize("option", [{"random_crop": True}, {"random_flip": True}])
 def test_training_images_can_be_augmented(tmp_path, option):

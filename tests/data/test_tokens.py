@@ -120,7 +120,7 @@ def test_a_file_of_unreadable_pictures_alone_is_skipped(tmp_path: Path) -> None:
 
 
 def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere .*scripts/encode.py"):
+    with pytest.raises(FileNotFoundError, match="nowhere .*`taming encode`"):
         TokenCache("nowhere")
     tokens = sequences()
     write(tmp_path / "a", tokens)

@@ -4,6 +4,7 @@ import math
 from functools import partial
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from support.caches import write_cache
@@ -195,8 +196,15 @@ def test_losses_from_cached_tokens_are_those_from_images(kind: str, tmp_path) ->
     pictures = model.log_images(next(iter(cached)))
     assert pictures["reconstructions"].shape == (3, 3, 16, 16)
 
+    module = pl.LightningDataModule.from_datasets(val_dataset=cached.dataset)
+    module.datasets = {"validation": cached.dataset}  # type: ignore[attr-defined]
+    cached.dataset.table = None  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="or the tokenizer was trained further since"):
+        trainer(tmp_path).validate(prior(kind), datamodule=module, verbose=False)
+    del cached.dataset.table  # type: ignore[attr-defined]
+
     batch = next(iter(cached))
-    with pytest.raises(ValueError, match=r"another tokenizer \(fingerprint .* scripts/encode.py"):
+    with pytest.raises(ValueError, match=r"another tokenizer \(fingerprint .* `taming encode`"):
         prior(kind).tokenize_batch(batch)
     both = batch | {"grid": torch.tensor([[8, 8], [4, 16], [8, 8]])}
     with pytest.raises(DataError, match="grids of .* sites"):

@@ -1,5 +1,9 @@
 """The progress bar shows loss, quality, lengths, use of the codes and speed."""
 
+import gc
+import io
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,7 @@ import torch
 from support.models import ToyDataModule, ToyModel, trainer
 
 from taming.run import progress
+from taming.run.cli import Console
 from taming.run.progress import Progress, size_of
 
 
@@ -41,6 +46,32 @@ def test_a_training_shows_the_numbers_that_matter(
     assert not any({"v_num", "val/perplexity"} & {*row} for row in shown)
     written = capsys.readouterr()
     assert "images/s" in written.out + written.err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_logged_and_an_error_begin_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()  # a terminal shows both streams
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("sys.stderr", screen)
+    record = logging.makeLogRecord({"msg": "skipped 1 pictures"})
+
+    class Model(ToyModel):
+        def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+            if batch_idx == 1:
+                Console().handle(record)
+            return super().training_step(batch, batch_idx)
+
+    fit = trainer(tmp_path, enable_progress_bar=True, callbacks=[Progress()])
+    with pytest.raises(OSError, match="toy"):
+        fit.fit(Model(fail_at=2), ToyDataModule(batch_size=2))
+    screen.write("error: toy\n")
+    del fit
+    gc.collect()
+    lines = re.split("[\r\n]+", screen.getvalue())
+    assert lines.count("skipped 1 pictures") == 1
+    assert screen.getvalue().endswith("\nerror: toy\n")
 
 
 @pytest.mark.parametrize(

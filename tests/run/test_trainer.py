@@ -21,7 +21,7 @@ from taming.run.callbacks import ImageLogger, SetupCallback
 from taming.run.checkpoints import LastCheckpoint
 from taming.run.devices import choose_strategy
 from taming.run.epoch_values import EpochValues
-from taming.run.loggers import build_loggers
+from taming.run.loggers import build_loggers, quiet_lightning
 from taming.run.rundir import Experiment, PreparationError, RunDir
 from taming.run.signals import watch
 from taming.run.trainer import build_callbacks, build_checkpoints
@@ -172,7 +172,7 @@ def test_wandb_that_is_not_installed_is_named(run, monkeypatch):
 def test_only_known_warnings_are_hidden(text, is_hidden):
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        building.quiet_lightning()
+        quiet_lightning()
         warnings.warn(text, stacklevel=1)
     assert len(shown) == (not is_hidden)
 
@@ -341,7 +341,7 @@ def test_a_run_of_gpus_goes_on_without_them(devices):
 
 
 def test_a_loss_fetches_its_weights_before_the_data_are_built():
-    model, data, trainer = Mock(), Mock(), Mock(val_dataloaders=None, train_dataloader=None)
+    model, data, trainer = Mock(), Mock(), Mock(max_epochs=-1, max_steps=-1)
     model.fetch_weights.side_effect = ConnectionError("no network; perceptual_weight: 0")
     with pytest.raises(PreparationError, match="perceptual_weight: 0"):
         building.fit(trainer, model, data, None)
@@ -355,5 +355,5 @@ def test_the_workers_of_a_recipe_for_a_larger_machine_are_no_warning() -> None:
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="999 worker processes"):
             DataLoader([0], num_workers=999)  # type: ignore[arg-type]
-        building.quiet_lightning()
+        quiet_lightning()
         DataLoader([0], num_workers=999)  # type: ignore[arg-type]

@@ -129,7 +129,10 @@ class LoopyVectorQuantizer(Quantizer):
             raise ValueError(f"max_loops must be at least 1, got {max_loops}")
         own = {"threshold": threshold, "target_length": target_length, "rate": rate}
         if sum(value is not None for value in own.values()) != 1:
-            raise ValueError(f"a loopy quantizer's params need one of {', '.join(own)}, got {own}")
+            raise ValueError(
+                f"a loopy quantizer's params need exactly one of {', '.join(own)}, got {own}; "
+                "set the others to null"
+            )
         if threshold is not None and not threshold >= 0:
             raise ValueError(f"threshold must be a distance of at least 0, got {threshold}")
         if target_length is not None and not 1 <= target_length <= max_loops:

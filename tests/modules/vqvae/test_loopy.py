@@ -427,7 +427,10 @@ def test_quantizing_is_float32_under_autocast(transform: str) -> None:
         ({"max_loops": 0}, "max_loops must be at least 1, got 0"),
         ({"threshold": -1.0}, "threshold must be a distance of at least 0, got -1.0"),
         ({"threshold": float("nan")}, "threshold must be"),
-        ({"threshold": None}, "one of threshold, target_length, rate"),
+        (
+            {"threshold": None},
+            "exactly one of threshold, target_length, rate, .*set the others to null",
+        ),
         ({"threshold": None, "target_length": 9}, r"target_length must be in \[1, 4\], got 9"),
         ({"ema_decay": 1.0}, "ema_decay must be in"),
         (

@@ -283,7 +283,7 @@ def test_options_are_part_of_a_fingerprint() -> None:
 
 def test_quantize_start_is_for_those_that_learn_without_a_decoder() -> None:
     assert model("residual_vq", quantize_start=2).quantize.trains_without_decoder
-    with pytest.raises(ValueError, match="quantize_start"):
+    with pytest.raises(ValueError, match="set model.params.quantize_start=0"):
         model("fsq", quantize_start=2)
 
 
