@@ -54,8 +54,8 @@ def advice(fingerprint: bytes) -> str:
     from taming.tokenizer import Tokenizer
 
     for name in shipped():
-        loaded = taming.load(name)
-        if isinstance(loaded, Tokenizer) and Codec(loaded.model).tokenizer == fingerprint:
+        loaded = cli.check_kind(taming.load(name), Tokenizer, name, "a tokenizer")
+        if Codec(loaded.model).tokenizer == fingerprint:
             return f"it is that of {name}: pass -r {name}"
     return "pass -r RUN of the tokenizer that wrote it"
 
