@@ -223,6 +223,7 @@ def test_stops_at_max_steps_with_a_checkpoint(folder):
 def test_a_finished_run_says_what_lets_it_go_on(folder, caplog, flag):
     steps = ["--max_epochs", "-1", "--max_steps", "3"] if flag == "--max_steps" else []
     shown = "lightning.trainer.enable_model_summary=true"
+    caplog.set_level(logging.INFO, "lightning.pytorch")  # benchmarks quiet it in their processes
     program.main(["-b", "toy.yaml", "-t", *CPU, *steps, shown])
     assert "parameters, of which" in caplog.text and "FLOPs" not in caplog.text
     assert "a larger" not in caplog.text and "GPU available" in caplog.text

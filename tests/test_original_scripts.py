@@ -225,9 +225,9 @@ def test_samples_are_for_the_first_split_by_alphabet(tiny_runs: TinyRuns, shared
 def test_samples_for_a_data_set_do_not_depend_on_what_else_is_random(
     tiny_runs: TinyRuns, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def collate(items: Sequence[Any]) -> Any:
+    def collate(items: Sequence[Any], *name: str) -> Any:
         torch.rand(len(items))
-        return custom_collate(items)
+        return custom_collate(items, *name)
 
     run = tiny_runs.of("drin_transformer.yaml")
     one = draw_examples(run, shared, "one", train=SIZE)

@@ -382,9 +382,9 @@ def test_without_guidance_classes_do_not_matter(
     monkeypatch.setattr("taming.run.folder.model_from_run", lambda run, **_: model)
     pictures = {}
     for scale, label in product((0, 1, 3), (3, 7)):
-        options = ("--guidance", scale, "--classes", label, "-o", tmp_path / f"{scale}")
+        options = ("--guidance", scale, "--classes", label, "-o", tmp_path / f"{scale}_{label}")
         call("sample", "-r", ".", "-n", 1, *options)
-        name = f"{scale}/000000_class{label}.png"
+        name = f"{scale}_{label}/000000_class{label}.png"
         pictures[scale, label] = (tmp_path / name).read_bytes()
     assert pictures[0, 3] == pictures[0, 7]
     assert len({pictures[0, 3], pictures[1, 3], pictures[1, 7], pictures[3, 3]}) == 4

@@ -75,6 +75,10 @@ def test_numbers_table_and_page(
         assert numbers["images"][order[place]] in caption
         assert f"{own[order[place]]:.2f} dB" in caption
     assert numbers["protocol"]["sha256"] in text and "Not measured" in text
+    with pytest.raises(ValueError, match=r"numbers.json exists already: choose another folder"):
+        call("evaluate", "-r", tokenizer, *where)
+    out.unlink()
+    out.with_suffix(".html").unlink()
     call("evaluate", "-r", tokenizer, *where, "--no_pretrained")
     alone = json.loads(out.read_text())
     pixels = {"PSNR", "SSIM", "MS-SSIM"}
