@@ -74,18 +74,14 @@ class LoadedConfig(NamedTuple):
         origin = self.origin(path)
         return origin != COMMAND_LINE and lies_below(Path(origin), self.untrusted)
 
-    def block(self, name: str, remedy: str = "add a YAML file that has one with -b") -> Any:
-        """Return a top-level block, a mapping.
-
-        Args:
-            name: Its key.
-            remedy: What the user can do if it is missing, for the error.
+    def block(self, name: str) -> dict[str, Any]:
+        """Return a top-level block.
 
         Raises:
             ConfigError: The configuration has no such block.
         """
         if self.values.get(name) is None:
-            raise ConfigError(f"there is no {name!r} block; {remedy}")
+            raise ConfigError(f"there is no {name!r} block; add a YAML file that has one with -b")
         return self.values[name]
 
     def to_yaml(self) -> str:
